@@ -1,0 +1,8 @@
+"""Pre-train a slimmable network: `accelerate launch recipes/pretrain.py`. With `--help` every option explains itself."""
+
+from pathlib import Path
+
+from slimclr_hub.evaluate.pretraining import main
+
+if __name__ == '__main__':
+    main(Path(__file__).parent / 'configs' / 'mocov2_resnet20_fashionmnist6k.yaml')

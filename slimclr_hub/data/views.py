@@ -1,0 +1,85 @@
+"""Two augmented views of an image."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torchvision.transforms import v2
+
+from slimclr_hub.errors import InputError
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """One distribution of augmentations; the defaults are those of MoCo v2 (Chen et al. 2020).
+
+    Args:
+        crop_min: Smallest share of the image's area that a random crop takes.
+        brightness: Strength of the jitter of brightness.
+        contrast: Strength of the jitter of contrast.
+        saturation: Strength of the jitter of saturation.
+        hue: Strength of the jitter of hue, at most 0.5.
+        jitter_prob: Probability of any jitter.
+        gray_prob: Probability of turning to gray.
+        blur_prob: Probability of Gaussian blur, with sigma from 0.1 to 2 pixels.
+        flip_prob: Probability of a horizontal flip.
+    """
+
+    crop_min: float = 0.2
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    jitter_prob: float = 0.8
+    gray_prob: float = 0.2
+    blur_prob: float = 0.5
+    flip_prob: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ('jitter_prob', 'gray_prob', 'blur_prob', 'flip_prob'):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f'views.{name} is {getattr(self, name)}; give a probability between 0 and 1')
+        for name in ('brightness', 'contrast', 'saturation'):
+            if getattr(self, name) < 0:
+                raise InputError(f'views.{name} is {getattr(self, name)}; give 0 or more')
+        if not 0 <= self.hue <= 0.5:
+            raise InputError(f'views.hue is {self.hue}; give 0 to 0.5')
+        if not 0 < self.crop_min <= 1:
+            raise InputError(f'views.crop_min is {self.crop_min}; give a share of the area in (0, 1]')
+
+
+def make_view(config: ViewConfig, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> v2.Transform:
+    """PIL image -> normalised float tensor [C, size, size], drawn from `config`."""
+    steps: list[Any] = [v2.RandomResizedCrop(size, scale=(config.crop_min, 1.0))]
+    jitter = [config.brightness, config.contrast]
+    if len(mean) == 3:
+        jitter += [config.saturation, config.hue]
+    if config.jitter_prob and any(jitter):
+        steps.append(v2.RandomApply([v2.ColorJitter(*jitter)], config.jitter_prob))
+    if config.gray_prob and len(mean) == 3:
+        steps.append(v2.RandomGrayscale(config.gray_prob))
+    if config.blur_prob:
+        # The kernel is a tenth of the image, as in SimCLR; odd, as torchvision asks.
+        kernel = max(size // 10, 2) // 2 * 2 + 1
+        steps.append(v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], config.blur_prob))
+    if config.flip_prob:
+        steps.append(v2.RandomHorizontalFlip(config.flip_prob))
+    steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+    return v2.Compose(steps)
+
+
+class TwoViews:
+    """Transform that gives the query view and the key view of an image.
+
+    Args:
+        query: Transform of the first view.
+        key: Transform of the second view.
+    """
+
+    def __init__(self, query: v2.Transform, key: v2.Transform) -> None:
+        self.query = query
+        self.key = key
+
+    def __call__(self, image: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """PIL image -> two tensors [C, size, size]."""
+        return self.query(image), self.key(image)

@@ -1,0 +1,93 @@
+"""The model card of a network that was pre-trained here."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+_TEMPLATE = """\
+---
+library_name: timm
+license: apache-2.0
+tags:
+- image-feature-extraction
+- timm
+- slimclr
+- self-supervised-learning
+---
+# {name}
+
+A slimmable {architecture}, pre-trained without labels by SlimCLR on {method}: one file, {count} width{plural}.
+
+```python
+import timm, slimclr_hub
+model = timm.create_model('local-dir:{folder}', pretrained=True, width={smallest})
+model.set_width({largest})
+```
+
+From the Hugging Face Hub it is `hf-hub:USER/NAME` instead of `local-dir:{folder}`. `model.extract({smallest})` gives an
+ordinary dense network of that width.
+
+| width | parameters | multiply-adds |{accuracy_head}
+| ---: | ---: | ---: |{accuracy_line}
+{rows}
+
+Parameters are those of the backbone; multiply-adds are for one image of {size}x{size}.{accuracy_note}
+
+## Training
+
+{epochs} epochs on `{data}`; every value is in `recipe.yaml` beside this file. Method: Zhao et al., Slimmable Networks for
+Contrastive Self-supervised Learning, https://arxiv.org/abs/2209.15525.
+"""
+
+
+@dataclass(frozen=True)
+class WidthFacts:
+    """What a card tells of one width.
+
+    Args:
+        width: The width.
+        parameters: Parameters of the backbone at that width.
+        multiply_adds: Multiply-adds for one image.
+        start: k-NN accuracy in percent before training, if measured.
+        end: k-NN accuracy in percent after training, if measured.
+    """
+
+    width: float
+    parameters: int
+    multiply_adds: int
+    start: float | None = None
+    end: float | None = None
+
+    @property
+    def cells(self) -> list[str]:
+        """Width, parameters, multiply-adds and accuracies, as text."""
+        cells = [f'{self.width:g}', human(self.parameters), human(self.multiply_adds)]
+        return cells + [f'{value:.1f}' for value in (self.start, self.end) if value is not None]
+
+
+def human(number: int) -> str:
+    """A count with three digits and its unit: 25557032 -> `25.6 M`."""
+    for unit, factor in ('G', 1e9), ('M', 1e6), ('k', 1e3):
+        if number >= factor:
+            return f'{number / factor:#.3g} {unit}'.replace('. ', ' ')
+    return str(number)
+
+
+def training_card(facts: Sequence[WidthFacts], about: Mapping[str, str]) -> str:
+    """Card of a run's result.
+
+    Args:
+        facts: The widths, in descending order.
+        about: `name`, `folder`, `architecture`, `method`, `data`, `epochs` and `size`.
+    """
+    measured = facts[0].end is not None
+    return _TEMPLATE.format(
+        count=len(facts),
+        plural='' if len(facts) == 1 else 's',
+        smallest=facts[-1].width,
+        largest=facts[0].width,
+        accuracy_head=' k-NN start (%) | k-NN end (%) |' if measured else '',
+        accuracy_line=' ---: | ---: |' if measured else '',
+        accuracy_note=' k-NN is weighted k-nearest-neighbour accuracy on held-out images.' if measured else '',
+        rows='\n'.join(f'| {" | ".join(fact.cells)} |' for fact in facts),
+        **about,
+    )

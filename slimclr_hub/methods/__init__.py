@@ -1,0 +1,3 @@
+"""Pre-training methods: `forward(views, widths, momentum) -> {'loss', ...}`."""
+
+from slimclr_hub.methods.mocov2 import MoCoV2 as MoCoV2

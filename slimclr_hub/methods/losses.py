@@ -1,0 +1,124 @@
+"""Contrastive and distillation losses, as pure functions of tensors.
+
+Shape suffixes: B images of the batch, K negatives, D dimensions of the embedding, C candidates (1 + K, the positive
+first).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+
+def similarities(query_BD: torch.Tensor, key_BD: torch.Tensor, negatives_KD: torch.Tensor) -> torch.Tensor:
+    """Cosine similarities of each query to its key and to every negative; all inputs of unit length.
+
+    Returns:
+        [B, 1 + K], the positive in column 0.
+    """
+    positive_B1 = torch.einsum('bd,bd->b', query_BD, key_BD)[:, None]
+    return torch.cat([positive_B1, query_BD @ negatives_KD.T], dim=1)
+
+
+def info_nce(similarity_BC: torch.Tensor, temperature: float) -> torch.Tensor:
+    """InfoNCE, the paper's Eq. (1), averaged over the batch: -log softmax(similarity / temperature) at the positive.
+
+    Args:
+        similarity_BC: Cosine similarities, the positive in column 0.
+        temperature: tau_1.
+    """
+    target_B = torch.zeros(len(similarity_BC), dtype=torch.long, device=similarity_BC.device)
+    return F.cross_entropy(similarity_BC / temperature, target_B)
+
+
+def kd(student_BC: torch.Tensor, teacher_BC: torch.Tensor, temperature: float, squared: bool = True) -> torch.Tensor:
+    """Cross-entropy of the softened student under the softened teacher, the paper's Eqs. (4) and (5).
+
+    Its gradient is that of the Kullback-Leibler divergence (`kl_divergence`), above which it lies by the teacher's
+    entropy.
+
+    Args:
+        student_BC: Similarities of a sub-network.
+        teacher_BC: Similarities of the full network; detach them.
+        temperature: tau_2.
+        squared: Multiply by tau_2 squared, as Hinton et al. 2015 and the reference code do; the paper leaves it out.
+    """
+    loss = -(F.softmax(teacher_BC / temperature, 1) * F.log_softmax(student_BC / temperature, 1)).sum(1).mean()
+    return loss * temperature**2 if squared else loss
+
+
+def kl_divergence(student_BC: torch.Tensor, teacher_BC: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Kullback-Leibler divergence of the softened student from the softened teacher, in nats; for the logs."""
+    return F.kl_div(
+        F.log_softmax(student_BC / temperature, 1),
+        F.log_softmax(teacher_BC / temperature, 1),
+        reduction='batchmean',
+        log_target=True,
+    )
+
+
+def mse(student_BC: torch.Tensor, teacher_BC: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference of the similarities."""
+    return F.mse_loss(student_BC, teacher_BC)
+
+
+def dkd(
+    student_BC: torch.Tensor,
+    teacher_BC: torch.Tensor,
+    target_B: torch.Tensor,
+    alpha: float = 1.0,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Decoupled knowledge distillation (Zhao et al. 2022, https://arxiv.org/abs/2203.08679).
+
+    `alpha` times the divergence over {target, any other} plus `beta` times that among the others.
+    """
+    student_BC, teacher_BC = student_BC / temperature, teacher_BC / temperature
+    is_target_BC = F.one_hot(target_B, student_BC.shape[1]).bool()
+
+    def binary(logits_BC: torch.Tensor) -> torch.Tensor:
+        others_B1 = logits_BC.masked_fill(is_target_BC, -torch.inf).logsumexp(1, keepdim=True)
+        return torch.cat([logits_BC.gather(1, target_B[:, None]), others_B1], dim=1)
+
+    def others(logits_BC: torch.Tensor) -> torch.Tensor:
+        return logits_BC[~is_target_BC].view(len(logits_BC), -1)
+
+    target_part = kl_divergence(binary(student_BC), binary(teacher_BC), 1.0)
+    other_part = kl_divergence(others(student_BC), others(teacher_BC), 1.0)
+    return (alpha * target_part + beta * other_part) * temperature**2
+
+
+def atkd(
+    student_BC: torch.Tensor, teacher_BC: torch.Tensor, multiplier: float = 2.0, temperature: float = 4.0
+) -> torch.Tensor:
+    """Distillation at temperatures that follow each row's spread (Guo 2022, ATKD).
+
+    Rows are standardised and divided by `multiplier`, which equals a temperature of `multiplier` standard deviations;
+    `temperature` enters as the squared factor alone.
+    """
+    size = student_BC.shape[1:]
+    student_BC, teacher_BC = F.layer_norm(student_BC, size), F.layer_norm(teacher_BC, size)
+    return kl_divergence(student_BC, teacher_BC, multiplier) * temperature**2
+
+
+Distillation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(student_BC, teacher_BC) -> scalar, the positive in column 0."""
+
+DISTILLATIONS = ('kd', 'mse', 'dkd', 'atkd', 'none')
+
+
+def make_distillation(name: str, temperature: float, squared: bool = True) -> Distillation | None:
+    """The distillation loss of that name; `temperature` and `squared` concern `kd` alone, the others have their own."""
+
+    def positives(similarity_BC: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(similarity_BC), dtype=torch.long, device=similarity_BC.device)
+
+    losses: dict[str, Distillation | None] = {
+        'kd': lambda student, teacher: kd(student, teacher, temperature, squared),
+        'mse': mse,
+        'dkd': lambda student, teacher: dkd(student, teacher, positives(student)),
+        'atkd': atkd,
+        'none': None,
+    }
+    return losses[name]

@@ -1,0 +1,49 @@
+"""What a method needs of the other processes: their keys, and one permutation for all.
+
+Without an initialised process group each function does its part for the one process there is.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(x: torch.Tensor) -> torch.Tensor:
+    """Concatenate equally shaped tensors of all processes in order of rank: [B, ...] -> [B * world size, ...].
+
+    No gradient flows through it.
+    """
+    if world_size() == 1:
+        return x
+    gathered = x.new_empty((world_size() * len(x), *x.shape[1:]))
+    dist.all_gather_into_tensor(gathered, x.contiguous())
+    return gathered
+
+
+def local_part(x: torch.Tensor) -> torch.Tensor:
+    """This process's part of what `gather` returns."""
+    return x.chunk(world_size())[dist.get_rank()] if world_size() > 1 else x
+
+
+def shared_permutation(n: int, device: torch.device) -> torch.Tensor:
+    """A random permutation of n, drawn by the first process."""
+    permutation = torch.randperm(n, device=device)
+    if world_size() > 1:
+        dist.broadcast(permutation, src=0)
+    return permutation
+
+
+def average_batchnorm(module: nn.Module) -> None:
+    """Replace the running statistics of batch normalisation by their mean over the processes."""
+    if world_size() == 1:
+        return
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None:
+            for statistic in layer.running_mean, layer.running_var:
+                dist.all_reduce(statistic)
+                statistic /= world_size()

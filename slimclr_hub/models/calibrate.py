@@ -1,0 +1,51 @@
+"""Batch normalisation of a width that has not been trained, estimated from data."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from slimclr_hub.models.layers import SwitchableBatchNorm2d
+from slimclr_hub.models.slimmable_resnet import SlimmableResNet
+from slimclr_hub.models.widths import check_width, width_key
+
+
+def batchnorms_of(model: nn.Module, width: float) -> Iterator[nn.BatchNorm2d]:
+    """The batch normalisations that a network uses at `width`."""
+    for module in model.modules():
+        if isinstance(module, SwitchableBatchNorm2d):
+            norm = module[width_key(width)]
+            assert isinstance(norm, nn.BatchNorm2d)
+            yield norm
+
+
+def is_calibrated(model: SlimmableResNet, width: float) -> bool:
+    """Whether the batch normalisation of `width` has seen any batch."""
+    return all(norm.num_batches_tracked != 0 for norm in batchnorms_of(model, check_width(width, model.widths)))
+
+
+@torch.no_grad()
+def calibrate_batchnorm(model: SlimmableResNet, width: float, images: Iterable[torch.Tensor]) -> None:
+    """Estimate the running statistics of one width anew, as the mean over batches; nothing else of the network moves.
+
+    Post-statistics of batch normalisation, Yu & Huang 2019, https://arxiv.org/abs/1903.05134, section 3.2.
+
+    Args:
+        model: The network; its mode is restored.
+        width: One of its widths.
+        images: Batches [N, C, H, W], normalised as in training, on the network's device.
+    """
+    norms = list(batchnorms_of(model, check_width(width, model.widths)))
+    momenta, training = [norm.momentum for norm in norms], model.training
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative mean
+        norm.train()
+    try:
+        for batch in images:
+            model.forward_at(batch, width)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.train(training)

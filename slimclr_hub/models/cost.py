@@ -1,0 +1,23 @@
+"""What a network costs."""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from slimclr_hub.models.slimmable_resnet import SlimmableResNet
+
+
+def cost(model: SlimmableResNet, width: float, size: int) -> tuple[int, int]:
+    """Parameters and multiply-adds of one width.
+
+    Args:
+        model: The network.
+        width: One of its widths.
+        size: Height and width of the image in pixels.
+
+    Returns:
+        Parameters of the dense network of that width, and its multiply-adds (convolutions and linear layers) per image.
+    """
+    dense = model.extract(width).to('meta').eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        dense(torch.empty(1, model.in_chans, size, size, device='meta'))
+    return sum(parameter.numel() for parameter in dense.parameters()), counter.get_total_flops() // 2

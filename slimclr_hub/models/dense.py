@@ -1,0 +1,99 @@
+"""Dense networks: timm's ResNet with every channel count, the stem's included, scaled by a width.
+
+This is what `SlimmableResNet.extract` returns and what `slimclr_resnet50_050` builds. timm's class does the work; its
+stem is fixed at 64 channels, so stem and stages are built here, from timm's own blocks and under timm's own names.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.models._features import feature_take_indices
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet, make_blocks
+from torch import nn
+
+from slimclr_hub.errors import InputError
+from slimclr_hub.models.widths import scale_channels
+
+
+class DenseResNet(ResNet):
+    """timm's ResNet at one width of a slimmable network, with timm's keys and interface.
+
+    Args:
+        block: timm's `BasicBlock` or `Bottleneck`.
+        layers: Blocks in each stage; four stages, or three for the networks for 32x32 images.
+        channels: Channels of each stage at width 1.0, before the block's expansion; the stem has those of the first.
+        width: Share of the channels to use.
+        small_stem: A 3x3 convolution of stride 1 and no pooling, for 32x32 images, instead of 7x7, stride 2 and pooling.
+        in_chans: Channels of the images.
+        output_stride: 8, 16 or 32; below 32 later stages dilate instead of striding, as in timm.
+        drop_path_rate: Stochastic depth at the last block, rising linearly from 0 at the first.
+        zero_init_last: Start the last normalisation of each block at zero.
+        kwargs: `num_classes`, `global_pool`, `drop_rate`, as in timm's ResNet.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: Sequence[int],
+        channels: Sequence[int] = (64, 128, 256, 512),
+        width: float = 1.0,
+        small_stem: bool = False,
+        in_chans: int = 3,
+        output_stride: int = 32,
+        drop_path_rate: float = 0.0,
+        zero_init_last: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if output_stride not in (8, 16, 32):
+            raise InputError(f'output_stride {output_stride} is not 8, 16 or 32')
+        scaled = tuple(scale_channels(c, width) for c in channels)
+        factory: dict[str, Any] = {'device': device, 'dtype': dtype}
+        # Built without blocks for its pooling, head and flags; the real stem and stages follow under the same names.
+        super().__init__(
+            block, (0,) * len(scaled), channels=scaled, in_chans=in_chans, output_stride=output_stride, **kwargs, **factory
+        )
+        self.width = width
+        kernel, stride = (3, 1) if small_stem else (7, 2)
+        self.conv1 = nn.Conv2d(in_chans, scaled[0], kernel, stride=stride, padding=kernel // 2, bias=False, **factory)
+        self.bn1 = nn.BatchNorm2d(scaled[0], **factory)
+        stages, info = make_blocks(
+            (block,) * len(scaled),
+            scaled,
+            tuple(layers),
+            inplanes=scaled[0],
+            output_stride=output_stride,
+            drop_path_rate=drop_path_rate,
+            act_layer=nn.ReLU,
+            norm_layer=nn.BatchNorm2d,
+            **factory,
+        )
+        for name, stage in stages:
+            setattr(self, name, stage)
+        if len(stages) == 3:
+            self.layer4 = nn.Sequential()  # timm's forward runs four stages
+        if small_stem:
+            self.maxpool = nn.Identity()
+            info = [{**stage, 'reduction': stage['reduction'] // 4} for stage in info]
+        self.feature_info = [{'num_chs': scaled[0], 'reduction': stride, 'module': 'act1'}, *info]
+        self.init_weights(zero_init_last=zero_init_last)
+
+    def forward_intermediates(
+        self, x: torch.Tensor, indices: int | list[int] | None = None, **kwargs: Any
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """As timm's, but for networks of three stages too."""
+        taken, _ = feature_take_indices(len(self.feature_info), indices)
+        return super().forward_intermediates(x, taken, **kwargs)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """As timm's, but for networks of three stages too."""
+        taken, last = feature_take_indices(len(self.feature_info), indices)
+        if last == len(self.feature_info) - 1:
+            if prune_head:
+                self.reset_classifier(0, '')
+            return taken
+        return super().prune_intermediate_layers(taken, prune_norm=prune_norm, prune_head=prune_head)

@@ -1,0 +1,150 @@
+"""Slimmable layers: one tensor of weights, of which width w uses the leading channels.
+
+Width is an argument of every forward and no layer keeps one, so a layer is a pure function of its inputs: several
+widths can run in one step, under compile and under checkpointing (Yu et al. 2019, https://arxiv.org/abs/1812.08928).
+Tensors are as large as the largest of the network's widths asks.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from slimclr_hub.models.widths import scale_channels, width_key
+
+
+class SlimmableConv2d(nn.Conv2d):
+    """Convolution whose width w uses the first `int(w * channels)` of its output and input channels.
+
+    Args:
+        in_channels: Input channels at width 1.0.
+        out_channels: Output channels at width 1.0.
+        kernel_size: As in `nn.Conv2d`.
+        max_width: Largest width that will be asked for.
+        slim_in: Whether the input has width w too; false for the stem, which sees images.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        max_width: float = 1.0,
+        slim_in: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        max_in_channels = scale_channels(in_channels, max_width) if slim_in else in_channels
+        super().__init__(max_in_channels, scale_channels(out_channels, max_width), kernel_size, **kwargs)
+        self.full_in_channels = in_channels
+        self.full_out_channels = out_channels
+        self.slim_in = slim_in
+
+    def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:  # type: ignore[override]
+        """[N, in * width, H, W] -> [N, out * width, H', W']."""
+        out_channels = scale_channels(self.full_out_channels, width)
+        in_channels = scale_channels(self.full_in_channels, width) if self.slim_in else self.in_channels
+        weight = _leading(self.weight, out_channels, in_channels)
+        bias = None if self.bias is None else self.bias[:out_channels]
+        return self._conv_forward(x, weight, bias)
+
+
+class SlimmableLinear(nn.Linear):
+    """Linear layer whose width w uses the first `int(w * features)` of its features on the sides that are slim.
+
+    Args:
+        in_features: Input features at width 1.0.
+        out_features: Output features at width 1.0.
+        max_width: Largest width that will be asked for.
+        slim_in: Whether the input has width w.
+        slim_out: Whether the output has width w; false for the last layer of a head.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        max_width: float = 1.0,
+        slim_in: bool = True,
+        slim_out: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            scale_channels(in_features, max_width) if slim_in else in_features,
+            scale_channels(out_features, max_width) if slim_out else out_features,
+            **kwargs,
+        )
+        self.full_in_features = in_features
+        self.full_out_features = out_features
+        self.slim_in = slim_in
+        self.slim_out = slim_out
+
+    def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:  # type: ignore[override]
+        """[..., in * width] -> [..., out * width]."""
+        out_features = scale_channels(self.full_out_features, width) if self.slim_out else self.out_features
+        in_features = scale_channels(self.full_in_features, width) if self.slim_in else self.in_features
+        bias = None if self.bias is None else self.bias[:out_features]
+        return F.linear(x, _leading(self.weight, out_features, in_features), bias)
+
+
+class SwitchableBatchNorm2d(nn.ModuleDict):
+    """One ordinary batch normalisation for each width, under the keys `w100`, `w075`, ...
+
+    Being plain modules, they are found by whatever looks for batch normalisation: SyncBatchNorm conversion, freezing,
+    weight-decay filters.
+
+    Args:
+        num_features: Channels at width 1.0.
+        widths: The widths to hold.
+    """
+
+    def __init__(self, num_features: int, widths: Sequence[float], **kwargs: Any) -> None:
+        super().__init__({width_key(w): nn.BatchNorm2d(scale_channels(num_features, w), **kwargs) for w in widths})
+
+    def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:
+        """[N, C * width, H, W] -> the same shape, by the statistics of `width`."""
+        return self[width_key(width)](x)
+
+
+class SwitchableLinear(nn.ModuleDict):
+    """One linear layer for each width, sharing nothing: the switchable probe of the paper (section 3.2).
+
+    Args:
+        in_features: Input features at width 1.0.
+        out_features: Output features, the same at every width.
+        widths: The widths to hold.
+        multiplier: Inputs are this many times as long, as after the pooling `catavgmax`.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, widths: Sequence[float], multiplier: int = 1, **kwargs: Any
+    ) -> None:
+        super().__init__(
+            {
+                width_key(w): nn.Linear(scale_channels(in_features, w) * multiplier, out_features, **kwargs)
+                for w in widths
+            }
+        )
+
+    def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:
+        """[N, in * width * multiplier] -> [N, out]."""
+        return self[width_key(width)](x)
+
+
+class SlimmableSequential(nn.Sequential):
+    """`nn.Sequential` that hands the width to each of its modules."""
+
+    def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:  # type: ignore[override]
+        for module in self:
+            x = module(x, width)
+        return x
+
+
+def _leading(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    # A slice that takes everything would still cost a node in the graph and a zero-filled gradient in the backward.
+    if weight.shape[0] == rows and weight.shape[1] == columns:
+        return weight
+    return weight[:rows, :columns]

@@ -1,0 +1,130 @@
+"""The networks in timm's registry."""
+
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+from slimclr_hub.models.dense import DenseResNet
+from slimclr_hub.models.loading import checkpoint_filter_fn
+from slimclr_hub.models.slimmable_resnet import BasicBlock, Bottleneck, SlimmableFeatureGetter, SlimmableResNet
+from slimclr_hub.models.widths import DEFAULT_WIDTHS, width_key
+
+__all__: list[str] = []
+
+_RESNET50 = {'layers': (3, 4, 6, 3)}
+_SMALL = {'layers': (3, 3, 3), 'small_stem': True}
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        'url': '',
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1',
+        'classifier': 'fc',
+        'license': 'apache-2.0',
+        'paper_name': 'Slimmable Networks for Contrastive Self-supervised Learning',
+        'paper_ids': 'arXiv:2209.15525',
+        **kwargs,
+    }
+
+
+def _slimmable_cfg(**kwargs: Any) -> dict[str, Any]:
+    return _cfg(classifier=tuple(f'fc.{width_key(width)}' for width in DEFAULT_WIDTHS), **kwargs)
+
+
+def _small_cfg(**kwargs: Any) -> dict[str, Any]:
+    return _slimmable_cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, **kwargs)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        'slimclr_resnet50': _slimmable_cfg(),
+        'slimclr_resnet101': _slimmable_cfg(),
+        'slimclr_resnet152': _slimmable_cfg(),
+        'slimclr_resnet20': _small_cfg(),
+        'slimclr_resnet20x4': _small_cfg(),
+        'slimclr_resnet50_075': _cfg(),
+        'slimclr_resnet50_050': _cfg(),
+        'slimclr_resnet50_025': _cfg(),
+    }
+)
+
+
+def _slimmable(variant: str, pretrained: bool, arch: dict[str, Any], **kwargs: Any) -> SlimmableResNet:
+    levels = tuple(range(len(arch['layers']) + 1))
+    return build_model_with_cfg(
+        SlimmableResNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={'out_indices': levels, 'feature_cls': SlimmableFeatureGetter},
+        **{**arch, **kwargs},
+    )
+
+
+def _dense(variant: str, pretrained: bool, arch: dict[str, Any], **kwargs: Any) -> DenseResNet:
+    return build_model_with_cfg(
+        DenseResNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={'feature_cls': 'getter'},
+        **{'block': Bottleneck.dense, **arch, **kwargs},
+    )
+
+
+@register_model
+def slimclr_resnet50(pretrained: bool = False, **kwargs: Any) -> SlimmableResNet:
+    """Slimmable ResNet-50."""
+    return _slimmable('slimclr_resnet50', pretrained, {'block': Bottleneck, **_RESNET50}, **kwargs)
+
+
+@register_model
+def slimclr_resnet101(pretrained: bool = False, **kwargs: Any) -> SlimmableResNet:
+    """Slimmable ResNet-101."""
+    return _slimmable('slimclr_resnet101', pretrained, {'block': Bottleneck, 'layers': (3, 4, 23, 3)}, **kwargs)
+
+
+@register_model
+def slimclr_resnet152(pretrained: bool = False, **kwargs: Any) -> SlimmableResNet:
+    """Slimmable ResNet-152."""
+    return _slimmable('slimclr_resnet152', pretrained, {'block': Bottleneck, 'layers': (3, 8, 36, 3)}, **kwargs)
+
+
+@register_model
+def slimclr_resnet20(pretrained: bool = False, **kwargs: Any) -> SlimmableResNet:
+    """Slimmable ResNet-20 for images of 32x32: three stages of 16, 32 and 64 channels."""
+    arch = {'block': BasicBlock, 'channels': (16, 32, 64), **_SMALL}
+    return _slimmable('slimclr_resnet20', pretrained, arch, **kwargs)
+
+
+@register_model
+def slimclr_resnet20x4(pretrained: bool = False, **kwargs: Any) -> SlimmableResNet:
+    """Slimmable ResNet-20 with four times the channels, the small-scale network of the paper (section 4.4)."""
+    arch = {'block': BasicBlock, 'channels': (64, 128, 256), **_SMALL}
+    return _slimmable('slimclr_resnet20x4', pretrained, arch, **kwargs)
+
+
+@register_model
+def slimclr_resnet50_075(pretrained: bool = False, **kwargs: Any) -> DenseResNet:
+    """Dense ResNet-50 at width 0.75."""
+    return _dense('slimclr_resnet50_075', pretrained, _RESNET50, width=0.75, **kwargs)
+
+
+@register_model
+def slimclr_resnet50_050(pretrained: bool = False, **kwargs: Any) -> DenseResNet:
+    """Dense ResNet-50 at width 0.5."""
+    return _dense('slimclr_resnet50_050', pretrained, _RESNET50, width=0.5, **kwargs)
+
+
+@register_model
+def slimclr_resnet50_025(pretrained: bool = False, **kwargs: Any) -> DenseResNet:
+    """Dense ResNet-50 at width 0.25."""
+    return _dense('slimclr_resnet50_025', pretrained, _RESNET50, width=0.25, **kwargs)

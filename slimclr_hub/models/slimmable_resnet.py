@@ -1,0 +1,572 @@
+"""Slimmable ResNets: one network that runs at several widths, in timm's registry and with timm's interface.
+
+Paper: Zhao et al. 2023, Slimmable Networks for Contrastive Self-supervised Learning, section 3.1, on the networks of
+Yu et al. 2019 (https://arxiv.org/abs/1812.08928) and He et al. 2016 (https://arxiv.org/abs/1512.03385).
+"""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, SelectAdaptivePool2d, get_device_dtype
+from timm.models import checkpoint
+from timm.models import resnet as timm_resnet
+from timm.models._features import FeatureGetterNet, feature_take_indices
+from torch import nn
+
+from slimclr_hub.errors import InputError
+from slimclr_hub.models.dense import DenseResNet
+from slimclr_hub.models.layers import (
+    SlimmableConv2d,
+    SlimmableLinear,
+    SlimmableSequential,
+    SwitchableBatchNorm2d,
+    SwitchableLinear,
+)
+from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_width, check_widths, scale_channels, width_key
+from slimclr_hub.weights.slices import dense_tensors
+
+
+class BasicBlock(nn.Module):
+    """Residual block of two 3x3 convolutions; timm's, with a width in its forward.
+
+    Args:
+        inplanes: Input channels at width 1.0.
+        planes: Output channels at width 1.0.
+        widths: Widths that the network holds.
+        stride: Stride of the first convolution.
+        dilation: Dilation of the second convolution.
+        first_dilation: Dilation of the first convolution.
+        downsample: Projection of the shortcut, or none.
+        drop_path: Stochastic depth, or none.
+    """
+
+    expansion = 1
+    dense = timm_resnet.BasicBlock
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        widths: Sequence[float],
+        stride: int = 1,
+        dilation: int = 1,
+        first_dilation: int = 1,
+        downsample: SlimmableSequential | None = None,
+        drop_path: nn.Module | None = None,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        conv: dict[str, Any] = {'max_width': max(widths), 'bias': False, **factory}
+        self.conv1 = SlimmableConv2d(
+            inplanes, planes, 3, stride=stride, padding=first_dilation, dilation=first_dilation, **conv
+        )
+        self.bn1 = SwitchableBatchNorm2d(planes, widths, **factory)
+        self.act1 = nn.ReLU(inplace=True)
+        self.conv2 = SlimmableConv2d(planes, planes, 3, padding=dilation, dilation=dilation, **conv)
+        self.bn2 = SwitchableBatchNorm2d(planes, widths, **factory)
+        self.act2 = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.drop_path = drop_path
+
+    @property
+    def last_norm(self) -> SwitchableBatchNorm2d:
+        """The normalisation that ends the residual branch."""
+        return self.bn2
+
+    def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:
+        """[N, in * width, H, W] -> [N, planes * width, H', W']."""
+        shortcut = x if self.downsample is None else self.downsample(x, width)
+        x = self.act1(self.bn1(self.conv1(x, width), width))
+        x = self.bn2(self.conv2(x, width), width)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        x += shortcut
+        return self.act2(x)
+
+
+class Bottleneck(nn.Module):
+    """Residual block of 1x1, 3x3 and 1x1 convolutions, the stride in the 3x3; timm's, with a width in its forward.
+
+    Args:
+        inplanes: Input channels at width 1.0.
+        planes: Channels of the 3x3 convolution at width 1.0; the output has four times as many.
+        widths: Widths that the network holds.
+        stride: Stride of the 3x3 convolution.
+        dilation: Unused, for the signature it shares with `BasicBlock`.
+        first_dilation: Dilation of the 3x3 convolution.
+        downsample: Projection of the shortcut, or none.
+        drop_path: Stochastic depth, or none.
+    """
+
+    expansion = 4
+    dense = timm_resnet.Bottleneck
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        widths: Sequence[float],
+        stride: int = 1,
+        dilation: int = 1,
+        first_dilation: int = 1,
+        downsample: SlimmableSequential | None = None,
+        drop_path: nn.Module | None = None,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        conv: dict[str, Any] = {'max_width': max(widths), 'bias': False, **factory}
+        self.conv1 = SlimmableConv2d(inplanes, planes, 1, **conv)
+        self.bn1 = SwitchableBatchNorm2d(planes, widths, **factory)
+        self.act1 = nn.ReLU(inplace=True)
+        self.conv2 = SlimmableConv2d(
+            planes, planes, 3, stride=stride, padding=first_dilation, dilation=first_dilation, **conv
+        )
+        self.bn2 = SwitchableBatchNorm2d(planes, widths, **factory)
+        self.act2 = nn.ReLU(inplace=True)
+        self.conv3 = SlimmableConv2d(planes, planes * self.expansion, 1, **conv)
+        self.bn3 = SwitchableBatchNorm2d(planes * self.expansion, widths, **factory)
+        self.act3 = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.drop_path = drop_path
+
+    @property
+    def last_norm(self) -> SwitchableBatchNorm2d:
+        """The normalisation that ends the residual branch."""
+        return self.bn3
+
+    def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:
+        """[N, in * width, H, W] -> [N, 4 * planes * width, H', W']."""
+        shortcut = x if self.downsample is None else self.downsample(x, width)
+        x = self.act1(self.bn1(self.conv1(x, width), width))
+        x = self.act2(self.bn2(self.conv2(x, width), width))
+        x = self.bn3(self.conv3(x, width), width)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        x += shortcut
+        return self.act3(x)
+
+
+class WidthSwitch:
+    """What `set_width` returns: as a context manager it switches back on leaving."""
+
+    def __init__(self, model: 'SlimmableResNet | SlimmableFeatureGetter', previous: float) -> None:
+        self._model = model
+        self._previous = previous
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._model.set_width(self._previous)
+
+
+class SlimmableResNet(nn.Module):
+    """A ResNet that runs at any of several widths, with shared convolutions and a normalisation of each width's own.
+
+    A sub-network of width w uses the first `int(w * C)` of each layer's C channels, the stem included. Tensors are as
+    large as the largest of `widths` needs, so that `widths=(0.5,)` is an individual network of width 0.5.
+
+    Slimmable Networks for Contrastive Self-supervised Learning, section 3.1 and figure 2.
+
+    Args:
+        block: `BasicBlock` or `Bottleneck`.
+        layers: Blocks in each stage.
+        channels: Channels of each stage at width 1.0, before the block's expansion; the stem has those of the first.
+        widths: The widths to hold, in any order.
+        width: The width that is active at first; the largest unless given.
+        head: `switchable`, a linear layer for each width, or `slimmable`, one whose inputs are sliced.
+        num_classes: Classes; 0 for no head.
+        in_chans: Channels of the images.
+        global_pool: timm's pooling type, `''` for none.
+        output_stride: 8, 16 or 32; below 32 later stages dilate instead of striding, as in timm.
+        small_stem: A 3x3 convolution of stride 1 and no pooling, for 32x32 images, instead of 7x7, stride 2 and pooling.
+        drop_rate: Dropout before the head.
+        drop_path_rate: Stochastic depth at the last block, rising linearly from 0 at the first.
+        zero_init_last: Start the last normalisation of each block at zero.
+
+    Raises:
+        InputError: A width, head or output stride that does not exist.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: Sequence[int],
+        channels: Sequence[int] = (64, 128, 256, 512),
+        *,
+        widths: Sequence[float] = DEFAULT_WIDTHS,
+        width: float | None = None,
+        head: str = 'switchable',
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = 'avg',
+        output_stride: int = 32,
+        small_stem: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        zero_init_last: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if output_stride not in (8, 16, 32):
+            raise InputError(f'output_stride {output_stride} is not 8, 16 or 32')
+        factory: dict[str, Any] = {'device': device, 'dtype': dtype}
+        self._widths = check_widths(widths)
+        self._width = self._widths[0] if width is None else check_width(width, self._widths)
+        self._block = block
+        self._layers = tuple(layers)
+        self._channels = tuple(channels)
+        self._small_stem = small_stem
+        self.in_chans = in_chans
+        self.output_stride = output_stride
+        self.drop_rate = drop_rate
+        self.drop_path_rate = drop_path_rate
+        self.grad_checkpointing = False
+
+        kernel, stride = (3, 1) if small_stem else (7, 2)
+        self.conv1 = SlimmableConv2d(
+            in_chans,
+            channels[0],
+            kernel,
+            stride=stride,
+            padding=kernel // 2,
+            bias=False,
+            max_width=self._widths[0],
+            slim_in=False,
+            **factory,
+        )
+        self.bn1 = SwitchableBatchNorm2d(channels[0], self._widths, **factory)
+        self.act1 = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self._feature_info = [{'num_chs': channels[0], 'reduction': stride, 'module': 'act1'}]
+        self._add_stages(factory)
+        self.full_features = self._feature_info[-1]['num_chs']
+
+        self.head = head
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+        self._make_head(num_classes, global_pool, factory)
+        self.init_weights(zero_init_last=zero_init_last)
+
+    def _add_stages(self, factory: dict[str, Any]) -> None:
+        # The rules for stride, dilation and stochastic depth are timm's (`timm.models.resnet.make_blocks`).
+        inplanes = self._channels[0]
+        net_stride, dilation, previous_dilation, index = 4, 1, 1, 0
+        for stage, (planes, count) in enumerate(zip(self._channels, self._layers, strict=True), start=1):
+            stride = 1 if stage == 1 else 2
+            if net_stride >= self.output_stride:
+                dilation *= stride
+                stride = 1
+            else:
+                net_stride *= stride
+            blocks = []
+            outplanes = planes * self._block.expansion
+            for i in range(count):
+                downsample = None
+                if i == 0 and (stride != 1 or inplanes != outplanes):
+                    downsample = SlimmableSequential(
+                        SlimmableConv2d(
+                            inplanes,
+                            outplanes,
+                            1,
+                            stride=stride,
+                            bias=False,
+                            max_width=self._widths[0],
+                            **factory,
+                        ),
+                        SwitchableBatchNorm2d(outplanes, self._widths, **factory),
+                    )
+                drop_path = self.drop_path_rate * index / (sum(self._layers) - 1)
+                blocks.append(
+                    self._block(
+                        inplanes,
+                        planes,
+                        self._widths,
+                        stride=stride if i == 0 else 1,
+                        dilation=dilation,
+                        first_dilation=previous_dilation,
+                        downsample=downsample,
+                        drop_path=DropPath(drop_path) if drop_path > 0 else None,
+                        **factory,
+                    )
+                )
+                previous_dilation, inplanes, index = dilation, outplanes, index + 1
+            name = f'layer{stage}'
+            self.add_module(name, SlimmableSequential(*blocks))
+            reduction = net_stride // 4 if self._small_stem else net_stride
+            self._feature_info.append({'num_chs': inplanes, 'reduction': reduction, 'module': name})
+
+    def _make_head(self, num_classes: int, global_pool: str, factory: dict[str, Any]) -> None:
+        self.num_classes = num_classes
+        if global_pool != self.global_pool.pool_type:
+            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+        multiplier = self.global_pool.feat_mult()
+        self.fc: nn.Module
+        if self.head not in ('switchable', 'slimmable'):
+            raise InputError(f"head {self.head!r} is not one of 'switchable', 'slimmable'")
+        if num_classes <= 0:
+            self.fc = nn.Identity()
+        elif self.head == 'switchable':
+            self.fc = SwitchableLinear(self.full_features, num_classes, self._widths, multiplier, **factory)
+        elif multiplier != 1:
+            raise InputError(f"global_pool {global_pool!r} needs head='switchable': its halves do not slice")
+        else:
+            self.fc = SlimmableLinear(
+                self.full_features, num_classes, max_width=self._widths[0], slim_out=False, **factory
+            )
+        _init_linear(self.fc)
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        """Kaiming fan-out for convolutions, zero for the last normalisation of each block, N(0, 0.01) for the head."""
+        for module in self.modules():
+            if isinstance(module, SlimmableConv2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+            elif zero_init_last and isinstance(module, BasicBlock | Bottleneck):
+                for norm in module.last_norm.values():
+                    nn.init.zeros_(norm.weight)
+        _init_linear(self.fc)
+
+    # Widths
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """The widths that this network holds, in descending order."""
+        return self._widths
+
+    @property
+    def width(self) -> float:
+        """The active width, at which `forward` runs."""
+        return self._width
+
+    def set_width(self, width: float) -> WidthSwitch:
+        """Switch the active width; `with model.set_width(0.5): ...` switches back on leaving.
+
+        Raises:
+            InputError: The network does not hold `width`; the message lists those that it does.
+        """
+        previous = self._width
+        self._width = check_width(width, self._widths)
+        return WidthSwitch(self, previous)
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the last feature map at the active width."""
+        return scale_channels(self.full_features, self._width)
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Length of the pooled features at the active width."""
+        return self.num_features * self.global_pool.feat_mult()
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Channels, reduction and module of each feature level, at the active width."""
+        return [{**info, 'num_chs': scale_channels(info['num_chs'], self._width)} for info in self._feature_info]
+
+    # Forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run the active width: [N, C, H, W] -> [N, num_classes], or pooled features where there is no head."""
+        return self._forward_at(x, self._width)
+
+    def forward_at(self, x: torch.Tensor, width: float) -> torch.Tensor:
+        """Run `width` without switching to it.
+
+        Raises:
+            InputError: The network does not hold `width`.
+        """
+        return self._forward_at(x, check_width(width, self._widths))
+
+    def forward_widths(self, x: torch.Tensor, widths: Sequence[float] | None = None) -> dict[float, torch.Tensor]:
+        """Run several widths on the same images; all of them unless named.
+
+        Returns:
+            Width -> output as `forward_at` gives it, in the order asked for.
+        """
+        return {width: self.forward_at(x, width) for width in (self._widths if widths is None else widths)}
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, C, H, W] -> the last feature map [N, num_features, H / reduction, W / reduction]."""
+        return self._forward_features(x, self._width)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Pool a feature map and classify it; with `pre_logits` only pool."""
+        return self._forward_head(x, self._width, pre_logits)
+
+    def _forward_at(self, x: torch.Tensor, width: float) -> torch.Tensor:
+        return self._forward_head(self._forward_features(x, width), width)
+
+    def _forward_features(self, x: torch.Tensor, width: float) -> torch.Tensor:
+        x = self.maxpool(self._forward_stem(x, width))
+        for stage in self._stages():
+            x = self._forward_stage(stage, x, width)
+        return x
+
+    def _forward_stem(self, x: torch.Tensor, width: float) -> torch.Tensor:
+        return self.act1(self.bn1(self.conv1(x, width), width))
+
+    def _forward_stage(self, stage: SlimmableSequential, x: torch.Tensor, width: float) -> torch.Tensor:
+        if not self.grad_checkpointing:
+            return stage(x, width)
+        for block in stage:
+            x = checkpoint(block, x, width)
+        return x
+
+    def _forward_head(self, x: torch.Tensor, width: float, pre_logits: bool = False) -> torch.Tensor:
+        x = self.global_pool(x)
+        if self.drop_rate:
+            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
+        if pre_logits or self.num_classes <= 0:
+            return x
+        return self.fc(x, width)
+
+    def _stages(self) -> list[SlimmableSequential]:
+        return [getattr(self, f'layer{i}') for i in range(1, len(self._layers) + 1)]
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Feature maps of the stem and of each stage at the active width.
+
+        Args:
+            x: Images [N, C, H, W].
+            indices: The last n levels if an int, all if None, or the levels to take.
+            norm: Without effect, there is no final normalisation.
+            stop_early: Stop after the last level that is taken.
+            output_fmt: `NCHW` only.
+            intermediates_only: Return the list alone.
+
+        Returns:
+            The last feature map computed and the list of those taken, or that list alone.
+        """
+        if output_fmt != 'NCHW':
+            raise InputError(f"output_fmt {output_fmt!r} is not 'NCHW'")
+        taken, last = feature_take_indices(len(self._feature_info), indices)
+        x = self._forward_stem(x, self._width)
+        intermediates = [x] if 0 in taken else []
+        x = self.maxpool(x)
+        for level, stage in enumerate(self._stages(), start=1):
+            if stop_early and level > last:
+                break
+            x = self._forward_stage(stage, x, self._width)
+            if level in taken:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the feature levels `indices` do not need; returns them as non-negative indices."""
+        taken, last = feature_take_indices(len(self._feature_info), indices)
+        pruned = self._feature_info[last + 1 :]
+        for info in pruned:
+            setattr(self, info['module'], SlimmableSequential())
+        if last == 0:
+            self.maxpool = nn.Identity()
+        if pruned:
+            self.full_features = self._feature_info[last]['num_chs']
+        if prune_head or pruned:
+            self.reset_classifier(0, '')
+        return taken
+
+    # timm's interface
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Regular expressions that group parameters by stem and by stage or block."""
+        return {'stem': r'^conv1|bn1|maxpool', 'blocks': r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)'}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, head: str | None = None) -> None:
+        """Put in a new head, on the same device and in the same dtype and mode.
+
+        Args:
+            num_classes: Classes; 0 for no head.
+            global_pool: timm's pooling type; as it is unless given.
+            head: `switchable` or `slimmable`; as it is unless given.
+        """
+        if head is not None:
+            self.head = head
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        self._make_head(num_classes, pool, get_device_dtype(self))
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
+
+    # Extraction
+
+    def extract(self, width: float) -> DenseResNet:
+        """A dense network of `width`, with ordinary layers, timm's keys and equal outputs in eval mode.
+
+        The new network has tensors of its own, on this network's device and in its dtype and mode.
+
+        Raises:
+            InputError: The network does not hold `width`.
+        """
+        width = check_width(width, self._widths)
+        dense = DenseResNet(
+            self._block.dense,
+            self._layers,
+            self._channels,
+            width=width,
+            small_stem=self._small_stem,
+            num_classes=self.num_classes,
+            in_chans=self.in_chans,
+            global_pool=self.global_pool.pool_type,
+            output_stride=self.output_stride,
+            drop_rate=self.drop_rate,
+            drop_path_rate=self.drop_path_rate,
+            device='meta',
+        )
+        shapes = {name: tensor.shape for name, tensor in dense.state_dict().items()}
+        dense.load_state_dict(dense_tensors(self.state_dict(), shapes, width_key(width)), assign=True)
+        return dense.train(self.training)
+
+
+class SlimmableFeatureGetter(FeatureGetterNet):
+    """What `features_only=True` builds: timm's wrapper, switchable like the network inside."""
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """The widths that the network holds, in descending order."""
+        return self.model.widths
+
+    @property
+    def width(self) -> float:
+        """The active width."""
+        return self.model.width
+
+    def set_width(self, width: float) -> WidthSwitch:
+        """Switch the active width; `feature_info` follows. See `SlimmableResNet.set_width`."""
+        previous = self.model.width
+        self.model.set_width(width)
+        for info, now in zip(self.feature_info.info, self.model.feature_info, strict=True):
+            info['num_chs'] = now['num_chs']
+        return WidthSwitch(self, previous)
+
+
+def _init_linear(head: nn.Module) -> None:
+    for module in head.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,53 @@
+"""What a width is: the share of channels that a sub-network uses, and its name in parameter keys."""
+
+from collections.abc import Iterable
+from math import isfinite
+
+from slimclr_hub.errors import InputError
+
+DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
+_DIGITS = 4
+
+
+def scale_channels(channels: int, width: float) -> int:
+    """Channels that width `width` uses out of `channels`: the first `int(channels * width)`.
+
+    The small addend keeps products such as 0.29 * 100 = 28.999... from losing a channel to rounding.
+    """
+    return int(channels * width + 1e-6)
+
+
+def width_key(width: float) -> str:
+    """Name of a width in module and parameter names: 1.0 -> `w100`, 0.25 -> `w025`, 0.125 -> `w0125`."""
+    digits = f'{width:.{_DIGITS}f}'.replace('.', '').rstrip('0')
+    return f'w{digits:0<3}'
+
+
+def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
+    """Sort widths in descending order and check them.
+
+    Raises:
+        InputError: No width at all, a width twice, or one that is outside (0, 1] or has more than four decimals.
+    """
+    widths = tuple(sorted((float(width) for width in widths), reverse=True))
+    if not widths:
+        raise InputError('widths is empty; give at least one, for example widths=(1.0, 0.5)')
+    for width in widths:
+        if not (isfinite(width) and 0 < width <= 1):
+            raise InputError(f'width {width:g} is outside (0, 1]')
+        if round(width, _DIGITS) != width:
+            raise InputError(f'width {width!r} has more than {_DIGITS} decimals; give {round(width, _DIGITS)}')
+    if len(set(widths)) != len(widths):
+        raise InputError(f'widths {widths} names a width twice')
+    return widths
+
+
+def check_width(width: float, widths: tuple[float, ...]) -> float:
+    """Return `width` as a float if it is one of `widths`.
+
+    Raises:
+        InputError: It is not; the message lists those that are.
+    """
+    if width not in widths:
+        raise InputError(f'width {width!r} is not one of this network\'s widths, {", ".join(map(str, widths))}')
+    return float(width)
