@@ -1,4 +1,4 @@
-"""Pre-train a slimmable network: `accelerate launch recipes/pretrain.py`. With `--help` every option explains itself."""
+"""Pre-train a slimmable network: `accelerate launch recipes/pretrain.py`; `--help` explains every option."""
 
 from pathlib import Path
 

@@ -102,7 +102,7 @@ def train_loader(config: DataConfig, views: ViewConfig, seed: int, processes: in
 def eval_loader(config: DataConfig, split: str, at_most: int | None, seed: int) -> DataLoader:
     """Loader of (centre crop, label); where there are more images than `at_most`, a fixed random choice of them."""
     dataset = make_dataset(config, split, training=False)
-    dataset.transform = create_transform(  # type: ignore[union-attr]
+    dataset.transform = create_transform(  # type: ignore[attr-defined]
         (config.channels, config.size, config.size),
         mean=config.mean,
         std=config.std,

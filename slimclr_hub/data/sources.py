@@ -74,9 +74,7 @@ class DataConfig:
             raise InputError(f'data.channels is {self.channels}; give 3 for RGB or 1 for gray')
         for name in ('mean', 'std'):
             if len(getattr(self, name)) != self.channels:
-                raise InputError(
-                    f'data.{name} has {len(getattr(self, name))} values for data.channels {self.channels}; give one each'
-                )
+                raise InputError(f'data.{name} has {len(getattr(self, name))} values for data.channels {self.channels}')
         if min(self.std) <= 0:
             raise InputError(f'data.std {list(self.std)} holds a value that is not above 0')
         if not 0 < self.crop_pct <= 1:
@@ -172,7 +170,7 @@ def _timm_dataset(config: DataConfig, split: str, training: bool, mode: str) -> 
             raise InputError('data.name folder needs data.root, the folder of images')
         if not Path(config.root).exists():
             raise InputError(f'data.root {config.root} does not exist')
-    keys = {'input_key': config.image_key, 'target_key': config.label_key}
+    keys: dict[str, Any] = {'input_key': config.image_key, 'target_key': config.label_key}
     try:
         dataset = create_dataset(
             '' if config.name == 'folder' else config.name,
@@ -186,9 +184,11 @@ def _timm_dataset(config: DataConfig, split: str, training: bool, mode: str) -> 
             **{name: key for name, key in keys.items() if key is not None},
         )
     except ImportError as error:
-        raise InputError(f'{where}: {error}; pip install "slimclr-hub[train]" brings what timm reads it with') from error
+        raise InputError(
+            f'{where}: {error}; pip install "slimclr-hub[train]" brings what timm reads it with'
+        ) from error
     except (RuntimeError, AssertionError, OSError, ValueError, KeyError) as error:
         raise InputError(f'{where}: {str(error) or "not found"}') from error
-    if not len(dataset):  # type: ignore[arg-type]
+    if not len(dataset):
         raise InputError(f'{where}: no images found; a stream of unknown length needs data.num_samples')
     return dataset

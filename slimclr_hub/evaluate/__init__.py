@@ -1,0 +1,1 @@
+"""k-NN accuracy and the reports of a run."""

@@ -35,9 +35,7 @@ class OnlineKNN:
         assert config.data.val_split is not None
         self._config = config.knn
         self._accelerator = accelerator
-        self._bank = self._prepare(
-            eval_loader(config.data, config.data.train_split, config.knn.bank, config.run.seed)
-        )
+        self._bank = self._prepare(eval_loader(config.data, config.data.train_split, config.knn.bank, config.run.seed))
         self._queries = self._prepare(eval_loader(config.data, config.data.val_split, None, config.run.seed))
 
     def _prepare(self, loader: DataLoader) -> DataLoader:
@@ -53,13 +51,9 @@ class OnlineKNN:
         average_batchnorm(backbone)
         bank, labels = extract_features(self._accelerator, backbone, self._bank, backbone.widths)
         queries, truth = extract_features(self._accelerator, backbone, self._queries, backbone.widths)
-        return {
-            width: 100 * self._accuracy(queries[width], truth, bank[width], labels) for width in backbone.widths
-        }
+        return {width: 100 * self._accuracy(queries[width], truth, bank[width], labels) for width in backbone.widths}
 
-    def _accuracy(
-        self, queries: torch.Tensor, truth: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor
-    ) -> float:
+    def _accuracy(self, queries: torch.Tensor, truth: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor) -> float:
         predictions = knn_predict(queries, bank, labels, self._config.k, self._config.temperature)
         return (predictions == truth).float().mean().item()
 

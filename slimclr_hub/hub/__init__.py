@@ -1,0 +1,1 @@
+"""Networks as folders that timm and the Hub open, and their cards."""

@@ -23,19 +23,20 @@ model = timm.create_model('local-dir:{folder}', pretrained=True, width={smallest
 model.set_width({largest})
 ```
 
-From the Hugging Face Hub it is `hf-hub:USER/NAME` instead of `local-dir:{folder}`. `model.extract({smallest})` gives an
-ordinary dense network of that width.
+From the Hugging Face Hub it is `hf-hub:USER/NAME` instead of `local-dir:`. `model.extract({smallest})` gives an ordinary
+dense network of that width.
 
 | width | parameters | multiply-adds |{accuracy_head}
 | ---: | ---: | ---: |{accuracy_line}
 {rows}
 
-Parameters are those of the backbone; multiply-adds are for one image of {size}x{size}.{accuracy_note}
+Parameters are those of the backbone; multiply-adds are for one image of {size}x{size} pixels.{accuracy_note}
 
 ## Training
 
-{epochs} epochs on `{data}`; every value is in `recipe.yaml` beside this file. Method: Zhao et al., Slimmable Networks for
-Contrastive Self-supervised Learning, https://arxiv.org/abs/2209.15525.
+{epochs} epochs on `{data}`; every value is in `recipe.yaml` beside this file.
+
+Method: Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, https://arxiv.org/abs/2209.15525.
 """
 
 

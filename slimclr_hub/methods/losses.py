@@ -13,11 +13,15 @@ import torch.nn.functional as F
 def similarities(query_BD: torch.Tensor, key_BD: torch.Tensor, negatives_KD: torch.Tensor) -> torch.Tensor:
     """Cosine similarities of each query to its key and to every negative; all inputs of unit length.
 
+    In float32 under autocast too: half precision would round a similarity of 0.9 by more than training moves it.
+
     Returns:
         [B, 1 + K], the positive in column 0.
     """
-    positive_B1 = torch.einsum('bd,bd->b', query_BD, key_BD)[:, None]
-    return torch.cat([positive_B1, query_BD @ negatives_KD.T], dim=1)
+    with torch.autocast(query_BD.device.type, enabled=False):
+        query_BD = query_BD.float()
+        positive_B1 = torch.einsum('bd,bd->b', query_BD, key_BD.float())[:, None]
+        return torch.cat([positive_B1, query_BD @ negatives_KD.float().T], dim=1)
 
 
 def info_nce(similarity_BC: torch.Tensor, temperature: float) -> torch.Tensor:

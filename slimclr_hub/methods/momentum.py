@@ -8,12 +8,11 @@ from torch import nn
 from slimclr_hub.weights.slices import switch_name
 
 
-def pair_parameters(
-    follower: nn.Module, leader: nn.Module, key: str
-) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def pair_parameters(follower: nn.Module, leader: nn.Module, key: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Parameters of the dense `follower` and of the slimmable `leader` at the width `key`, in the same order."""
     leading: Mapping[str, nn.Parameter] = dict(leader.named_parameters())
-    followers, leaders = [], []
+    followers: list[torch.Tensor] = []
+    leaders: list[torch.Tensor] = []
     for name, parameter in follower.named_parameters():
         followers.append(parameter)
         leaders.append(leading[name if name in leading else switch_name(name, key)])
@@ -21,7 +20,7 @@ def pair_parameters(
 
 
 @torch.no_grad()
-def follow(followers: list[nn.Parameter], leaders: list[nn.Parameter], momentum: float) -> None:
+def follow(followers: list[torch.Tensor], leaders: list[torch.Tensor], momentum: float) -> None:
     """Move each follower to momentum * follower + (1 - momentum) * leader, in place (He et al. 2020, Eq. 2).
 
     Two products and a sum, each rounded, rather than `lerp`: early training amplifies rounding a thousandfold, and in
@@ -29,4 +28,4 @@ def follow(followers: list[nn.Parameter], leaders: list[nn.Parameter], momentum:
     """
     moves = torch._foreach_mul(leaders, 1.0 - momentum)
     torch._foreach_mul_(followers, momentum)
-    torch._foreach_add_(followers, moves)
+    torch._foreach_add_(followers, list(moves))

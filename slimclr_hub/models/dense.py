@@ -24,7 +24,7 @@ class DenseResNet(ResNet):
         layers: Blocks in each stage; four stages, or three for the networks for 32x32 images.
         channels: Channels of each stage at width 1.0, before the block's expansion; the stem has those of the first.
         width: Share of the channels to use.
-        small_stem: A 3x3 convolution of stride 1 and no pooling, for 32x32 images, instead of 7x7, stride 2 and pooling.
+        small_stem: For 32x32 images, a 3x3 convolution of stride 1 instead of 7x7, stride 2 and pooling.
         in_chans: Channels of the images.
         output_stride: 8, 16 or 32; below 32 later stages dilate instead of striding, as in timm.
         drop_path_rate: Stochastic depth at the last block, rising linearly from 0 at the first.
@@ -53,12 +53,19 @@ class DenseResNet(ResNet):
         factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         # Built without blocks for its pooling, head and flags; the real stem and stages follow under the same names.
         super().__init__(
-            block, (0,) * len(scaled), channels=scaled, in_chans=in_chans, output_stride=output_stride, **kwargs, **factory
+            block,  # type: ignore[arg-type]
+            (0,) * len(scaled),
+            channels=scaled,
+            in_chans=in_chans,
+            output_stride=output_stride,
+            **kwargs,
+            **factory,
         )
         self.width = width
         kernel, stride = (3, 1) if small_stem else (7, 2)
-        self.conv1 = nn.Conv2d(in_chans, scaled[0], kernel, stride=stride, padding=kernel // 2, bias=False, **factory)
-        self.bn1 = nn.BatchNorm2d(scaled[0], **factory)
+        stem = nn.Conv2d(in_chans, scaled[0], kernel, stride=stride, padding=kernel // 2, bias=False, **factory)
+        self.add_module('conv1', stem)
+        self.add_module('bn1', nn.BatchNorm2d(scaled[0], **factory))
         stages, info = make_blocks(
             (block,) * len(scaled),
             scaled,
@@ -71,21 +78,27 @@ class DenseResNet(ResNet):
             **factory,
         )
         for name, stage in stages:
-            setattr(self, name, stage)
+            self.add_module(name, stage)
         if len(stages) == 3:
             self.layer4 = nn.Sequential()  # timm's forward runs four stages
         if small_stem:
-            self.maxpool = nn.Identity()
+            self.add_module('maxpool', nn.Identity())
             info = [{**stage, 'reduction': stage['reduction'] // 4} for stage in info]
         self.feature_info = [{'num_chs': scaled[0], 'reduction': stride, 'module': 'act1'}, *info]
         self.init_weights(zero_init_last=zero_init_last)
 
     def forward_intermediates(
-        self, x: torch.Tensor, indices: int | list[int] | None = None, **kwargs: Any
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """As timm's, but for networks of three stages too."""
         taken, _ = feature_take_indices(len(self.feature_info), indices)
-        return super().forward_intermediates(x, taken, **kwargs)
+        return super().forward_intermediates(x, taken, norm, stop_early, output_fmt, intermediates_only)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

@@ -138,6 +138,7 @@ class SlimmableSequential(nn.Sequential):
     """`nn.Sequential` that hands the width to each of its modules."""
 
     def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:  # type: ignore[override]
+        """Run the modules one after the other, each at `width`."""
         for module in self:
             x = module(x, width)
         return x

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, SelectAdaptivePool2d, get_device_dtype
 from timm.models import checkpoint
 from timm.models import resnet as timm_resnet
-from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.models._features import FeatureGetterNet, FeatureInfo, feature_take_indices
 from torch import nn
 
 from slimclr_hub.errors import InputError
@@ -184,7 +184,7 @@ class SlimmableResNet(nn.Module):
         in_chans: Channels of the images.
         global_pool: timm's pooling type, `''` for none.
         output_stride: 8, 16 or 32; below 32 later stages dilate instead of striding, as in timm.
-        small_stem: A 3x3 convolution of stride 1 and no pooling, for 32x32 images, instead of 7x7, stride 2 and pooling.
+        small_stem: For 32x32 images, a 3x3 convolution of stride 1 instead of 7x7, stride 2 and pooling.
         drop_rate: Dropout before the head.
         drop_path_rate: Stochastic depth at the last block, rising linearly from 0 at the first.
         zero_init_last: Start the last normalisation of each block at zero.
@@ -244,9 +244,9 @@ class SlimmableResNet(nn.Module):
         self.bn1 = SwitchableBatchNorm2d(channels[0], self._widths, **factory)
         self.act1 = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        self._feature_info = [{'num_chs': channels[0], 'reduction': stride, 'module': 'act1'}]
+        self._feature_info: list[dict[str, Any]] = [{'num_chs': channels[0], 'reduction': stride, 'module': 'act1'}]
         self._add_stages(factory)
-        self.full_features = self._feature_info[-1]['num_chs']
+        self.full_features: int = self._feature_info[-1]['num_chs']
 
         self.head = head
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
@@ -329,6 +329,7 @@ class SlimmableResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
             elif zero_init_last and isinstance(module, BasicBlock | Bottleneck):
                 for norm in module.last_norm.values():
+                    assert isinstance(norm, nn.BatchNorm2d)
                     nn.init.zeros_(norm.weight)
         _init_linear(self.fc)
 
@@ -545,6 +546,9 @@ class SlimmableResNet(nn.Module):
 
 class SlimmableFeatureGetter(FeatureGetterNet):
     """What `features_only=True` builds: timm's wrapper, switchable like the network inside."""
+
+    model: SlimmableResNet
+    feature_info: FeatureInfo
 
     @property
     def widths(self) -> tuple[float, ...]:

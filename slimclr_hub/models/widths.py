@@ -49,5 +49,5 @@ def check_width(width: float, widths: tuple[float, ...]) -> float:
         InputError: It is not; the message lists those that are.
     """
     if width not in widths:
-        raise InputError(f'width {width!r} is not one of this network\'s widths, {", ".join(map(str, widths))}')
+        raise InputError(f"width {width!r} is not one of this network's widths, {', '.join(map(str, widths))}")
     return float(width)

@@ -1,0 +1,1 @@
+"""Configuration, schedules, the training loop and its checkpoints."""

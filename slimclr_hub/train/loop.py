@@ -1,5 +1,6 @@
 """The training loop."""
 
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -79,9 +80,7 @@ class _Trainer:
     ) -> None:
         self.config = config
         self.accelerator = accelerator
-        loader, steps_per_epoch = train_loader(
-            config.data, config.views, config.run.seed, accelerator.num_processes
-        )
+        loader, steps_per_epoch = train_loader(config.data, config.views, config.run.seed, accelerator.num_processes)
         self.schedule = Schedule(
             epochs=config.optim.epochs,
             steps_per_epoch=steps_per_epoch,
@@ -109,14 +108,14 @@ class _Trainer:
         config, accelerator = self.config, self.accelerator
         if resume is None:
             self.folder = RunFolder.create(config, accelerator)
-            epoch, self.step = 0, 0
+            start, self.step = 0, 0
         else:
             self.folder = RunFolder(resume, accelerator)
-            epoch, self.step = self.folder.load_checkpoint()
+            start, self.step = self.folder.load_checkpoint()
             self.folder.drop_metrics_after(self.step)
-        accelerator.print(f'{"Run" if resume is None else f"Resuming after epoch {epoch}"}: {self.folder.path}')
+        accelerator.print(f'{"Run" if resume is None else f"Resuming after epoch {start}"}: {self.folder.path}')
         self._start_tracker()
-        if epoch == 0:
+        if start == 0:
             self._evaluate(0)
         self.optimizer.zero_grad()
         batch = config.data.batch_size
@@ -127,10 +126,11 @@ class _Trainer:
             unit_scale=True,
             desc='pre-training',
             dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 15,
             disable=not accelerator.is_main_process,
         )
         with closing(progress):
-            for epoch in range(epoch, config.optim.epochs):
+            for epoch in range(start, config.optim.epochs):
                 self._train_epoch(epoch, progress)
                 if self._is_due(epoch + 1, config.knn.every):
                     self._evaluate(epoch + 1)
@@ -149,7 +149,7 @@ class _Trainer:
     def _train_epoch(self, epoch: int, progress: Any) -> None:
         if self.sampler is not None:
             self.sampler.set_epoch(epoch)
-        elif hasattr(self.stream, 'set_epoch'):
+        elif self.stream is not None and hasattr(self.stream, 'set_epoch'):
             self.stream.set_epoch(epoch)
         self.method.train()
         self.timed_step, self.timed_at = self.step, time.perf_counter()
@@ -167,8 +167,7 @@ class _Trainer:
         lr = self.schedule.lr_at(self.step)
         for group in self.optimizer.param_groups:
             group['lr'] = lr
-        with self.accelerator.autocast():
-            output = self.method(views, self.schedule.widths_at(self.step), self.schedule.momentum_at(self.step))
+        output = self.method(views, self.schedule.widths_at(self.step), self.schedule.momentum_at(self.step))
         self.accelerator.backward(output['loss'])
         self.optimizer.step()
         # To none rather than to zero: widths that do not train must stay untouched by weight decay and momentum.
@@ -199,7 +198,9 @@ class _Trainer:
             'images_per_second': images / (now - self.timed_at),
         }
         self.timed_step, self.timed_at = self.step, now
-        progress.set_postfix(epoch=epoch + 1, loss=f'{values["loss"]:.3f}', lr=f'{values["lr"]:.2g}')
+        progress.set_postfix(
+            epoch=epoch + 1, info_nce=f'{values[f"info_nce/{self.schedule.widths[0]:g}"]:.3f}', lr=f'{values["lr"]:.2g}'
+        )
         self.folder.write_metrics({'kind': 'train', 'epoch': epoch + 1, 'step': self.step, **values})
         self.accelerator.log({f'train/{name}': value for name, value in values.items()}, step=self.step)
 

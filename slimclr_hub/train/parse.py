@@ -60,7 +60,9 @@ def dump_recipe(config: PretrainConfig) -> str:
 
 def flatten(config: PretrainConfig) -> dict[str, Any]:
     """The configuration as `section.key` -> value."""
-    return {f'{name}.{key}': value for name, section in _plain(asdict(config)).items() for key, value in section.items()}
+    return {
+        f'{name}.{key}': value for name, section in _plain(asdict(config)).items() for key, value in section.items()
+    }
 
 
 def _parser() -> ArgumentParser:

@@ -1,9 +1,9 @@
 """A run's folder: recipe, metrics and checkpoints, each written whole or not at all.
 
-    runs/NAME/recipe.yaml           the configuration
-              metrics.jsonl         one JSON object a line: training every few steps, evaluation by epoch
-              checkpoints/epoch-N/  the state after epoch N, to go on from
-              config.json, model.safetensors, README.md, ...   the result
+runs/NAME/recipe.yaml           the configuration
+          metrics.jsonl         one JSON object a line: training every few steps, evaluation by epoch
+          checkpoints/epoch-N/  the state after epoch N, to go on from
+          config.json, model.safetensors, README.md, ...   the result
 """
 
 import json

@@ -61,4 +61,4 @@ def make_optimizer(config: OptimConfig, method: torch.nn.Module) -> torch.optim.
 
 
 def _slimmable() -> list[str]:
-    return [name for name in timm.list_models('slimclr_*') if not name[-4:-3] == '_']
+    return [name for name in timm.list_models('slimclr_*') if name[-4] != '_']

@@ -1,0 +1,1 @@
+"""Files of tensors: names, slices, layouts. Knows tensors, no models."""

@@ -12,9 +12,7 @@ _BLOCK = re.compile(r'^features\.(\d+)\.')
 _SWITCHED = re.compile(r'\.(?:bn|linears)\.(\d+)\.')
 
 
-def backbone_name(
-    reference: str, stages: Sequence[int] = RESNET50_STAGES, keys: Sequence[str] = DESCENDING
-) -> str:
+def backbone_name(reference: str, stages: Sequence[int] = RESNET50_STAGES, keys: Sequence[str] = DESCENDING) -> str:
     """Our name of a backbone's or switchable probe's tensor, from the authors' without `module.` and encoder prefix.
 
     `features.3.shortcut.1.bn.2.weight` -> `layer2.0.downsample.1.w050.weight`.

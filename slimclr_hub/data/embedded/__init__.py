@@ -1,0 +1,1 @@
+"""The images that ship with the package."""

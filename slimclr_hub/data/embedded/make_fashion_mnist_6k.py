@@ -29,6 +29,7 @@ def first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def main() -> None:
+    """Read the folder that the command line names and write the subset."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path, help='folder with the four IDX files, gzipped or not')
     folder = parser.parse_args().folder

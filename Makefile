@@ -1,0 +1,31 @@
+# Everything runs in an environment of its own, which the first target makes: no step by hand.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint bench clean
+
+# Pre-train a slimmable ResNet-20 on real images that the package ships, and print what each width has learned.
+demo: $(READY)
+	$(BIN)/accelerate launch -q recipes/pretrain.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/training_step.py
+
+clean:
+	rm -rf $(VENV) .cache
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
