@@ -1,6 +1,6 @@
 """Deterministic tensors: the value at flat index i of the tensor named `name` is a pure function of (name, i, salt).
 
-The numbers in tests/data were recorded from the authors' implementation with weights and images made by these functions.
+The numbers in tests/data were recorded from the authors' implementation with weights and images made by these.
 """
 
 import zlib
@@ -19,6 +19,7 @@ def uniform(name: str, n: int, salt: int = 0) -> np.ndarray:
         z = z ^ (z >> np.uint64(31))
     return (z >> np.uint64(11)).astype(np.float64) / float(1 << 53)
 
+
 def tensor(name: str, shape: Sequence[int], salt: int = 0) -> np.ndarray:
     """float32 values scaled so that a ResNet filled with them keeps its activations near unit scale."""
     n = int(np.prod(shape)) if len(shape) else 1
@@ -32,9 +33,6 @@ def tensor(name: str, shape: Sequence[int], salt: int = 0) -> np.ndarray:
         return (0.2 * (u - 0.5)).astype(np.float32)
     if len(shape) == 1:
         return ((0.5 + u) if leaf == 'weight' else 0.2 * (u - 0.5)).astype(np.float32)
-    if len(shape) == 4:
-        fan_in = shape[1] * shape[2] * shape[3]
-    else:
-        fan_in = shape[-1]
+    fan_in = shape[1] * shape[2] * shape[3] if len(shape) == 4 else shape[-1]
     bound = (6.0 / fan_in) ** 0.5
     return ((2 * u - 1) * bound).astype(np.float32)

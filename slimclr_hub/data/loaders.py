@@ -16,6 +16,7 @@ from slimclr_hub.data.views import TwoViews, ViewConfig, make_view
 from slimclr_hub.errors import InputError
 
 Key = tuple[int, int]
+_EVAL_BATCH = 128
 
 
 class EpochSampler(Sampler[Key]):
@@ -84,9 +85,9 @@ def train_loader(config: DataConfig, views: ViewConfig, seed: int, processes: in
     length = len(dataset)  # type: ignore[arg-type]
     if config.batch_size > length:
         raise InputError(f'data.batch_size {config.batch_size} is larger than the data set of {length} images')
-    view = make_view(views, config.size, config.mean, config.std)
+    view = make_view(views, views.size or config.size, config.mean, config.std)
     transform = TwoViews(view, view)
-    workers = _workers(config)
+    workers = _workers(config, seed)
     if isinstance(dataset, IterableDataset):
         dataset.transform = transform  # type: ignore[attr-defined]
         if hasattr(dataset, 'set_loader_cfg'):
@@ -99,8 +100,11 @@ def train_loader(config: DataConfig, views: ViewConfig, seed: int, processes: in
     return loader, length // config.batch_size
 
 
-def eval_loader(config: DataConfig, split: str, at_most: int | None, seed: int) -> DataLoader:
-    """Loader of (centre crop, label); where there are more images than `at_most`, a fixed random choice of them."""
+def eval_loader(config: DataConfig, split: str, at_most: int | None, seed: int, processes: int = 1) -> DataLoader:
+    """Loader of (centre crop, label); where there are more images than `at_most`, a fixed random choice of them.
+
+    A batch is that of all processes, for the caller to split.
+    """
     dataset = make_dataset(config, split, training=False)
     dataset.transform = create_transform(  # type: ignore[attr-defined]
         (config.channels, config.size, config.size),
@@ -113,12 +117,16 @@ def eval_loader(config: DataConfig, split: str, at_most: int | None, seed: int) 
     if at_most is not None and length > at_most and not isinstance(dataset, IterableDataset):
         chosen = np.random.default_rng(seed).permutation(length)[:at_most]
         dataset = Subset(dataset, np.sort(chosen).tolist())
-    return DataLoader(dataset, batch_size=min(config.batch_size, 256), **_workers(config))
+    return DataLoader(
+        dataset, batch_size=min(config.batch_size // processes, _EVAL_BATCH) * processes, **_workers(config, seed)
+    )
 
 
-def _workers(config: DataConfig) -> dict[str, Any]:
+def _workers(config: DataConfig, seed: int) -> dict[str, Any]:
     return {
         'num_workers': config.num_workers,
         'persistent_workers': config.num_workers > 0,
+        # Of their own, so that seeding workers draws nothing from the global one, which shuffles keys.
+        'generator': torch.Generator().manual_seed(seed),
         'pin_memory': torch.cuda.is_available(),
     }

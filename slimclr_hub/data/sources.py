@@ -18,6 +18,7 @@ EMBEDDED = 'fashion-mnist-6k'
 FASHION_MNIST = 'fashion-mnist'
 _EMBEDDED_FILE = Path(__file__).parent / 'embedded' / 'fashion_mnist_6k.npz'
 _TIMM_KINDS = ('folder', 'hfds/', 'hfids/', 'wds/', 'tfds/', 'torch/')
+_SPLIT_FOLDERS = ({'train', 'training'}, {'val', 'valid', 'validation', 'eval', 'evaluation'})  # timm's synonyms
 _STREAMS = ('hfids/', 'wds/', 'tfds/')
 
 
@@ -32,7 +33,7 @@ class DataConfig:
         root: Folder of the data set, where the name needs one.
         train_split: Split to train on; for webdataset, the pattern of its shards.
         val_split: Split that k-NN classifies; null for none.
-        size: Height and width of a view in pixels.
+        size: Height and width in pixels of the images that the network is made for and evaluated on.
         channels: 3 for RGB, 1 for gray.
         mean: Mean of each channel, for images in [0, 1].
         std: Standard deviation of each channel.
@@ -67,9 +68,11 @@ class DataConfig:
                 f'data.name {self.name!r} is not {EMBEDDED}, {FASHION_MNIST} or one that begins with '
                 f'{", ".join(_TIMM_KINDS)}'
             )
-        for name, least in ('size', 1), ('batch_size', 2), ('num_workers', 0):
+        for name, least in ('size', 2), ('batch_size', 2), ('num_workers', 0):
             if getattr(self, name) < least:
                 raise InputError(f'data.{name} is {getattr(self, name)}; give {least} or more')
+        if self.num_samples is not None and self.num_samples < 1:
+            raise InputError(f'data.num_samples is {self.num_samples}; give 1 or more')
         if self.channels not in (1, 3):
             raise InputError(f'data.channels is {self.channels}; give 3 for RGB or 1 for gray')
         for name in ('mean', 'std'):
@@ -153,7 +156,12 @@ def has_validation(config: DataConfig) -> bool:
         return False
     if config.name != 'folder' or config.root is None:
         return True
-    return any((Path(config.root) / name).is_dir() for name in (config.val_split, 'val', 'valid', 'validation', 'eval'))
+    return _split_folder(Path(config.root), config.val_split) is not None
+
+
+def _split_folder(root: Path, split: str) -> Path | None:
+    names = next((group for group in _SPLIT_FOLDERS if split in group), {split})
+    return next((root / name for name in sorted(names) if (root / name).is_dir()), None)
 
 
 def _idx_split(split: str) -> str:
@@ -170,6 +178,14 @@ def _timm_dataset(config: DataConfig, split: str, training: bool, mode: str) -> 
             raise InputError('data.name folder needs data.root, the folder of images')
         if not Path(config.root).exists():
             raise InputError(f'data.root {config.root} does not exist')
+        root = Path(config.root)
+        others = [name for group in _SPLIT_FOLDERS for name in sorted(group) if (root / name).is_dir()]
+        if others and _split_folder(root, split) is None:
+            raise InputError(f'{where}: there is no such split; there are {", ".join(others)}')
+    if config.name.startswith(('wds/', 'torch/')) and config.root is None:
+        raise InputError(f'data.name {config.name} needs data.root')
+    if config.name.startswith('wds/') and '://' not in str(config.root) and not Path(str(config.root)).is_dir():
+        raise InputError(f'data.root {config.root} does not exist')
     keys: dict[str, Any] = {'input_key': config.image_key, 'target_key': config.label_key}
     try:
         dataset = create_dataset(
@@ -191,4 +207,21 @@ def _timm_dataset(config: DataConfig, split: str, training: bool, mode: str) -> 
         raise InputError(f'{where}: {str(error) or "not found"}') from error
     if not len(dataset):
         raise InputError(f'{where}: no images found; a stream of unknown length needs data.num_samples')
+    if not config.streams:
+        _check_first_image(dataset, config, where)
     return dataset
+
+
+def _check_first_image(dataset: Any, config: DataConfig, where: str) -> None:
+    # A wrong column would otherwise come to light in a worker, in the middle of an epoch.
+    if config.name.startswith('hfds/') and config.label_key is None:
+        table = dataset.reader.dataset
+        if 'label' not in table.column_names:
+            dataset.reader.dataset = table.add_column('label', [-1] * len(table))
+    try:
+        dataset[0]
+    except (TypeError, KeyError, OSError, AssertionError, RuntimeError) as error:
+        raise InputError(
+            f'{where}: cannot read the first image ({error!r}); data.image_key is {config.image_key}, data.label_key '
+            f'{config.label_key}'
+        ) from error

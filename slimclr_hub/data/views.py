@@ -14,6 +14,8 @@ class ViewConfig:
     """One distribution of augmentations; the defaults are those of MoCo v2 (Chen et al. 2020).
 
     Args:
+        size: Height and width of a view in pixels; data.size where null. A view smaller than the images that are
+            evaluated is faster, and offsets that random crops show objects larger (Touvron et al. 2019, FixRes).
         crop_min: Smallest share of the image's area that a random crop takes.
         brightness: Strength of the jitter of brightness.
         contrast: Strength of the jitter of contrast.
@@ -25,6 +27,7 @@ class ViewConfig:
         flip_prob: Probability of a horizontal flip.
     """
 
+    size: int | None = None
     crop_min: float = 0.2
     brightness: float = 0.4
     contrast: float = 0.4
@@ -36,6 +39,8 @@ class ViewConfig:
     flip_prob: float = 0.5
 
     def __post_init__(self) -> None:
+        if self.size is not None and self.size < 2:
+            raise InputError(f'views.size is {self.size}; give 2 or more')
         for name in ('jitter_prob', 'gray_prob', 'blur_prob', 'flip_prob'):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f'views.{name} is {getattr(self, name)}; give a probability between 0 and 1')

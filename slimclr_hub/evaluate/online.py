@@ -35,10 +35,11 @@ class OnlineKNN:
         assert config.data.val_split is not None
         self._config = config.knn
         self._accelerator = accelerator
-        self._bank = self._prepare(eval_loader(config.data, config.data.train_split, config.knn.bank, config.run.seed))
-        self._queries = self._prepare(eval_loader(config.data, config.data.val_split, None, config.run.seed))
+        self._bank = self._loader(config, config.data.train_split, config.knn.bank)
+        self._queries = self._loader(config, config.data.val_split, None)
 
-    def _prepare(self, loader: DataLoader) -> DataLoader:
+    def _loader(self, config: PretrainConfig, split: str, at_most: int | None) -> DataLoader:
+        loader = eval_loader(config.data, split, at_most, config.run.seed, self._accelerator.num_processes)
         return self._accelerator.prepare_data_loader(loader)
 
     def __call__(self, backbone: SlimmableResNet) -> dict[float, float]:
@@ -66,5 +67,8 @@ def online_knn(config: PretrainConfig, accelerator: Accelerator) -> OnlineKNN | 
         accelerator.print(
             f'k-NN accuracy is off: data.val_split {config.data.val_split} is not apart from the training images'
         )
+        return None
+    if config.data.streams and accelerator.num_processes > 1:
+        accelerator.print('k-NN accuracy is off: a stream does not come in equal parts for several processes')
         return None
     return OnlineKNN(config, accelerator)

@@ -23,8 +23,8 @@ model = timm.create_model('local-dir:{folder}', pretrained=True, width={smallest
 model.set_width({largest})
 ```
 
-From the Hugging Face Hub it is `hf-hub:USER/NAME` instead of `local-dir:`. `model.extract({smallest})` gives an ordinary
-dense network of that width.
+From the Hugging Face Hub it is `hf-hub:USER/NAME` instead of `local-dir:`. `model.extract({smallest})` gives an
+ordinary dense network of that width.
 
 | width | parameters | multiply-adds |{accuracy_head}
 | ---: | ---: | ---: |{accuracy_line}
@@ -68,7 +68,7 @@ class WidthFacts:
 def human(number: int) -> str:
     """A count with three digits and its unit: 25557032 -> `25.6 M`."""
     for unit, factor in ('G', 1e9), ('M', 1e6), ('k', 1e3):
-        if number >= factor:
+        if number >= 0.9995 * factor:
             return f'{number / factor:#.3g} {unit}'.replace('. ', ' ')
     return str(number)
 

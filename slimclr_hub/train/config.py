@@ -44,7 +44,10 @@ class ModelConfig:
     args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_widths(self.widths)
+        try:
+            check_widths(self.widths)
+        except InputError as error:
+            raise InputError(f'model.widths {list(self.widths)}: {error}') from error
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _above('optim.lr', self.lr, 0)
         _at_least('optim.weight_decay', self.weight_decay, 0)
+        if not 0 <= self.momentum < 1:
+            raise InputError(f'optim.momentum is {self.momentum}; give 0 or more and less than 1')
         _at_least('optim.epochs', self.epochs, 1)
         _at_least('optim.warmup_epochs', self.warmup_epochs, 0)
         if self.warmup_epochs > self.epochs:
@@ -183,7 +188,7 @@ class RunConfig:
             _at_least(f'run.{name}', getattr(self, name), 1)
         if not 0 <= self.seed < 2**32:
             raise InputError(f'run.seed is {self.seed}; give 0 to 2**32 - 1')
-        if self.name is not None and (not self.name or '/' in self.name):
+        if self.name is not None and (self.name in ('', '.', '..') or '/' in self.name):
             raise InputError(f'run.name {self.name!r} is not the name of a folder; run.output says where it lies')
 
 
@@ -210,7 +215,12 @@ class PretrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        loss_weights(self.method.weights, check_widths(self.model.widths))
+        try:
+            weights = loss_weights(self.method.weights, check_widths(self.model.widths))
+        except InputError as error:
+            raise InputError(f'method.weights {self.method.weights}: {error}') from error
+        if min(weights) < 0:
+            raise InputError(f'method.weights {list(weights)} holds one below 0')
         if self.method.queue_size % self.data.batch_size:
             nearest = max(round(self.method.queue_size / self.data.batch_size), 1) * self.data.batch_size
             raise InputError(

@@ -114,6 +114,11 @@ class _Trainer:
             start, self.step = self.folder.load_checkpoint()
             self.folder.drop_metrics_after(self.step)
         accelerator.print(f'{"Run" if resume is None else f"Resuming after epoch {start}"}: {self.folder.path}')
+        if config.method.queue_size > self.schedule.steps_per_epoch * config.data.batch_size:
+            accelerator.print(
+                f'Warning: method.queue_size {config.method.queue_size} exceeds the images of an epoch; an image will '
+                'meet its own older key as a negative'
+            )
         self._start_tracker()
         if start == 0:
             self._evaluate(0)
@@ -153,12 +158,19 @@ class _Trainer:
             self.stream.set_epoch(epoch)
         self.method.train()
         self.timed_step, self.timed_at = self.step, time.perf_counter()
+        first = self.step
         for views, _ in islice(self.loader, self.schedule.steps_per_epoch):
             self.train_step(views)
             progress.update(self.config.data.batch_size)
             if self.step % self.config.run.log_every == 0:
                 self._log(epoch, progress)
         self._log(epoch, progress)
+        if self.step == first:
+            raise InputError(
+                f'data.name {self.config.data.name}, data.root {self.config.data.root}: the stream gave no batch of '
+                f'{self.config.data.batch_size}; are there shards for every worker of data.num_workers '
+                f'{self.config.data.num_workers}?'
+            )
 
     def train_step(self, views: list[torch.Tensor]) -> None:
         """One optimizer step on a pair of views; waits for nothing on the device."""
@@ -219,9 +231,13 @@ class _Trainer:
         average_batchnorm(self.inner)
 
     def _start_tracker(self) -> None:
-        if self.config.run.tracker != 'none':
+        tracker = self.config.run.tracker
+        if tracker != 'none':
+            folders = self.accelerator.project_configuration
+            folders.project_dir = folders.logging_dir = str(self.folder.path)
+            named = {'name': self.folder.path.name} if tracker in ('wandb', 'trackio') else {}
             values = {key: str(value) for key, value in flatten(self.config).items()}
-            self.accelerator.init_trackers(self.config.run.project, config=values)
+            self.accelerator.init_trackers(self.config.run.project, config=values, init_kwargs={tracker: named})
 
     def _result(self) -> Result:
         config, backbone, folder = self.config, self.inner.backbone, self.folder.path

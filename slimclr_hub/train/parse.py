@@ -16,7 +16,8 @@ from slimclr_hub.train.config import PretrainConfig
 RECIPE = 'recipe.yaml'
 """File in a run's folder that holds its configuration."""
 
-_FREE_ON_RESUME = ('run.', 'data.root', 'data.num_workers', 'knn.')
+_FREE_ON_RESUME = ('data.root', 'data.num_workers', 'data.download', 'knn.', 'run.')
+_FIXED_ON_RESUME = ('run.seed', 'run.precision', 'run.channels_last')
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def _parser() -> ArgumentParser:
         usage='accelerate launch recipes/pretrain.py [--config FILE] [--resume FOLDER] [--section.key VALUE ...]',
         description='Pre-train a slimmable network.',
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument('--config', action='config', help='a recipe, such as one of recipes/configs')
     parser.add_argument('--resume', type=Path | None, default=None, help='folder of a run to go on with')
@@ -81,16 +83,19 @@ def _parser() -> ArgumentParser:
 def _parse(argv: Sequence[str]) -> Command:
     parser = _parser()
     try:
-        built = parser.instantiate_classes(parser.parse_args(argv))
+        built = parser.instantiate(parser.parse_args(argv))
     except argparse.ArgumentError as error:
-        raise InputError(' '.join(str(error).split())) from error
+        message = ' '.join(str(error).split())
+        if message.startswith('Problems parsing config'):
+            message = f'{_early(argv, "--config")}: {message}'
+        raise InputError(message) from error
     return Command(PretrainConfig(**{name: built[name] for name in PretrainConfig.__dataclass_fields__}), built.resume)
 
 
 def _early(argv: Sequence[str], option: str) -> str | None:
     # Which recipe lies underneath has to be known before the real parser reads the values on top of it.
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument(option, dest='value')
+    early.add_argument(option, dest='value', nargs='?')
     return early.parse_known_args(argv)[0].value
 
 
@@ -99,7 +104,7 @@ def _check_unchanged(recorded: PretrainConfig, config: PretrainConfig) -> None:
     changes = [
         f'{key} {before[key]} -> {after[key]}'
         for key in before
-        if before[key] != after[key] and not key.startswith(_FREE_ON_RESUME)
+        if before[key] != after[key] and (key in _FIXED_ON_RESUME or not key.startswith(_FREE_ON_RESUME))
     ]
     if changes:
         raise InputError(f'--resume would change the run: {"; ".join(changes)}; drop these or start a new run')

@@ -19,6 +19,8 @@ def make_backbone(config: ModelConfig, in_chans: int) -> SlimmableResNet:
     name = config.name
     if not timm.is_model(name.partition('.')[0]):
         raise InputError(f'model.name {name!r} is not known; slimmable: {", ".join(_slimmable())}')
+    if name.partition('.')[0] not in _slimmable():
+        raise InputError(f'model.name {name!r} is not slimmable; these are: {", ".join(_slimmable())}')
     try:
         backbone = timm.create_model(name, num_classes=0, in_chans=in_chans, widths=config.widths, **config.args)
     except (TypeError, RuntimeError) as error:

@@ -13,7 +13,12 @@ from tests.formula import tensor
 from tests.reference import DATA, TRAINING, fill, fill_backbone, image, reference_name
 
 FORWARD = load_file(DATA / 'forward.safetensors')
-HEAD_NAMES = {'fc1.weight': 'fc.0.weight', 'fc1.bias': 'fc.0.bias', 'fc2.weight': 'fc.2.weight', 'fc2.bias': 'fc.2.bias'}
+HEAD_NAMES = {
+    'fc1.weight': 'fc.0.weight',
+    'fc1.bias': 'fc.0.bias',
+    'fc2.weight': 'fc.2.weight',
+    'fc2.bias': 'fc.2.bias',
+}
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 
 

@@ -1,0 +1,186 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from slimclr_hub.data import DataConfig
+from slimclr_hub.data.loaders import eval_loader
+from slimclr_hub.evaluate.features import extract_features
+from slimclr_hub.evaluate.knn import knn_predict
+from slimclr_hub.evaluate.online import OnlineKNN, online_knn
+from slimclr_hub.methods.split_batchnorm import split_batchnorm
+from slimclr_hub.models.calibrate import batchnorms_of, calibrate_batchnorm, is_calibrated
+from slimclr_hub.train.config import KNNConfig, PretrainConfig
+from tests.data_room.files import some_images, write_idx_set, write_pngs
+
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+BANK, QUERIES = 400, 200
+
+
+@pytest.fixture(scope='module')
+def accelerator():
+    AcceleratorState._reset_state(True)
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+    root = write_idx_set(tmp_path_factory.mktemp('idx'), BANK, QUERIES)
+    data = DataConfig(name='fashion-mnist', root=str(root), size=16, batch_size=64, num_workers=0)
+    return replace(PretrainConfig(), data=data, knn=KNNConfig(k=20, bank=300))
+
+
+@pytest.fixture(scope='module')
+def evaluate(config, accelerator):
+    return OnlineKNN(config, accelerator)
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model('slimclr_resnet20', num_classes=0, in_chans=1, zero_init_last=False)
+
+
+def images(count: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [2 * torch.randn(16, 1, 16, 16, generator=generator) + 0.5 for _ in range(count)]
+
+
+def train_a_little(model, width: float) -> None:
+    model.train()
+    for batch in images(3):
+        model.forward_at(batch, width)
+
+
+@pytest.mark.parametrize('splits', [1, 4])
+def test_network_is_left_as_it_was(evaluate, splits):
+    model = network()
+    split_batchnorm(model, splits)
+    train_a_little(model, 1.0)
+    before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    momenta = [norm.momentum for width in WIDTHS for norm in batchnorms_of(model, width)]
+    evaluate(model)
+    after = model.state_dict()
+    assert all(after[name].equal(tensor) for name, tensor in before.items())
+    assert [module.training for module in model.modules()] == modes
+    assert [norm.momentum for width in WIDTHS for norm in batchnorms_of(model, width)] == momenta
+    assert all(norm.splits == splits for norm in batchnorms_of(model, 0.5))
+    assert [is_calibrated(model, width) for width in WIDTHS] == [True, False, False, False]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_result_does_not_depend_on_the_global_generator(evaluate):
+    model = network()
+    results = []
+    for seed in 0, 1:
+        torch.manual_seed(seed)
+        results.append(evaluate(model))
+    assert results[0] == results[1]
+
+
+def test_evaluation_does_not_disturb_training(evaluate):
+    """Else a run would depend on how often it is looked at: keys are shuffled by the global generator."""
+    model = network()
+    torch.manual_seed(5)
+    undisturbed = torch.rand(3)
+    torch.manual_seed(5)
+    evaluate(model)
+    assert torch.rand(3).equal(undisturbed)
+
+
+def test_untrained_widths_are_calibrated(config, accelerator, evaluate):
+    """The result is that of a network whose untrained widths were calibrated by hand on the first of the bank."""
+    model = network()
+    train_a_little(model, 1.0)
+    result = evaluate(model)
+
+    by_hand = copy.deepcopy(model).eval()
+    bank = list(eval_loader(config.data, 'train', 300, 0))
+    queries = list(eval_loader(config.data, 'validation', None, 0))
+    for width in WIDTHS[1:]:
+        calibrate_batchnorm(by_hand, width, (batch for batch, _ in bank[:8]))
+    features, labels = extract_features(accelerator, by_hand, bank, WIDTHS)
+    asked, truth = extract_features(accelerator, by_hand, queries, WIDTHS)
+    for width in WIDTHS:
+        predicted = knn_predict(asked[width], features[width], labels, 20, 0.1)
+        # Two ways through the same images; a single one on the border may fall to either side.
+        assert result[width] == pytest.approx(
+            100 * (predicted == truth).float().mean().item(), abs=100 / QUERIES + 1e-3
+        )
+
+    assert list(result) == list(WIDTHS)
+    # Ten classes: chance is 10 %, and garments differ so much that even random features find them.
+    assert min(result.values()) > 20
+
+
+def test_trained_width_keeps_its_statistics(evaluate):
+    """What was trained is evaluated as it is: nonsense in its statistics shows, at this width and no other."""
+    model = network()
+    healthy = evaluate(model)
+    train_a_little(model, 0.5)
+    for norm in batchnorms_of(model, 0.5):
+        norm.running_mean.fill_(1e4)
+    result = evaluate(model)
+    assert result[0.5] < 25
+    for width in 1.0, 0.75, 0.25:
+        assert result[width] == healthy[width]
+
+
+def test_calibration_is_the_mean_over_batches():
+    model = network().train()
+    train_a_little(model, 0.5)
+    others = {name: value.clone() for name, value in model.state_dict().items() if '.w050.' not in name}
+    norms = list(batchnorms_of(model, 0.5))
+    seen = {norm: ([], []) for norm in norms}
+
+    def record(norm, inputs):
+        variance, mean = torch.var_mean(inputs[0].double(), (0, 2, 3), correction=1)
+        seen[norm][0].append(mean)
+        seen[norm][1].append(variance)
+
+    hooks = [norm.register_forward_pre_hook(record) for norm in norms]
+    calibrate_batchnorm(model, 0.5, images(5, seed=1))
+    for hook in hooks:
+        hook.remove()
+
+    assert len(norms) == 19 + 2
+    for norm in norms:
+        means, variances = map(torch.stack, seen[norm])
+        assert len(means) == 5
+        assert torch.allclose(norm.running_mean.double(), means.mean(0), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(norm.running_var.double(), variances.mean(0), rtol=1e-4, atol=1e-6)
+        assert norm.num_batches_tracked == 5
+        assert norm.momentum == 0.1
+    assert model.training
+    assert all(norm.training for norm in norms)
+    after = model.state_dict()
+    assert all(after[name].equal(value) for name, value in others.items())
+    assert is_calibrated(model, 0.5)
+    assert not is_calibrated(model, 0.25)
+
+
+def test_calibration_restores_the_network_after_an_error():
+    model = network().eval()
+
+    def broken():
+        yield images(1)[0]
+        raise OSError('the disk is gone')
+
+    with pytest.raises(OSError, match='disk'):
+        calibrate_batchnorm(model, 0.5, broken())
+    assert not model.training
+    assert all(norm.momentum == 0.1 and not norm.training for norm in batchnorms_of(model, 0.5))
+
+
+def test_none_where_there_is_nothing_to_evaluate(config, accelerator, tmp_path, capsys):
+    assert isinstance(online_knn(config, accelerator), OnlineKNN)
+    assert online_knn(replace(config, knn=KNNConfig(every=0)), accelerator) is None
+    assert capsys.readouterr().out == ''
+    write_pngs(tmp_path, some_images('train', 3)[0])
+    flat = replace(config, data=replace(config.data, name='folder', root=str(tmp_path)))
+    assert online_knn(flat, accelerator) is None
+    assert 'k-NN accuracy is off' in capsys.readouterr().out

@@ -1,0 +1,94 @@
+"""What importing the package costs, and which of its rooms may look into which."""
+
+import ast
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import slimclr_hub
+
+PACKAGE = Path(slimclr_hub.__file__).parent
+HEAVY = {'transformers', 'datasets', 'matplotlib', 'mmdet', 'accelerate', 'jsonargparse', 'rich'}
+
+# design.md, "Rooms": the rooms that each may import from, itself aside. What stands at the top knows no room.
+BELOW = {
+    'errors': set(),
+    'version': set(),
+    'weights': {'errors'},
+    'models': {'errors', 'weights'},
+    'hub': {'errors', 'version', 'weights', 'models'},
+    'methods': {'errors', 'weights', 'models'},
+    'data': {'errors'},
+    'train': {'errors', 'version', 'weights', 'models', 'hub', 'methods', 'data'},
+    'evaluate': {'errors', 'version', 'weights', 'models', 'hub', 'methods', 'data', 'train'},
+    'analysis': {'errors', 'version', 'weights', 'models', 'hub', 'methods', 'data', 'train', 'evaluate'},
+    'detection': {'errors', 'version', 'weights', 'models', 'hub'},
+    '__init__': {'version', 'models'},
+}
+BELOW['cli'] = set(BELOW) - {'__init__'}  # the command starts anything
+MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob('*.py'))
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """Rooms of the package that a module imports from, inside functions and type checks too."""
+    rooms = set()
+    for node in ast.walk(ast.parse((PACKAGE / path).read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f'{path}:{node.lineno}: a relative import'
+            names = [f'{node.module}.{alias.name}' for alias in node.names]
+        else:
+            continue
+        rooms |= {name.split('.')[1] for name in names if name.startswith('slimclr_hub.')}
+    return rooms
+
+
+@pytest.mark.parametrize('path', MODULES, ids=str)
+def test_rooms_import_only_those_below(path):
+    room = path.parts[0].removesuffix('.py')
+    assert rooms_imported(path) - {room} <= BELOW[room]
+
+
+def test_the_rooms_are_seen():
+    """Were the parsing blind, the test above would pass on everything."""
+    assert rooms_imported(Path('methods/mocov2.py')) == {'errors', 'methods', 'models'}
+    assert rooms_imported(Path('__init__.py')) == {'models', 'version'}
+    assert {'weights', 'models', 'hub', 'methods', 'data', 'train', 'evaluate'} <= {path.parts[0] for path in MODULES}
+
+
+MEASURE = """
+import json, sys, time
+import timm
+before = set(sys.modules)
+start = time.perf_counter()
+import slimclr_hub
+seconds = time.perf_counter() - start
+print(json.dumps([seconds, sorted({name.split('.')[0] for name in set(sys.modules) - before}), sorted(sys.modules)]))
+"""
+
+
+@pytest.fixture(scope='module')
+def measured():
+    """Seconds that the import adds to `import timm`, top-level modules that it adds, and all modules there are then."""
+    runs = []
+    for _ in range(5):
+        finished = subprocess.run([sys.executable, '-c', MEASURE], capture_output=True, text=True, check=True)
+        runs.append(json.loads(finished.stdout))
+    return runs
+
+
+def test_import_is_light(measured):
+    for _, added, loaded in measured:
+        assert HEAVY.isdisjoint(loaded)
+        assert 'slimclr_hub' in added
+        assert 'slimclr_hub.models.registry' in loaded
+        assert not any(name.startswith(('slimclr_hub.train', 'slimclr_hub.data')) for name in loaded)
+
+
+def test_import_is_quick(measured):
+    assert statistics.median(seconds for seconds, _, _ in measured) < 0.3

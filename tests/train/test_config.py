@@ -1,0 +1,362 @@
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+
+from slimclr_hub.data import DataConfig
+from slimclr_hub.errors import InputError
+from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.train.config import MethodConfig, ModelConfig, OptimConfig, PretrainConfig, RunConfig
+from slimclr_hub.train.parse import RECIPE, dump_recipe, flatten, load_recipe, parse_pretrain
+from slimclr_hub.train.setup import make_backbone, make_method, make_optimizer
+
+RECIPES = Path(__file__).parents[2] / 'recipes'
+DEFAULT = RECIPES / 'configs' / 'mocov2_resnet20_fashionmnist6k.yaml'
+CONFIGS = sorted((RECIPES / 'configs').glob('*.yaml'))
+
+
+def parse(*argv: str) -> PretrainConfig:
+    return parse_pretrain(DEFAULT, argv).config
+
+
+def refusal(*argv: str) -> str:
+    """The message of the one error that the command line gets."""
+    with pytest.raises(InputError) as error:
+        parse_pretrain(DEFAULT, argv)
+    message = str(error.value)
+    assert '\n' not in message
+    return message
+
+
+# Wrong values
+
+WRONG = [
+    ('model.widths', '[1.5]', '1.5'),
+    ('model.widths', '[]', 'empty'),
+    ('model.widths', '[1.0, 1.0]', 'twice'),
+    ('model.widths', '[-0.5]', '-0.5'),
+    ('model.widths', '[0.33333]', '0.33333'),
+    ('model.widths', '0.5', '0.5'),
+    ('model.args', '[1]', '[1]'),
+    ('method.name', 'simsiam', 'simsiam'),
+    ('method.dim', '0', '0'),
+    ('method.hidden_dim', '0', '0'),
+    ('method.queue_size', '100', '100'),
+    ('method.queue_size', '0', '0'),
+    ('method.queue_size', 'many', 'many'),
+    ('method.temperature', '0', '0'),
+    ('method.temperature', 'nan', 'nan'),
+    ('method.temperature', 'warm', 'warm'),
+    ('method.momentum', '1', '1'),
+    ('method.momentum', '-0.1', '-0.1'),
+    ('method.distillation', 'hinton', 'hinton'),
+    ('method.distillation_temperature', '-1', '-1'),
+    ('method.distillation_squared', 'perhaps', 'perhaps'),
+    ('method.weights', 'equal', 'equal'),
+    ('method.weights', '[1, 2]', '2'),
+    ('method.weights', '[1, 2, 3, -1]', '-1'),
+    ('method.bn_splits', '0', '0'),
+    ('method.bn_splits', '3', '3'),
+    ('method.bn_splits', '2.5', '2.5'),
+    ('method.slow_start_epochs', '-1', '-1'),
+    ('method.slow_start_epochs', '999', '999'),
+    ('data.name', 'cifar', 'cifar'),
+    ('data.size', '0', '0'),
+    ('data.size', '1.5', '1.5'),
+    ('data.channels', '2', '2'),
+    ('data.mean', '[0.1, 0.2]', '2'),
+    ('data.std', '[0]', '0'),
+    ('data.crop_pct', '1.1', '1.1'),
+    ('data.batch_size', '1', '1'),
+    ('data.num_workers', '-1', '-1'),
+    ('data.num_samples', '-5', '-5'),
+    ('data.download', 'maybe', 'maybe'),
+    ('views.crop_min', '0', '0'),
+    ('views.brightness', '-1', '-1'),
+    ('views.hue', '0.6', '0.6'),
+    ('views.flip_prob', '2', '2'),
+    ('optim.lr', '0', '0'),
+    ('optim.lr', 'fast', 'fast'),
+    ('optim.lr', 'inf', 'inf'),
+    ('optim.weight_decay', '-1', '-1'),
+    ('optim.momentum', '-3', '-3'),
+    ('optim.epochs', '0', '0'),
+    ('optim.epochs', '1.5', '1.5'),
+    ('optim.warmup_epochs', '-1', '-1'),
+    ('optim.warmup_epochs', '999', '999'),
+    ('knn.every', '-1', '-1'),
+    ('knn.k', '0', '0'),
+    ('knn.temperature', '0', '0'),
+    ('knn.bank', '0', '0'),
+    ('run.name', 'a/b', 'a/b'),
+    ('run.name', '..', '..'),
+    ('run.seed', '-1', '-1'),
+    ('run.seed', '5000000000', '5000000000'),
+    ('run.precision', 'fp8', 'fp8'),
+    ('run.checkpoint_every', '0', '0'),
+    ('run.keep_checkpoints', '0', '0'),
+    ('run.log_every', '0', '0'),
+    ('run.tracker', 'notebook', 'notebook'),
+]
+
+
+@pytest.mark.parametrize(('key', 'value', 'named'), WRONG, ids=[f'{key}={value}' for key, value, _ in WRONG])
+def test_wrong_value_on_the_command_line(key, value, named):
+    message = refusal(f'--{key}', value)
+    assert key in message
+    assert named in message
+
+
+@pytest.mark.parametrize(
+    ('section', 'key', 'value'), [('optim', 'lr', -1), ('optim', 'epochs', 'many'), ('run', 'seed', -1)]
+)
+def test_wrong_value_in_a_recipe(tmp_path, section, key, value):
+    path = tmp_path / 'recipe.yaml'
+    path.write_text(yaml.safe_dump({section: {key: value}}))
+    message = refusal('--config', str(path))
+    assert f'{section}.{key}' in message
+    assert str(value) in message
+
+
+@pytest.mark.parametrize('argument', ['--optim.learning_rate', '--lr', '--optimizer.lr'])
+def test_unknown_key_on_the_command_line(argument):
+    assert argument in refusal(argument, '0.1')
+
+
+@pytest.mark.parametrize('recipe', [{'optim': {'learning_rate': 0.1}}, {'learning_rate': 0.1}])
+def test_unknown_key_in_a_recipe(tmp_path, recipe):
+    path = tmp_path / 'recipe.yaml'
+    path.write_text(yaml.safe_dump(recipe))
+    assert 'learning_rate' in refusal('--config', str(path))
+
+
+def test_stray_argument():
+    assert 'stray' in refusal('stray')
+
+
+def test_missing_files(tmp_path):
+    assert 'missing.yaml' in refusal('--config', str(tmp_path / 'missing.yaml'))
+    assert str(tmp_path) in refusal('--config', str(tmp_path))
+
+
+def test_recipe_that_is_not_yaml(tmp_path):
+    path = tmp_path / 'recipe.yaml'
+    path.write_text('optim: {lr: 0.1')
+    assert 'recipe.yaml' in refusal('--config', str(path))
+
+
+@pytest.mark.parametrize('option', ['--config', '--resume'])
+def test_option_without_its_value(option, capsys):
+    assert option in refusal(option)
+
+
+@pytest.mark.parametrize('option', ['--conf', '--resum'])
+def test_options_are_not_abbreviated(tmp_path, option):
+    """An abbreviation would reach the parser but not the choice of the recipe underneath."""
+    path = tmp_path / RECIPE
+    path.write_text(dump_recipe(PretrainConfig()))
+    assert option in refusal(option, str(tmp_path if option == '--resum' else path))
+
+
+def test_unknown_network():
+    with pytest.raises(InputError, match=r"model\.name 'resnet5O'.*slimclr_resnet20"):
+        make_backbone(ModelConfig(name='resnet5O'), 3)
+    with pytest.raises(InputError, match=r"model\.name 'resnet18' is not slimmable.*slimclr_resnet50"):
+        make_backbone(ModelConfig(name='resnet18'), 3)
+    with pytest.raises(InputError, match=r'model\.args.*depth'):
+        make_backbone(ModelConfig(args={'depth': 3}), 3)
+
+
+def test_dense_network_is_not_among_those_proposed():
+    with pytest.raises(InputError) as error:
+        make_backbone(ModelConfig(name='slimclr_resnet50_050'), 3)
+    assert 'slimmable' in str(error.value)
+    assert str(error.value).count('_050') == 1
+
+
+def test_unknown_optimizer():
+    with pytest.raises(InputError, match=r"optim\.name 'sdg'"):
+        make_optimizer(OptimConfig(name='sdg'), torch.nn.Linear(2, 2))
+
+
+def test_checks_apply_in_python_as_well():
+    with pytest.raises(InputError, match=r'method\.queue_size 100 .*128.*give 128'):
+        PretrainConfig(method=MethodConfig(queue_size=100))
+    with pytest.raises(InputError, match=r'run\.name'):
+        RunConfig(name='')
+
+
+# Right values
+
+
+def test_default_recipe_applies():
+    config = parse()
+    assert config == load_recipe(DEFAULT)
+    written = yaml.safe_load(DEFAULT.read_text())
+    values = flatten(config)
+    for section, keys in written.items():
+        for key, value in keys.items():
+            assert values[f'{section}.{key}'] == value
+
+
+def test_command_line_overrides_the_recipe(tmp_path):
+    path = tmp_path / 'mine.yaml'
+    path.write_text('optim: {lr: 0.3, epochs: 4}\nmodel: {widths: [1.0, 0.5]}\n')
+    config = parse('--config', str(path), '--optim.lr', '0.1', '--model.widths', '[0.5]', '--data.root', 'null')
+    assert (config.optim.lr, config.optim.epochs) == (0.1, 4)
+    assert config.model.widths == (0.5,)
+    assert config.data.root is None
+    # What neither names is the default of the class, not that of the default recipe.
+    assert config.method == MethodConfig()
+    assert parse(f'--config={path}').optim.lr == 0.3
+
+
+def test_types_come_out_as_declared():
+    config = parse('--method.weights', '[4, 3, 2, 1]', '--optim.lr', '1', '--model.args', '{drop_path_rate: 0.1}')
+    assert tuple(config.method.weights) == (4.0, 3.0, 2.0, 1.0)
+    assert isinstance(config.optim.lr, float)
+    assert config.model.args['drop_path_rate'] == 0.1
+    assert parse('--run.name', '2024').run.name == '2024'
+    assert parse('--method.hidden_dim', 'null').method.hidden_dim is None
+    assert parse('--run.channels_last', 'false').run.channels_last is False
+
+
+def test_slow_start_is_half_of_the_epochs_unless_given():
+    assert PretrainConfig(optim=OptimConfig(epochs=5)).slow_start == 2.5
+    assert PretrainConfig(method=MethodConfig(slow_start_epochs=0)).slow_start == 0
+
+
+def test_round_trip(tmp_path):
+    config = parse(
+        '--model.widths', '[1.0, 0.3]', '--method.weights', '[2, 1]', '--method.slow_start_epochs', '1.5',
+        '--data.root', '/data/with space: and colon', '--run.name', 'null-ish', '--run.seed', '7',
+        '--optim.weight_decay', '1e-5', '--model.args', '{drop_path_rate: 0.1}', '--data.num_samples', '12',
+    )  # fmt: skip
+    path = tmp_path / RECIPE
+    path.write_text(dump_recipe(config))
+    assert flatten(load_recipe(path)) == flatten(config)
+    assert load_recipe(path) == config
+    default = PretrainConfig()
+    path.write_text(dump_recipe(default))
+    assert load_recipe(path) == default
+
+
+def test_help_explains_every_key(capsys, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '120')
+    with pytest.raises(SystemExit) as end:
+        parse_pretrain(DEFAULT, ['--help'])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    for section in fields(PretrainConfig):
+        for key in fields(section.default_factory):
+            # The name, and after it more than the type and the default.
+            explained = re.search(rf'--{section.name}\.{key.name} (?:[^\n]*?)\n?\s+(.+?)\(type:', shown, re.DOTALL)
+            assert explained, f'{section.name}.{key.name}'
+            assert len(explained[1]) > 5
+    for option in '--config', '--resume', 'accelerate launch':
+        assert option in shown
+
+
+# Recipes that ship
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_recipe_builds_its_network(path):
+    config = load_recipe(path)
+    # On the meta device, where a ResNet-50 with its queue costs neither memory nor time.
+    with torch.device('meta'):
+        method = make_method(config)
+        optimizer = make_optimizer(config.optim, method)
+    assert isinstance(method.backbone, SlimmableResNet)
+    assert method.backbone.widths == tuple(sorted(config.model.widths, reverse=True))
+    assert method.queue.shape == (config.method.queue_size, config.method.dim)
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group['params']}
+    assert trained == {id(parameter) for part in (method.backbone, method.head) for parameter in part.parameters()}
+    assert {group['weight_decay'] for group in optimizer.param_groups} == {config.optim.weight_decay}
+
+
+def test_recipes_are_there():
+    networks = {load_recipe(path).model.name for path in CONFIGS}
+    assert {'slimclr_resnet20', 'slimclr_resnet20x4', 'slimclr_resnet50'} <= networks
+    assert DEFAULT in CONFIGS
+
+
+def test_imagenet_recipes_are_the_papers():
+    recipes = {path: load_recipe(path) for path in CONFIGS}
+    imagenet = [recipe for recipe in recipes.values() if recipe.model.name == 'slimclr_resnet50']
+    assert sorted(recipe.optim.epochs for recipe in imagenet) == [200, 800]
+    for recipe in imagenet:
+        assert (recipe.method.queue_size, recipe.method.dim, recipe.method.temperature) == (65536, 128, 0.2)
+        assert (recipe.method.momentum, recipe.method.weights) == (0.999, 'full_plus_sum')
+        assert (recipe.optim.lr, recipe.data.batch_size, recipe.optim.warmup_epochs) == (0.2, 1024, 10)
+        assert (recipe.optim.momentum, recipe.optim.weight_decay) == (0.9, 1e-4)
+        assert recipe.slow_start == recipe.optim.epochs / 2
+        assert (recipe.views.crop_min, recipe.views.blur_prob, recipe.views.gray_prob) == (0.2, 0.5, 0.2)
+
+
+def test_default_recipe_trains_on_a_normal_device():
+    config = load_recipe(DEFAULT)
+    method = make_method(config)
+    views = [torch.randn(8, config.data.channels, config.data.size, config.data.size) for _ in range(2)]
+    output = method(views, method.widths, 0.99)
+    output['loss'].backward()
+    assert output['loss'].isfinite()
+    assert timm.is_model(config.model.name)
+
+
+# Resuming
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    (tmp_path / RECIPE).write_text(dump_recipe(replace(PretrainConfig(), data=DataConfig(root='/old'))))
+    return tmp_path
+
+
+def test_resume_takes_the_runs_own_recipe(run_folder):
+    command = parse_pretrain(DEFAULT, ['--resume', str(run_folder)])
+    assert command.resume == run_folder
+    assert command.config == load_recipe(run_folder / RECIPE)
+    assert command.config != load_recipe(DEFAULT)
+    assert parse_pretrain(DEFAULT, [f'--resume={run_folder}']).resume == run_folder
+
+
+@pytest.mark.parametrize(
+    ('argument', 'value'), [('--data.root', '/new'), ('--data.num_workers', '0'), ('--run.tracker', 'tensorboard')]
+)
+def test_what_may_change_on_resume(run_folder, argument, value):
+    config = parse_pretrain(DEFAULT, ['--resume', str(run_folder), argument, value]).config
+    assert str(flatten(config)[argument[2:]]) == value
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'before'),
+    [
+        ('optim.lr', '0.1', '0.06'),
+        ('optim.epochs', '9', '8'),
+        ('model.widths', '[1.0, 0.5]', '[1.0, 0.75, 0.5, 0.25]'),
+        ('data.batch_size', '64', '128'),
+        ('views.flip_prob', '0.1', '0.5'),
+        # The seed orders the images and draws the views, so another one is another run.
+        ('run.seed', '1', '0'),
+    ],
+)
+def test_what_may_not_change_on_resume(run_folder, key, value, before):
+    message = refusal('--resume', str(run_folder), f'--{key}', value)
+    assert f'{key} {before} -> {value}' in message
+    assert message.count('->') == 1
+
+
+def test_resume_with_the_value_it_has_already(run_folder):
+    assert parse_pretrain(DEFAULT, ['--resume', str(run_folder), '--optim.lr', '0.06']).resume == run_folder
+
+
+def test_resume_of_what_is_not_a_run(tmp_path):
+    for folder in tmp_path, tmp_path / 'missing':
+        message = refusal('--resume', str(folder))
+        assert str(folder) in message
+        assert RECIPE in message

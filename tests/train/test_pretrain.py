@@ -1,0 +1,459 @@
+"""Whole runs through the real launcher, and what the command line says to mistakes.
+
+Runs are tiny, and most tests look at the same few of them: `full` is the one that the others are compared with.
+"""
+
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.data_room.files import some_images, write_idx_set, write_pngs
+
+SCRIPT = Path(__file__).parents[2] / 'recipes' / 'pretrain.py'
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+EPOCHS, STEPS = 4, 6  # 96 images in batches of 16
+QUERIES = 37  # which no batch and no number of processes divides
+TIMEOUT = 300
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    """A folder with a data set and a recipe, in which the runs of this file lie."""
+    place = tmp_path_factory.mktemp('pretrain')
+    recipe = {
+        'model': {'name': 'slimclr_resnet20', 'args': {'zero_init_last': False}},
+        'method': {'dim': 16, 'queue_size': 64, 'bn_splits': 2, 'momentum': 0.9},
+        'data': {
+            'name': 'fashion-mnist',
+            'root': str(write_idx_set(place / 'idx', 96, QUERIES)),
+            'batch_size': 16,
+            'size': 16,
+            'num_workers': 0,
+        },
+        'views': {'blur_prob': 0.0},
+        'optim': {'epochs': EPOCHS},
+        'knn': {'k': 20, 'every': 2},
+        'run': {'output': str(place / 'runs'), 'log_every': 2},
+    }
+    (place / 'tiny.yaml').write_text(yaml.safe_dump(recipe))
+    return place
+
+
+def environment(place: Path) -> dict[str, str]:
+    # The CPU, so that results can be compared bit for bit; no accelerate configuration of whoever runs the tests.
+    return {
+        **os.environ,
+        'ACCELERATE_USE_CPU': 'true',
+        'CUDA_VISIBLE_DEVICES': '',
+        'HF_HOME': str(place / 'hf'),
+        'OMP_NUM_THREADS': '1',
+        'PYTHONUNBUFFERED': '1',
+    }
+
+
+def launch_command(place: Path, *arguments: str, processes: int = 1) -> list[str]:
+    # Several processes on the CPU take --multi_gpu and ACCELERATE_USE_CPU; --cpu starts one, whatever is asked for.
+    several = ['--multi_gpu', '--num_processes', str(processes), '--main_process_port', '0'] if processes > 1 else []
+    launcher = [sys.executable, '-m', 'accelerate.commands.launch', *several]
+    return [*launcher, str(SCRIPT), '--config', str(place / 'tiny.yaml'), *arguments]
+
+
+def launch(place: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
+    command = launch_command(place, *arguments, processes=processes)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(place), timeout=TIMEOUT, cwd=place)
+
+
+def launch_well(place: Path, *arguments: str, processes: int = 1) -> str:
+    result = launch(place, *arguments, processes=processes)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def direct(place: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), '--config', str(place / 'tiny.yaml'), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(place), timeout=TIMEOUT, cwd=place)
+
+
+def read_metrics(folder: Path, kind: str | None = None) -> list[dict]:
+    """Lines of metrics.jsonl without what depends on the clock."""
+    records = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    for record in records:
+        record.pop('images_per_second', None)
+    return [record for record in records if kind in (None, record['kind'])]
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and time of change of every file."""
+    files = (path for path in folder.rglob('*') if path.is_file())
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.fixture(scope='module')
+def full(place):
+    """An uninterrupted run, and what it printed."""
+    printed = launch_well(place, '--run.name', 'full', '--run.tracker', 'tensorboard')
+    return place / 'runs' / 'full', printed
+
+
+# What a run leaves
+
+
+def test_folder_holds_the_result_and_what_resuming_needs(full):
+    folder, _ = full
+    names = {path.name for path in folder.iterdir() if not path.name.startswith('.')}
+    expected = {'config.json', 'model.safetensors', 'README.md', 'metrics.jsonl', 'recipe.yaml', 'training.png'}
+    assert expected | {'checkpoints'} <= names
+    assert not list(folder.rglob('*partial*'))
+    # run.keep_checkpoints is 2.
+    assert sorted(path.name for path in (folder / 'checkpoints').iterdir()) == ['epoch-0003', 'epoch-0004']
+    with Image.open(folder / 'training.png') as image:
+        assert image.size == (1500, 600)
+
+
+def test_published_file_holds_the_backbone_alone(full):
+    folder, _ = full
+    tensors = load_file(folder / 'model.safetensors')
+    reference = timm.create_model('slimclr_resnet20', num_classes=0, in_chans=1).state_dict()
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {
+        name: tensor.shape for name, tensor in reference.items()
+    }
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    trained = load_file(folder / 'checkpoints' / 'epoch-0004' / 'model.safetensors')
+    assert all(tensor.equal(trained[f'backbone.{name}']) for name, tensor in tensors.items())
+    # Every width trained: of each the normalisation has counted batches, and the widest those of slow start as well.
+    counted = [tensors[f'bn1.{key}.num_batches_tracked'].item() for key in ('w100', 'w075', 'w050', 'w025')]
+    assert counted == [EPOCHS * STEPS] + 3 * [EPOCHS * STEPS // 2]
+
+
+def test_timm_opens_the_folder_in_a_fresh_process(full):
+    folder, _ = full
+    program = f"""
+import timm, slimclr_hub, torch
+from safetensors.torch import load_file
+model = timm.create_model('local-dir:{folder}', pretrained=True, width=0.25).eval()
+tensors = load_file('{folder}/model.safetensors')
+print(model.width, model.widths, tuple(model(torch.zeros(2, 1, 16, 16)).shape))
+print(all(tensor.equal(tensors[name]) for name, tensor in model.state_dict().items()), len(model.state_dict()))
+print(model.pretrained_cfg['input_size'], model.pretrained_cfg['mean'], model.pretrained_cfg['std'])
+"""
+    result = subprocess.run(
+        [sys.executable, '-c', program], capture_output=True, text=True, check=True, timeout=TIMEOUT
+    )
+    opened, loaded, config = result.stdout.splitlines()
+    assert opened == '0.25 (1.0, 0.75, 0.5, 0.25) (2, 16)'
+    assert loaded == f'True {len(load_file(folder / "model.safetensors"))}'
+    assert config.replace('[', '(').replace(']', ')') in (
+        '(1, 16, 16) (0.286,) (0.353,)',
+        '(1, 16, 16) (0.286) (0.353)',
+    )
+
+
+def test_metrics(full):
+    folder, _ = full
+    training, evaluations = read_metrics(folder, 'train'), read_metrics(folder, 'eval')
+    assert [record['step'] for record in training] == list(range(2, EPOCHS * STEPS + 1, 2))
+    assert [record['epoch'] for record in training] == [1 + (step - 1) // STEPS for step in range(2, 25, 2)]
+    assert [(record['epoch'], record['step']) for record in evaluations] == [(0, 0), (2, 12), (4, 24)]
+    for record in evaluations:
+        assert all(0 <= record[f'knn/{width:g}'] <= 100 for width in WIDTHS)
+    for record in training:
+        trained = WIDTHS[:1] if record['epoch'] <= EPOCHS / 2 else WIDTHS
+        assert [width for width in WIDTHS if f'info_nce/{width:g}' in record] == list(trained)
+        assert record['loss'] == pytest.approx(sum(record[f'loss/{width:g}'] for width in trained), rel=1e-5)
+    assert training[0]['lr'] < 0.06
+    assert training[-1]['lr'] < 0.001
+    raw = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    assert all(record['images_per_second'] > 0 for record in raw if record['kind'] == 'train')
+
+
+def test_table_and_how_to_open_it_are_printed(full):
+    folder, printed = full
+    rows = [line.replace('│', ' ').split() for line in printed.splitlines()]
+    evaluations = read_metrics(folder, 'eval')
+    for width in WIDTHS:
+        start, end = (record[f'knn/{width:g}'] for record in (evaluations[0], evaluations[-1]))
+        row = next(row for row in rows if row and row[0] == f'{width:g}')
+        assert row[-3:-1] == [f'{start:.1f}', f'{end:.1f}']
+        assert float(row[-1]) == pytest.approx(end - start, abs=0.06)
+    for title in 'parameters', 'multiply-adds', 'k-NN start (%)', 'k-NN end (%)':
+        assert title in printed
+    assert f"timm.create_model('local-dir:{folder}', pretrained=True, width=0.25)" in printed
+    assert f'Run: {folder}' in printed
+    card = (folder / 'README.md').read_text()
+    assert f'local-dir:{folder}' in card
+    assert card.count('\n| ') == 2 + len(WIDTHS)
+
+
+def test_tracker_writes_an_event_file(place, full):
+    events = list((place / 'runs').rglob('events.out.tfevents.*'))
+    assert events
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logged = {}
+    for event in events:
+        accumulator = EventAccumulator(str(event))
+        accumulator.Reload()
+        for tag in accumulator.Tags()['scalars']:
+            logged[tag] = [(point.step, point.value) for point in accumulator.Scalars(tag)]
+    losses = [(record['step'], pytest.approx(record['loss'])) for record in read_metrics(full[0], 'train')]
+    assert logged['train/loss'] == losses
+    assert [step for step, _ in logged['eval/knn/0.25']] == [0, 12, 24]
+
+
+def test_events_lie_in_the_folder_of_their_run(full):
+    """Else curves of several runs would be drawn as one."""
+    assert list(full[0].rglob('events.out.tfevents.*'))
+
+
+# Names of runs
+
+
+def test_a_taken_name_is_refused_and_nothing_overwritten(place, full):
+    before = contents(full[0])
+    result = launch(place, '--run.name', 'full', '--run.seed', '1')
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith('error: ')]
+    assert len(errors) == 1
+    assert f'{full[0]} is there already' in errors[0]
+    assert f'--resume {full[0]}' in errors[0]
+    assert contents(full[0]) == before
+
+
+# Resuming
+
+
+@pytest.fixture(scope='module')
+def killed(place):
+    """The same run, with workers that load, killed once its first checkpoint was there."""
+    folder = place / 'runs' / 'killed'
+    command = launch_command(place, '--run.name', 'killed', '--data.num_workers', '2')
+    process = subprocess.Popen(
+        command,
+        env=environment(place),
+        cwd=place,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        deadline = time.monotonic() + TIMEOUT
+        while not (folder / 'checkpoints' / 'epoch-0001' / 'state.json').exists():
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        # The launcher and what it started, which are a session of their own.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert not (folder / 'model.safetensors').exists()
+    return folder
+
+
+def test_resumed_run_equals_an_uninterrupted_one(place, full, killed):
+    # A kill may cut a line in two, which would be the next thing to stumble over.
+    with (killed / 'metrics.jsonl').open('a') as file:
+        file.write('{"kind": "train", "epoch": 4, "st')
+    printed = launch_well_resumed(place, killed)
+    assert 'Resuming after epoch' in printed
+    assert (killed / 'model.safetensors').read_bytes() == (full[0] / 'model.safetensors').read_bytes()
+    assert read_metrics(killed) == read_metrics(full[0])
+    ours, theirs = (
+        load_file(folder / 'checkpoints' / 'epoch-0004' / 'model.safetensors') for folder in (killed, full[0])
+    )
+    assert ours.keys() == theirs.keys()
+    # The momentum encoder and the queue as well.
+    assert all(tensor.equal(theirs[name]) for name, tensor in ours.items())
+    assert (killed / 'training.png').exists()
+
+
+def launch_well_resumed(place: Path, folder: Path) -> str:
+    launcher = [sys.executable, '-m', 'accelerate.commands.launch', str(SCRIPT), '--resume', str(folder)]
+    result = subprocess.run(
+        launcher, capture_output=True, text=True, env=environment(place), timeout=TIMEOUT, cwd=place
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+# Several processes
+
+
+@pytest.fixture(scope='module')
+def two_processes(place):
+    """A run without a name on two processes, each of which normalises its half of the batch."""
+    printed = launch_well(place, '--method.bn_splits', '1', '--knn.every', '4', processes=2)
+    return place / 'runs' / f'mocov2_slimclr_resnet20_fashion-mnist_{EPOCHS}e', printed
+
+
+def test_two_processes_were_two(two_processes):
+    folder, printed = two_processes
+    # Each process saves its own random generators.
+    states = sorted(path.name for path in (folder / 'checkpoints' / 'epoch-0004').glob('random_states_*'))
+    assert states == ['random_states_0.pkl', 'random_states_1.pkl']
+    # One result, printed once.
+    assert printed.count('Open it:') == 1
+    assert printed.count(f'Run: {folder}') == 1
+    assert [path.name for path in folder.parent.glob('mocov2_*_fashion-mnist_*')] == [folder.name]
+
+
+def test_two_processes_have_the_losses_of_one(two_processes, full):
+    """`full` is one process that normalises the halves of its batch apart."""
+    ours, theirs = read_metrics(two_processes[0], 'train'), read_metrics(full[0], 'train')
+    assert len(ours) == len(theirs) == EPOCHS * STEPS // 2
+    # Gradients are summed in another order, and training magnifies the difference from step to step.
+    for line, (record, reference) in enumerate(zip(ours, theirs, strict=True)):
+        assert record.keys() == reference.keys()
+        for name in (name for name in record if name.startswith(('loss', 'info_nce'))):
+            assert record[name] == pytest.approx(reference[name], rel=1e-4 if line < 2 else 1e-2), (line, name)
+
+
+def test_two_processes_average_their_statistics(two_processes, full):
+    ours, theirs = (load_file(run[0] / 'model.safetensors') for run in (two_processes, full))
+    assert ours.keys() == theirs.keys()
+    # The stem sees the images themselves, so its statistics hardly depend on how training went; those of one half alone
+    # would be several percent off.
+    for name in 'bn1.w100.running_mean', 'bn1.w100.running_var':
+        assert (ours[name] - theirs[name]).norm() < 0.1 * theirs[name].norm(), name
+
+
+def test_two_processes_classify_every_image_once(two_processes):
+    evaluations = read_metrics(two_processes[0], 'eval')
+    assert [record['epoch'] for record in evaluations] == [0, 4]
+    for record in evaluations:
+        for width in WIDTHS:
+            # A share of the images there are; padding a batch for the second process would make it one of more.
+            correct = record[f'knn/{width:g}'] / 100 * QUERIES
+            assert correct == pytest.approx(round(correct), abs=1e-3)
+
+
+# A single width, on a folder of one's own
+
+
+def test_single_width_on_a_flat_folder(place):
+    images, _ = some_images('train', 48)
+    write_pngs(place / 'flat', images)
+    taken = place / 'runs' / 'mocov2_slimclr_resnet20_folder_1e'
+    taken.mkdir(parents=True)
+    printed = launch_well(
+        place, '--data.name', 'folder', '--data.root', 'flat', '--model.widths', '[0.5]', '--optim.epochs', '1',
+        '--data.channels', '3', '--data.mean', '[0.5, 0.5, 0.5]', '--data.std', '[0.5, 0.5, 0.5]',
+    )  # fmt: skip
+    # The name of choice was taken.
+    assert not any(taken.iterdir())
+    folder = taken.with_name(f'{taken.name}-2')
+    assert 'k-NN accuracy is off' in printed
+    assert 'k-NN start' not in printed
+    records = read_metrics(folder)
+    assert [record['step'] for record in records] == [2, 3]
+    assert all('info_nce/0.5' in record and 'info_nce/1' not in record for record in records)
+    with Image.open(folder / 'training.png') as image:
+        assert image.size == (750, 600)
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert (model.widths, model.width) == ((0.5,), 0.5)
+    assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 32)
+
+
+# Mistakes
+
+
+MISTAKES = {
+    'unknown method': (['--method.name', 'simsiam'], 'simsiam'),
+    'unknown network': (['--model.name', 'resnet5O'], 'resnet5O'),
+    'network that is not slimmable': (['--model.name', 'resnet18'], 'not slimmable'),
+    'width above one': (['--model.widths', '[1.5]'], '1.5'),
+    'no data.root': (['--data.root', 'null'], 'data.root'),
+    'data.root that is not there': (['--data.root', 'nowhere'], 'nowhere'),
+    'folder that is not there': (['--data.name', 'folder', '--data.root', 'nowhere'], 'nowhere'),
+    'empty folder': (['--data.name', 'folder', '--data.root', 'empty'], 'empty'),
+    'batch larger than the data': (['--data.batch_size', '128', '--method.queue_size', '128'], '96 images'),
+    'queue not a multiple': (['--method.queue_size', '65'], 'method.queue_size 65'),
+    'unknown key': (['--optim.rate', '1'], '--optim.rate'),
+    'unknown optimizer': (['--optim.name', 'sdg'], 'sdg'),
+    'momentum of no optimizer': (['--optim.momentum', '-3'], 'optim.momentum'),
+    'no webdataset there': (
+        ['--data.name', 'wds/', '--data.root', 'nowhere', '--data.train_split', 'a-{0..1}.tar',
+         '--data.num_samples', '64', '--knn.every', '0'],
+        'nowhere',
+    ),
+    'resume of what is not a run': (['--resume', 'empty'], 'empty'),
+    'resume with another value': (['--resume', 'runs/full', '--optim.lr', '0.1'], 'optim.lr 0.06 -> 0.1'),
+}  # fmt: skip
+IN_A_PROCESS_OF_THEIR_OWN = ('unknown method', 'batch larger than the data')
+
+
+@pytest.fixture
+def workplace(place, full, monkeypatch):
+    """The current folder and nothing left of accelerate from another run in this process."""
+    (place / 'empty').mkdir(exist_ok=True)
+    monkeypatch.chdir(place)
+    monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
+    AcceleratorState._reset_state(True)
+    yield place
+    AcceleratorState._reset_state(True)
+
+
+def folders_of_runs(place: Path) -> list[str]:
+    return sorted(path.name for path in (place / 'runs').iterdir())
+
+
+@pytest.mark.parametrize('mistake', IN_A_PROCESS_OF_THEIR_OWN)
+def test_mistake_in_a_process_of_its_own(workplace, mistake):
+    arguments, named = MISTAKES[mistake]
+    before = folders_of_runs(workplace)
+    result = direct(workplace, *arguments)
+    assert result.returncode == 2
+    assert 'Traceback' not in result.stderr
+    (line,) = (line for line in result.stderr.splitlines() if line)
+    assert line.startswith('error: ')
+    assert named in line
+    assert folders_of_runs(workplace) == before
+
+
+@pytest.mark.parametrize('mistake', [mistake for mistake in MISTAKES if mistake not in IN_A_PROCESS_OF_THEIR_OWN])
+def test_mistake(workplace, mistake, capsys, monkeypatch):
+    """The same script in this process, which already has everything imported."""
+    arguments, named = MISTAKES[mistake]
+    before, run = folders_of_runs(workplace), contents(workplace / 'runs' / 'full')
+    recipe = [] if '--resume' in arguments else ['--config', 'tiny.yaml']
+    monkeypatch.setattr(sys, 'argv', [str(SCRIPT), *recipe, *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name='__main__')
+    assert end.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith('error: '))
+    assert named in line
+    assert folders_of_runs(workplace) == before
+    assert contents(workplace / 'runs' / 'full') == run
+
+
+def test_resume_of_a_finished_run_changes_nothing(workplace, full, monkeypatch, capsys):
+    copy = shutil.copytree(full[0], workplace / 'finished')
+    monkeypatch.setattr(sys, 'argv', [str(SCRIPT), '--resume', 'finished', '--run.tracker', 'none'])
+    runpy.run_path(str(SCRIPT), run_name='__main__')
+    assert f'Resuming after epoch {EPOCHS}' in capsys.readouterr().out
+    assert (copy / 'model.safetensors').read_bytes() == (full[0] / 'model.safetensors').read_bytes()
+    assert read_metrics(copy) == read_metrics(full[0])
+
+
+def test_diverging_run_says_so(workplace, monkeypatch, capsys):
+    arguments = ['--config', 'tiny.yaml', '--optim.lr', '1e30', '--method.slow_start_epochs', '0', '--knn.every', '0']
+    monkeypatch.setattr(sys, 'argv', [str(SCRIPT), *arguments, '--run.name', 'diverging'])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name='__main__')
+    assert end.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith('error: '))
+    assert 'lower optim.lr' in line
+    assert not (workplace / 'runs' / 'diverging' / 'model.safetensors').exists()
