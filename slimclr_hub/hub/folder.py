@@ -38,12 +38,15 @@ def save_folder(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix='.partial-') as name:
         partial = Path(name)
+        model_args: dict[str, object] = {'widths': model.widths, 'head': model.head}
+        if model.width != model.widths[0]:  # the default, which also suits whoever asks for other widths
+            model_args['width'] = model.width
         tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
         save_file(tensors, partial / 'model.safetensors', metadata={'format': 'pt'})
         save_config_for_hf(
             model,
             str(partial / 'config.json'),
-            model_args={'widths': model.widths, 'width': model.width, 'head': model.head},
+            model_args=model_args,
             data_config={'input_size': (model.in_chans, size, size), 'mean': mean, 'std': std, 'crop_pct': crop_pct},
         )
         config = json.loads((partial / 'config.json').read_text())

@@ -21,8 +21,11 @@ def proportional(widths: Sequence[float]) -> list[float]:
 
 
 def cumulative(widths: Sequence[float]) -> list[float]:
-    """(4): in proportion to one plus the sum of this and all smaller widths, n in total."""
-    raw = [1.0 + sum(widths[i:]) for i in range(len(widths))]
+    """(4): in proportion to one plus the sum of all smaller widths, n in total.
+
+    The paper's formula lets the sum begin at the width itself; its printed values, and the reference code, do not.
+    """
+    raw = [1.0 + sum(widths[i + 1 :]) for i in range(len(widths))]
     return [len(widths) * value / sum(raw) for value in raw]
 
 

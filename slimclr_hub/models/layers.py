@@ -46,7 +46,7 @@ class SlimmableConv2d(nn.Conv2d):
         """[N, in * width, H, W] -> [N, out * width, H', W']."""
         out_channels = scale_channels(self.full_out_channels, width)
         in_channels = scale_channels(self.full_in_channels, width) if self.slim_in else self.in_channels
-        weight = _leading(self.weight, out_channels, in_channels)
+        weight = _leading(self.weight, (self.out_channels, self.in_channels), (out_channels, in_channels))
         bias = None if self.bias is None else self.bias[:out_channels]
         return self._conv_forward(x, weight, bias)
 
@@ -87,7 +87,8 @@ class SlimmableLinear(nn.Linear):
         out_features = scale_channels(self.full_out_features, width) if self.slim_out else self.out_features
         in_features = scale_channels(self.full_in_features, width) if self.slim_in else self.in_features
         bias = None if self.bias is None else self.bias[:out_features]
-        return F.linear(x, _leading(self.weight, out_features, in_features), bias)
+        weight = _leading(self.weight, (self.out_features, self.in_features), (out_features, in_features))
+        return F.linear(x, weight, bias)
 
 
 class SwitchableBatchNorm2d(nn.ModuleDict):
@@ -144,8 +145,7 @@ class SlimmableSequential(nn.Sequential):
         return x
 
 
-def _leading(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+def _leading(weight: torch.Tensor, held: tuple[int, int], wanted: tuple[int, int]) -> torch.Tensor:
     # A slice that takes everything would still cost a node in the graph and a zero-filled gradient in the backward.
-    if weight.shape[0] == rows and weight.shape[1] == columns:
-        return weight
-    return weight[:rows, :columns]
+    # The sizes come as numbers, not from the tensor, so that torch.fx can trace through.
+    return weight if wanted == held else weight[: wanted[0], : wanted[1]]

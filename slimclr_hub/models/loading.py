@@ -8,7 +8,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.models.dense import DenseResNet
 from slimclr_hub.models.slimmable_resnet import SlimmableResNet
 from slimclr_hub.models.widths import width_key
-from slimclr_hub.weights.slices import is_switched, leading, switch_name
+from slimclr_hub.weights.slices import is_switched, leading, switch_name, unswitch_name
 
 _FIRST_CONV = 'conv1.weight'
 _NAMED_AT_MOST = 5
@@ -50,15 +50,13 @@ def checkpoint_filter_fn(
             shape = (shape[0], *tensor.shape[1:])
         if name.startswith('fc.') and tensor.shape[0] != shape[0]:
             continue
-        if not _is_slice(shape, tensor.shape, ratio):
+        # What belongs to one width is never sliced.
+        if not _is_slice(shape, tensor.shape, 1.0 if len(shape) == 1 or is_switched(source) else ratio):
             problems.append(f'{source} has shape {list(tensor.shape)}, {list(shape)} or its multiple is needed')
             continue
         fitted[name] = leading(tensor, shape)
-    problems += [
-        f'unexpected {name}'
-        for name in tensors
-        if name not in used and not name.startswith('fc.') and not is_switched(name)
-    ]
+    known = {unswitch_name(name) for name in used} | {'fc.weight', 'fc.bias'}
+    problems += [f'unexpected {name}' for name in tensors if unswitch_name(name) not in known]
     if problems:
         more = f' and {len(problems) - _NAMED_AT_MOST} more' if len(problems) > _NAMED_AT_MOST else ''
         raise InputError(f'the weights do not fit: {"; ".join(problems[:_NAMED_AT_MOST])}{more}')
@@ -66,6 +64,7 @@ def checkpoint_filter_fn(
 
 
 def _is_slice(shape: Sequence[int], source: Sequence[int], ratio: float) -> bool:
-    return len(shape) == len(source) and all(
-        n == whole or abs(n - whole * ratio) < 1 for n, whole in zip(shape, source, strict=True)
+    # Channels are sliced, kernels are not.
+    return tuple(shape[2:]) == tuple(source[2:]) and all(
+        n == whole or abs(n - whole * ratio) < 1 for n, whole in zip(shape[:2], source[:2], strict=True)
     )

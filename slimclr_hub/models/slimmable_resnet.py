@@ -218,7 +218,8 @@ class SlimmableResNet(nn.Module):
             raise InputError(f'output_stride {output_stride} is not 8, 16 or 32')
         factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         self._widths = check_widths(widths)
-        self._width = self._widths[0] if width is None else check_width(width, self._widths)
+        # An index rather than the float: torch.compile would make a float that changes a dynamic input of the graph.
+        self._active = 0 if width is None else self._widths.index(check_width(width, self._widths))
         self._block = block
         self._layers = tuple(layers)
         self._channels = tuple(channels)
@@ -249,7 +250,7 @@ class SlimmableResNet(nn.Module):
         self.full_features: int = self._feature_info[-1]['num_chs']
 
         self.head = head
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self._make_head(num_classes, global_pool, factory)
         self.init_weights(zero_init_last=zero_init_last)
 
@@ -304,7 +305,7 @@ class SlimmableResNet(nn.Module):
     def _make_head(self, num_classes: int, global_pool: str, factory: dict[str, Any]) -> None:
         self.num_classes = num_classes
         if global_pool != self.global_pool.pool_type:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         multiplier = self.global_pool.feat_mult()
         self.fc: nn.Module
         if self.head not in ('switchable', 'slimmable'):
@@ -343,7 +344,7 @@ class SlimmableResNet(nn.Module):
     @property
     def width(self) -> float:
         """The active width, at which `forward` runs."""
-        return self._width
+        return self._widths[self._active]
 
     def set_width(self, width: float) -> WidthSwitch:
         """Switch the active width; `with model.set_width(0.5): ...` switches back on leaving.
@@ -351,14 +352,14 @@ class SlimmableResNet(nn.Module):
         Raises:
             InputError: The network does not hold `width`; the message lists those that it does.
         """
-        previous = self._width
-        self._width = check_width(width, self._widths)
+        previous = self.width
+        self._active = self._widths.index(check_width(width, self._widths))
         return WidthSwitch(self, previous)
 
     @property
     def num_features(self) -> int:
         """Channels of the last feature map at the active width."""
-        return scale_channels(self.full_features, self._width)
+        return scale_channels(self.full_features, self.width)
 
     @property
     def head_hidden_size(self) -> int:
@@ -368,13 +369,13 @@ class SlimmableResNet(nn.Module):
     @property
     def feature_info(self) -> list[dict[str, Any]]:
         """Channels, reduction and module of each feature level, at the active width."""
-        return [{**info, 'num_chs': scale_channels(info['num_chs'], self._width)} for info in self._feature_info]
+        return [{**info, 'num_chs': scale_channels(info['num_chs'], self.width)} for info in self._feature_info]
 
     # Forward
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run the active width: [N, C, H, W] -> [N, num_classes], or pooled features where there is no head."""
-        return self._forward_at(x, self._width)
+        return self._forward_at(x, self.width)
 
     def forward_at(self, x: torch.Tensor, width: float) -> torch.Tensor:
         """Run `width` without switching to it.
@@ -394,11 +395,11 @@ class SlimmableResNet(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """[N, C, H, W] -> the last feature map [N, num_features, H / reduction, W / reduction]."""
-        return self._forward_features(x, self._width)
+        return self._forward_features(x, self.width)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Pool a feature map and classify it; with `pre_logits` only pool."""
-        return self._forward_head(x, self._width, pre_logits)
+        return self._forward_head(x, self.width, pre_logits)
 
     def _forward_at(self, x: torch.Tensor, width: float) -> torch.Tensor:
         return self._forward_head(self._forward_features(x, width), width)
@@ -455,13 +456,13 @@ class SlimmableResNet(nn.Module):
         if output_fmt != 'NCHW':
             raise InputError(f"output_fmt {output_fmt!r} is not 'NCHW'")
         taken, last = feature_take_indices(len(self._feature_info), indices)
-        x = self._forward_stem(x, self._width)
+        x = self._forward_stem(x, self.width)
         intermediates = [x] if 0 in taken else []
         x = self.maxpool(x)
         for level, stage in enumerate(self._stages(), start=1):
             if stop_early and level > last:
                 break
-            x = self._forward_stage(stage, x, self._width)
+            x = self._forward_stage(stage, x, self.width)
             if level in taken:
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)

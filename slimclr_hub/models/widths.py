@@ -43,11 +43,11 @@ def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
 
 
 def check_width(width: float, widths: tuple[float, ...]) -> float:
-    """Return `width` as a float if it is one of `widths`.
+    """The one of `widths` that equals `width`, itself a constant for torch.compile.
 
     Raises:
         InputError: It is not; the message lists those that are.
     """
     if width not in widths:
         raise InputError(f"width {width!r} is not one of this network's widths, {', '.join(map(str, widths))}")
-    return float(width)
+    return widths[widths.index(width)]

@@ -17,6 +17,11 @@ def switch_name(name: str, key: str) -> str:
     return f'{module}.{key}.{leaf}'
 
 
+def unswitch_name(name: str) -> str:
+    """Name of a slimmable network's tensor without the width it belongs to, if it belongs to one."""
+    return _SWITCHED.sub('.', name)
+
+
 def is_switched(name: str) -> bool:
     """Whether a slimmable network's tensor belongs to one width alone, as `layer1.0.bn1.w050.weight` does."""
     return _SWITCHED.search(name) is not None
