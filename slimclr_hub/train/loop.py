@@ -211,7 +211,10 @@ class _Trainer:
         }
         self.timed_step, self.timed_at = self.step, now
         progress.set_postfix(
-            epoch=epoch + 1, info_nce=f'{values[f"info_nce/{self.schedule.widths[0]:g}"]:.3f}', lr=f'{values["lr"]:.2g}'
+            refresh=False,
+            epoch=epoch + 1,
+            info_nce=f'{values[f"info_nce/{self.schedule.widths[0]:g}"]:.3f}',
+            lr=f'{values["lr"]:.2g}',
         )
         self.folder.write_metrics({'kind': 'train', 'epoch': epoch + 1, 'step': self.step, **values})
         self.accelerator.log({f'train/{name}': value for name, value in values.items()}, step=self.step)

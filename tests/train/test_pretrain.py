@@ -351,6 +351,7 @@ def test_single_width_on_a_flat_folder(place):
     printed = launch_well(
         place, '--data.name', 'folder', '--data.root', 'flat', '--model.widths', '[0.5]', '--optim.epochs', '1',
         '--data.channels', '3', '--data.mean', '[0.5, 0.5, 0.5]', '--data.std', '[0.5, 0.5, 0.5]',
+        '--run.precision', 'bf16',
     )  # fmt: skip
     # The name of choice was taken.
     assert not any(taken.iterdir())
