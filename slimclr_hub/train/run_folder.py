@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.train.config import PretrainConfig
@@ -149,8 +150,6 @@ def _make_folder(config: PretrainConfig) -> Path:
 
 
 def _agree(chosen: list[Any], accelerator: Accelerator) -> Path:
-    from accelerate.utils import broadcast_object_list
-
     result = broadcast_object_list(chosen)[0]
     if isinstance(result, Exception):
         raise result

@@ -25,8 +25,7 @@ def make_backbone(config: ModelConfig, in_chans: int) -> SlimmableResNet:
         backbone = timm.create_model(name, num_classes=0, in_chans=in_chans, widths=config.widths, **config.args)
     except (TypeError, RuntimeError) as error:
         raise InputError(f'model.name {name}, model.args {config.args}: {error}') from error
-    if not isinstance(backbone, SlimmableResNet):
-        raise InputError(f'model.name {name!r} is not slimmable; these are: {", ".join(_slimmable())}')
+    assert isinstance(backbone, SlimmableResNet)
     return backbone
 
 
