@@ -18,7 +18,7 @@ HEAVY = {'transformers', 'datasets', 'matplotlib', 'mmdet', 'accelerate', 'jsona
 BELOW = {
     'errors': set(),
     'version': set(),
-    'weights': {'errors'},
+    'weights': {'errors', 'version'},
     'models': {'errors', 'weights'},
     'hub': {'errors', 'version', 'weights', 'models'},
     'methods': {'errors', 'weights', 'models'},

@@ -5,6 +5,7 @@ stem is fixed at 64 channels, so stem and stages are built here, from timm's own
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet, make_blocks
 from torch import nn
 
 from slimclr_hub.errors import InputError
+from slimclr_hub.models.loading import load_file
 from slimclr_hub.models.widths import scale_channels
 
 
@@ -31,6 +33,8 @@ class DenseResNet(ResNet):
         zero_init_last: Start the last normalisation of each block at zero.
         kwargs: `num_classes`, `global_pool`, `drop_rate`, as in timm's ResNet.
     """
+
+    pretrained_cfg: dict[str, Any]  # set by timm's factory
 
     def __init__(
         self,
@@ -86,6 +90,10 @@ class DenseResNet(ResNet):
             info = [{**stage, 'reduction': stage['reduction'] // 4} for stage in info]
         self.feature_info = [{'num_chs': scaled[0], 'reduction': stride, 'module': 'act1'}, *info]
         self.init_weights(zero_init_last=zero_init_last)
+
+    def load_pretrained(self, path: str | Path) -> None:
+        """Load from a safetensors file, of a slimmable network or of one like this; see `loading.load_file`."""
+        load_file(self, Path(path))
 
     def forward_intermediates(
         self,

@@ -1,22 +1,38 @@
 """Fitting a file of tensors to a network, strictly: what does not fit is an error that names the tensor."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from timm.models import adapt_input_conv
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.models.dense import DenseResNet
-from slimclr_hub.models.slimmable_resnet import SlimmableResNet
-from slimclr_hub.models.widths import width_key
-from slimclr_hub.weights.slices import is_switched, leading, switch_name, unswitch_name
+from slimclr_hub.weights.layouts import layout_of, shorten
+from slimclr_hub.weights.slices import leading, switch_name, switched_key, unswitch_name, width_key
+from slimclr_hub.weights.tensor_file import TensorFile
 
-_FIRST_CONV = 'conv1.weight'
-_NAMED_AT_MOST = 5
+FIRST_CONV = 'conv1.weight'
+_HEAD = 'fc.'
+
+Shapes = Mapping[str, Sequence[int]]
 
 
-def checkpoint_filter_fn(
-    tensors: Mapping[str, torch.Tensor], model: SlimmableResNet | DenseResNet
-) -> dict[str, torch.Tensor]:
+class Loadable(Protocol):
+    """What loading needs to know of a network, slimmable or dense."""
+
+    in_chans: int
+    pretrained_cfg: dict[str, Any]
+
+    @property
+    def width(self) -> float:
+        """Its active or only width."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Its tensors by name."""
+
+
+def checkpoint_filter_fn(tensors: Mapping[str, torch.Tensor], model: Loadable) -> dict[str, torch.Tensor]:
     """Cut a slimmable network's tensors to those of `model`, which may hold fewer widths or be dense.
 
     A head of other classes is left out, as timm does; the first convolution keeps its input channels, which timm
@@ -29,42 +45,131 @@ def checkpoint_filter_fn(
     Raises:
         InputError: A tensor is missing, misshapen or not expected; the message names it.
     """
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    key = width_key(model.width)
-    if _FIRST_CONV not in tensors:
-        raise InputError(f'{_FIRST_CONV} is missing: this is not a file of a {type(model).__name__}')
-    ratio = wanted[_FIRST_CONV][0] / tensors[_FIRST_CONV].shape[0]
+    wanted = _shapes(model.state_dict())
+    sources = fit(wanted, _shapes(tensors), model.width)
+    fitted = {}
+    for name, source in sources.items():
+        shape = wanted[name]
+        if name == FIRST_CONV:
+            shape = (shape[0], *tensors[source].shape[1:])
+        fitted[name] = leading(tensors[source], shape)
+    return fitted
 
-    fitted, used, problems = {}, set(), []
+
+@torch.no_grad()
+def load_file(model: Loadable, path: Path) -> None:
+    """Load a network's tensors from a safetensors file, of which only the slices that it needs are read.
+
+    A head of other classes than the file's stays as it is; a first convolution for other image channels is adapted as
+    timm does. Nothing of the network changes if anything does not fit.
+
+    Args:
+        model: A network of timm's factory.
+        path: File of a slimmable network, or of a network just like `model`.
+
+    Raises:
+        InputError: The file is not whole, or a tensor is missing, misshapen or not expected.
+    """
+    state = model.state_dict()
+    held = sum(tensor.nbytes for tensor in state.values())
+    with TensorFile(path, economical=2 * held < path.stat().st_size) as file:
+        try:
+            sources = fit(_shapes(state), file.shapes, model.width)
+            if expects_head(model):
+                absent = [name for name in state if name.startswith(_HEAD) and name not in sources]
+                if absent:
+                    raise InputError(f'the weights do not fit: missing {shorten(absent)}')
+        except InputError as error:
+            raise InputError(f'{path}: {error}') from error
+        for name, source in sources.items():
+            shape = state[name].shape
+            if name == FIRST_CONV:
+                part = read_first_conv(file, slice(0, shape[0]), model.in_chans)
+            else:
+                part = file.leading(source, shape)
+            state[name].copy_(part)
+
+
+def expects_head(model: Loadable) -> bool:
+    """Whether the head of a network from timm's factory is to come from its weights, rather than be a new one."""
+    num_classes = getattr(model, 'num_classes', 0)
+    return num_classes > 0 and model.pretrained_cfg.get('num_classes') == num_classes
+
+
+def read_first_conv(file: TensorFile, rows: slice, in_chans: int) -> torch.Tensor:
+    """Some output channels of the first convolution, adapted to images of `in_chans` channels as timm does."""
+    weight = file.part(FIRST_CONV, [rows])
+    return adapt_input_conv(in_chans, weight, base_chans=weight.shape[1])
+
+
+def fit(wanted: Shapes, available: Shapes, width: float) -> dict[str, str]:
+    """For each tensor of a network, the tensor of the file whose leading block it is.
+
+    A head is left out where the file has none, or one of other classes.
+
+    Args:
+        wanted: Names and shapes of the network's tensors.
+        available: Names and shapes in the file.
+        width: The network's width, if it is dense.
+
+    Raises:
+        InputError: A tensor is missing, misshapen or not expected; the message names it.
+    """
+    if FIRST_CONV not in available:
+        raise InputError(f'{FIRST_CONV} is missing: these are not the weights of such a network')
+    key = width_key(width)
+    ratio = wanted[FIRST_CONV][0] / available[FIRST_CONV][0]
+    for_each_width = {unswitch_name(name) for name in available if switched_key(name)}
+    fitted: dict[str, str] = {}
+    problems = []
     for name, shape in wanted.items():
-        source = name
-        if isinstance(model, DenseResNet) and name not in tensors:
-            source = switch_name(name, key)
-        if source not in tensors:
-            if not name.startswith('fc.'):
+        source = switch_name(name, key) if name in for_each_width else name
+        if source not in available:
+            if not name.startswith(_HEAD):
                 problems.append(f'missing {source}')
             continue
-        used.add(source)
-        tensor = tensors[source]
-        if name == _FIRST_CONV:
-            shape = (shape[0], *tensor.shape[1:])
-        if name.startswith('fc.') and tensor.shape[0] != shape[0]:
+        other = available[source]
+        if name.startswith(_HEAD) and other[0] != shape[0]:
             continue
+        if name == FIRST_CONV:
+            shape = (shape[0], *other[1:])
         # What belongs to one width is never sliced.
-        if not _is_slice(shape, tensor.shape, 1.0 if len(shape) == 1 or is_switched(source) else ratio):
-            problems.append(f'{source} has shape {list(tensor.shape)}, {list(shape)} or its multiple is needed')
+        if not _is_slice(shape, other, 1.0 if len(shape) == 1 or switched_key(source) else ratio):
+            problems.append(f'{source} has shape {list(other)}, {list(shape)} or its multiple is needed')
             continue
-        fitted[name] = leading(tensor, shape)
-    known = {unswitch_name(name) for name in used} | {'fc.weight', 'fc.bias'}
-    problems += [f'unexpected {name}' for name in tensors if unswitch_name(name) not in known]
+        fitted[name] = source
+    known = {unswitch_name(name) for name in wanted} | {f'{_HEAD}weight', f'{_HEAD}bias'}
+    problems += [f'unexpected {name}' for name in available if unswitch_name(name) not in known]
     if problems:
-        more = f' and {len(problems) - _NAMED_AT_MOST} more' if len(problems) > _NAMED_AT_MOST else ''
-        raise InputError(f'the weights do not fit: {"; ".join(problems[:_NAMED_AT_MOST])}{more}')
+        raise InputError(f'the weights do not fit: {shorten(problems)}{_explain(wanted, available)}')
     return fitted
+
+
+def _explain(wanted: Shapes, available: Shapes) -> str:
+    # The tensors are named before; this is what they most likely amount to.
+    try:
+        ours, theirs = layout_of(wanted), layout_of(available)
+    except InputError:
+        return ''
+    if (ours.expansion, ours.stages) != (theirs.expansion, theirs.stages) or (
+        ours.widths and theirs.widths and ours.full_stem != theirs.full_stem
+    ):
+        return f'. The file is of {theirs}; the network is {ours}'
+    lacking = [str(width) for width in ours.widths if width not in theirs.widths]
+    if theirs.widths and lacking:
+        held = ', '.join(map(str, theirs.widths))
+        return f'. The file holds the widths {held}, not {", ".join(lacking)}; `calibrate_width` adds one to a network'
+    return ''
 
 
 def _is_slice(shape: Sequence[int], source: Sequence[int], ratio: float) -> bool:
     # Channels are sliced, kernels are not.
-    return tuple(shape[2:]) == tuple(source[2:]) and all(
-        n == whole or abs(n - whole * ratio) < 1 for n, whole in zip(shape[:2], source[:2], strict=True)
+    return (
+        len(shape) == len(source)
+        and tuple(shape[2:]) == tuple(source[2:])
+        and all(n == whole or abs(n - whole * ratio) < 1 for n, whole in zip(shape[:2], source[:2], strict=True))
     )
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -3,12 +3,15 @@
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 
+from slimclr_hub.errors import InputError
 from slimclr_hub.models.dense import DenseResNet
-from slimclr_hub.models.loading import checkpoint_filter_fn
+from slimclr_hub.models.factory import build
+from slimclr_hub.models.lazy import LazySlimmableResNet
 from slimclr_hub.models.slimmable_resnet import BasicBlock, Bottleneck, SlimmableFeatureGetter, SlimmableResNet
 from slimclr_hub.models.widths import DEFAULT_WIDTHS, width_key
+from slimclr_hub.weights.published import AUTHORS_REPOSITORY, LICENSE_NOTE, PAPER, PAPER_ID, PUBLISHED, hub_name
 
 __all__: list[str] = []
 
@@ -29,8 +32,8 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
         'first_conv': 'conv1',
         'classifier': 'fc',
         'license': 'apache-2.0',
-        'paper_name': 'Slimmable Networks for Contrastive Self-supervised Learning',
-        'paper_ids': 'arXiv:2209.15525',
+        'paper_name': PAPER,
+        'paper_ids': PAPER_ID,
         **kwargs,
     }
 
@@ -43,38 +46,56 @@ def _small_cfg(**kwargs: Any) -> dict[str, Any]:
     return _slimmable_cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, **kwargs)
 
 
+def _published(variant: str, cfg: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    # Every width of an architecture loads from the one file of its tag.
+    return {
+        f'{variant}.{tag}': {
+            **cfg,
+            'hf_hub_id': hub_name(tag),
+            'num_classes': network.num_classes,
+            'license': 'other',
+            'description': f'SlimCLR on {network.method}, {network.epochs} epochs on ImageNet-1k without labels',
+            'origin_url': AUTHORS_REPOSITORY,
+            'notes': (LICENSE_NOTE,),
+        }
+        for tag, network in PUBLISHED.items()
+    }
+
+
 default_cfgs = generate_default_cfgs(
     {
-        'slimclr_resnet50': _slimmable_cfg(),
+        **_published('slimclr_resnet50', _slimmable_cfg()),
         'slimclr_resnet101': _slimmable_cfg(),
         'slimclr_resnet152': _slimmable_cfg(),
         'slimclr_resnet20': _small_cfg(),
         'slimclr_resnet20x4': _small_cfg(),
-        'slimclr_resnet50_075': _cfg(),
-        'slimclr_resnet50_050': _cfg(),
-        'slimclr_resnet50_025': _cfg(),
+        **_published('slimclr_resnet50_075', _cfg()),
+        **_published('slimclr_resnet50_050', _cfg()),
+        **_published('slimclr_resnet50_025', _cfg()),
     }
 )
 
 
-def _slimmable(variant: str, pretrained: bool, arch: dict[str, Any], **kwargs: Any) -> SlimmableResNet:
+def _slimmable(
+    variant: str, pretrained: bool, arch: dict[str, Any], lazy: bool = False, **kwargs: Any
+) -> SlimmableResNet:
+    if lazy and not pretrained:
+        raise InputError('lazy=True reads widths from the weights when they are asked for; it needs pretrained=True')
     levels = tuple(range(len(arch['layers']) + 1))
-    return build_model_with_cfg(
-        SlimmableResNet,
+    return build(
+        LazySlimmableResNet if lazy else SlimmableResNet,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={'out_indices': levels, 'feature_cls': SlimmableFeatureGetter},
         **{**arch, **kwargs},
     )
 
 
 def _dense(variant: str, pretrained: bool, arch: dict[str, Any], **kwargs: Any) -> DenseResNet:
-    return build_model_with_cfg(
+    return build(
         DenseResNet,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={'feature_cls': 'getter'},
         **{'block': Bottleneck.dense, **arch, **kwargs},
     )

@@ -5,6 +5,7 @@ Yu et al. 2019 (https://arxiv.org/abs/1812.08928) and He et al. 2016 (https://ar
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -25,8 +26,12 @@ from slimclr_hub.models.layers import (
     SwitchableBatchNorm2d,
     SwitchableLinear,
 )
+from slimclr_hub.models.loading import load_file
 from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_width, check_widths, scale_channels, width_key
 from slimclr_hub.weights.slices import dense_tensors
+
+HEAD_STD = 0.01
+"""Standard deviation of a new head's weights."""
 
 
 class BasicBlock(nn.Module):
@@ -179,6 +184,7 @@ class SlimmableResNet(nn.Module):
         channels: Channels of each stage at width 1.0, before the block's expansion; the stem has those of the first.
         widths: The widths to hold, in any order.
         width: The width that is active at first; the largest unless given.
+        held: Those of the widths to have tensors for; all unless given. `LazySlimmableResNet` begins with one.
         head: `switchable`, a linear layer for each width, or `slimmable`, one whose inputs are sliced.
         num_classes: Classes; 0 for no head.
         in_chans: Channels of the images.
@@ -193,6 +199,8 @@ class SlimmableResNet(nn.Module):
         InputError: A width, head or output stride that does not exist.
     """
 
+    pretrained_cfg: dict[str, Any]  # set by timm's factory
+
     def __init__(
         self,
         block: type[BasicBlock] | type[Bottleneck],
@@ -201,6 +209,7 @@ class SlimmableResNet(nn.Module):
         *,
         widths: Sequence[float] = DEFAULT_WIDTHS,
         width: float | None = None,
+        held: Sequence[float] | None = None,
         head: str = 'switchable',
         num_classes: int = 1000,
         in_chans: int = 3,
@@ -218,6 +227,7 @@ class SlimmableResNet(nn.Module):
             raise InputError(f'output_stride {output_stride} is not 8, 16 or 32')
         factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         self._widths = check_widths(widths)
+        self._held = self._widths if held is None else check_widths(held)
         # An index rather than the float: torch.compile would make a float that changes a dynamic input of the graph.
         self._active = 0 if width is None else self._widths.index(check_width(width, self._widths))
         self._block = block
@@ -238,11 +248,11 @@ class SlimmableResNet(nn.Module):
             stride=stride,
             padding=kernel // 2,
             bias=False,
-            max_width=self._widths[0],
+            max_width=self._held[0],
             slim_in=False,
             **factory,
         )
-        self.bn1 = SwitchableBatchNorm2d(channels[0], self._widths, **factory)
+        self.bn1 = SwitchableBatchNorm2d(channels[0], self._held, **factory)
         self.act1 = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         self._feature_info: list[dict[str, Any]] = [{'num_chs': channels[0], 'reduction': stride, 'module': 'act1'}]
@@ -277,17 +287,17 @@ class SlimmableResNet(nn.Module):
                             1,
                             stride=stride,
                             bias=False,
-                            max_width=self._widths[0],
+                            max_width=self._held[0],
                             **factory,
                         ),
-                        SwitchableBatchNorm2d(outplanes, self._widths, **factory),
+                        SwitchableBatchNorm2d(outplanes, self._held, **factory),
                     )
                 drop_path = self.drop_path_rate * index / (sum(self._layers) - 1)
                 blocks.append(
                     self._block(
                         inplanes,
                         planes,
-                        self._widths,
+                        self._held,
                         stride=stride if i == 0 else 1,
                         dilation=dilation,
                         first_dilation=previous_dilation,
@@ -313,12 +323,12 @@ class SlimmableResNet(nn.Module):
         if num_classes <= 0:
             self.fc = nn.Identity()
         elif self.head == 'switchable':
-            self.fc = SwitchableLinear(self.full_features, num_classes, self._widths, multiplier, **factory)
+            self.fc = SwitchableLinear(self.full_features, num_classes, self._held, multiplier, **factory)
         elif multiplier != 1:
             raise InputError(f"global_pool {global_pool!r} needs head='switchable': its halves do not slice")
         else:
             self.fc = SlimmableLinear(
-                self.full_features, num_classes, max_width=self._widths[0], slim_out=False, **factory
+                self.full_features, num_classes, max_width=self._held[0], slim_out=False, **factory
             )
         _init_linear(self.fc)
 
@@ -333,6 +343,10 @@ class SlimmableResNet(nn.Module):
                     assert isinstance(norm, nn.BatchNorm2d)
                     nn.init.zeros_(norm.weight)
         _init_linear(self.fc)
+
+    def load_pretrained(self, path: str | Path) -> None:
+        """Load from a safetensors file, of which this network may hold fewer widths; see `loading.load_file`."""
+        load_file(self, Path(path))
 
     # Widths
 
@@ -353,8 +367,12 @@ class SlimmableResNet(nn.Module):
             InputError: The network does not hold `width`; the message lists those that it does.
         """
         previous = self.width
-        self._active = self._widths.index(check_width(width, self._widths))
+        self._active = self._widths.index(self._ready(width))
         return WidthSwitch(self, previous)
+
+    def _ready(self, width: float) -> float:
+        # The one of the widths that equals `width`, with its tensors in place.
+        return check_width(width, self._widths)
 
     @property
     def num_features(self) -> int:
@@ -383,7 +401,7 @@ class SlimmableResNet(nn.Module):
         Raises:
             InputError: The network does not hold `width`.
         """
-        return self._forward_at(x, check_width(width, self._widths))
+        return self._forward_at(x, self._ready(width))
 
     def forward_widths(self, x: torch.Tensor, widths: Sequence[float] | None = None) -> dict[float, torch.Tensor]:
         """Run several widths on the same images; all of them unless named.
@@ -525,7 +543,7 @@ class SlimmableResNet(nn.Module):
         Raises:
             InputError: The network does not hold `width`.
         """
-        width = check_width(width, self._widths)
+        width = self._ready(width)
         dense = DenseResNet(
             self._block.dense,
             self._layers,
@@ -573,5 +591,5 @@ class SlimmableFeatureGetter(FeatureGetterNet):
 def _init_linear(head: nn.Module) -> None:
     for module in head.modules():
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.01)
+            nn.init.normal_(module.weight, std=HEAD_STD)
             nn.init.zeros_(module.bias)

@@ -4,23 +4,11 @@ from collections.abc import Iterable
 from math import isfinite
 
 from slimclr_hub.errors import InputError
+from slimclr_hub.weights.slices import WIDTH_DIGITS
+from slimclr_hub.weights.slices import scale_channels as scale_channels
+from slimclr_hub.weights.slices import width_key as width_key
 
 DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
-_DIGITS = 4
-
-
-def scale_channels(channels: int, width: float) -> int:
-    """Channels that width `width` uses out of `channels`: the first `int(channels * width)`.
-
-    The small addend keeps products such as 0.29 * 100 = 28.999... from losing a channel to rounding.
-    """
-    return int(channels * width + 1e-6)
-
-
-def width_key(width: float) -> str:
-    """Name of a width in module and parameter names: 1.0 -> `w100`, 0.25 -> `w025`, 0.125 -> `w0125`."""
-    digits = f'{width:.{_DIGITS}f}'.replace('.', '').rstrip('0')
-    return f'w{digits:0<3}'
 
 
 def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
@@ -35,8 +23,10 @@ def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
     for width in widths:
         if not (isfinite(width) and 0 < width <= 1):
             raise InputError(f'width {width:g} is outside (0, 1]')
-        if round(width, _DIGITS) != width:
-            raise InputError(f'width {width!r} has more than {_DIGITS} decimals; give {round(width, _DIGITS)}')
+        if round(width, WIDTH_DIGITS) != width:
+            raise InputError(
+                f'width {width!r} has more than {WIDTH_DIGITS} decimals; give {round(width, WIDTH_DIGITS)}'
+            )
     if len(set(widths)) != len(widths):
         raise InputError(f'widths {widths} names a width twice')
     return widths

@@ -5,7 +5,29 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-_SWITCHED = re.compile(r'\.w\d{3,5}\.')
+WIDTH_DIGITS = 4
+"""Decimals of a width that its key can tell."""
+
+_SWITCHED = re.compile(r'\.(w\d{3,5})\.')
+
+
+def scale_channels(channels: int, width: float) -> int:
+    """Channels that width `width` uses out of `channels`: the first `int(channels * width)`.
+
+    The small addend keeps products such as 0.29 * 100 = 28.999... from losing a channel to rounding.
+    """
+    return int(channels * width + 1e-6)
+
+
+def width_key(width: float) -> str:
+    """Name of a width in module and parameter names: 1.0 -> `w100`, 0.25 -> `w025`, 0.125 -> `w0125`."""
+    digits = f'{width:.{WIDTH_DIGITS}f}'.replace('.', '').rstrip('0')
+    return f'w{digits:0<3}'
+
+
+def key_width(key: str) -> float:
+    """The width that `width_key` named: `w025` -> 0.25."""
+    return float(f'{key[1]}.{key[2:]}')
 
 
 def switch_name(name: str, key: str) -> str:
@@ -22,9 +44,10 @@ def unswitch_name(name: str) -> str:
     return _SWITCHED.sub('.', name)
 
 
-def is_switched(name: str) -> bool:
-    """Whether a slimmable network's tensor belongs to one width alone, as `layer1.0.bn1.w050.weight` does."""
-    return _SWITCHED.search(name) is not None
+def switched_key(name: str) -> str | None:
+    """Key of the width that a tensor belongs to, `w050` for `layer1.0.bn1.w050.weight`; none where all share it."""
+    match = _SWITCHED.search(name)
+    return match[1] if match else None
 
 
 def leading(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

@@ -1,0 +1,201 @@
+"""A slimmable network that holds the widths it was asked for, and reads others from its file when they are."""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimclr_hub.errors import InputError
+from slimclr_hub.models.layers import SlimmableConv2d, SlimmableLinear, SwitchableBatchNorm2d, SwitchableLinear
+from slimclr_hub.models.loading import FIRST_CONV, expects_head, load_file, read_first_conv
+from slimclr_hub.models.slimmable_resnet import HEAD_STD, SlimmableResNet
+from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_width, check_widths, scale_channels, width_key
+from slimclr_hub.weights.layouts import layout_of
+from slimclr_hub.weights.tensor_file import TensorFile
+
+# Given the tensor that grows, and rows and columns of the larger one: those rows and columns.
+Reader = Callable[[torch.Tensor, slice, slice], torch.Tensor]
+
+
+class LazySlimmableResNet(SlimmableResNet):
+    """What `timm.create_model('slimclr_resnet50', pretrained=True, width=0.25, lazy=True)` builds.
+
+    It has the tensors of one width; `set_width`, `forward_at`, `forward_widths` and `extract` read from the safetensors
+    file what another one needs beyond them, and keep it. What is held already stays as it is, fine-tuned or not.
+    Parameters that grow are new ones, which an optimizer made before does not know: to train, take the network without
+    `lazy`, or call `hold` first.
+
+    Args:
+        block: As in `SlimmableResNet`.
+        layers: As in `SlimmableResNet`.
+        channels: As in `SlimmableResNet`.
+        widths: The widths to choose from.
+        width: The one to begin with; the largest unless given.
+        kwargs: As in `SlimmableResNet`.
+    """
+
+    def __init__(
+        self,
+        block: Any,
+        layers: Sequence[int],
+        channels: Sequence[int] = (64, 128, 256, 512),
+        *,
+        widths: Sequence[float] = DEFAULT_WIDTHS,
+        width: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        widths = check_widths(widths)
+        first = widths[0] if width is None else check_width(width, widths)
+        super().__init__(block, layers, channels, widths=widths, width=first, held=(first,), **kwargs)
+        self._path: Path | None = None
+        self._stamp: tuple[int, int] | None = None
+        self._head_from_file = False
+
+    def load_pretrained(self, path: str | Path) -> None:
+        """Load the widths that are held, and remember the file for the others.
+
+        Raises:
+            InputError: The file does not fit, or lacks one of the widths.
+        """
+        path = Path(path).resolve()
+        load_file(self, path)
+        with TensorFile(path) as file:
+            there = layout_of(file.shapes).widths
+        if lacking := [str(width) for width in self._widths if width not in there]:
+            raise InputError(f'{path} holds the widths {", ".join(map(str, there))}, not {", ".join(lacking)}')
+        self._path, self._stamp = path, _stamp(path)
+        self._head_from_file = expects_head(self)
+
+    @property
+    def held(self) -> tuple[float, ...]:
+        """The widths whose tensors are in memory, in descending order."""
+        return self._held
+
+    def hold(self, widths: Iterable[float] | None = None) -> None:
+        """Read what is missing for `widths`, all of them unless given.
+
+        Raises:
+            InputError: The network has no such width, or its file is not there any more or was changed.
+        """
+        wanted = {check_width(width, self._widths) for width in (self._widths if widths is None else widths)}
+        for width in sorted(wanted - set(self._held)):
+            self._grow(width)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, head: str | None = None) -> None:
+        """As in `SlimmableResNet`; widths that are read later get a new head too."""
+        super().reset_classifier(num_classes, global_pool, head)
+        self._head_from_file = False
+
+    def _ready(self, width: float) -> float:
+        width = super()._ready(width)
+        if width not in self._held:
+            self._grow(width)
+        return width
+
+    @torch.no_grad()
+    def _grow(self, width: float) -> None:
+        if self._path is None:
+            raise InputError('this network has not been loaded from a file yet; see load_pretrained')
+        if not self._path.is_file() or _stamp(self._path) != self._stamp:
+            raise InputError(f'{self._path} was removed or changed after it had been opened; create the network anew')
+        largest = max(width, *self._held)
+        # All is read before anything changes, so that a failure leaves the network as it was.
+        with TensorFile(self._path, economical=True) as file:
+            weights = {
+                module: _grown(module.weight, _size(module, largest), self._reader(file, name))
+                for name, module in self.named_modules()
+                if isinstance(module, SlimmableConv2d | SlimmableLinear)
+            }
+            siblings = {
+                switch: self._sibling(file, name, switch, width)
+                for name, switch in self.named_modules()
+                if isinstance(switch, SwitchableBatchNorm2d | SwitchableLinear)
+            }
+        for module, weight in weights.items():
+            _set_tensor(module, 'weight', weight)
+            _set_sizes(module)
+        for switch, sibling in siblings.items():
+            switch[width_key(width)] = sibling
+        self._held = tuple(sorted({*self._held, width}, reverse=True))
+
+    def _sibling(self, file: TensorFile, name: str, switch: nn.ModuleDict, width: float) -> nn.Module:
+        # A copy of another width's, so that its class, mode, device and dtype are those that the user has given it.
+        sibling = copy.deepcopy(switch[width_key(self._held[0])])
+        for leaf, old in [*sibling.named_parameters(), *sibling.named_buffers()]:
+            if name == 'fc' and not self._head_from_file:
+                inputs = scale_channels(self.full_features, width) * self.global_pool.feat_mult()
+                new = torch.zeros_like(old) if old.ndim == 1 else _new_head(old, (old.shape[0], inputs))
+            else:
+                new = _like(old, file.whole(f'{name}.{width_key(width)}.{leaf}'))
+            _set_tensor(sibling, leaf, new)
+        _set_sizes(sibling)
+        return sibling
+
+    def _reader(self, file: TensorFile, name: str) -> Reader:
+        if f'{name}.weight' == FIRST_CONV:
+            return lambda old, rows, _: read_first_conv(file, rows, self.in_chans)
+        if name == 'fc' and not self._head_from_file:
+            return lambda old, rows, columns: _new_head(old, (rows.stop - rows.start, columns.stop - columns.start))
+        return lambda old, rows, columns: file.part(f'{name}.weight', (rows, columns))
+
+
+def _size(module: SlimmableConv2d | SlimmableLinear, width: float) -> tuple[int, int]:
+    """Output and input channels that a layer needs at `width`."""
+    if isinstance(module, SlimmableConv2d):
+        inputs = scale_channels(module.full_in_channels, width) if module.slim_in else module.in_channels
+        return scale_channels(module.full_out_channels, width), inputs
+    inputs = scale_channels(module.full_in_features, width) if module.slim_in else module.in_features
+    return scale_channels(module.full_out_features, width) if module.slim_out else module.out_features, inputs
+
+
+def _grown(old: torch.Tensor, size: tuple[int, int], read: Reader) -> torch.Tensor:
+    """`old` as the leading block of a tensor of `size`, the rest of which is read."""
+    rows, columns = old.shape[:2]
+    if size == (rows, columns):
+        return old
+    layout = torch.channels_last if old.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    if old.is_contiguous():
+        layout = torch.contiguous_format
+    new = torch.empty((*size, *old.shape[2:]), dtype=old.dtype, device=old.device, memory_format=layout)
+    new[:rows, :columns] = old
+    if size[0] > rows:
+        new[rows:] = read(old, slice(rows, size[0]), slice(0, size[1]))
+    if size[1] > columns:
+        new[:rows, columns:] = read(old, slice(0, rows), slice(columns, size[1]))
+    return new
+
+
+def _new_head(like: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return nn.init.normal_(torch.empty(size, dtype=like.dtype, device=like.device), std=HEAD_STD)
+
+
+def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    # A copy in any case: what is read is backed by the file.
+    return torch.empty(new.shape, dtype=old.dtype, device=old.device).copy_(new)
+
+
+def _set_tensor(module: nn.Module, leaf: str, new: torch.Tensor) -> None:
+    old = getattr(module, leaf)
+    if new is old:
+        return
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    setattr(module, leaf, new)
+
+
+def _set_sizes(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        module.out_channels, module.in_channels = module.weight.shape[:2]
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        assert module.running_mean is not None
+        module.num_features = len(module.running_mean)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

@@ -1,0 +1,142 @@
+"""Tensors of others' checkpoints, under this package's names."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from slimclr_hub.errors import InputError
+from slimclr_hub.weights.layouts import ARCHITECTURES, backbone_name, check_complete, shorten
+from slimclr_hub.weights.slices import leading, scale_channels, switch_name, switched_key, width_key
+
+ENCODERS = ('online', 'momentum')
+"""Networks that a pre-training checkpoint holds: the one that was trained, and its moving average."""
+
+_PREFIXES = {
+    # MoCo v2, MoCo v3, and a detector's or this package's backbone; a bare network has none.
+    'online': ('encoder_q.', 'base_encoder.', 'backbone.', ''),
+    'momentum': ('encoder_k.', 'momentum_encoder.'),
+}
+_FIRST = 'conv1.weight'
+_AUTHORS_NORM = re.compile(r'^(.*\.|)bn\.(\d+)\.weight$')
+_AUTHORS_BLOCK = re.compile(r'^features\.(\d+)\.')
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def convert(
+    tensors: Tensors, encoder: str = 'online', widths: Sequence[float] = (1.0, 0.75, 0.5, 0.25)
+) -> dict[str, torch.Tensor]:
+    """A slimmable ResNet's tensors in this package's names, out of a checkpoint of another kind.
+
+    It takes the authors' checkpoints (pre-training by MoCo v2 and v3, the switchable probe, Mask R-CNN), plain
+    ResNets of timm or torchvision, pre-training checkpoints of MoCo v2 and v3, and this package's own. All with or
+    without `module.`. Heads of pre-training are left out, the switchable probe is kept.
+
+    A plain network gives the start of slimmable training: its convolutions, and for each of `widths` the leading part
+    of its normalisations; the narrow ones have seen no batch (`num_batches_tracked` is 0) and its head is left out.
+
+    Args:
+        tensors: State dict of the checkpoint.
+        encoder: `online` for the network that was trained, `momentum` for its moving average. Of that one, widths
+            whose normalisation has never seen a batch are left out.
+        widths: The widths to give to a plain network.
+
+    Raises:
+        InputError: It is none of these kinds, or not whole; a tensor that is missing, unexpected or misshapen is
+            named.
+    """
+    if encoder not in ENCODERS:
+        raise InputError(f'encoder {encoder!r} is not one of {", ".join(ENCODERS)}')
+    names = {name.removeprefix('module.'): tensor for name, tensor in tensors.items()}
+    body = _body(names, encoder)
+    if any(switched_key(name) for name in body):
+        ours = body
+    elif any(_AUTHORS_NORM.match(name) for name in body):
+        ours = _from_authors(body)
+    else:
+        ours = _from_plain(body, widths)
+    if encoder == 'momentum':
+        ours = _without_unseen(ours)
+    check_complete({name: tensor.shape for name, tensor in ours.items()})
+    return {name: tensor.contiguous() for name, tensor in ours.items()}
+
+
+def _body(names: Tensors, encoder: str) -> dict[str, torch.Tensor]:
+    for prefix in _PREFIXES[encoder]:
+        if prefix + _FIRST in names:
+            break
+    else:
+        wanted = ', '.join(prefix + _FIRST for prefix in _PREFIXES[encoder])
+        raise InputError(
+            f'no {encoder} network found: none of {wanted} is there; the tensors begin with {", ".join([*names][:3])}'
+        )
+    body = {name.removeprefix(prefix): tensor for name, tensor in names.items() if name.startswith(prefix)}
+    # The switchable probe is part of the network; any other head served pre-training, or is of one width alone.
+    return {
+        name: tensor
+        for name, tensor in body.items()
+        if not name.startswith('fc.') or name.startswith('fc.linears.') or switched_key(name)
+    }
+
+
+def _from_authors(body: Tensors) -> dict[str, torch.Tensor]:
+    blocks = 1 + max((int(match[1]) for name in body if (match := _AUTHORS_BLOCK.match(name))), default=-1)
+    stages = next((stages for expansion, stages, _ in ARCHITECTURES if expansion == 4 and sum(stages) == blocks), ())
+    if blocks and not stages:
+        raise InputError(f'the network has {blocks} blocks; a ResNet-50, 101 or 152 has 16, 33 or 50')
+    keys = _keys(body)
+    converted: dict[str, torch.Tensor] = {}
+    for name, tensor in body.items():
+        ours = backbone_name(name, stages, keys)
+        if ours in converted:
+            raise InputError(f'{name} and another tensor are both named {ours}')
+        converted[ours] = tensor
+    return converted
+
+
+def _keys(body: Tensors) -> list[str]:
+    # The order of the widths differs between the authors' checkpoints, and only the shapes tell it: pre-training
+    # counts down, Mask R-CNN counts up. The layer with most channels tells them best.
+    channels: dict[str, dict[int, int]] = {}
+    for name, tensor in body.items():
+        if match := _AUTHORS_NORM.match(name):
+            channels.setdefault(match[1], {})[int(match[2])] = tensor.shape[0]
+    largest = max(channels.values(), key=lambda sizes: max(sizes.values()))
+    if sorted(largest) != list(range(len(largest))):
+        raise InputError(f'normalisations are numbered {sorted(largest)}, not from 0 on without a gap')
+    full = max(largest.values())
+    return [width_key(round(largest[i] / full, 4)) for i in range(len(largest))]
+
+
+def _from_plain(body: Tensors, widths: Sequence[float]) -> dict[str, torch.Tensor]:
+    if 1.0 not in widths:
+        raise InputError(f'widths {tuple(widths)} lack 1.0, the width of a plain network')
+    norms = {name.rpartition('.')[0] for name in body if name.endswith('.running_mean')}
+    if not norms:
+        raise InputError(f'no batch normalisation found; the tensors are {shorten([*body], 3)}')
+    converted = {}
+    for name, tensor in body.items():
+        module, _, leaf = name.rpartition('.')
+        if module not in norms:
+            converted[name] = tensor
+            continue
+        for width in widths:
+            shape = [scale_channels(n, width) for n in tensor.shape]
+            part = torch.zeros_like(tensor) if leaf == 'num_batches_tracked' and width < 1 else leading(tensor, shape)
+            converted[switch_name(name, width_key(width))] = part
+    for module in norms:
+        # Checkpoints of old leave it out.
+        for width in widths:
+            name = switch_name(f'{module}.num_batches_tracked', width_key(width))
+            converted.setdefault(name, torch.tensor(int(width == 1)))
+    return converted
+
+
+def _without_unseen(tensors: Tensors) -> dict[str, torch.Tensor]:
+    batches = {
+        switched_key(name): int(tensor) for name, tensor in tensors.items() if re.match(r'bn1\.\w+\.num_batches', name)
+    }
+    if not any(batches.values()):
+        return dict(tensors)  # a network that has seen nothing at any width is kept as it is
+    return {name: tensor for name, tensor in tensors.items() if batches.get(switched_key(name), 1)}

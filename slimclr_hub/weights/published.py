@@ -1,0 +1,145 @@
+"""The published networks: where their files are, and what the paper reports of them.
+
+Facts alone; numbers are those of tables 1 and 2 of Zhao et al., https://arxiv.org/abs/2209.15525.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+ARCHITECTURE = 'slimclr_resnet50'
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+ORGANISATION = 'slimclr-hub'
+"""Account on the Hub; the environment variable `SLIMCLR_HUB_ORG` replaces it."""
+
+RELEASE = '1.0.0'
+RELEASE_URL = f'https://github.com/mzhaoshuai/SlimCLR/releases/download/{RELEASE}'
+"""Where the authors publish their files; the environment variable `SLIMCLR_RELEASE_URL` names a mirror."""
+
+AUTHORS_REPOSITORY = 'https://github.com/mzhaoshuai/SlimCLR'
+PAPER = 'Slimmable Networks for Contrastive Self-supervised Learning'
+PAPER_ID = 'arXiv:2209.15525'
+LICENSE_NOTE = f'The authors publish these weights without naming a licence; see {AUTHORS_REPOSITORY}.'
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What the paper reports of one width.
+
+    Args:
+        top1: Top-1 accuracy of the linear probe on ImageNet in percent (table 1).
+        top5: Top-5 accuracy likewise.
+        box_ap: Box AP on COCO val2017 of Mask R-CNN fine-tuned from it (table 2), where reported.
+        mask_ap: Mask AP likewise.
+    """
+
+    top1: float
+    top5: float
+    box_ap: float | None = None
+    mask_ap: float | None = None
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published network.
+
+    Args:
+        tag: Its tag in timm's registry.
+        file: Name of the authors' file.
+        method: Pre-training method.
+        epochs: Epochs of pre-training.
+        num_classes: Classes of its switchable probe; 0 for a backbone alone.
+        recipe: Recipe of `recipes/configs/` with the same values, if there is one yet.
+        reported: Width -> what the paper reports, of a probe on this backbone.
+    """
+
+    tag: str
+    file: str
+    method: str
+    epochs: int
+    num_classes: int
+    recipe: str | None
+    reported: Mapping[float, Reported] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """Name for `timm.create_model`, which is also that of the repository on the Hub."""
+        return f'{ARCHITECTURE}.{self.tag}'
+
+
+_MOCOV2_200 = {
+    1.0: Reported(67.4, 87.9),
+    0.75: Reported(65.5, 87.0),
+    0.5: Reported(62.5, 84.8),
+    0.25: Reported(55.1, 79.5),
+}
+_MOCOV2_800 = {
+    1.0: Reported(70.4, 89.6, 38.6, 35.7),
+    0.75: Reported(68.8, 88.8, 37.7, 34.9),
+    0.5: Reported(65.6, 87.2, 35.8, 33.2),
+    0.25: Reported(57.6, 81.5, 31.1, 29.1),
+}
+_MOCOV3_300 = {
+    1.0: Reported(72.3, 90.8),
+    0.75: Reported(69.7, 89.4),
+    0.5: Reported(67.6, 88.2),
+    0.25: Reported(62.4, 84.4),
+}
+
+PUBLISHED: Mapping[str, Published] = {
+    published.tag: published
+    for published in (
+        # The first is the default of its architecture.
+        Published(
+            'mocov3_300e_lincls_in1k',
+            'slimclr-mocov3-ep300-lincls-e35321e95c.pth.tar',
+            'MoCo v3',
+            300,
+            1000,
+            None,
+            _MOCOV3_300,
+        ),
+        Published('mocov3_300e_in1k', 'slimclr-mocov3-ep300-57e298e9cd.pth.tar', 'MoCo v3', 300, 0, None, _MOCOV3_300),
+        Published(
+            'mocov2_800e_lincls_in1k',
+            'slimclr-mocov2-ep800-lincls-35600f623f.pth.tar',
+            'MoCo v2',
+            800,
+            1000,
+            'mocov2_resnet50_imagenet_800e',
+            _MOCOV2_800,
+        ),
+        Published(
+            'mocov2_800e_in1k',
+            'slimclr-mocov2-ep800-eda810a6a9.pth.tar',
+            'MoCo v2',
+            800,
+            0,
+            'mocov2_resnet50_imagenet_800e',
+            _MOCOV2_800,
+        ),
+        Published(
+            'mocov2_200e_lincls_in1k',
+            'slimclr-mocov2-ep200-lincls-789b1a3b17.pth.tar',
+            'MoCo v2',
+            200,
+            1000,
+            'mocov2_resnet50_imagenet_200e',
+            _MOCOV2_200,
+        ),
+        Published(
+            'mocov2_200e_in1k',
+            'slimclr-mocov2-ep200-48213217.pth.tar',
+            'MoCo v2',
+            200,
+            0,
+            'mocov2_resnet50_imagenet_200e',
+            _MOCOV2_200,
+        ),
+    )
+}
+"""Tag -> network, the default first."""
+
+
+def hub_name(tag: str, organisation: str = ORGANISATION) -> str:
+    """Name of a published network's repository on the Hub."""
+    return f'{organisation}/{PUBLISHED[tag].name}'

@@ -1,0 +1,152 @@
+"""Where a network's weights come from: a file, the Hub, or the authors' release."""
+
+import logging
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from huggingface_hub import cached_assets_path, constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from slimclr_hub.errors import InputError
+from slimclr_hub.version import __version__
+from slimclr_hub.weights import release
+from slimclr_hub.weights.hashing import file_hash
+from slimclr_hub.weights.published import ORGANISATION, PUBLISHED, hub_name
+
+WEIGHTS = 'model.safetensors'
+_logger = logging.getLogger(__name__)
+_SHA256 = re.compile(r'[0-9a-f]{64}')
+
+
+class NotOnHubError(InputError):
+    """The Hub has no such repository, or cannot be reached."""
+
+
+def from_file(path: Path) -> Path:
+    """A weights file by its name, or the one in a folder that timm opens.
+
+    Raises:
+        InputError: It does not exist.
+    """
+    file = path / WEIGHTS if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f'{file} does not exist' + (f'; {path} has no {WEIGHTS}' if path.is_dir() else ''))
+    _logger.info('Weights from the file %s', file)
+    return file
+
+
+def from_hub(repo: str, filename: str = WEIGHTS, cache_dir: Path | None = None) -> Path:
+    """A file of a repository on the Hub, downloaded unless it is in huggingface_hub's cache.
+
+    Endpoint, token, cache and offline mode are those of huggingface_hub (`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`,
+    `HF_HUB_OFFLINE`). What was downloaded is held against the Hub's sha256.
+
+    Args:
+        repo: `account/name`, or `account/name@revision`.
+        filename: The file in it.
+        cache_dir: Another cache.
+
+    Raises:
+        NotOnHubError: There is no such repository, or neither the Hub can be reached nor has the cache the file.
+        InputError: Access is refused, there is no such file or revision, or the file is not what the Hub announced.
+    """
+    name, _, revision = repo.partition('@')
+    try:
+        path = _download(name, filename, revision or None, cache_dir)
+    except GatedRepoError as error:
+        raise InputError(f'{repo} on the Hub is gated: accept its conditions there, then `hf auth login`') from error
+    except RevisionNotFoundError as error:
+        raise InputError(f'{name} on the Hub has no revision {revision or "main"}') from error
+    except RepositoryNotFoundError as error:
+        raise NotOnHubError(
+            f'the Hub has no {name}, or does not show it to you: check the name, and for a private one `hf auth login`'
+        ) from error
+    except LocalEntryNotFoundError as error:
+        if constants.is_offline_mode():
+            raise NotOnHubError(f'offline (HF_HUB_OFFLINE), and the cache has no {filename} of {repo}') from error
+        reason = str(error.__cause__ or error).partition('\n')[0]
+        raise NotOnHubError(
+            f'the Hub cannot be reached for {repo}, and the cache has no {filename}: {reason}'
+        ) from error
+    except EntryNotFoundError as error:
+        raise InputError(f'{repo} on the Hub has no {filename}; only safetensors are loaded') from error
+    except HFValidationError as error:
+        raise InputError(f'{repo!r} is not the name of a repository on the Hub, account/name: {error}') from error
+    except HfHubHTTPError as error:
+        raise InputError(f'{repo}: the Hub answered {error.response.status_code}') from error
+    except OSError as error:
+        raise InputError(f'the download of {filename} of {repo} failed: {str(error).partition(chr(10))[0]}') from error
+    _check_hash(path, repo)
+    _logger.info('Weights from the Hub: %s, %s', repo, path)
+    return path
+
+
+def published(tag: str, cache_dir: Path | None = None) -> Path:
+    """The weights of a published network: from the Hub, or where it has none, from the authors' release.
+
+    Args:
+        tag: Its tag, a key of `PUBLISHED`.
+        cache_dir: Another cache.
+
+    Raises:
+        InputError: Neither has it; the message says why.
+    """
+    repo = hub_name(tag, os.environ.get('SLIMCLR_HUB_ORG', ORGANISATION))
+    try:
+        return from_hub(repo, cache_dir=cache_dir)
+    except NotOnHubError as error:
+        if path := release.cached(PUBLISHED[tag], cache_dir):
+            _logger.info("Weights from the authors' release, converted: %s (%s)", path, error)
+            return path
+        if constants.is_offline_mode():
+            raise
+        _logger.info('%s', error)
+        try:
+            return release.fetch(PUBLISHED[tag], cache_dir)
+        except InputError as second:
+            raise InputError(f'{second}; before that, {error}') from second
+
+
+def _download(repo: str, filename: str, revision: str | None, cache_dir: Path | None) -> Path:
+    return Path(
+        hf_hub_download(
+            repo,
+            filename,
+            revision=revision,
+            cache_dir=cache_dir,
+            library_name='slimclr_hub',
+            library_version=__version__,
+        )
+    )
+
+
+def _check_hash(path: Path, repo: str) -> None:
+    # The client compares sizes only. A large file is kept under its sha256, and hashed once.
+    blob = path.resolve()
+    if not _SHA256.fullmatch(blob.name):
+        return
+    checked = None
+    with suppress(OSError):  # a cache that is only readable
+        checked = cached_assets_path('slimclr_hub', 'checked') / blob.name
+    if checked and checked.is_file():
+        return
+    found = file_hash(blob)
+    if found != blob.name:
+        path.unlink()
+        blob.unlink()
+        raise InputError(
+            f'{path.name} of {repo} has the sha256 {found}, not {blob.name} as the Hub says; it was deleted'
+        )
+    if checked:
+        with suppress(OSError):
+            checked.touch()
