@@ -1,10 +1,12 @@
 """Batch normalisation of a width that has not been trained, estimated from data."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import nn
 
+from slimclr_hub.errors import InputError
 from slimclr_hub.models.layers import SwitchableBatchNorm2d
 from slimclr_hub.models.slimmable_resnet import SlimmableResNet
 from slimclr_hub.models.widths import check_width, width_key
@@ -22,6 +24,38 @@ def batchnorms_of(model: nn.Module, width: float) -> Iterator[nn.BatchNorm2d]:
 def is_calibrated(model: SlimmableResNet, width: float) -> bool:
     """Whether the batch normalisation of `width` has seen any batch."""
     return all(norm.num_batches_tracked != 0 for norm in batchnorms_of(model, check_width(width, model.widths)))
+
+
+def calibrate_width(
+    model: SlimmableResNet, width: float, loader: Iterable[torch.Tensor | Sequence[torch.Tensor]]
+) -> None:
+    """Add a width to a trained network, by estimating its batch-normalisation statistics from images.
+
+    Convolutions are shared and need no training; scale, shift and head begin as the leading part of the next wider
+    width's. This is the post-statistics of universally slimmable networks (Yu & Huang 2019,
+    https://arxiv.org/abs/1903.05134, section 3.2), here of a network that was trained at a few widths only: the
+    further a new width is from those, the worse. A width that the network has already is estimated anew.
+
+    The result is saved and loaded like any other: `save_folder`, then `create_model('local-dir:...', width=0.6)`.
+
+    Args:
+        model: The network; its mode and active width are restored.
+        width: The width to add.
+        loader: Batches of images [N, C, H, W], normalised as in training, alone or first in a sequence as with
+            labels; moved to the network's device. A few thousand images do.
+
+    Raises:
+        InputError: No images, or a width above the largest.
+    """
+    batches = iter(loader)
+    first = next(batches, None)
+    if first is None:
+        raise InputError('the loader gave no images to calibrate with')
+    if width not in model.widths:
+        model.add_width(width)
+    device = next(model.parameters()).device
+    images = (batch if isinstance(batch, torch.Tensor) else batch[0] for batch in chain([first], batches))
+    calibrate_batchnorm(model, width, (batch.to(device, non_blocking=True) for batch in images))
 
 
 @torch.no_grad()

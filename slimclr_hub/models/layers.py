@@ -5,6 +5,7 @@ widths can run in one step, under compile and under checkpointing (Yu et al. 201
 Tensors are as large as the largest of the network's widths asks.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,10 +105,23 @@ class SwitchableBatchNorm2d(nn.ModuleDict):
 
     def __init__(self, num_features: int, widths: Sequence[float], **kwargs: Any) -> None:
         super().__init__({width_key(w): nn.BatchNorm2d(scale_channels(num_features, w), **kwargs) for w in widths})
+        self.full_features = num_features
 
     def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:
         """[N, C * width, H, W] -> the same shape, by the statistics of `width`."""
         return self[width_key(width)](x)
+
+    @torch.no_grad()
+    def add(self, width: float, wider: float) -> None:
+        """Add a width: the leading channels of the normalisation of `wider`."""
+        norm = copy.deepcopy(self[width_key(wider)])
+        assert isinstance(norm, nn.BatchNorm2d)
+        norm.num_features = scale_channels(self.full_features, width)
+        for name in ('weight', 'bias', 'running_mean', 'running_var'):
+            old = getattr(norm, name)
+            new = old[: norm.num_features].clone()
+            setattr(norm, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+        self[width_key(width)] = norm
 
 
 class SwitchableLinear(nn.ModuleDict):
@@ -129,10 +143,23 @@ class SwitchableLinear(nn.ModuleDict):
                 for w in widths
             }
         )
+        self.full_features = in_features
+        self.multiplier = multiplier
 
     def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:
         """[N, in * width * multiplier] -> [N, out]."""
         return self[width_key(width)](x)
+
+    @torch.no_grad()
+    def add(self, width: float, wider: float) -> None:
+        """Add a width: the layer of `wider` at the leading features."""
+        linear = copy.deepcopy(self[width_key(wider)])
+        assert isinstance(linear, nn.Linear)
+        features = scale_channels(self.full_features, width)
+        blocks = linear.weight.unflatten(1, (self.multiplier, -1))
+        linear.weight = nn.Parameter(blocks[..., :features].flatten(1).clone(), linear.weight.requires_grad)
+        linear.in_features = features * self.multiplier
+        self[width_key(width)] = linear
 
 
 class SlimmableSequential(nn.Sequential):

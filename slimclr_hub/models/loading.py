@@ -71,10 +71,11 @@ def load_file(model: Loadable, path: Path) -> None:
         InputError: The file is not whole, or a tensor is missing, misshapen or not expected.
     """
     state = model.state_dict()
-    held = sum(tensor.nbytes for tensor in state.values())
-    with TensorFile(path, economical=2 * held < path.stat().st_size) as file:
+    with TensorFile(path) as file:
         try:
-            sources = fit(_shapes(state), file.shapes, model.width)
+            wanted = _shapes(state)
+            file.economical = wanted != file.shapes
+            sources = fit(wanted, file.shapes, model.width)
             if expects_head(model):
                 absent = [name for name in state if name.startswith(_HEAD) and name not in sources]
                 if absent:
@@ -115,6 +116,8 @@ def fit(wanted: Shapes, available: Shapes, width: float) -> dict[str, str]:
     Raises:
         InputError: A tensor is missing, misshapen or not expected; the message names it.
     """
+    if wanted == available:
+        return {name: name for name in wanted}
     if FIRST_CONV not in available:
         raise InputError(f'{FIRST_CONV} is missing: these are not the weights of such a network')
     key = width_key(width)

@@ -370,6 +370,27 @@ class SlimmableResNet(nn.Module):
         self._active = self._widths.index(self._ready(width))
         return WidthSwitch(self, previous)
 
+    def add_width(self, width: float) -> None:
+        """Add a width between those of the network: new normalisations and a new head, everything else is shared.
+
+        They begin as the leading part of the next wider one's. Before use the statistics want to be estimated at the
+        new width, which `slimclr_hub.models.calibrate.calibrate_width` does.
+
+        Raises:
+            InputError: The network has that width already, or is nowhere as wide.
+        """
+        widths = check_widths((*self._widths, width))
+        if widths[0] != self._widths[0]:
+            raise InputError(f"width {width:g} exceeds this network's tensors, which are those of {self._widths[0]:g}")
+        active, wider = self.width, widths[widths.index(width) - 1]
+        self._ready(wider)
+        for module in self.modules():
+            if isinstance(module, SwitchableBatchNorm2d | SwitchableLinear):
+                module.add(width, wider)
+        self._widths = widths
+        self._held = tuple(sorted({*self._held, width}, reverse=True))
+        self._active = widths.index(active)
+
     def _ready(self, width: float) -> float:
         # The one of the widths that equals `width`, with its tensors in place.
         return check_width(width, self._widths)

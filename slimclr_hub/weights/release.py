@@ -3,7 +3,9 @@
 import logging
 import os
 import re
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from huggingface_hub import cached_assets_path, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -14,6 +16,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.convert import convert
 from slimclr_hub.weights.hashing import file_hash
+from slimclr_hub.weights.network import is_transport_error, with_retries
 from slimclr_hub.weights.published import ARCHITECTURE, AUTHORS_REPOSITORY, RELEASE, RELEASE_URL, Published
 from slimclr_hub.weights.tensor_file import save_tensors
 
@@ -71,15 +74,13 @@ def _download(published: Published, path: Path) -> None:
     _logger.warning(
         '%s: from the release of the authors, %s. It is converted once and kept in %s', published.name, url, path.parent
     )
+    size = None
     try:
-        size = _size(url)
-        # The first bytes of the file are there already if an earlier download was cut off.
-        done = path.stat().st_size if path.is_file() else 0
-        if size is not None and done > size:
+        size = with_retries(partial(_size, url))
+        if size is not None and path.is_file() and path.stat().st_size > size:
             path.unlink()
-            done = 0
         with path.open('ab') as file:
-            http_get(url, file, resume_size=done, expected_size=size, displayed_filename=published.file)
+            with_retries(partial(_append, url, file, size, published.file))
     except HfHubHTTPError as error:
         raise InputError(f'{published.name}: {url} answered {error.response.status_code}') from error
     except OfflineModeIsEnabled as error:
@@ -91,10 +92,14 @@ def _download(published: Published, path: Path) -> None:
             f'{published.name}: the download of {url} stopped early; try again to go on ({error})'
         ) from error
     except Exception as error:
-        # The HTTP library's own errors, whose classes differ between versions of huggingface_hub.
-        if not type(error).__module__.startswith('http'):
+        if not is_transport_error(error):
             raise
         raise InputError(f'{published.name}: {url} cannot be reached ({error})') from error
+
+
+def _append(url: str, file: BinaryIO, size: int | None, name: str) -> None:
+    # What an earlier download left is there already.
+    http_get(url, file, resume_size=file.seek(0, os.SEEK_END), expected_size=size, displayed_filename=name)
 
 
 def _size(url: str) -> int | None:

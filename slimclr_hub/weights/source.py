@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import cached_assets_path, constants, hf_hub_download
@@ -21,6 +22,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.version import __version__
 from slimclr_hub.weights import release
 from slimclr_hub.weights.hashing import file_hash
+from slimclr_hub.weights.network import is_transport_error, with_retries
 from slimclr_hub.weights.published import ORGANISATION, PUBLISHED, hub_name
 
 WEIGHTS = 'model.safetensors'
@@ -74,9 +76,8 @@ def from_hub(repo: str, filename: str = WEIGHTS, cache_dir: Path | None = None) 
     except LocalEntryNotFoundError as error:
         if constants.is_offline_mode():
             raise NotOnHubError(f'offline (HF_HUB_OFFLINE), and the cache has no {filename} of {repo}') from error
-        reason = str(error.__cause__ or error).partition('\n')[0]
         raise NotOnHubError(
-            f'the Hub cannot be reached for {repo}, and the cache has no {filename}: {reason}'
+            f'the Hub cannot be reached for {repo}, and the cache has no {filename}: {_first_line(error.__cause__)}'
         ) from error
     except EntryNotFoundError as error:
         raise InputError(f'{repo} on the Hub has no {filename}; only safetensors are loaded') from error
@@ -85,7 +86,11 @@ def from_hub(repo: str, filename: str = WEIGHTS, cache_dir: Path | None = None) 
     except HfHubHTTPError as error:
         raise InputError(f'{repo}: the Hub answered {error.response.status_code}') from error
     except OSError as error:
-        raise InputError(f'the download of {filename} of {repo} failed: {str(error).partition(chr(10))[0]}') from error
+        raise InputError(f'the download of {filename} of {repo} failed: {_first_line(error)}') from error
+    except Exception as error:
+        if not is_transport_error(error):
+            raise
+        raise NotOnHubError(f'the Hub cannot be reached for {repo}: {_first_line(error)}') from error
     _check_hash(path, repo)
     _logger.info('Weights from the Hub: %s, %s', repo, path)
     return path
@@ -118,16 +123,28 @@ def published(tag: str, cache_dir: Path | None = None) -> Path:
 
 
 def _download(repo: str, filename: str, revision: str | None, cache_dir: Path | None) -> Path:
-    return Path(
-        hf_hub_download(
-            repo,
-            filename,
-            revision=revision,
-            cache_dir=cache_dir,
-            library_name='slimclr_hub',
-            library_version=__version__,
-        )
+    download = partial(
+        hf_hub_download,
+        repo,
+        filename,
+        revision=revision,
+        cache_dir=cache_dir,
+        library_name='slimclr_hub',
+        library_version=__version__,
     )
+    try:
+        return Path(with_retries(download))
+    except Exception as error:
+        if not is_transport_error(error):
+            raise
+        # The client looks into the cache when the Hub is away, but not when it hangs up.
+        with suppress(LocalEntryNotFoundError):
+            return Path(download(local_files_only=True))
+        raise
+
+
+def _first_line(error: BaseException | None) -> str:
+    return str(error).partition('\n')[0]
 
 
 def _check_hash(path: Path, repo: str) -> None:

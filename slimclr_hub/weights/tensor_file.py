@@ -4,7 +4,6 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,18 +22,19 @@ class TensorFile:
 
     Args:
         path: The file.
-        economical: Give back the pages of the file that were read again and again, rather than at the end. Slower
-            when all of a file is read.
+        economical: Give back the memory of what was read as reading goes on, rather than at the end; slower where all
+            of a file is read. It can be set later, too.
 
     Raises:
         InputError: There is no such file, or it is not a whole safetensors file.
     """
 
     _RELEASE_AFTER = 1 << 20  # bytes
+    _READ_AHEAD = 1 << 16  # bytes that reading any of them maps
 
     def __init__(self, path: Path, *, economical: bool = False) -> None:
         self.path = path
-        self._economical = economical
+        self.economical = economical
         self._read = 0
         self._file = self._open()
         self.names: tuple[str, ...] = tuple(self._file.keys())
@@ -89,13 +89,14 @@ class TensorFile:
         return self.part(name, [slice(0, n) for n in shape])
 
     def _count(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._economical:
+        if self.economical:
             if self._read > self._RELEASE_AFTER:
                 # Pages of a mapped file count as this process's memory until the mapping goes.
                 self._file.__exit__(None, None, None)
                 self._file, self._read = self._open(), 0
-            # Slices of the second dimension reach over whole rows.
-            self._read += tensor.element_size() * prod(tensor.shape[:1]) * max(tensor.stride(), default=1)
+            # A slice of the second dimension reaches over whole rows.
+            rows = tensor.shape[0] * tensor.stride(0) if tensor.ndim else 1
+            self._read += max(self._READ_AHEAD, rows * tensor.element_size())
         return tensor
 
 
