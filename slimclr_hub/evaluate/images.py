@@ -1,0 +1,144 @@
+"""Images to run a network on: files, folders and images in memory, as one list with a name for each."""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from PIL import Image
+from timm.data import get_img_extensions
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from slimclr_hub.errors import InputError
+
+Source = str | os.PathLike[str] | Image.Image
+Sources = Source | Iterable[Source]
+_SOURCES = (str, os.PathLike, Image.Image)
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Images by index.
+
+    Args:
+        names: Name of each image: its path, or its place in the list where it was given in memory.
+        items: Paths and PIL images; a list, or a sequence of PIL images that are decoded when they are asked for.
+    """
+
+    names: list[str]
+    items: Sequence[Any]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int, mode: str) -> Image.Image:
+        """Decode one image as timm's data sets do: without transparency, 16 bits clipped to 8, not rotated by its EXIF.
+
+        Args:
+            index: Which.
+            mode: Pillow's mode to convert to.
+        """
+        item = self.items[index]
+        if isinstance(item, Path):
+            with Image.open(item) as image:
+                return image.convert(mode)
+        if not isinstance(item, Image.Image):
+            raise TypeError(f'a {type(item).__name__}, not an image')
+        return item.convert(mode)
+
+    def without(self, indices: Iterable[int]) -> 'ImageList':
+        """The other images, under the names they have."""
+        left_out = set(indices)
+        kept = [index for index in range(len(self)) if index not in left_out]
+        return ImageList([self.names[index] for index in kept], [self.items[index] for index in kept])
+
+
+def list_images(images: Sources) -> ImageList:
+    """List images in the order given, those of a folder in natural order of their names: 2 before 10.
+
+    A folder is searched with its sub-folders for the file endings that timm and torchvision know, to which timm's
+    `add_img_extensions` adds; what is hidden is left out. A file that is given by itself may end in anything.
+
+    Where a single folder is given, its images are named by their path inside it; otherwise names begin with the path
+    as it was given. Line breaks in a path, and bytes that are no text, become escapes, so that any file can hold names.
+
+    Args:
+        images: The path of a file or folder, a PIL image, or several of these. A column of images of `datasets` stays
+            as it is, to be decoded one by one.
+
+    Raises:
+        InputError: A path does not exist, a folder holds no image, there is nothing, or something else than images.
+    """
+    if isinstance(images, _SOURCES):
+        images = [images]
+    if _is_lazy(images):
+        return ImageList([str(index) for index in range(len(images))], images)
+    sources = _checked(images)
+    names: list[str] = []
+    items: list[Path | Image.Image] = []
+    for source in sources:
+        if isinstance(source, Image.Image):
+            names.append(str(len(names)))
+            items.append(source)
+            continue
+        path = Path(source)
+        files = _files(path)
+        inside = len(sources) == 1 and files != [path]
+        names += [_printable(file.relative_to(path) if inside else file) for file in files]
+        items += files
+    return ImageList(names, items)
+
+
+def _is_lazy(images: Iterable[Source]) -> TypeGuard[Sequence[Image.Image]]:
+    if not isinstance(images, Sequence) or isinstance(images, list | tuple):
+        return False
+    return len(images) > 0 and isinstance(images[0], Image.Image)
+
+
+def _checked(images: Iterable[Any]) -> list[Source]:
+    if not isinstance(images, Iterable):
+        raise InputError(f'images is a {type(images).__name__}; give files, folders or PIL images')
+    sources = []
+    for index, item in enumerate(images):
+        if not isinstance(item, _SOURCES):
+            column = "; of a data set give the column of images: dataset['image']" if isinstance(item, dict) else ''
+            raise InputError(
+                f'images[{index}] is a {type(item).__name__}, not the path of a file or folder or a PIL image{column}'
+            )
+        sources.append(item)
+    if not sources:
+        raise InputError('there are no images; give files, folders or PIL images')
+    return sources
+
+
+def _files(path: Path) -> list[Path]:
+    try:
+        if not path.is_dir():
+            path.stat()
+            return [path]
+    except OSError as error:
+        raise InputError(f'images {path}: {error.strerror}') from error
+    endings = get_img_extensions(as_set=True).union(IMG_EXTENSIONS)
+    found = []
+    for folder, inner, files in os.walk(path, followlinks=True):
+        inner[:] = [name for name in inner if not name.startswith('.')]
+        found += [Path(folder, name) for name in files if not name.startswith('.') and _ending(name) in endings]
+    if not found:
+        raise InputError(f'images {path}: no images in this folder; searched for {", ".join(sorted(endings))}')
+    # The path itself decides between names that differ in case alone, else the file system's order would.
+    return sorted(found, key=lambda file: (_natural_key(str(file)), str(file)))
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _natural_key(name: str) -> list[str | int]:
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r'(\d+)', name.lower()))]
+
+
+def _printable(path: Path) -> str:
+    name = path.as_posix().encode('utf-8', 'backslashreplace').decode()
+    return name.replace('\n', '\\n').replace('\r', '\\r')

@@ -1,0 +1,203 @@
+"""One pass of a network over a list of images, preprocessed as its configuration says."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_input_data_config
+from timm.layers import get_device_dtype
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.images import ImageList, Sources, list_images
+from slimclr_hub.evaluate.progress import progress_bar
+from slimclr_hub.evaluate.unreadable import Problem, find_unreadable, reason, unreadable_error
+
+PRECISIONS = {'no': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}
+_MODES = {1: 'L', 3: 'RGB'}
+_WORKERS_AT_MOST = 8
+
+Forward = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+_Batch = tuple[list[int], torch.Tensor | None, dict[int, str]]
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """How to run over images.
+
+    Args:
+        batch_size: Images at a time.
+        workers: Processes that decode images; one for each core, but no more than 8, where None.
+        precision: `no` for the network's own, or `fp16` or `bf16` for mixed precision.
+        skip_unreadable: Leave out images that cannot be read, and list them on standard error at the end.
+        progress: Show a bar with images per second and the time left.
+    """
+
+    batch_size: int = 64
+    workers: int | None = None
+    precision: str = 'no'
+    skip_unreadable: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f'batch_size is {self.batch_size}; give 1 or more')
+        if self.workers is not None and self.workers < 0:
+            raise InputError(f'workers is {self.workers}; give 0 or more')
+        if self.precision not in PRECISIONS:
+            raise InputError(f'precision {self.precision!r} is not one of {", ".join(PRECISIONS)}')
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a pass leaves.
+
+    Args:
+        names: Names of the images that were read, in the order of the list.
+        tensors: What the network gave, on the CPU, a row for each name.
+        skipped: Name of each image that was left out, and why.
+    """
+
+    names: list[str]
+    tensors: tuple[torch.Tensor, ...]
+    skipped: list[Problem]
+
+
+def run_images(
+    model: nn.Module, images: Sources, forward: Forward, config: InferenceConfig, description: str
+) -> Outputs:
+    """Run a network in eval mode over images, where it is and in its dtype.
+
+    Args:
+        model: A network of timm's interface; its mode is restored.
+        images: What `list_images` takes.
+        forward: From a batch [B, C, H, W] to tensors of B rows.
+        config: How to run.
+        description: Word at the progress bar.
+
+    Raises:
+        InputError: The images are not there or cannot be read, the network does not say how to preprocess them, or the
+            batch does not fit in memory.
+    """
+    transform, mode = preprocessing(model)
+    listed, skipped = _openable(list_images(images), config)
+    device, dtype = get_device_dtype(model).values()
+    names: list[str] = []
+    tensors: list[torch.Tensor] = []
+    loader = _loader(listed, transform, mode, config, device)
+    with _evaluating(model), progress_bar(len(listed), description, config.progress) as bar:
+        for indices, batch, failed in loader:
+            skipped += [(listed.names[index], why) for index, why in failed.items()]
+            if failed and not config.skip_unreadable:
+                raise unreadable_error(skipped)
+            if batch is not None:
+                outputs = _forward(forward, batch.to(device, dtype, non_blocking=True), config)
+                # Made outside of inference mode, so that a classifier may be trained on them.
+                tensors = tensors or [torch.empty(len(listed), *out.shape[1:], dtype=out.dtype) for out in outputs]
+                for tensor, output in zip(tensors, outputs, strict=True):
+                    tensor[len(names) : len(names) + len(indices)] = output
+                names += [listed.names[index] for index in indices]
+            bar.update(len(indices) + len(failed))
+    if not names:
+        raise unreadable_error(skipped)
+    _report(skipped)
+    return Outputs(names, tuple(tensor[: len(names)] for tensor in tensors), skipped)
+
+
+def preprocessing(model: nn.Module) -> tuple[Callable[[Image.Image], torch.Tensor], str]:
+    """timm's evaluation transform for a network, and Pillow's mode of the images it takes.
+
+    Raises:
+        InputError: The network has no configuration to tell, or takes neither RGB nor grey images.
+    """
+    if not getattr(model, 'pretrained_cfg', None):
+        raise InputError(
+            f'this {type(model).__name__} does not say how images are preprocessed: it has no pretrained_cfg; take the '
+            'network from timm.create_model, or give it that of the network it was made from'
+        )
+    data = resolve_input_data_config(model)
+    channels = data['input_size'][0]
+    if channels not in _MODES:
+        raise InputError(f'the network takes {channels} channels; images are read as grey (1) or RGB (3) alone')
+    return create_transform(**data, is_training=False), _MODES[channels]
+
+
+def _openable(images: ImageList, config: InferenceConfig) -> tuple[ImageList, list[Problem]]:
+    problems = find_unreadable(images, config.progress)
+    if not problems:
+        return images, []
+    skipped = [(images.names[index], why) for index, why in problems.items()]
+    if not config.skip_unreadable or len(skipped) == len(images):
+        raise unreadable_error(skipped)
+    return images.without(problems), skipped
+
+
+def _forward(forward: Forward, batch: torch.Tensor, config: InferenceConfig) -> tuple[torch.Tensor, ...]:
+    dtype = PRECISIONS[config.precision]
+    try:
+        with torch.inference_mode(), torch.autocast(batch.device.type, dtype, enabled=dtype is not None):
+            return forward(batch)
+    except torch.OutOfMemoryError as error:
+        raise InputError(f'batch_size {config.batch_size} is too large for {batch.device}; halve it') from error
+
+
+class _Decoded(Dataset[tuple[int, torch.Tensor | None, str | None]]):
+    # An error is handed on as a value: a worker would wrap it into a trace, and take its batch with it.
+    def __init__(self, images: ImageList, transform: Callable[[Image.Image], torch.Tensor], mode: str) -> None:
+        self.images = images
+        self.transform = transform
+        self.mode = mode
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str | None]:
+        try:
+            image = self.images.read(index, self.mode)
+        except Exception as error:  # as in `find_unreadable`
+            return index, None, reason(error)
+        return index, self.transform(image), None
+
+
+def _collate(samples: Sequence[tuple[int, torch.Tensor | None, str | None]]) -> _Batch:
+    read = {index: tensor for index, tensor, _ in samples if tensor is not None}
+    failed = {index: why for index, _, why in samples if why is not None}
+    return list(read), default_collate(list(read.values())) if read else None, failed
+
+
+def _loader(
+    images: ImageList, transform: Any, mode: str, config: InferenceConfig, device: torch.device
+) -> DataLoader[_Batch]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    workers = min(cores, _WORKERS_AT_MOST) if config.workers is None else config.workers
+    return DataLoader(
+        _Decoded(images, transform, mode),  # type: ignore[arg-type]
+        batch_size=config.batch_size,
+        num_workers=workers if len(images) > config.batch_size else 0,
+        collate_fn=_collate,
+        pin_memory=device.type == 'cuda',
+        generator=torch.Generator(),  # of its own, to leave the global one as it was
+    )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _report(skipped: Sequence[Problem]) -> None:
+    if skipped:
+        lines = [f'  {name}: {why}' for name, why in skipped]
+        print(f'Left out {len(skipped)} that could not be read:', *lines, sep='\n', file=sys.stderr)

@@ -1,0 +1,144 @@
+"""Classes of images, by a network with a head at its active width."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from timm.data import CustomDatasetInfo, DatasetInfo, DatasetInfoLabelMapper, ImageNetInfo, infer_imagenet_subset
+from torch import nn
+
+from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.images import Sources
+from slimclr_hub.evaluate.inference import InferenceConfig, run_images
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_WITH_HEAD = 'slimclr_resnet50.mocov3_300e_lincls_in1k'
+
+
+@dataclass(frozen=True)
+class ClassProbability:
+    """One class and how probable it is.
+
+    Args:
+        index: Place of the class in the head's output.
+        label: Its name.
+        probability: In [0, 1], by softmax over all classes.
+    """
+
+    index: int
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network sees in one image.
+
+    Args:
+        name: Name of the image, as `list_images` names it.
+        classes: The most probable classes, in descending order.
+    """
+
+    name: str
+    classes: tuple[ClassProbability, ...]
+
+
+def predict(
+    model: nn.Module,
+    images: Sources,
+    *,
+    top: int = 5,
+    batch_size: int = 64,
+    workers: int | None = None,
+    precision: str = 'no',
+    skip_unreadable: bool = False,
+    progress: bool = True,
+) -> list[Prediction]:
+    """The most probable classes of images, by a network at its active width, on the device and in the dtype it has.
+
+    Images are listed, checked and preprocessed as `embed` does. Classes have the names of the network's configuration
+    (`label_names`, and `label_descriptions` where there are any); those of ImageNet, where a network without names has
+    as many classes; else their number.
+
+    Args:
+        model: A network from timm's factory with a head, slimmable or not.
+        images: The path of a file or folder, a PIL image, or several of these, such as `dataset['image']`; see
+            `list_images`.
+        top: Classes for each image; all where there are fewer.
+        batch_size: Images at a time.
+        workers: Processes that decode images; one for each core, but no more than 8, unless given.
+        precision: `no` for the network's own, or `fp16` or `bf16` for mixed precision.
+        skip_unreadable: Leave out images that cannot be read, and list them on standard error at the end.
+        progress: Show a bar with images per second and the time left.
+
+    Raises:
+        InputError: The network has no head, an argument does not fit, or an image is not there or cannot be read.
+    """
+    config = InferenceConfig(batch_size, workers, precision, skip_unreadable, progress)
+    if top < 1:
+        raise InputError(f'top is {top}; give 1 or more')
+    classes = getattr(model, 'num_classes', 0)
+    if classes < 1:
+        raise InputError(
+            f'this {type(model).__name__} has no head and so no classes; take one with a probe, such as {_WITH_HEAD}, '
+            'or embed the images instead'
+        )
+    label = _labels(model)
+
+    def forward(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        probability, index = model(batch).float().softmax(1).topk(min(top, classes), dim=1)
+        return probability, index
+
+    outputs = run_images(model, images, forward, config, 'predicting')
+    rows = zip(outputs.names, *(tensor.tolist() for tensor in outputs.tensors), strict=True)
+    return [
+        Prediction(
+            name,
+            tuple(
+                ClassProbability(index, label(index), probability)
+                for probability, index in zip(probabilities, indices, strict=True)
+            ),
+        )
+        for name, probabilities, indices in rows
+    ]
+
+
+def predictions_table(predictions: Sequence[Prediction], title: str | None = None) -> 'Table':
+    """A table for rich: a row for each class of each image, the image named at its first.
+
+    Args:
+        predictions: What to show.
+        title: Title of the table, or none.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title)
+    table.add_column('image', overflow='fold')
+    table.add_column('class', overflow='fold')
+    table.add_column('probability (%)', justify='right', no_wrap=True)
+    for prediction in predictions:
+        table.add_section()
+        for rank, guess in enumerate(prediction.classes):
+            # As text, for square brackets in a name would be read as markup.
+            name = Text(prediction.name if rank == 0 else '')
+            table.add_row(name, Text(guess.label), f'{100 * guess.probability:.1f}')
+    return table
+
+
+def _labels(model: nn.Module) -> Callable[[int], str]:
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    names = config.get('label_names')
+    subset = infer_imagenet_subset(model)
+    info: DatasetInfo
+    # A head that was put in later has other classes than the configuration names.
+    if names and model.num_classes in (len(names), config.get('num_classes')):
+        info = CustomDatasetInfo(names, config.get('label_descriptions'))
+    elif subset is not None:
+        info = ImageNetInfo(subset)
+    else:
+        return str
+    return DatasetInfoLabelMapper(info, fallback_format='{index}')
