@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class DivergedError(RuntimeError):
     """Training produced a loss that is not finite."""
+
+
+class ExportError(RuntimeError):
+    """An exported network computes something else than the network it was made of."""

@@ -1,7 +1,10 @@
-"""The model card of a network that was pre-trained here."""
+"""Model cards of networks that were trained or converted here, and the facts that cards tell of a width."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.cost import cost
 
 _TEMPLATE = """\
 ---
@@ -40,6 +43,39 @@ Method: Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning
 """
 
 
+_CONVERTED = """\
+---
+library_name: timm
+tags:
+- {pipeline}
+- timm
+- slimclr
+---
+# {architecture} from {source}
+
+A slimmable network, converted from `{source}`: one file, {count} width{plural}.
+
+```python
+import timm, slimclr_hub
+model = timm.create_model('local-dir:{folder}', pretrained=True, width={smallest})
+model.set_width({largest})
+```
+
+| width | parameters | multiply-adds |
+| ---: | ---: | ---: |
+{rows}
+
+Parameters are those of the network at that width; multiply-adds are for one image of {size}x{size} pixels.
+{uncalibrated}
+The weights are those of whoever made `{source}`, and so is their licence.
+"""
+
+_UNCALIBRATED = """
+Only width 1 is trained. The others have the leading channels of its weights: this is a start for slimmable training
+(`accelerate launch recipes/pretrain.py --model.weights {folder}`), and of no use as it is.
+"""
+
+
 @dataclass(frozen=True)
 class WidthFacts:
     """What a card tells of one width.
@@ -63,6 +99,11 @@ class WidthFacts:
         """Width, parameters, multiply-adds and accuracies, as text."""
         cells = [f'{self.width:g}', human(self.parameters), human(self.multiply_adds)]
         return cells + [f'{value:.1f}' for value in (self.start, self.end) if value is not None]
+
+
+def width_facts(model: SlimmableResNet, size: int) -> list[WidthFacts]:
+    """What each width of a network costs, for images of `size` pixels."""
+    return [WidthFacts(width, *cost(model, width, size)) for width in model.widths]
 
 
 def human(number: int) -> str:
@@ -91,4 +132,32 @@ def training_card(facts: Sequence[WidthFacts], about: Mapping[str, str]) -> str:
         accuracy_note=' k-NN is weighted k-nearest-neighbour accuracy on held-out images.' if measured else '',
         rows='\n'.join(f'| {" | ".join(fact.cells)} |' for fact in facts),
         **about,
+    )
+
+
+def converted_card(
+    facts: Sequence[WidthFacts], architecture: str, source: str, folder: str, size: int, calibrated: bool
+) -> str:
+    """Card of a network that was converted from a file of another kind.
+
+    Args:
+        facts: The widths, in descending order.
+        architecture: Its name in timm's registry.
+        source: Name of the file.
+        folder: Where the network is.
+        size: Height and width of the images in pixels.
+        calibrated: Whether the normalisation of every width has seen images.
+    """
+    return _CONVERTED.format(
+        pipeline='image-feature-extraction',
+        architecture=architecture,
+        source=source,
+        folder=folder,
+        count=len(facts),
+        plural='' if len(facts) == 1 else 's',
+        smallest=facts[-1].width,
+        largest=facts[0].width,
+        rows='\n'.join(f'| {" | ".join(fact.cells)} |' for fact in facts),
+        size=size,
+        uncalibrated='' if calibrated else _UNCALIBRATED.format(folder=folder),
     )

@@ -9,7 +9,7 @@ from torch import nn
 from slimclr_hub.errors import InputError
 from slimclr_hub.models.layers import SwitchableBatchNorm2d
 from slimclr_hub.models.slimmable_resnet import SlimmableResNet
-from slimclr_hub.models.widths import check_width, width_key
+from slimclr_hub.models.widths import width_key
 
 
 def batchnorms_of(model: nn.Module, width: float) -> Iterator[nn.BatchNorm2d]:
@@ -23,7 +23,7 @@ def batchnorms_of(model: nn.Module, width: float) -> Iterator[nn.BatchNorm2d]:
 
 def is_calibrated(model: SlimmableResNet, width: float) -> bool:
     """Whether the batch normalisation of `width` has seen any batch."""
-    return all(norm.num_batches_tracked != 0 for norm in batchnorms_of(model, check_width(width, model.widths)))
+    return all(norm.num_batches_tracked != 0 for norm in batchnorms_of(model, model._ready(width)))
 
 
 def calibrate_width(
@@ -69,8 +69,8 @@ def calibrate_batchnorm(model: SlimmableResNet, width: float, images: Iterable[t
         width: One of its widths.
         images: Batches [N, C, H, W], normalised as in training, on the network's device.
     """
-    norms = list(batchnorms_of(model, check_width(width, model.widths)))
-    momenta, training = [norm.momentum for norm in norms], model.training
+    norms = list(batchnorms_of(model, model._ready(width)))
+    momenta, modes = [norm.momentum for norm in norms], {module: module.training for module in model.modules()}
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
@@ -82,4 +82,5 @@ def calibrate_batchnorm(model: SlimmableResNet, width: float, images: Iterable[t
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training  # one by one: some may be frozen

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import create_classifier
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, make_blocks
 from torch import nn
@@ -81,6 +82,12 @@ class DenseResNet(ResNet):
             norm_layer=nn.BatchNorm2d,
             **factory,
         )
+        # timm's blocks have a whole multiple of their inner channels, int(4 C w) is not one at every width.
+        outer = tuple(scale_channels(c * block.expansion, width) for c in channels)
+        if outer != tuple(stage['num_chs'] for stage in info):
+            _set_outer_channels([stage for _, stage in stages], outer, factory)
+            info = [{**stage, 'num_chs': c} for stage, c in zip(info, outer, strict=True)]
+            self._set_features(outer[-1], factory)
         for name, stage in stages:
             self.add_module(name, stage)
         if len(stages) == 3:
@@ -90,6 +97,17 @@ class DenseResNet(ResNet):
             info = [{**stage, 'reduction': stage['reduction'] // 4} for stage in info]
         self.feature_info = [{'num_chs': scaled[0], 'reduction': stride, 'module': 'act1'}, *info]
         self.init_weights(zero_init_last=zero_init_last)
+
+    def _set_features(self, features: int, factory: dict[str, Any]) -> None:
+        pool = self.global_pool.pool_type
+        self.global_pool, self.fc = create_classifier(features, self.num_classes, pool_type=pool, **factory)
+        self.num_features = features
+        self.head_hidden_size = features * self.global_pool.feat_mult()
+
+    def init_head(self) -> None:
+        """The head anew, as timm begins it."""
+        if isinstance(self.fc, nn.Linear):
+            self.fc.reset_parameters()
 
     def load_pretrained(self, path: str | Path) -> None:
         """Load from a safetensors file, of a slimmable network or of one like this; see `loading.load_file`."""
@@ -118,3 +136,34 @@ class DenseResNet(ResNet):
                 self.reset_classifier(0, '')
             return taken
         return super().prune_intermediate_layers(taken, prune_norm=prune_norm, prune_head=prune_head)
+
+
+def _set_outer_channels(stages: Sequence[nn.Module], outer: Sequence[int], factory: dict[str, Any]) -> None:
+    """Give the bottlenecks of each stage as many output channels as `outer` says."""
+    inputs: int | None = None
+    for stage, outputs in zip(stages, outer, strict=True):
+        for block in stage.children():
+            assert isinstance(block, Bottleneck)
+            block.bn3 = nn.BatchNorm2d(outputs, **factory)
+            block.conv3 = _conv_like(block.conv3, block.conv3.in_channels, outputs, factory)
+            if block.downsample is not None:
+                first = next(block.downsample.children())
+                assert isinstance(first, nn.Conv2d)
+                shortcut = _conv_like(first, inputs or first.in_channels, outputs, factory)
+                block.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(outputs, **factory))
+            if inputs is not None:
+                block.conv1 = _conv_like(block.conv1, inputs, block.conv1.out_channels, factory)
+            inputs = outputs
+
+
+def _conv_like(conv: nn.Conv2d, inputs: int, outputs: int, factory: dict[str, Any]) -> nn.Conv2d:
+    return nn.Conv2d(
+        inputs,
+        outputs,
+        conv.kernel_size,  # type: ignore[arg-type]
+        stride=conv.stride,  # type: ignore[arg-type]
+        padding=conv.padding,  # type: ignore[arg-type]
+        dilation=conv.dilation,  # type: ignore[arg-type]
+        bias=False,
+        **factory,
+    )

@@ -1,8 +1,10 @@
 """timm's factory, with weights that are found before it builds."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._pretrained import PretrainedCfg
 
@@ -48,7 +50,7 @@ def build(
         path = _locate(cfg, variant, None if cache_dir is None else Path(cache_dir))
         overlay = {**(overlay or {}), 'file': str(path), 'source': '', 'custom_load': True}
     model = build_model_with_cfg(
-        cls,
+        _unfilled(cls) if pretrained and not cfg.state_dict else cls,
         variant,
         pretrained,
         pretrained_cfg=pretrained_cfg,
@@ -56,6 +58,11 @@ def build(
         pretrained_filter_fn=checkpoint_filter_fn,
         **kwargs,
     )
+    if pretrained:
+        for module in model.modules():
+            # transformers' TimmBackbone sets the statistics of a batch normalisation without this mark back to zero
+            # and one (5.23; transformers pull request 43520 tells of the same).
+            vars(module)['_is_hf_initialized'] = True
     # What the network tells of its weights is what was asked for, not how timm came to them.
     for key in ('file', 'source', 'custom_load'):
         value = getattr(cfg, key)
@@ -64,6 +71,18 @@ def build(
         else:
             model.pretrained_cfg[key] = value
     return model
+
+
+def _unfilled(cls: type[Network]) -> Callable[..., Network]:
+    """The class, but without random weights that loading would replace: they take longer than loading does."""
+
+    def make(*, device: Any = None, **kwargs: Any) -> Network:
+        model = cls(device='meta', **kwargs)
+        model.to_empty(device=torch.get_default_device() if device is None else device)
+        model.init_head()  # the one part that weights may leave out
+        return model
+
+    return make
 
 
 def _locate(cfg: PretrainedCfg, variant: str, cache_dir: Path | None) -> Path:

@@ -95,6 +95,7 @@ class LazySlimmableResNet(SlimmableResNet):
             self._grow(width)
         return width
 
+    @torch.inference_mode(False)  # what was made in that mode could never be trained
     @torch.no_grad()
     def _grow(self, width: float) -> None:
         if self._path is None:
@@ -103,7 +104,7 @@ class LazySlimmableResNet(SlimmableResNet):
             raise InputError(f'{self._path} was removed or changed after it had been opened; create the network anew')
         largest = max(width, *self._held)
         # All is read before anything changes, so that a failure leaves the network as it was.
-        with TensorFile(self._path, economical=True) as file:
+        with TensorFile(self._path) as file:
             weights = {
                 module: _grown(module.weight, _size(module, largest), self._reader(file, name))
                 for name, module in self.named_modules()
@@ -129,7 +130,7 @@ class LazySlimmableResNet(SlimmableResNet):
                 inputs = scale_channels(self.full_features, width) * self.global_pool.feat_mult()
                 new = torch.zeros_like(old) if old.ndim == 1 else _new_head(old, (old.shape[0], inputs))
             else:
-                new = _like(old, file.whole(f'{name}.{width_key(width)}.{leaf}'))
+                new = file.whole(f'{name}.{width_key(width)}.{leaf}').to(old)
             _set_tensor(sibling, leaf, new)
         _set_sizes(sibling)
         return sibling
@@ -170,11 +171,6 @@ def _grown(old: torch.Tensor, size: tuple[int, int], read: Reader) -> torch.Tens
 
 def _new_head(like: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return nn.init.normal_(torch.empty(size, dtype=like.dtype, device=like.device), std=HEAD_STD)
-
-
-def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    # A copy in any case: what is read is backed by the file.
-    return torch.empty(new.shape, dtype=old.dtype, device=old.device).copy_(new)
 
 
 def _set_tensor(module: nn.Module, leaf: str, new: torch.Tensor) -> None:

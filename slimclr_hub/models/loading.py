@@ -73,9 +73,7 @@ def load_file(model: Loadable, path: Path) -> None:
     state = model.state_dict()
     with TensorFile(path) as file:
         try:
-            wanted = _shapes(state)
-            file.economical = wanted != file.shapes
-            sources = fit(wanted, file.shapes, model.width)
+            sources = fit(_shapes(state), file.shapes, model.width)
             if expects_head(model):
                 absent = [name for name in state if name.startswith(_HEAD) and name not in sources]
                 if absent:
@@ -83,12 +81,10 @@ def load_file(model: Loadable, path: Path) -> None:
         except InputError as error:
             raise InputError(f'{path}: {error}') from error
         for name, source in sources.items():
-            shape = state[name].shape
             if name == FIRST_CONV:
-                part = read_first_conv(file, slice(0, shape[0]), model.in_chans)
+                state[name].copy_(read_first_conv(file, slice(0, len(state[name])), model.in_chans))
             else:
-                part = file.leading(source, shape)
-            state[name].copy_(part)
+                file.copy_leading(source, state[name])
 
 
 def expects_head(model: Loadable) -> bool:
@@ -122,7 +118,8 @@ def fit(wanted: Shapes, available: Shapes, width: float) -> dict[str, str]:
         raise InputError(f'{FIRST_CONV} is missing: these are not the weights of such a network')
     key = width_key(width)
     ratio = wanted[FIRST_CONV][0] / available[FIRST_CONV][0]
-    for_each_width = {unswitch_name(name) for name in available if switched_key(name)}
+    dense = not any(map(switched_key, wanted))
+    for_each_width = {unswitch_name(name) for name in available if dense and switched_key(name)}
     fitted: dict[str, str] = {}
     problems = []
     for name, shape in wanted.items():

@@ -30,6 +30,8 @@ from slimclr_hub.models.loading import load_file
 from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_width, check_widths, scale_channels, width_key
 from slimclr_hub.weights.slices import dense_tensors
 
+_SOURCE = ('architecture', 'tag', 'url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source')
+
 HEAD_STD = 0.01
 """Standard deviation of a new head's weights."""
 
@@ -330,7 +332,7 @@ class SlimmableResNet(nn.Module):
             self.fc = SlimmableLinear(
                 self.full_features, num_classes, max_width=self._held[0], slim_out=False, **factory
             )
-        _init_linear(self.fc)
+        self.init_head()
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
@@ -342,7 +344,14 @@ class SlimmableResNet(nn.Module):
                 for norm in module.last_norm.values():
                     assert isinstance(norm, nn.BatchNorm2d)
                     nn.init.zeros_(norm.weight)
-        _init_linear(self.fc)
+        self.init_head()
+
+    def init_head(self) -> None:
+        """N(0, 0.01) for the weights of the head, zero for its biases."""
+        for module in self.fc.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=HEAD_STD)
+                nn.init.zeros_(module.bias)
 
     def load_pretrained(self, path: str | Path) -> None:
         """Load from a safetensors file, of which this network may hold fewer widths; see `loading.load_file`."""
@@ -581,6 +590,10 @@ class SlimmableResNet(nn.Module):
         )
         shapes = {name: tensor.shape for name, tensor in dense.state_dict().items()}
         dense.load_state_dict(dense_tensors(self.state_dict(), shapes, width_key(width)), assign=True)
+        if cfg := getattr(self, 'pretrained_cfg', None):
+            # How images are prepared stays; where weights come from does not.
+            kept = {key: value for key, value in cfg.items() if key not in _SOURCE}
+            dense.pretrained_cfg = {**kept, 'classifier': 'fc'}
         return dense.train(self.training)
 
 
@@ -607,10 +620,3 @@ class SlimmableFeatureGetter(FeatureGetterNet):
         for info, now in zip(self.feature_info.info, self.model.feature_info, strict=True):
             info['num_chs'] = now['num_chs']
         return WidthSwitch(self, previous)
-
-
-def _init_linear(head: nn.Module) -> None:
-    for module in head.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=HEAD_STD)
-            nn.init.zeros_(module.bias)

@@ -36,11 +36,14 @@ class ModelConfig:
     Args:
         name: Name in timm's registry, such as slimclr_resnet50.
         widths: Widths to train; a single one is that individual network.
+        weights: What to start from instead of random weights: a folder that timm opens, a .safetensors file (both of
+            which `slimclr-hub convert` makes of a plain ResNet), or `pretrained` for the tag in the name.
         args: Further arguments of the network, such as drop_path_rate.
     """
 
     name: str = 'slimclr_resnet20'
     widths: tuple[float, ...] = DEFAULT_WIDTHS
+    weights: str | None = None
     args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,12 +18,11 @@ from tqdm.auto import tqdm
 
 from slimclr_hub.data.loaders import EpochSampler, train_loader
 from slimclr_hub.errors import DivergedError, InputError
-from slimclr_hub.hub.card import WidthFacts, training_card
+from slimclr_hub.hub.card import WidthFacts, training_card, width_facts
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.methods import MoCoV2
 from slimclr_hub.methods.processes import average_batchnorm
 from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.models.cost import cost
 from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.meter import Meter
 from slimclr_hub.train.parse import Command, flatten
@@ -69,6 +68,9 @@ def pretrain(command: Command, make_evaluator: EvaluatorFactory | None = None) -
         DivergedError: The loss is not finite.
     """
     config = command.config
+    if command.resume is not None:
+        # The checkpoint replaces them, and they may be gone by now.
+        config = replace(config, model=replace(config.model, weights=None))
     accelerator = _accelerator(config)
     trainer = _Trainer(config, accelerator, make_evaluator)
     return trainer.run(command.resume)
@@ -246,7 +248,7 @@ class _Trainer:
         config, backbone, folder = self.config, self.inner.backbone, self.folder.path
         self._average_batchnorm()
         metrics = self.folder.read_metrics()
-        facts = width_facts(backbone, config.data.size, metrics)
+        facts = measured_facts(backbone, config.data.size, metrics)
         about = {
             'name': folder.name,
             'folder': str(folder),
@@ -270,15 +272,14 @@ class _Trainer:
         return Result(folder, facts, metrics)
 
 
-def width_facts(backbone: SlimmableResNet, size: int, metrics: Iterable[dict[str, Any]]) -> list[WidthFacts]:
+def measured_facts(backbone: SlimmableResNet, size: int, metrics: Iterable[dict[str, Any]]) -> list[WidthFacts]:
     """Cost of each width, and its accuracy in the first and the last evaluation of a run's metrics."""
     evaluations = [record for record in metrics if record['kind'] == 'eval']
-    facts = []
-    for width in backbone.widths:
-        accuracies = [record[f'knn/{width:g}'] for record in evaluations]
-        start, end = (accuracies[0], accuracies[-1]) if accuracies else (None, None)
-        facts.append(WidthFacts(width, *cost(backbone, width, size), start, end))
-    return facts
+    facts = width_facts(backbone, size)
+    if not evaluations:
+        return facts
+    first, last = evaluations[0], evaluations[-1]
+    return [replace(fact, start=first[f'knn/{fact.width:g}'], end=last[f'knn/{fact.width:g}']) for fact in facts]
 
 
 def _accelerator(config: PretrainConfig) -> Accelerator:

@@ -1,5 +1,7 @@
 """From a configuration to what trains: network, method, optimizer."""
 
+from typing import Any
+
 import timm
 import torch
 from timm.optim import create_optimizer_v2
@@ -21,8 +23,17 @@ def make_backbone(config: ModelConfig, in_chans: int) -> SlimmableResNet:
         raise InputError(f'model.name {name!r} is not known; slimmable: {", ".join(_slimmable())}')
     if name.partition('.')[0] not in _slimmable():
         raise InputError(f'model.name {name!r} is not slimmable; these are: {", ".join(_slimmable())}')
+    kwargs: dict[str, Any] = {'num_classes': 0, 'in_chans': in_chans, 'widths': config.widths, **config.args}
+    if config.weights is not None:
+        kwargs['pretrained'] = True
+        if config.weights != 'pretrained':
+            kwargs['pretrained_cfg_overlay'] = {'file': config.weights}
     try:
-        backbone = timm.create_model(name, num_classes=0, in_chans=in_chans, widths=config.widths, **config.args)
+        backbone = timm.create_model(name, **kwargs)
+    except InputError as error:
+        if config.weights is None:
+            raise
+        raise InputError(f'model.weights {config.weights}: {error}') from error
     except (TypeError, RuntimeError) as error:
         raise InputError(f'model.name {name}, model.args {config.args}: {error}') from error
     assert isinstance(backbone, SlimmableResNet)

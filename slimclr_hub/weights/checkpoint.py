@@ -1,8 +1,11 @@
 """Reading checkpoints that others wrote, without running what is in them."""
 
 import pickle
+import pickletools
 import re
+import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +49,48 @@ def _load(path: Path) -> Any:
                     raise
                 return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
-        refused = ', '.join(sorted(set(_REFUSED.findall(str(error)))))
-        if not refused:
+        names, problem = _REFUSED.findall(str(error)), 'holds more than tensors and numbers'
+        if not names and 'Unsupported operand' in str(error):
+            names, problem = _names(path), 'is of a pickle protocol that torch reads only by running it, and names'
+        if not names:
             raise InputError(f'{path} is not a checkpoint that torch can read, or is damaged') from error
         raise InputError(
-            f'{path} holds more than tensors and numbers: {refused}. It was refused and nothing of it was '
+            f'{path} {problem}: {", ".join(sorted(set(names)))}. It was refused and nothing of it was '
             'run; save its state dict alone'
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError) as error:
+    except Exception as error:  # a damaged pickle raises any
         raise InputError(f'{path} is not a checkpoint that torch can read, or is damaged') from error
+
+
+def _names(path: Path) -> list[str]:
+    # What a pickle would look up to run, as far as it can be told without running it.
+    names, texts, memo = [], ['', ''], dict[int, str]()
+    with suppress(Exception), path.open('rb') as file:
+        if zipfile.is_zipfile(file):
+            archive = zipfile.ZipFile(file)
+            pickled: Any = archive.open(next(name for name in archive.namelist() if name.endswith('data.pkl')))
+        else:
+            pickled = file
+            file.seek(0)
+        for _ in range(4):  # the format before zip archives begins with three pickles of its own
+            argument: Any
+            for opcode, argument, _ in pickletools.genops(pickled):
+                if opcode.name == 'GLOBAL':
+                    names.append(argument.replace(' ', '.'))
+                elif opcode.name == 'STACK_GLOBAL':
+                    names.append('.'.join(texts[-2:]))
+                elif opcode.name == 'MEMOIZE':
+                    memo[len(memo)] = texts[-1]
+                elif opcode.name.endswith('GET'):
+                    texts.append(memo.get(argument, ''))
+                elif isinstance(argument, str):
+                    texts.append(argument)
+    return names
 
 
 def _numpy_scalars() -> list[Any]:
     # The best accuracy is often kept as one; they are numbers like others.
-    kinds = [np.dtype(kind) for kind in ('f2', 'f4', 'f8', 'i4', 'i8', '?')]
+    kinds = [np.dtype(kind) for kind in f'{np.typecodes["AllInteger"]}efd?']
     scalar = np.float64(0).__reduce__()[0]
     names = ['numpy._core.multiarray.scalar', 'numpy.core.multiarray.scalar']
     return [*((scalar, name) for name in names), np.dtype, *{type(kind) for kind in kinds}]

@@ -1,13 +1,14 @@
 """Tensors of others' checkpoints, under this package's names."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.weights.layouts import ARCHITECTURES, backbone_name, check_complete, shorten
-from slimclr_hub.weights.slices import leading, scale_channels, switch_name, switched_key, width_key
+from slimclr_hub.weights.slices import WIDTH_DIGITS, leading, scale_channels, switch_name, switched_key, width_key
 
 ENCODERS = ('online', 'momentum')
 """Networks that a pre-training checkpoint holds: the one that was trained, and its moving average."""
@@ -19,6 +20,7 @@ _PREFIXES = {
 }
 _FIRST = 'conv1.weight'
 _AUTHORS_NORM = re.compile(r'^(.*\.|)bn\.(\d+)\.weight$')
+_AUTHORS_SWITCHED = re.compile(r'\.(?:bn|linears)\.(\d+)\.')
 _AUTHORS_BLOCK = re.compile(r'^features\.(\d+)\.')
 
 Tensors = Mapping[str, torch.Tensor]
@@ -49,16 +51,15 @@ def convert(
     if encoder not in ENCODERS:
         raise InputError(f'encoder {encoder!r} is not one of {", ".join(ENCODERS)}')
     names = {name.removeprefix('module.'): tensor for name, tensor in tensors.items()}
-    body = _body(names, encoder)
-    if any(switched_key(name) for name in body):
-        ours = body
-    elif any(_AUTHORS_NORM.match(name) for name in body):
-        ours = _from_authors(body)
-    else:
-        ours = _from_plain(body, widths)
-    if encoder == 'momentum':
-        ours = _without_unseen(ours)
-    check_complete({name: tensor.shape for name, tensor in ours.items()})
+    ours = _body(names, encoder)
+    if not any(switched_key(name) for name in ours):
+        # The switchable probe is part of the network; any other head served pre-training, or is of one width alone.
+        body = {k: v for k, v in ours.items() if not k.startswith('fc.') or k.startswith('fc.linears.')}
+        from_authors = any(_AUTHORS_NORM.match(name) for name in body)
+        ours = _from_authors(body, encoder) if from_authors else _from_plain(body, widths)
+    layout = check_complete({name: tensor.shape for name, tensor in ours.items()})
+    if layout.architecture is None:
+        raise InputError(f'{layout} is none of the networks here, {", ".join(ARCHITECTURES.values())}')
     return {name: tensor.contiguous() for name, tensor in ours.items()}
 
 
@@ -68,19 +69,12 @@ def _body(names: Tensors, encoder: str) -> dict[str, torch.Tensor]:
             break
     else:
         wanted = ', '.join(prefix + _FIRST for prefix in _PREFIXES[encoder])
-        raise InputError(
-            f'no {encoder} network found: none of {wanted} is there; the tensors begin with {", ".join([*names][:3])}'
-        )
-    body = {name.removeprefix(prefix): tensor for name, tensor in names.items() if name.startswith(prefix)}
-    # The switchable probe is part of the network; any other head served pre-training, or is of one width alone.
-    return {
-        name: tensor
-        for name, tensor in body.items()
-        if not name.startswith('fc.') or name.startswith('fc.linears.') or switched_key(name)
-    }
+        found = f'the tensors begin with {", ".join([*names][:3])}' if names else 'there are no tensors'
+        raise InputError(f'no {encoder} network that is a ResNet: none of {wanted} is there; {found}')
+    return {name.removeprefix(prefix): tensor for name, tensor in names.items() if name.startswith(prefix)}
 
 
-def _from_authors(body: Tensors) -> dict[str, torch.Tensor]:
+def _from_authors(body: Tensors, encoder: str) -> dict[str, torch.Tensor]:
     blocks = 1 + max((int(match[1]) for name in body if (match := _AUTHORS_BLOCK.match(name))), default=-1)
     stages = next((stages for expansion, stages, _ in ARCHITECTURES if expansion == 4 and sum(stages) == blocks), ())
     if blocks and not stages:
@@ -88,30 +82,38 @@ def _from_authors(body: Tensors) -> dict[str, torch.Tensor]:
     keys = _keys(body)
     converted: dict[str, torch.Tensor] = {}
     for name, tensor in body.items():
+        if (number := _AUTHORS_SWITCHED.search(name)) and int(number[1]) >= len(keys):
+            raise InputError(f'{name} is not expected: there are {len(keys)} widths')
         ours = backbone_name(name, stages, keys)
         if ours in converted:
             raise InputError(f'{name} and another tensor are both named {ours}')
         converted[ours] = tensor
-    return converted
+    return _without_unseen(converted) if encoder == 'momentum' else converted
 
 
 def _keys(body: Tensors) -> list[str]:
     # The order of the widths differs between the authors' checkpoints, and only the shapes tell it: pre-training
-    # counts down, Mask R-CNN counts up. The layer with most channels tells them best.
+    # counts down, Mask R-CNN counts up. The layers with most channels tell them best; two of them at least, so that
+    # a tensor that is missing or misshapen is found to be, rather than believed.
     channels: dict[str, dict[int, int]] = {}
     for name, tensor in body.items():
         if match := _AUTHORS_NORM.match(name):
-            channels.setdefault(match[1], {})[int(match[2])] = tensor.shape[0]
-    largest = max(channels.values(), key=lambda sizes: max(sizes.values()))
+            channels.setdefault(match[1], {})[int(match[2])] = tensor.numel()
+    votes = Counter(tuple(sorted(sizes.items())) for sizes in channels.values())
+    trusted = max(votes, key=lambda sizes: (votes[sizes] > 1, max(dict(sizes).values())))
+    largest = dict(trusted)
     if sorted(largest) != list(range(len(largest))):
         raise InputError(f'normalisations are numbered {sorted(largest)}, not from 0 on without a gap')
     full = max(largest.values())
-    return [width_key(round(largest[i] / full, 4)) for i in range(len(largest))]
+    return [width_key(round(largest[i] / full, WIDTH_DIGITS)) for i in range(len(largest))]
 
 
 def _from_plain(body: Tensors, widths: Sequence[float]) -> dict[str, torch.Tensor]:
     if 1.0 not in widths:
         raise InputError(f'widths {tuple(widths)} lack 1.0, the width of a plain network')
+    for width in widths:
+        if not 0 < width <= 1 or round(width, WIDTH_DIGITS) != width:
+            raise InputError(f'width {width!r} is outside (0, 1] or has more than {WIDTH_DIGITS} decimals')
     norms = {name.rpartition('.')[0] for name in body if name.endswith('.running_mean')}
     if not norms:
         raise InputError(f'no batch normalisation found; the tensors are {shorten([*body], 3)}')
@@ -135,7 +137,9 @@ def _from_plain(body: Tensors, widths: Sequence[float]) -> dict[str, torch.Tenso
 
 def _without_unseen(tensors: Tensors) -> dict[str, torch.Tensor]:
     batches = {
-        switched_key(name): int(tensor) for name, tensor in tensors.items() if re.match(r'bn1\.\w+\.num_batches', name)
+        switched_key(name): bool(tensor.any())
+        for name, tensor in tensors.items()
+        if re.match(r'bn1\.\w+\.num_batches', name)
     }
     if not any(batches.values()):
         return dict(tensors)  # a network that has seen nothing at any width is kept as it is

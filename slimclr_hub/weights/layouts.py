@@ -75,7 +75,9 @@ class Layout:
     @property
     def full_stem(self) -> int:
         """Channels of the first convolution at width 1.0, as far as the widths tell."""
-        return round(self.stem / max(self.widths, default=1.0))
+        largest = max(self.widths, default=1.0)
+        known = (stem for _, _, stem in ARCHITECTURES if scale_channels(stem, largest) == self.stem)
+        return next(known, round(self.stem / largest))
 
     @property
     def architecture(self) -> str | None:
@@ -101,6 +103,8 @@ def layout_of(shapes: Shapes) -> Layout:
             blocks[stage] = max(blocks.get(stage, 0), int(match[2]) + 1)
     if 'conv1.weight' not in shapes or not blocks:
         raise InputError('conv1.weight and layer1 are missing: these are not the tensors of a ResNet')
+    if len(shapes['conv1.weight']) != 4:
+        raise InputError(f'conv1.weight has shape {list(shapes["conv1.weight"])}, not that of a convolution')
     keys = {key for name in shapes if not name.startswith('fc.') and (key := switched_key(name))}
     heads = [name for name in shapes if name.startswith('fc.') and name.endswith('.weight')]
     return Layout(
@@ -109,7 +113,7 @@ def layout_of(shapes: Shapes) -> Layout:
         stem=shapes['conv1.weight'][0],
         in_chans=shapes['conv1.weight'][1],
         widths=tuple(sorted(map(key_width, keys), reverse=True)),
-        num_classes=shapes[heads[0]][0] if heads else 0,
+        num_classes=(*shapes[heads[0]], 0)[0] if heads else 0,
         head='none' if not heads else 'slimmable' if heads == ['fc.weight'] else 'switchable',
     )
 
@@ -121,9 +125,9 @@ def check_complete(shapes: Shapes) -> Layout:
         InputError: A tensor is missing, unexpected or misshapen; the message names it.
     """
     layout = layout_of(shapes)
-    expected = _backbone_shapes(layout, shapes['conv1.weight'])
+    expected = {**_backbone_shapes(layout, shapes['conv1.weight']), **_head_shapes(layout, shapes)}
     problems = [f'{name} is missing' for name in expected if name not in shapes]
-    problems += [f'{name} is not expected' for name in shapes if name not in expected and not name.startswith('fc.')]
+    problems += [f'{name} is not expected' for name in shapes if name not in expected]
     problems += [
         f'{name} has shape {list(shapes[name])}, not {list(shape)}'
         for name, shape in expected.items()
@@ -172,3 +176,21 @@ def _backbone_shapes(layout: Layout, conv1: Sequence[int]) -> dict[str, tuple[in
                 norm(f'{name}.downsample.1', outputs)
             inputs = outputs
     return shapes
+
+
+def _head_shapes(layout: Layout, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    if layout.head == 'none':
+        return {}
+    features = layout.full_stem * 2 ** (len(layout.stages) - 1) * layout.expansion
+    widths = layout.widths or (1.0,)
+    if layout.head == 'slimmable':
+        sizes = {'fc': scale_channels(features, widths[0])}
+    else:
+        sizes = {f'fc.{width_key(width)}': scale_channels(features, width) for width in widths}
+    # Some kinds of pooling give twice as many features.
+    twice = all((*shapes.get(f'{name}.weight', (2 * size,)), 0)[-2] == 2 * size for name, size in sizes.items())
+    return {
+        f'{name}.{leaf}': (layout.num_classes, size * (1 + twice)) if leaf == 'weight' else (layout.num_classes,)
+        for name, size in sizes.items()
+        for leaf in ('weight', 'bias')
+    }

@@ -29,3 +29,8 @@ def with_retries(call: Callable[[], Answer]) -> Answer:
             _logger.info('%s; trying again', error)
             time.sleep(attempt)
     return call()
+
+
+def first_line(error: BaseException | None) -> str:
+    """The first line of an error's message; the client's go on for several."""
+    return str(error).strip().partition('\n')[0]

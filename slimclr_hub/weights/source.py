@@ -22,7 +22,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.version import __version__
 from slimclr_hub.weights import release
 from slimclr_hub.weights.hashing import file_hash
-from slimclr_hub.weights.network import is_transport_error, with_retries
+from slimclr_hub.weights.network import first_line, is_transport_error, with_retries
 from slimclr_hub.weights.published import ORGANISATION, PUBLISHED, hub_name
 
 WEIGHTS = 'model.safetensors'
@@ -77,20 +77,22 @@ def from_hub(repo: str, filename: str = WEIGHTS, cache_dir: Path | None = None) 
         if constants.is_offline_mode():
             raise NotOnHubError(f'offline (HF_HUB_OFFLINE), and the cache has no {filename} of {repo}') from error
         raise NotOnHubError(
-            f'the Hub cannot be reached for {repo}, and the cache has no {filename}: {_first_line(error.__cause__)}'
+            f'the Hub cannot be reached for {repo}, and the cache has no {filename}: {first_line(error.__cause__)}'
         ) from error
     except EntryNotFoundError as error:
         raise InputError(f'{repo} on the Hub has no {filename}; only safetensors are loaded') from error
     except HFValidationError as error:
         raise InputError(f'{repo!r} is not the name of a repository on the Hub, account/name: {error}') from error
     except HfHubHTTPError as error:
-        raise InputError(f'{repo}: the Hub answered {error.response.status_code}') from error
-    except OSError as error:
-        raise InputError(f'the download of {filename} of {repo} failed: {_first_line(error)}') from error
+        status = error.response.status_code
+        remedy = '; check your token, or `hf auth login`' if status == 401 else ''
+        raise InputError(f'{repo}: the Hub answered {status} ({error.server_message}){remedy}') from error
+    except (OSError, RuntimeError) as error:  # hf_xet has no classes of its own for most errors
+        raise InputError(f'the download of {filename} of {repo} failed: {first_line(error)}') from error
     except Exception as error:
         if not is_transport_error(error):
             raise
-        raise NotOnHubError(f'the Hub cannot be reached for {repo}: {_first_line(error)}') from error
+        raise NotOnHubError(f'the Hub cannot be reached for {repo}: {first_line(error)}') from error
     _check_hash(path, repo)
     _logger.info('Weights from the Hub: %s, %s', repo, path)
     return path
@@ -143,24 +145,24 @@ def _download(repo: str, filename: str, revision: str | None, cache_dir: Path | 
         raise
 
 
-def _first_line(error: BaseException | None) -> str:
-    return str(error).partition('\n')[0]
-
-
 def _check_hash(path: Path, repo: str) -> None:
-    # The client compares sizes only. A large file is kept under its sha256, and hashed once.
-    blob = path.resolve()
+    # The client compares sizes only. A large file is a link to one named by its sha256, which is hashed once; behind
+    # that there may be another link, to where repositories share files by another hash.
+    if not path.is_symlink():
+        return
+    blob = path.parent / path.readlink()
     if not _SHA256.fullmatch(blob.name):
         return
     checked = None
     with suppress(OSError):  # a cache that is only readable
         checked = cached_assets_path('slimclr_hub', 'checked') / blob.name
-    if checked and checked.is_file():
+    # What was downloaded again since is another file.
+    if checked and checked.is_file() and checked.stat().st_mtime_ns >= blob.stat().st_mtime_ns:
         return
     found = file_hash(blob)
     if found != blob.name:
-        path.unlink()
-        blob.unlink()
+        for file in (path, blob, blob.resolve()):
+            file.unlink(missing_ok=True)
         raise InputError(
             f'{path.name} of {repo} has the sha256 {found}, not {blob.name} as the Hub says; it was deleted'
         )

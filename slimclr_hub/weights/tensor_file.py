@@ -1,49 +1,77 @@
 """Safetensors files: read piece by piece, written whole."""
 
-import os
-import tempfile
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from slimclr_hub.errors import InputError
+from slimclr_hub.weights.whole import written_whole
 
 _PICKLES = (b'PK\x03\x04', b'\x80')  # a zip archive, and a bare pickle: what torch.save writes, now and formerly
+_AT_A_TIME = 1 << 20  # bytes
+_DTYPES = {
+    'F64': torch.float64,
+    'F32': torch.float32,
+    'F16': torch.float16,
+    'BF16': torch.bfloat16,
+    'I64': torch.int64,
+    'I32': torch.int32,
+    'I16': torch.int16,
+    'I8': torch.int8,
+    'U8': torch.uint8,
+    'BOOL': torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int  # bytes from the start of the file
 
 
 class TensorFile:
     """An open safetensors file, of which single tensors and slices are read; nothing else of it reaches memory.
 
+    The library checks the file and maps it; the reading is done here, by plain reads into the tensors' own memory.
+    Through the mapping every page that a slice touches counts as memory until the file is closed, four times a narrow
+    network's own, and on network file systems comes by itself.
+
     Args:
         path: The file.
-        economical: Give back the memory of what was read as reading goes on, rather than at the end; slower where all
-            of a file is read. It can be set later, too.
 
     Raises:
         InputError: There is no such file, or it is not a whole safetensors file.
     """
 
-    _RELEASE_AFTER = 1 << 20  # bytes
-    _READ_AHEAD = 1 << 16  # bytes that reading any of them maps
-
-    def __init__(self, path: Path, *, economical: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.economical = economical
-        self._read = 0
-        self._file = self._open()
-        self.names: tuple[str, ...] = tuple(self._file.keys())
+        self.metadata: Mapping[str, str] = self._check()
+        self._file = path.open('rb', buffering=0)
+        length = int.from_bytes(self._file.read(8), 'little')
+        header = json.loads(self._file.read(length))
+        header.pop('__metadata__', None)
+        self._entries: dict[str, _Entry] = {}
+        for name, entry in header.items():
+            if entry['dtype'] not in _DTYPES:
+                raise InputError(f'{path}: {name} is of type {entry["dtype"]}, not one of {", ".join(_DTYPES)}')
+            begin = 8 + length + entry['data_offsets'][0]
+            self._entries[name] = _Entry(_DTYPES[entry['dtype']], tuple(entry['shape']), begin)
 
-    def _open(self) -> Any:
+    def _check(self) -> dict[str, str]:
         if not self.path.is_file():
             raise InputError(f'{self.path} does not exist or is not a file')
         try:
-            return safe_open(self.path, 'pt').__enter__()
+            with safe_open(self.path, 'pt') as file:
+                return file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise InputError(f'{self.path} {self._fault()} ({error})') from error
 
@@ -60,43 +88,55 @@ class TensorFile:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.__exit__(kind, value, trace)
+        self._file.close()
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Name -> shape of every tensor."""
-        return {name: tuple(self._file.get_slice(name).get_shape()) for name in self.names}
-
-    @cached_property
-    def metadata(self) -> Mapping[str, str]:
-        """What was noted in the file beside its tensors."""
-        return self._file.metadata() or {}
+        return {name: entry.shape for name, entry in self._entries.items()}
 
     def whole(self, name: str) -> torch.Tensor:
-        """A tensor, backed by the file: copy it before the file is closed or changed."""
-        return self._count(self._file.get_tensor(name))
+        """A tensor."""
+        entry = self._entries[name]
+        return self._fill(torch.empty(entry.shape, dtype=entry.dtype), entry.begin)
 
     def part(self, name: str, index: Sequence[slice]) -> torch.Tensor:
-        """The part of a tensor that `index` selects; copy it as in `whole`."""
+        """The part of a tensor that slices of step 1 select, one for each dimension from the first on."""
+        entry = self._entries[name]
         if not index:
             return self.whole(name)
-        return self._count(self._file.get_slice(name)[tuple(index)])
+        bounds = [range(*part.indices(n)) for part, n in zip(index, entry.shape, strict=False)]
+        rows, inner = bounds[0], (slice(None), *index[1:])
+        row = prod(entry.shape[1:]) * entry.dtype.itemsize
+        out = torch.empty([*map(len, bounds), *entry.shape[len(bounds) :]], dtype=entry.dtype)
+        if out.shape[1:] == entry.shape[1:]:
+            return self._fill(out, entry.begin + rows.start * row)
+        some = max(1, _AT_A_TIME // row)
+        for start in range(rows.start, rows.stop, some):
+            block = torch.empty((min(some, rows.stop - start), *entry.shape[1:]), dtype=entry.dtype)
+            self._fill(block, entry.begin + start * row)
+            out[start - rows.start :][: len(block)] = block[inner]
+        return out
 
-    def leading(self, name: str, shape: Sequence[int]) -> torch.Tensor:
-        """The leading block of a tensor that has `shape`; copy it as in `whole`."""
-        if tuple(shape) == self.shapes[name]:
-            return self.whole(name)
-        return self.part(name, [slice(0, n) for n in shape])
+    @torch.no_grad()
+    def copy_leading(self, name: str, target: torch.Tensor) -> None:
+        """Copy the leading block of a tensor that has `target`'s shape into it, whatever its type and device."""
+        entry = self._entries[name]
+        if tuple(target.shape) != entry.shape:
+            target.copy_(self.part(name, [slice(0, n) for n in target.shape]))
+        elif target.dtype == entry.dtype and target.device.type == 'cpu' and target.is_contiguous():
+            self._fill(target.detach(), entry.begin)
+        else:
+            target.copy_(self.whole(name))
 
-    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.economical:
-            if self._read > self._RELEASE_AFTER:
-                # Pages of a mapped file count as this process's memory until the mapping goes.
-                self._file.__exit__(None, None, None)
-                self._file, self._read = self._open(), 0
-            # A slice of the second dimension reaches over whole rows.
-            rows = tensor.shape[0] * tensor.stride(0) if tensor.ndim else 1
-            self._read += max(self._READ_AHEAD, rows * tensor.element_size())
+    def _fill(self, tensor: torch.Tensor, begin: int) -> torch.Tensor:
+        rest = tensor.view(-1).view(torch.uint8).numpy().data
+        self._file.seek(begin)
+        while rest:
+            count = self._file.readinto(rest)
+            if not count:
+                raise InputError(f'{self.path} became shorter while it was read')
+            rest = rest[count:]
         return tensor
 
 
@@ -108,18 +148,12 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapp
         path: The file.
         metadata: What to note beside the tensors.
     """
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix='.partial-')
-    os.close(handle)
-    try:
-        own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(own, partial, metadata={'format': 'pt', **(metadata or {})})
-        os.chmod(partial, 0o666 & ~_umask())  # temporary files are made for their owner alone
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    own: dict[str, torch.Tensor] = {}
+    storages = set()
+    for name, tensor in tensors.items():
+        own[name] = tensor.detach().cpu().contiguous()
+        if (storage := own[name].untyped_storage().data_ptr()) in storages:
+            own[name] = own[name].clone()  # safetensors refuses tensors that overlap
+        storages.add(storage)
+    with written_whole(path.parent) as partial:
+        save_file(own, partial / path.name, metadata={'format': 'pt', **(metadata or {})})

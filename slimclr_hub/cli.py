@@ -1,0 +1,366 @@
+"""The command `slimclr-hub`. Each command parses, calls the room that does the work, and prints what it gave."""
+
+import logging
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from slimclr_hub.errors import ExportError, InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+app = typer.Typer(
+    help='Slimmable self-supervised networks: the zoo, and every way to take a network away.',
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Network = Annotated[str, typer.Argument(help='A tag (slimclr-hub list), hf-hub:USER/NAME, a folder or .safetensors.')]
+Images = Annotated[list[Path], typer.Argument(help='Image files, and folders of images.')]
+Width = Annotated[float | None, typer.Option(help='Width to run at; the largest unless given.')]
+Overwrite = Annotated[bool, typer.Option('--overwrite', help='Replace what is there.')]
+BatchSize = Annotated[int, typer.Option(help='Images at a time.')]
+Workers = Annotated[int | None, typer.Option(help='Processes that decode images.')]
+Device = Annotated[str | None, typer.Option(help='Where to run, such as cuda:1; an accelerator if there is one.')]
+Skip = Annotated[bool, typer.Option('--skip-unreadable', help='Leave out images that cannot be read.')]
+
+
+class Encoder(str, Enum):
+    """Networks of a pre-training checkpoint."""
+
+    online = 'online'
+    momentum = 'momentum'
+
+
+class DenseFormat(str, Enum):
+    """What `extract` writes."""
+
+    timm = 'timm'
+    torchvision = 'torchvision'
+    mmdet = 'mmdet'
+
+
+class ExportFormat(str, Enum):
+    """What `export` writes."""
+
+    onnx = 'onnx'
+    pt2 = 'pt2'
+
+
+class Precision(str, Enum):
+    """Mixed precision, or none."""
+
+    no = 'no'
+    fp16 = 'fp16'
+    bf16 = 'bf16'
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line on standard error and exit status 1."""
+    # The line that says where weights come from.
+    logging.basicConfig(format='%(message)s', level=logging.WARNING)
+    logging.getLogger('slimclr_hub').setLevel(logging.INFO)
+    try:
+        app(prog_name='slimclr-hub')
+    except (InputError, ExportError) as error:
+        from rich.console import Console
+
+        Console(stderr=True, soft_wrap=True, highlight=False).print('[bold red]Error:[/] ', end='')
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+@app.command('list')
+def list_networks() -> None:
+    """List the published networks: what each width costs, and what the paper reports of it."""
+    import timm
+
+    from slimclr_hub.hub.card import human, width_facts
+    from slimclr_hub.models import SlimmableResNet
+    from slimclr_hub.weights.published import ARCHITECTURE, PUBLISHED
+
+    table = _table(['tag', 'width', 'params', 'mult-adds', 'top-1', 'box AP', 'mask AP'], f'{ARCHITECTURE}.TAG')
+    facts = {}
+    for published in PUBLISHED.values():
+        if published.num_classes not in facts:
+            model = timm.create_model(ARCHITECTURE, num_classes=published.num_classes, device='meta')
+            assert isinstance(model, SlimmableResNet)
+            facts[published.num_classes] = width_facts(model, 224)
+        for i, fact in enumerate(facts[published.num_classes]):
+            reported = published.reported[fact.width]
+            aps = ['' if ap is None else f'{ap:.1f}' for ap in (reported.box_ap, reported.mask_ap)]
+            cells = [f'{fact.width:g}', human(fact.parameters), human(fact.multiply_adds), f'{reported.top1:.1f}']
+            last = i == len(published.reported) - 1
+            table.add_row('' if i else published.tag, *cells, *aps, end_section=last)
+    _print(table)
+    _say(
+        'mult-adds: for one image of 224x224. As the paper reports: top-1 of a linear probe on\n'
+        'ImageNet (%), AP on COCO of a Mask R-CNN fine-tuned from it. A tag with lincls in its name has the probe.\n'
+        f"timm.create_model('{ARCHITECTURE}.{next(iter(PUBLISHED))}', pretrained=True, width=0.5)"
+    )
+
+
+@app.command()
+def info(network: Network) -> None:
+    """Tell what a network is: widths, cost, head, preprocessing, and where its weights come from."""
+    from slimclr_hub.hub.card import human, width_facts
+    from slimclr_hub.hub.opening import open_network
+
+    model = open_network(network)
+    cfg = model.pretrained_cfg
+    size = cfg['input_size'][-1]
+    head = f'{model.head}, {model.num_classes} classes' if model.num_classes else 'none'
+    _say(f'{cfg.get("architecture")}, head: {head}')
+    mean, std = ([round(value, 4) for value in cfg[key]] for key in ('mean', 'std'))
+    _say(f'images: {model.in_chans} channels, {size}x{size}, mean {mean}, std {std}, crop {cfg["crop_pct"]}')
+    for key in ('tag', 'description', 'license', 'origin_url'):
+        if cfg.get(key):
+            _say(f'{key}: {cfg[key]}')
+    table = _table(['width', 'parameters', f'multiply-adds at {size}x{size}', 'features'])
+    for fact in width_facts(model, size):
+        with model.set_width(fact.width):
+            table.add_row(f'{fact.width:g}', human(fact.parameters), human(fact.multiply_adds), str(model.num_features))
+    _print(table)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="The authors' checkpoint, a ResNet's, or one of MoCo v2 or v3.")],
+    target: Annotated[Path, typer.Argument(help='A folder that timm opens, or a file in .safetensors.')],
+    encoder: Annotated[Encoder, typer.Option(help='Which network of a pre-training checkpoint.')] = Encoder.online,
+    width: Annotated[
+        list[float] | None, typer.Option(help='Widths to give to a plain network; repeat for each.')
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Convert a checkpoint of others into weights of this package."""
+    from slimclr_hub.hub.conversion import convert_file
+    from slimclr_hub.models import DEFAULT_WIDTHS
+    from slimclr_hub.models.widths import check_widths
+
+    widths = check_widths(width) if width else DEFAULT_WIDTHS
+    done = convert_file(source, target, encoder=encoder.value, widths=widths, overwrite=overwrite)
+    probe = f', with a probe of {done.layout.num_classes} classes' if done.layout.num_classes else ''
+    _say(f'{done.path}: {done.layout.architecture}, widths {", ".join(map(str, done.layout.widths))}{probe}')
+    if done.tag:
+        _say(f'By its name it is the published {done.tag}.')
+    if not done.calibrated:
+        _say(f'A start for training: accelerate launch recipes/pretrain.py --model.weights {target}')
+    elif target.suffix != '.safetensors':
+        _say(f"Open it: timm.create_model('local-dir:{target}', pretrained=True, width={done.layout.widths[-1]})")
+
+
+@app.command()
+def extract(
+    network: Network,
+    target: Annotated[Path, typer.Argument(help='A folder for timm; a .pth or .safetensors file for the others.')],
+    width: Annotated[float, typer.Option(help='Width to take.')],
+    format: Annotated[DenseFormat, typer.Option(help='Whose format.')] = DenseFormat.timm,
+    overwrite: Overwrite = False,
+) -> None:
+    """Take one width away as an ordinary network that opens without this package."""
+    from slimclr_hub.hub import dense
+    from slimclr_hub.hub.opening import open_network
+
+    _check_free(target / 'config.json' if format is DenseFormat.timm else target, overwrite)
+    model = open_network(network, width=width)
+    if format is DenseFormat.timm:
+        cfg = model.pretrained_cfg
+        dense.save_timm_folder(
+            model,
+            width,
+            target,
+            size=cfg['input_size'][-1],
+            mean=tuple(cfg['mean']),
+            std=tuple(cfg['std']),
+            crop_pct=cfg['crop_pct'],
+            tagged='tag' in cfg,
+        )
+        _say(f"Open it: timm.create_model('local-dir:{target}', pretrained=True)")
+    elif format is DenseFormat.torchvision:
+        dense.save_tensors(dense.torchvision_state_dict(model, width), target)
+        _say(f'{target}: a state dict for torchvision')
+    else:
+        config = dense.mmdet_config(model, width, str(target))
+        dense.save_tensors(dense.mmdet_state_dict(model, width), target)
+        _say(f'backbone = {config!r}')
+
+
+@app.command()
+def export(
+    network: Network,
+    target: Annotated[Path, typer.Argument(help='Folder for the files, one for each width.')],
+    format: Annotated[ExportFormat, typer.Option(help='ONNX, or an ExportedProgram of torch.export.')],
+    width: Annotated[list[float] | None, typer.Option(help='Widths; all unless given, repeat for each.')] = None,
+    size: Annotated[int | None, typer.Option(help="Height and width of images; the network's unless given.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Export each width for other runtimes, and check it against PyTorch."""
+    from slimclr_hub.hub.card import human
+    from slimclr_hub.hub.export import export_onnx, export_pt2
+    from slimclr_hub.hub.opening import open_network
+    from slimclr_hub.models.widths import width_key
+
+    model = open_network(network)
+    pixels = size or model.pretrained_cfg['input_size'][-1]
+    write = export_onnx if format is ExportFormat.onnx else export_pt2
+    widths = width or model.widths
+    files = {w: target / f'{model.pretrained_cfg["architecture"]}_{width_key(w)}.{format.value}' for w in widths}
+    for file in files.values():
+        _check_free(file, overwrite)
+    target.mkdir(parents=True, exist_ok=True)
+    table = _table(['width', 'file', 'bytes', 'max difference to PyTorch'])
+    for w, file in files.items():
+        with model.set_width(w):
+            difference = write(model, file, size=pixels)
+        table.add_row(f'{w:g}', str(file), human(file.stat().st_size), f'{difference:.1e}')
+    _print(table)
+
+
+@app.command()
+def embed(
+    network: Network,
+    images: Images,
+    out: Annotated[Path, typer.Option('--out', '-o', help='A file in .safetensors, .npy or .parquet.')],
+    width: Width = None,
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    device: Device = None,
+    precision: Annotated[Precision, typer.Option(help='Mixed precision.')] = Precision.no,
+    skip_unreadable: Skip = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the features of images, or of all images in folders, at one width."""
+    from slimclr_hub.evaluate.embed import embed as run
+    from slimclr_hub.evaluate.embedding_files import check_output, save_embeddings
+
+    check_output(out, overwrite)
+    embeddings = run(
+        _on_device(network, width, device),
+        images[0] if len(images) == 1 else images,
+        batch_size=batch_size,
+        workers=workers,
+        precision=precision.value,
+        skip_unreadable=skip_unreadable,
+    )
+    save_embeddings(embeddings, out, overwrite)
+    count, length = embeddings.features.shape
+    _say(f'{out}: {count} images, {length} features each, at width {embeddings.width:g}')
+
+
+@app.command()
+def predict(
+    network: Network,
+    images: Images,
+    width: Width = None,
+    top: Annotated[int, typer.Option(help='Classes for each image.')] = 5,
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    device: Device = None,
+    skip_unreadable: Skip = False,
+) -> None:
+    """Print the most probable classes of images, by a network with a probe."""
+    from slimclr_hub.evaluate.predict import predict as run
+    from slimclr_hub.evaluate.predict import predictions_table
+
+    predictions = run(
+        _on_device(network, width, device),
+        images[0] if len(images) == 1 else images,
+        top=top,
+        batch_size=batch_size,
+        workers=workers,
+        skip_unreadable=skip_unreadable,
+    )
+    _print(predictions_table(predictions))
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help='A folder that training, convert or save_folder wrote.')],
+    repo: Annotated[str, typer.Argument(help='Repository on the Hub, account/name.')],
+    private: Annotated[bool, typer.Option('--private', help='Make a new repository private.')] = False,
+    revision: Annotated[str | None, typer.Option(help='Branch to commit to.')] = None,
+    message: Annotated[str | None, typer.Option(help='Message of the commit.')] = None,
+    dry_run: Annotated[
+        bool, typer.Option('--dry-run', help='Check the folder and list the files; upload nothing.')
+    ] = False,
+) -> None:
+    """Publish a folder on the Hub: weights, configuration and card, after checking that they fit."""
+    from slimclr_hub.hub.card import human
+    from slimclr_hub.hub.push import plan_push
+    from slimclr_hub.hub.push import push as run
+
+    plan = plan_push(folder, repo)
+    table = _table(['file', 'bytes'], f'{folder} -> {repo}')
+    for name, size in plan.sizes().items():
+        table.add_row(name, human(size))
+    _print(table)
+    if dry_run:
+        _say('Nothing was uploaded (--dry-run).')
+        return
+    _say(run(plan, private=private, revision=revision, message=message))
+    _say(f"timm.create_model('hf-hub:{repo}', pretrained=True)")
+
+
+@app.command()
+def cards(
+    folder: Annotated[Path, typer.Argument(help='Where to write them.')] = Path('model_cards'),
+) -> None:
+    """Write the model cards of the published networks, as they are in model_cards/."""
+    from slimclr_hub.hub.published_card import all_cards
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in all_cards().items():
+        (folder / name).write_text(text)
+        _say(str(folder / name))
+
+
+def _on_device(network: str, width: float | None, device: str | None) -> Any:
+    import torch
+
+    from slimclr_hub.hub.opening import open_network
+
+    # One width is asked for, so one is read.
+    model = open_network(network, lazy=True, **({} if width is None else {'width': width}))
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = 'cpu' if accelerator is None else str(accelerator)
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f'--device {device}: {str(error).partition(chr(10))[0]}') from error
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise InputError(f'{path} is there already; choose another name or add --overwrite')
+
+
+def _table(headers: list[str], title: str | None = None) -> 'Table':
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify='left', box=box.SIMPLE_HEAD)
+    for i, header in enumerate(headers):
+        is_name = i == 0 or header == 'file'
+        table.add_column(header, justify='left' if is_name else 'right', no_wrap=is_name)
+    return table
+
+
+def _print(table: 'Table') -> None:
+    from rich.console import Console
+
+    # Not cut to 80 columns where the output goes to a file or another program.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _say(text: str) -> None:
+    print(text)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,97 @@
+"""From a checkpoint of others to a folder or file of ours."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+
+from slimclr_hub.errors import InputError
+from slimclr_hub.hub.card import converted_card, width_facts
+from slimclr_hub.hub.folder import write_folder
+from slimclr_hub.hub.published_card import published_card
+from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
+from slimclr_hub.weights.checkpoint import read_checkpoint
+from slimclr_hub.weights.convert import convert
+from slimclr_hub.weights.layouts import Layout, layout_of
+from slimclr_hub.weights.published import PUBLISHED
+from slimclr_hub.weights.tensor_file import save_tensors
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion made.
+
+    Args:
+        path: The folder or file.
+        layout: The network in it.
+        calibrated: Whether the normalisation of every width has seen images; false for the start of slimmable
+            training out of a plain network.
+        tag: Tag of the published network that it is, if the source's name is that of the authors' file.
+    """
+
+    path: Path
+    layout: Layout
+    calibrated: bool
+    tag: str | None
+
+
+def convert_file(
+    source: Path,
+    target: Path,
+    *,
+    encoder: str = 'online',
+    widths: Sequence[float] = DEFAULT_WIDTHS,
+    overwrite: bool = False,
+) -> Converted:
+    """Convert a checkpoint into a folder that timm opens, or into a safetensors file.
+
+    Args:
+        source: A checkpoint of a kind that `weights.convert.convert` takes.
+        target: A name in `.safetensors`, or else a folder.
+        encoder: `online` or `momentum`, of a pre-training checkpoint.
+        widths: Widths to give to a plain network.
+        overwrite: Replace what is there.
+
+    Raises:
+        InputError: The source cannot be read or is of no known kind, or the target is there already.
+    """
+    to_file = target.suffix == '.safetensors'
+    occupied = target if to_file else target / 'config.json'
+    if occupied.exists() and not overwrite:
+        raise InputError(f'{occupied} is there already; choose another name or add --overwrite')
+    try:
+        tensors = convert(read_checkpoint(source), encoder, widths)
+    except InputError as error:
+        raise InputError(f'{source}: {error}' if str(source) not in str(error) else str(error)) from error
+    layout = layout_of({name: tensor.shape for name, tensor in tensors.items()})
+    if layout.architecture is None:
+        raise InputError(f'{source} holds {layout}, which is none of the networks here')
+    calibrated = all(int(tensor) > 0 for name, tensor in tensors.items() if name.endswith('num_batches_tracked'))
+    published = next((p for p in PUBLISHED.values() if p.file == source.name and encoder == 'online'), None)
+    if to_file:
+        save_tensors(tensors, target, {'architecture': layout.architecture})
+    else:
+        name = published.name if published else layout.architecture
+        model = timm.create_model(
+            name, widths=layout.widths, num_classes=layout.num_classes, in_chans=layout.in_chans, device='meta'
+        )
+        assert isinstance(model, SlimmableResNet)
+        size = model.pretrained_cfg['input_size'][-1]
+        card = (
+            published_card(published)
+            if published
+            else converted_card(
+                width_facts(model, size), layout.architecture, source.name, str(target), size, calibrated
+            )
+        )
+        write_folder(
+            model,
+            tensors,
+            target,
+            model_args={'widths': layout.widths, 'head': 'switchable'},
+            data_config={},
+            card=card,
+            tagged=published is not None,
+        )
+    return Converted(target, layout, calibrated, published.tag if published else None)

@@ -1,0 +1,291 @@
+"""One width of a slimmable network in the formats of other libraries: timm, torchvision and MMDetection.
+
+All three call the tensors of a ResNet by the same names; they differ in the channels that they allow. torchvision has
+those of width 1.0 alone, MMDetection scales all of them by one factor, and timm chooses them for each stage, which with
+some channels of zeros is enough for every width.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models.resnet import ResNet
+from torch import nn
+
+from slimclr_hub.errors import InputError
+from slimclr_hub.hub.folder import write_folder
+from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.widths import check_width, scale_channels
+from slimclr_hub.weights.tensor_file import save_tensors as save_safetensors
+from slimclr_hub.weights.whole import written_whole
+
+_DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+_STEM = 64
+_CHANNELS = (64, 128, 256, 512)
+_EXPANSION = 4
+_OWN_FOLDER = 'slimclr_hub.hub.folder.save_folder writes a folder that timm opens after `import slimclr_hub`'
+
+_CARD = """\
+---
+library_name: timm{licence}
+tags:
+- image-feature-extraction
+- timm
+- slimclr
+---
+# {architecture} at width {width:g}
+
+One width of a slimmable network, as an ordinary network of timm's:
+
+```python
+import timm
+model = timm.create_model('local-dir:{folder}', pretrained=True)
+```
+
+From the Hugging Face Hub it is `hf-hub:USER/NAME` instead of `local-dir:`.
+{padding}
+Method: Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, https://arxiv.org/abs/2209.15525.
+"""
+
+_PADDING = """
+timm's {architecture} cannot be this narrow everywhere, so some channels are zeros: {held:,} parameters where the width
+has {needed:,}. They leave the output as it is, and stay zeros in training.{features}
+"""
+
+
+def save_timm_folder(
+    model: SlimmableResNet,
+    width: float,
+    folder: Path,
+    *,
+    size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    crop_pct: float,
+    card: str | None = None,
+    tagged: bool = False,
+) -> None:
+    """Write one width as a folder that timm opens without this package: config.json, model.safetensors and README.md.
+
+    `timm.create_model('local-dir:FOLDER', pretrained=True)` opens it as a `resnet50` (101, 152) with the same output.
+
+    A `resnet50` has a stem of 64 channels, blocks with four times as many output as inner channels, and a projection in
+    the first block only where that changes the channel count. What a width has less of is filled up with channels of
+    zeros: in the stem at every width below 1.0; in the first stage where it would have 16 channels, as at 0.25; and
+    wherever `int(C * width)` drops a fraction. That last case alone reaches the features, which then end in up to
+    three zeros (1640 features instead of 1638 at width 0.8, but 512 as they should be at 0.25). Such channels stay
+    zeros in training, since a ReLU passes no gradient at zero.
+
+    Args:
+        model: A slimmable ResNet-50, 101 or 152.
+        width: One of its widths.
+        folder: Where to write; made if it is not there.
+        size: Height and width of the images in pixels.
+        mean: Mean of each channel that images are normalised by.
+        std: Standard deviation of each channel that images are normalised by.
+        crop_pct: Share of the image that evaluation crops.
+        card: Text of the model card; one that says how to open it unless given.
+        tagged: Whether these are the weights of the tag that the network was built with, whose origin and licence are
+            then noted.
+
+    Raises:
+        InputError: The network does not hold `width`, or timm has no such network.
+    """
+    width = check_width(width, model.widths)
+    tensors = model.extract(width).state_dict()
+    network = _timm_network(model, tensors)
+    if card is None:
+        needed = sum(tensors[name].numel() for name, _ in network.named_parameters())
+        card = _card(model, width, folder, network, needed, tagged)
+    runs = model.global_pool.feat_mult()
+    padded = {name: _padded(name, tensors[name], whole.shape, runs) for name, whole in network.state_dict().items()}
+    data_config = {'input_size': (model.in_chans, size, size), 'mean': mean, 'std': std, 'crop_pct': crop_pct}
+    write_folder(network, padded, folder, model_args={}, data_config=data_config, card=card, tagged=tagged)
+
+
+def torchvision_state_dict(model: SlimmableResNet, width: float = 1.0) -> dict[str, torch.Tensor]:
+    """State dict for `torchvision.models.resnet50` (101, 152), which loads it strictly.
+
+    Without a head there is no `fc` in it; it then loads once torchvision's `fc` is replaced by `nn.Identity()`.
+
+    Args:
+        model: A slimmable ResNet-50, 101 or 152.
+        width: 1.0, the only one that torchvision has.
+
+    Raises:
+        InputError: torchvision has no such network; the message names the formats that do.
+    """
+    width = check_width(width, model.widths)
+    _depth(model, 'torchvision')
+    elsewhere = '--format timm and --format mmdet have it'
+    if width != 1.0:
+        raise InputError(f'width {width}: the channels of torchvision are fixed, at width 1.0; {elsewhere}')
+    if model.in_chans != 3:
+        raise InputError(f'images of {model.in_chans} channels: those of torchvision have 3; {elsewhere}')
+    pool = model.global_pool.pool_type
+    if model.num_classes > 0 and pool != 'avg':
+        raise InputError(f"global_pool {pool!r}: the head of torchvision pools by 'avg'; --format timm has it")
+    return dict(model.extract(width).state_dict())
+
+
+def mmdet_state_dict(model: SlimmableResNet, width: float) -> dict[str, torch.Tensor]:
+    """State dict of the backbone for MMDetection's `ResNet`, which `mmdet_config` describes; a head is left out.
+
+    Args:
+        model: A slimmable ResNet-50, 101 or 152.
+        width: One of its widths, of which 64 times must be whole.
+
+    Raises:
+        InputError: MMDetection has no such network; the message names the formats that do.
+    """
+    width = check_width(width, model.widths)
+    _mmdet_channels(model, width)
+    return {name: tensor for name, tensor in model.extract(width).state_dict().items() if not name.startswith('fc.')}
+
+
+def mmdet_config(model: SlimmableResNet, width: float, checkpoint: str) -> dict[str, Any]:
+    """The backbone of an MMDetection config, loading what `mmdet_state_dict` gave.
+
+    The neck has to be told the channels of the feature maps: `in_channels` is `width` times (256, 512, 1024, 2048). A
+    config that inherits another needs `_delete_=True` beside these entries.
+
+    Args:
+        model: A slimmable ResNet-50, 101 or 152.
+        width: One of its widths, of which 64 times must be whole.
+        checkpoint: Path or address of the tensors as `.pth`.
+
+    Raises:
+        InputError: As in `mmdet_state_dict`, or MMDetection does not read such a file.
+    """
+    channels = _mmdet_channels(model, check_width(width, model.widths))
+    if checkpoint.endswith('.safetensors'):
+        raise InputError(f'MMDetection does not read {checkpoint}; save the tensors as .pth')
+    colours = {} if model.in_chans == 3 else {'in_channels': model.in_chans}
+    return {
+        'type': 'ResNet',
+        'depth': _depth(model, 'MMDetection'),
+        **colours,
+        'base_channels': channels,
+        'stem_channels': channels,
+        'num_stages': 4,
+        'out_indices': (0, 1, 2, 3),
+        'norm_cfg': {'type': 'BN', 'requires_grad': True},
+        'style': 'pytorch',
+        'init_cfg': {'type': 'Pretrained', 'checkpoint': checkpoint},
+    }
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write tensors to a file, whole or not at all: `.safetensors`, or `.pth` and `.pt` in the way of `torch.save`.
+
+    `torch.load(path, weights_only=True)` reads the latter.
+
+    Raises:
+        InputError: The file's name ends in none of these.
+    """
+    # Copies, since a tensor that is a view would take along all that it looks into.
+    copies = {
+        name: tensor.detach().to('cpu', copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    if path.suffix == '.safetensors':
+        save_safetensors(copies, path)
+    elif path.suffix in ('.pth', '.pt'):
+        with written_whole(path.parent) as partial:
+            torch.save(copies, partial / path.name)
+    else:
+        raise InputError(f'{path} does not end in .safetensors, .pth or .pt')
+
+
+def _depth(model: SlimmableResNet, library: str) -> int:
+    """Layers of the network, if `library` has it at width 1.0."""
+    stages = [stage for name, stage in model.named_children() if name.startswith('layer')]
+    blocks = tuple(len(stage) for stage in stages if isinstance(stage, nn.Sequential))
+    full = _EXPANSION * _CHANNELS[-1]
+    if blocks not in _DEPTHS or model.full_features != full or model.conv1.kernel_size != (7, 7):
+        architecture = _configuration(model).get('architecture', type(model).__name__)
+        raise InputError(f'{library} has ResNets of 50, 101 and 152 layers, but no {architecture}; {_OWN_FOLDER}')
+    return _DEPTHS[blocks]
+
+
+def _configuration(model: nn.Module) -> dict[str, Any]:
+    # There is none where the network was not built by timm's factory.
+    return getattr(model, 'pretrained_cfg', {})
+
+
+def _mmdet_channels(model: SlimmableResNet, width: float) -> int:
+    """Channels of MMDetection's stem and first stage."""
+    _depth(model, 'MMDetection')
+    if model.output_stride != 32:
+        raise InputError(f'output_stride {model.output_stride}: MMDetection dilates otherwise; --format timm has it')
+    channels = _CHANNELS[0] * width
+    if not channels.is_integer():
+        raise InputError(f'width {width}: MMDetection has no stage of {channels:g} channels; --format timm has it')
+    return int(channels)
+
+
+# timm
+
+
+def _timm_network(model: SlimmableResNet, tensors: Mapping[str, torch.Tensor]) -> ResNet:
+    """timm's network that has room for the tensors of one width, without memory for its own."""
+    architecture = f'resnet{_depth(model, "timm")}'
+    channels = []
+    for stage in range(1, len(_CHANNELS) + 1):
+        outer = len(tensors[f'layer{stage}.0.conv3.weight'])
+        channels.append(-(-outer // _EXPANSION))
+    if channels[0] * _EXPANSION == _STEM:
+        channels[0] += 1  # or there is no projection
+    arguments: dict[str, Any] = {}
+    if tuple(channels) != _CHANNELS:
+        arguments['channels'] = tuple(channels)
+    if model.output_stride != 32:
+        arguments['output_stride'] = model.output_stride
+    network = timm.create_model(
+        architecture,
+        pretrained_cfg={
+            **_configuration(model),
+            'architecture': architecture,
+            'first_conv': 'conv1',
+            'classifier': 'fc',
+        },
+        num_classes=model.num_classes,
+        in_chans=model.in_chans,
+        global_pool=model.global_pool.pool_type,
+        device='meta',
+        **arguments,
+    )
+    assert isinstance(network, ResNet)
+    return network
+
+
+def _padded(name: str, tensor: torch.Tensor, shape: Sequence[int], runs: int) -> torch.Tensor:
+    """The tensor `name`, filled up to `shape` such that the additional channels are zero.
+
+    Args:
+        runs: Times that the features stand side by side in the head's input: more than one if they are pooled in more
+            than one way. Zeros belong at the end of each.
+    """
+    if name == 'fc.weight':
+        tensor, shape = tensor.unflatten(1, (runs, -1)), (shape[0], runs, shape[1] // runs)
+    whole = tensor.new_full(tuple(shape), 1 if name.endswith('.running_var') else 0)
+    whole[tuple(slice(n) for n in tensor.shape)] = tensor
+    return whole.flatten(1) if name == 'fc.weight' else whole
+
+
+def _card(model: SlimmableResNet, width: float, folder: Path, network: ResNet, needed: int, tagged: bool) -> str:
+    held = sum(parameter.numel() for parameter in network.parameters())
+    architecture = f'resnet{_depth(model, "timm")}'
+    spare = network.num_features - scale_channels(model.full_features, width)
+    features = f' Of the {network.num_features} features the last {spare} are always zero.' if spare else ''
+    padding = _PADDING.format(architecture=architecture, held=held, needed=needed, features=features)
+    licence = _configuration(model).get('license') if tagged else None
+    return _CARD.format(
+        licence=f'\nlicense: {licence}' if licence else '',
+        architecture=architecture,
+        width=width,
+        folder=folder.name,  # not the whole path, which is of this machine
+        padding=padding if held != needed else '',
+    )

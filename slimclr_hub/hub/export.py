@@ -1,0 +1,187 @@
+"""Networks as single files for other runtimes, ONNX and PyTorch's `.pt2`; each is run and compared before it stays."""
+
+import copy
+import importlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimclr_hub.errors import ExportError, InputError
+from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.weights.whole import written_whole
+
+DEFAULT_OPSET = 18
+"""The oldest operator set that PyTorch's exporter writes, which the most runtimes read."""
+
+_EXAMPLE_BATCH = 2  # export would take a batch of 1 for a constant
+_CHECKED_BATCHES = (1, 3)
+_TOLERANCE = 1e-4
+
+
+def export_onnx(model: nn.Module, path: Path, *, size: int, opset: int = DEFAULT_OPSET) -> float:
+    """Write a network as one ONNX file, which onnxruntime has run with the same outputs.
+
+    Input `pixel_values` [N, C, size, size], output `logits` [N, num_classes], or `features` where the network has no
+    head; N is free. A slimmable network is exported at its active width, as the dense network of that width. The file
+    computes in float32 and in eval mode, whatever the network's dtype, mode and device, which stay as they are.
+
+    Args:
+        model: A network with one input and one output.
+        path: The file, `.onnx`.
+        size: Height and width of the images in pixels.
+        opset: Operator set of ONNX to write.
+
+    Returns:
+        The largest absolute difference between onnxruntime's outputs and PyTorch's, both in float32 on the CPU, for
+        random images in batches of 1 and 3.
+
+    Raises:
+        InputError: A package is missing, or an argument wrong.
+        ExportError: The outputs differ by more than 1e-4, or by more than 1e-4 of the largest where that is above 1.
+    """
+    _check(path, '.onnx', size)
+    _, onnxruntime, _ = [_package(name) for name in ('onnx', 'onnxruntime', 'onnxscript')]
+    network, batches, outputs = _prepared(model, size)
+    with _quiet():
+        program = torch.onnx.export(
+            network,
+            (_example(network, size),),
+            input_names=['pixel_values'],
+            output_names=['logits' if getattr(model, 'num_classes', 0) > 0 else 'features'],
+            dynamic_shapes=({0: torch.export.Dim('batch')},),
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    file = program.model_proto
+    written = next(entry.version for entry in file.opset_import if not entry.domain)
+    if written != opset:  # the exporter falls back without an error
+        raise InputError(f'opset {opset} cannot be written by torch {torch.__version__}, which offers {written}')
+    for node in file.graph.node:
+        del node.metadata_props[:]  # stack traces, with the paths of this machine
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    # Left to itself it pins threads to cores, and complains about those that this process may not use.
+    options.intra_op_num_threads = torch.get_num_threads()
+    with written_whole(path.parent) as partial:
+        (partial / path.name).write_bytes(file.SerializeToString())
+        session = onnxruntime.InferenceSession(str(partial / path.name), options, providers=['CPUExecutionProvider'])
+
+        def run(images: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(session.run(None, {'pixel_values': images.numpy()})[0])
+
+        return _difference(run, batches, outputs, path)
+
+
+def export_pt2(model: nn.Module, path: Path, *, size: int) -> float:
+    """Write a network as a `.pt2` file, which `torch.export.load` has opened and run with the same outputs.
+
+    `torch.export.load(path).module()` runs it without this package and without timm. Otherwise as `export_onnx`.
+
+    Args:
+        model: A network with one input and one output.
+        path: The file, `.pt2`.
+        size: Height and width of the images in pixels.
+
+    Returns:
+        The largest absolute difference between the file's outputs and the network's, as in `export_onnx`.
+
+    Raises:
+        InputError: An argument is wrong.
+        ExportError: As in `export_onnx`.
+    """
+    _check(path, '.pt2', size)
+    network, batches, outputs = _prepared(model, size)
+    with _quiet():
+        program = torch.export.export(
+            network, (_example(network, size),), dynamic_shapes=({0: torch.export.Dim('batch')},)
+        )
+    for node in program.graph.nodes:
+        node.meta.pop('stack_trace', None)  # holds the paths of this machine
+    with written_whole(path.parent) as partial, _quiet():
+        torch.export.save(program, partial / path.name)
+        return _difference(torch.export.load(partial / path.name).module(), batches, outputs, path)
+
+
+def _check(path: Path, suffix: str, size: int) -> None:
+    if path.suffix != suffix:
+        raise InputError(f'{path} does not end in {suffix}')
+    if size < 1:
+        raise InputError(f'size {size} is not a number of pixels; give the height and width of the images')
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(f'ONNX export needs {name} ({error}): pip install "slimclr-hub[export]"') from error
+
+
+def _prepared(model: nn.Module, size: int) -> tuple[nn.Module, list[torch.Tensor], list[torch.Tensor]]:
+    """What to export, images to check it with, and the outputs of `model` itself for them."""
+    # On the CPU, where float32 is float32 and where every runtime is; a copy, so that the caller's stays as it is.
+    reference = copy.deepcopy(model).to('cpu', torch.float32).to(memory_format=torch.contiguous_format).eval()
+    generator = torch.Generator().manual_seed(0)
+    shape = (_channels(reference), size, size)
+    batches = [torch.randn(count, *shape, generator=generator) for count in _CHECKED_BATCHES]
+    with torch.no_grad():
+        outputs = [reference(images) for images in batches]
+    if not all(isinstance(output, torch.Tensor) for output in outputs):
+        raise InputError(
+            f'{type(model).__name__} returns a {type(outputs[0]).__name__}; a network of one output is needed'
+        )
+    network = reference.extract(reference.width) if isinstance(reference, SlimmableResNet) else reference
+    if hasattr(network, 'set_grad_checkpointing'):
+        network.set_grad_checkpointing(False)  # type: ignore[operator]
+    return network, batches, outputs
+
+
+def _channels(model: nn.Module) -> int:
+    channels = getattr(model, 'in_chans', 3)
+    assert isinstance(channels, int)
+    return channels
+
+
+def _example(network: nn.Module, size: int) -> torch.Tensor:
+    return torch.zeros(_EXAMPLE_BATCH, _channels(network), size, size)
+
+
+def _difference(
+    run: Callable[[torch.Tensor], torch.Tensor],
+    batches: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    path: Path,
+) -> float:
+    largest = 0.0
+    for images, expected in zip(batches, outputs, strict=True):
+        with torch.no_grad():
+            difference = (run(images) - expected).abs().max().item()
+        scale = max(1.0, expected.abs().max().item())
+        if not difference <= _TOLERANCE * scale:  # so that nan is caught
+            raise ExportError(
+                f'{path} was not written: it would differ from the network by {difference:.3g} on a batch of '
+                f'{len(images)}, with outputs up to {scale:.3g}'
+            )
+        largest = max(largest, difference)
+    return largest
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings and no log lines of the exporters, which speak of their own insides."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,189 @@
+"""Model cards of the published networks, all from one template and the facts of `weights.published`."""
+
+from collections.abc import Mapping
+
+import timm
+
+from slimclr_hub.hub.card import human
+from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.cost import cost
+from slimclr_hub.weights.published import ARCHITECTURE, AUTHORS_REPOSITORY, PUBLISHED, Published
+
+_SIZE = 224
+
+_TEMPLATE = """\
+---
+library_name: timm
+pipeline_tag: {pipeline}
+license: other
+license_name: not-stated
+license_link: {repository}
+datasets:
+- imagenet-1k
+tags:
+- {pipeline}
+- timm
+- slimclr
+- self-supervised-learning
+---
+# {name}
+
+A slimmable ResNet-50: one file of weights, four networks, at 100, 75, 50 and 25 % of the channels. SlimCLR on {method}
+pre-trained it for {epochs} epochs on ImageNet-1k without labels{probe}.
+
+| width | parameters | multiply-adds | linear top-1 (%) | linear top-5 (%) |{detection_head}
+| ---: | ---: | ---: | ---: | ---: |{detection_line}
+{rows}
+
+Parameters are those of the network in this file at that width; multiply-adds are for one image of 224x224 pixels.
+Accuracies are **reported by the paper**, not measured here: a linear probe on ImageNet (table 1){detection_note}.
+
+## Usage
+
+`pip install slimclr-hub`, and import it so that timm knows the architecture.
+
+{usage}
+
+### Less memory
+
+With `lazy=True` only the active width is in memory; others are read from the file when they are switched to.
+
+```python
+model = timm.create_model('{name}', pretrained=True, width=0.25, lazy=True)
+model.set_width(1.0)
+```
+
+### One width as an ordinary network
+
+```python
+dense = timm.create_model('{dense}', pretrained=True).eval()  # also _075 and _025
+```
+
+### Detection and other dense tasks
+
+```python
+backbone = timm.create_model('{name}', pretrained=True, features_only=True).eval()
+backbone.set_width(0.5)
+with torch.inference_mode():
+    maps = backbone(images)  # five maps, of strides 2 to 32
+```
+
+## Training
+
+{training}
+
+## Limits
+
+- Trained on ImageNet-1k, photographs of single objects for the most part: expect less on other kinds of image, and the
+  biases of that set.
+- The widths are those four. `slimclr_hub.models.calibrate_width` adds one between them from a few thousand images, at a
+  price in accuracy.
+{limits}
+## Licence
+
+The authors publish these weights without naming a licence; ask them before you use the weights in a product. They are
+at [{short_repository}]({repository}), file `{file}`.
+
+## Citation
+
+```bibtex
+@article{{zhao2024slimclr,
+  title   = {{Slimmable Networks for Contrastive Self-supervised Learning}},
+  author  = {{Zhao, Shuai and Zhu, Linchao and Wang, Xiaohan and Yang, Yi}},
+  journal = {{International Journal of Computer Vision}},
+  year    = {{2024}}
+}}
+```
+"""
+
+_BACKBONE_USAGE = """\
+```python
+import timm, torch, slimclr_hub
+from PIL import Image
+
+model = timm.create_model('{name}', pretrained=True, width=0.5).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+images = transform(Image.open('image.jpg').convert('RGB')).unsqueeze(0)
+with torch.inference_mode():
+    features = model(images)  # [1, 1024]
+    model.set_width(0.25)
+    features = model(images)  # [1, 512]
+```"""
+
+_PROBE_USAGE = """\
+```python
+import timm, torch, slimclr_hub
+from PIL import Image
+
+model = timm.create_model('{name}', pretrained=True, width=0.5).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+images = transform(Image.open('image.jpg').convert('RGB')).unsqueeze(0)
+with torch.inference_mode():
+    probabilities, classes = model(images).softmax(-1).topk(5)
+    model.set_width(0.25)
+    probabilities, classes = model(images).softmax(-1).topk(5)
+```
+
+Each width has a linear layer of its own; `num_classes=0` gives the features that it sees."""
+
+
+def published_card(published: Published) -> str:
+    """Card of a published network."""
+    detected = any(reported.box_ap is not None for reported in published.reported.values())
+    with_probe = published.num_classes > 0
+    usage = _PROBE_USAGE if with_probe else _BACKBONE_USAGE
+    method = published.method
+    return _TEMPLATE.format(
+        name=published.name,
+        dense=f'{ARCHITECTURE}_050.{published.tag}',
+        file=published.file,
+        method=method,
+        epochs=published.epochs,
+        pipeline='image-classification' if with_probe else 'image-feature-extraction',
+        probe='; a linear probe of each width, trained afterwards, is with it' if with_probe else '',
+        repository=AUTHORS_REPOSITORY,
+        short_repository=AUTHORS_REPOSITORY.removeprefix('https://github.com/'),
+        detection_head=' box AP | mask AP |' if detected else '',
+        detection_line=' ---: | ---: |' if detected else '',
+        detection_note=',\nand AP on COCO val2017 of a Mask R-CNN fine-tuned from it (table 2)' if detected else '',
+        rows='\n'.join(_rows(published)),
+        usage=usage.format(name=published.name),
+        training=_training(published),
+        limits=_LIMITS[with_probe],
+    )
+
+
+_LIMITS: Mapping[bool, str] = {
+    True: '- The classes are those of ImageNet-1k; the probe is linear, a fine-tuned network is better.\n',
+    False: '- It gives features; for classes train a head, or take the tag with `lincls` in its name.\n',
+}
+
+
+def _training(published: Published) -> str:
+    if published.recipe is None:
+        return (
+            f'{published.epochs} epochs of SlimCLR on {published.method}, with the values of the paper (section 4.1). '
+            'This repository has no recipe of that method yet.'
+        )
+    recipe = f'recipes/configs/{published.recipe}.yaml'
+    return (
+        f"The recipe with the values of the paper is `{recipe}`; the weights here are the authors' own, made by their "
+        f'code.\n\n```\naccelerate launch recipes/pretrain.py --config {recipe} --data.root /data/imagenet\n```'
+    )
+
+
+def _rows(published: Published) -> list[str]:
+    model = timm.create_model(ARCHITECTURE, num_classes=published.num_classes, device='meta')
+    assert isinstance(model, SlimmableResNet)
+    rows = []
+    for width, reported in published.reported.items():
+        parameters, multiply_adds = cost(model, width, _SIZE)
+        cells = [f'{width:g}', human(parameters), human(multiply_adds), f'{reported.top1}', f'{reported.top5}']
+        cells += [f'{ap}' for ap in (reported.box_ap, reported.mask_ap) if ap is not None]
+        rows.append(f'| {" | ".join(cells)} |')
+    return rows
+
+
+def all_cards() -> dict[str, str]:
+    """File name -> text of the card of each published network."""
+    return {f'{published.name}.md': published_card(published) for published in PUBLISHED.values()}

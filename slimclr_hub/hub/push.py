@@ -1,0 +1,112 @@
+"""Publishing a folder as a repository on the Hub."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from slimclr_hub.errors import InputError
+from slimclr_hub.hub.opening import open_network
+from slimclr_hub.weights.network import first_line, is_transport_error, with_retries
+
+_NEEDED = ('config.json', 'model.safetensors', 'README.md')
+# What else a run leaves at the top of its folder and a reader of the card may want. Checkpoints stay at home.
+_WELCOME = ('recipe.yaml', 'metrics.jsonl', '*.png')
+_LOCAL = re.compile(r"local-dir:[^'\"`\s]+")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a push is to do.
+
+    Args:
+        repo: Name of the repository, `account/name`.
+        files: Path in the repository -> content: a file, or text that was made for the Hub.
+    """
+
+    repo: str
+    files: dict[str, Path | str]
+
+    def sizes(self) -> dict[str, int]:
+        """Path in the repository -> bytes."""
+        return {
+            name: content.stat().st_size if isinstance(content, Path) else len(content.encode())
+            for name, content in self.files.items()
+        }
+
+
+def plan_push(folder: Path, repo: str) -> Plan:
+    """Check a folder and list what would be uploaded; touches no network.
+
+    In the card, `local-dir:...` becomes `hf-hub:REPO`, so that its usage works for its readers.
+
+    Args:
+        folder: A folder that timm opens, as `save_folder` or `slimclr-hub convert` write it.
+        repo: Name of the repository, `account/name`.
+
+    Raises:
+        InputError: A file is missing, the weights do not fit the configuration, or the name is not one.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise InputError(f'{repo!r} is not the name of a repository: {error}') from error
+    if repo.count('/') != 1:
+        raise InputError(f'{repo!r} is not the name of a repository; give account/name')
+    if not folder.is_dir():
+        raise InputError(f'{folder} is not a folder')
+    if missing := [name for name in _NEEDED if not (folder / name).is_file()]:
+        raise InputError(f'{folder} lacks {", ".join(missing)}; `slimclr-hub convert` and training write them')
+    open_network(str(folder))  # whoever downloads it will do the same
+    files: dict[str, Path | str] = {
+        path.name: path for pattern in (*_NEEDED, *_WELCOME) for path in sorted(folder.glob(pattern))
+    }
+    files['README.md'] = _LOCAL.sub(f'hf-hub:{repo}', (folder / 'README.md').read_text())
+    return Plan(repo, files)
+
+
+def push(plan: Plan, *, private: bool = False, revision: str | None = None, message: str | None = None) -> str:
+    """Upload as one commit, into a repository that is made if it is not there.
+
+    Endpoint and token are those of huggingface_hub (`HF_ENDPOINT`, `HF_TOKEN`, `hf auth login`).
+
+    Args:
+        plan: What to upload.
+        private: Whether a new repository is private.
+        revision: Branch to commit to.
+        message: Message of the commit.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        InputError: Offline, not logged in, or the Hub refuses.
+    """
+    if constants.is_offline_mode():
+        raise InputError('offline (HF_HUB_OFFLINE); nothing can be pushed')
+    api = HfApi(library_name='slimclr_hub')
+    operations = [
+        CommitOperationAdd(name, content if isinstance(content, Path) else content.encode())
+        for name, content in plan.files.items()
+    ]
+    try:
+        with_retries(lambda: api.create_repo(plan.repo, private=private, exist_ok=True))
+        commit = with_retries(
+            lambda: api.create_commit(
+                plan.repo, operations, commit_message=message or 'Upload with slimclr-hub', revision=revision
+            )
+        )
+    except LocalTokenNotFoundError as error:
+        raise InputError(f'not logged in: `hf auth login`, or set HF_TOKEN, to push to {plan.repo}') from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        remedy = '; `hf auth login` with a token that may write there' if status in (401, 403) else ''
+        raise InputError(f'the Hub refused {plan.repo} with {status}{remedy}: {first_line(error)}') from error
+    except Exception as error:
+        if not (is_transport_error(error) or isinstance(error, OSError)):
+            raise
+        raise InputError(f'the Hub cannot be reached: {first_line(error)}') from error
+    return commit.commit_url

@@ -1,0 +1,35 @@
+"""Files that are written whole or not at all."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder in `folder`; what is written into it moves up on leaving, and goes if there was an error.
+
+    Files that are there already are replaced.
+
+    Args:
+        folder: Where the files are to lie; made if it is not there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.partial-') as name:
+        partial = Path(name)
+        yield partial
+        mode = _usual_mode(partial)
+        for path in partial.iterdir():
+            path.chmod(mode)  # safetensors makes files for their owner alone
+            os.replace(path, folder / path.name)
+
+
+def _usual_mode(folder: Path) -> int:
+    # The mask of the process can only be read by setting it, which other threads would notice.
+    probe = folder / '.mode'
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    return mode
