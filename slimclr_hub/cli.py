@@ -66,7 +66,7 @@ def main() -> None:
     logging.getLogger('slimclr_hub').setLevel(logging.INFO)
     try:
         app(prog_name='slimclr-hub')
-    except (InputError, ExportError) as error:
+    except (InputError, ExportError, OSError) as error:
         from rich.console import Console
 
         Console(stderr=True, soft_wrap=True, highlight=False).print('[bold red]Error:[/] ', end='')
@@ -77,25 +77,16 @@ def main() -> None:
 @app.command('list')
 def list_networks() -> None:
     """List the published networks: what each width costs, and what the paper reports of it."""
-    import timm
-
-    from slimclr_hub.hub.card import human, width_facts
-    from slimclr_hub.models import SlimmableResNet
+    from slimclr_hub.hub.published_card import published_facts
     from slimclr_hub.weights.published import ARCHITECTURE, PUBLISHED
 
     table = _table(['tag', 'width', 'params', 'mult-adds', 'top-1', 'box AP', 'mask AP'], f'{ARCHITECTURE}.TAG')
-    facts = {}
     for published in PUBLISHED.values():
-        if published.num_classes not in facts:
-            model = timm.create_model(ARCHITECTURE, num_classes=published.num_classes, device='meta')
-            assert isinstance(model, SlimmableResNet)
-            facts[published.num_classes] = width_facts(model, 224)
-        for i, fact in enumerate(facts[published.num_classes]):
+        for i, fact in enumerate(published_facts(published.num_classes)):
             reported = published.reported[fact.width]
             aps = ['' if ap is None else f'{ap:.1f}' for ap in (reported.box_ap, reported.mask_ap)]
-            cells = [f'{fact.width:g}', human(fact.parameters), human(fact.multiply_adds), f'{reported.top1:.1f}']
             last = i == len(published.reported) - 1
-            table.add_row('' if i else published.tag, *cells, *aps, end_section=last)
+            table.add_row('' if i else published.tag, *fact.cells, f'{reported.top1:.1f}', *aps, end_section=last)
     _print(table)
     _say(
         'mult-adds: for one image of 224x224. As the paper reports: top-1 of a linear probe on\n'
@@ -149,7 +140,10 @@ def convert(
     if done.tag:
         _say(f'By its name it is the published {done.tag}.')
     if not done.calibrated:
-        _say(f'A start for training: accelerate launch recipes/pretrain.py --model.weights {target}')
+        options = f'--model.name {done.layout.architecture} --model.weights {target}'
+        if widths != DEFAULT_WIDTHS:
+            options += f" --model.widths '{list(widths)}'"
+        _say(f'A start for training: accelerate launch recipes/pretrain.py {options}')
     elif target.suffix != '.safetensors':
         _say(f"Open it: timm.create_model('local-dir:{target}', pretrained=True, width={done.layout.widths[-1]})")
 
@@ -164,9 +158,13 @@ def extract(
 ) -> None:
     """Take one width away as an ordinary network that opens without this package."""
     from slimclr_hub.hub import dense
+    from slimclr_hub.hub.conversion import check_file, check_folder
     from slimclr_hub.hub.opening import open_network
 
-    _check_free(target / 'config.json' if format is DenseFormat.timm else target, overwrite)
+    if format is DenseFormat.timm:
+        check_folder(target, overwrite)
+    else:
+        check_file(target, overwrite)
     model = open_network(network, width=width)
     if format is DenseFormat.timm:
         cfg = model.pretrained_cfg
@@ -188,6 +186,7 @@ def extract(
         config = dense.mmdet_config(model, width, str(target))
         dense.save_tensors(dense.mmdet_state_dict(model, width), target)
         _say(f'backbone = {config!r}')
+        _say(f'neck in_channels: {[int(channels * width) for channels in (256, 512, 1024, 2048)]}')
 
 
 @app.command()
@@ -201,23 +200,25 @@ def export(
 ) -> None:
     """Export each width for other runtimes, and check it against PyTorch."""
     from slimclr_hub.hub.card import human
+    from slimclr_hub.hub.conversion import check_file
     from slimclr_hub.hub.export import export_onnx, export_pt2
     from slimclr_hub.hub.opening import open_network
-    from slimclr_hub.models.widths import width_key
+    from slimclr_hub.models.widths import check_width, width_key
 
     model = open_network(network)
-    pixels = size or model.pretrained_cfg['input_size'][-1]
+    pixels = model.pretrained_cfg['input_size'][-1] if size is None else size
     write = export_onnx if format is ExportFormat.onnx else export_pt2
-    widths = width or model.widths
+    widths = [check_width(w, model.widths) for w in width or model.widths]
     files = {w: target / f'{model.pretrained_cfg["architecture"]}_{width_key(w)}.{format.value}' for w in widths}
     for file in files.values():
-        _check_free(file, overwrite)
+        check_file(file, overwrite)
     target.mkdir(parents=True, exist_ok=True)
     table = _table(['width', 'file', 'bytes', 'max difference to PyTorch'])
     for w, file in files.items():
         with model.set_width(w):
             difference = write(model, file, size=pixels)
-        table.add_row(f'{w:g}', str(file), human(file.stat().st_size), f'{difference:.1e}')
+        table.add_row(f'{w:g}', file.name, human(file.stat().st_size), f'{difference:.1e}')
+    _say(f'{target}:')
     _print(table)
 
 
@@ -283,7 +284,7 @@ def push(
     folder: Annotated[Path, typer.Argument(help='A folder that training, convert or save_folder wrote.')],
     repo: Annotated[str, typer.Argument(help='Repository on the Hub, account/name.')],
     private: Annotated[bool, typer.Option('--private', help='Make a new repository private.')] = False,
-    revision: Annotated[str | None, typer.Option(help='Branch to commit to.')] = None,
+    revision: Annotated[str | None, typer.Option(help='Branch to commit to, made if need be.')] = None,
     message: Annotated[str | None, typer.Option(help='Message of the commit.')] = None,
     dry_run: Annotated[
         bool, typer.Option('--dry-run', help='Check the folder and list the files; upload nothing.')
@@ -295,7 +296,8 @@ def push(
     from slimclr_hub.hub.push import push as run
 
     plan = plan_push(folder, repo)
-    table = _table(['file', 'bytes'], f'{folder} -> {repo}')
+    _say(f'{folder} -> {repo}')
+    table = _table(['file', 'bytes'])
     for name, size in plan.sizes().items():
         table.add_row(name, human(size))
     _print(table)
@@ -303,7 +305,7 @@ def push(
         _say('Nothing was uploaded (--dry-run).')
         return
     _say(run(plan, private=private, revision=revision, message=message))
-    _say(f"timm.create_model('hf-hub:{repo}', pretrained=True)")
+    _say(f"timm.create_model('hf-hub:{repo}{f'@{revision}' if revision else ''}', pretrained=True)")
 
 
 @app.command()
@@ -335,11 +337,6 @@ def _on_device(network: str, width: float | None, device: str | None) -> Any:
         raise InputError(f'--device {device}: {str(error).partition(chr(10))[0]}') from error
 
 
-def _check_free(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise InputError(f'{path} is there already; choose another name or add --overwrite')
-
-
 def _table(headers: list[str], title: str | None = None) -> 'Table':
     from rich import box
     from rich.table import Table
@@ -354,8 +351,8 @@ def _table(headers: list[str], title: str | None = None) -> 'Table':
 def _print(table: 'Table') -> None:
     from rich.console import Console
 
-    # Not cut to 80 columns where the output goes to a file or another program.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    # Not cut to 80 columns where the output goes to a file or another program; brackets in a path are no markup.
+    Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False).print(table)
 
 
 def _say(text: str) -> None:

@@ -72,7 +72,8 @@ The weights are those of whoever made `{source}`, and so is their licence.
 
 _UNCALIBRATED = """
 Only width 1 is trained. The others have the leading channels of its weights: this is a start for slimmable training
-(`accelerate launch recipes/pretrain.py --model.weights {folder}`), and of no use as it is.
+(`accelerate launch recipes/pretrain.py --model.name {architecture} --model.weights FOLDER`, with the folder that this
+file is in), and of no use as it is.
 """
 
 
@@ -159,5 +160,5 @@ def converted_card(
         largest=facts[0].width,
         rows='\n'.join(f'| {" | ".join(fact.cells)} |' for fact in facts),
         size=size,
-        uncalibrated='' if calibrated else _UNCALIBRATED.format(folder=folder),
+        uncalibrated='' if calibrated else _UNCALIBRATED.format(architecture=architecture),
     )

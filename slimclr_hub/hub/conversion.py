@@ -17,6 +17,9 @@ from slimclr_hub.weights.layouts import Layout, layout_of
 from slimclr_hub.weights.published import PUBLISHED
 from slimclr_hub.weights.tensor_file import save_tensors
 
+_FILES = ('config.json', 'model.safetensors', 'README.md')
+_SUFFIXES = ('.pth', '.pt', '.tar', '.bin', '.ckpt', '.npz', '.safetensors')
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -57,9 +60,10 @@ def convert_file(
         InputError: The source cannot be read or is of no known kind, or the target is there already.
     """
     to_file = target.suffix == '.safetensors'
-    occupied = target if to_file else target / 'config.json'
-    if occupied.exists() and not overwrite:
-        raise InputError(f'{occupied} is there already; choose another name or add --overwrite')
+    if to_file:
+        check_file(target, overwrite)
+    else:
+        check_folder(target, overwrite)
     try:
         tensors = convert(read_checkpoint(source), encoder, widths)
     except InputError as error:
@@ -89,9 +93,33 @@ def convert_file(
             model,
             tensors,
             target,
-            model_args={'widths': layout.widths, 'head': 'switchable'},
+            model_args={'widths': layout.widths, 'head': layout.head if layout.num_classes else 'switchable'},
             data_config={},
             card=card,
             tagged=published is not None,
         )
     return Converted(target, layout, calibrated, published.tag if published else None)
+
+
+def check_file(path: Path, overwrite: bool) -> None:
+    """Find out before any work whether a file may be written.
+
+    Raises:
+        InputError: It is there already, or is a folder.
+    """
+    if path.is_dir():
+        raise InputError(f'{path} is a folder; give the name of a file')
+    if path.exists() and not overwrite:
+        raise InputError(f'{path} is there already; choose another name or add --overwrite')
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Find out before any work whether a network may be written to a folder, in which other files may be.
+
+    Raises:
+        InputError: A network or a card is there already, or the name is that of a file.
+    """
+    if folder.is_file() or folder.suffix in _SUFFIXES:
+        raise InputError(f'{folder} is the name of a file; give a folder')
+    for name in _FILES:
+        check_file(folder / name, overwrite)

@@ -1,12 +1,12 @@
 """Model cards of the published networks, all from one template and the facts of `weights.published`."""
 
 from collections.abc import Mapping
+from functools import cache
 
 import timm
 
-from slimclr_hub.hub.card import human
+from slimclr_hub.hub.card import WidthFacts, width_facts
 from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.models.cost import cost
 from slimclr_hub.weights.published import ARCHITECTURE, AUTHORS_REPOSITORY, PUBLISHED, Published
 
 _SIZE = 224
@@ -173,15 +173,21 @@ def _training(published: Published) -> str:
 
 
 def _rows(published: Published) -> list[str]:
-    model = timm.create_model(ARCHITECTURE, num_classes=published.num_classes, device='meta')
-    assert isinstance(model, SlimmableResNet)
     rows = []
-    for width, reported in published.reported.items():
-        parameters, multiply_adds = cost(model, width, _SIZE)
-        cells = [f'{width:g}', human(parameters), human(multiply_adds), f'{reported.top1}', f'{reported.top5}']
+    for fact in published_facts(published.num_classes):
+        reported = published.reported[fact.width]
+        cells = [*fact.cells, f'{reported.top1}', f'{reported.top5}']
         cells += [f'{ap}' for ap in (reported.box_ap, reported.mask_ap) if ap is not None]
         rows.append(f'| {" | ".join(cells)} |')
     return rows
+
+
+@cache
+def published_facts(num_classes: int) -> list[WidthFacts]:
+    """What each width of a published network costs, without a head (0) or with the probe."""
+    model = timm.create_model(ARCHITECTURE, num_classes=num_classes, device='meta')
+    assert isinstance(model, SlimmableResNet)
+    return width_facts(model, _SIZE)
 
 
 def all_cards() -> dict[str, str]:

@@ -9,13 +9,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.hub.opening import open_network
+from slimclr_hub.hub.opening import open_any
 from slimclr_hub.weights.network import first_line, is_transport_error, with_retries
 
 _NEEDED = ('config.json', 'model.safetensors', 'README.md')
 # What else a run leaves at the top of its folder and a reader of the card may want. Checkpoints stay at home.
 _WELCOME = ('recipe.yaml', 'metrics.jsonl', '*.png')
-_LOCAL = re.compile(r"local-dir:[^'\"`\s]+")
+_LOCAL = re.compile(r"(?<=['\"`])local-dir:[^'\"`\n]+|local-dir:[^'\"`\s]+")
+_ABOUT_LOCAL = re.compile(r'From the Hugging Face Hub it is `hf-hub:USER/NAME` instead of `local-dir:`\.\s*')
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,12 @@ def plan_push(folder: Path, repo: str) -> Plan:
         raise InputError(f'{folder} is not a folder')
     if missing := [name for name in _NEEDED if not (folder / name).is_file()]:
         raise InputError(f'{folder} lacks {", ".join(missing)}; `slimclr-hub convert` and training write them')
-    open_network(str(folder))  # whoever downloads it will do the same
+    open_any(str(folder))  # whoever downloads it will do the same
     files: dict[str, Path | str] = {
         path.name: path for pattern in (*_NEEDED, *_WELCOME) for path in sorted(folder.glob(pattern))
     }
-    files['README.md'] = _LOCAL.sub(f'hf-hub:{repo}', (folder / 'README.md').read_text())
+    card = _ABOUT_LOCAL.sub('', (folder / 'README.md').read_text())
+    files['README.md'] = _LOCAL.sub(f'hf-hub:{repo}', card)
     return Plan(repo, files)
 
 
@@ -76,7 +78,7 @@ def push(plan: Plan, *, private: bool = False, revision: str | None = None, mess
     Args:
         plan: What to upload.
         private: Whether a new repository is private.
-        revision: Branch to commit to.
+        revision: Branch to commit to, made if it is not there; `main` unless given.
         message: Message of the commit.
 
     Returns:
@@ -94,6 +96,8 @@ def push(plan: Plan, *, private: bool = False, revision: str | None = None, mess
     ]
     try:
         with_retries(lambda: api.create_repo(plan.repo, private=private, exist_ok=True))
+        if revision:
+            with_retries(lambda: api.create_branch(plan.repo, branch=revision, exist_ok=True))
         commit = with_retries(
             lambda: api.create_commit(
                 plan.repo, operations, commit_message=message or 'Upload with slimclr-hub', revision=revision

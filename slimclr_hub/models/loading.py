@@ -9,7 +9,7 @@ from timm.models import adapt_input_conv
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.weights.layouts import layout_of, shorten
-from slimclr_hub.weights.slices import leading, switch_name, switched_key, unswitch_name, width_key
+from slimclr_hub.weights.slices import key_width, leading, switch_name, switched_key, unswitch_name, width_key
 from slimclr_hub.weights.tensor_file import TensorFile
 
 FIRST_CONV = 'conv1.weight'
@@ -117,7 +117,9 @@ def fit(wanted: Shapes, available: Shapes, width: float) -> dict[str, str]:
     if FIRST_CONV not in available:
         raise InputError(f'{FIRST_CONV} is missing: these are not the weights of such a network')
     key = width_key(width)
-    ratio = wanted[FIRST_CONV][0] / available[FIRST_CONV][0]
+    # Channels are rounded, so that only the widths tell the share of them exactly; a dense file does not know its own.
+    largest = _largest_width(available)
+    ratio = (_largest_width(wanted) or width) / largest if largest else wanted[FIRST_CONV][0] / available[FIRST_CONV][0]
     dense = not any(map(switched_key, wanted))
     for_each_width = {unswitch_name(name) for name in available if dense and switched_key(name)}
     fitted: dict[str, str] = {}
@@ -160,6 +162,10 @@ def _explain(wanted: Shapes, available: Shapes) -> str:
         held = ', '.join(map(str, theirs.widths))
         return f'. The file holds the widths {held}, not {", ".join(lacking)}; `calibrate_width` adds one to a network'
     return ''
+
+
+def _largest_width(shapes: Shapes) -> float:
+    return max((key_width(key) for name in shapes if (key := switched_key(name))), default=0)
 
 
 def _is_slice(shape: Sequence[int], source: Sequence[int], ratio: float) -> bool:

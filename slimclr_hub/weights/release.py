@@ -16,7 +16,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.convert import convert
 from slimclr_hub.weights.hashing import file_hash
-from slimclr_hub.weights.network import is_transport_error, with_retries
+from slimclr_hub.weights.network import first_line, is_transport_error, with_retries
 from slimclr_hub.weights.published import ARCHITECTURE, AUTHORS_REPOSITORY, RELEASE, RELEASE_URL, Published
 from slimclr_hub.weights.tensor_file import save_tensors
 
@@ -47,8 +47,14 @@ def fetch(published: Published, cache_dir: Path | None = None) -> Path:
     with WeakFileLock(folder / '.lock'):
         if not target.is_file():
             source = folder / f'{published.file}.incomplete'
+            resumed = source.is_file()
             _download(published, source)
-            _check_hash(published.file, source)
+            if resumed and not _hash_fits(published.file, source):
+                # What it went on from may not have been its own beginning.
+                source.unlink()
+                _download(published, source)
+            if not _hash_fits(published.file, source):
+                _logger.warning('%s: its name ends in none of its hashes (%s)', published.file, ', '.join(_HASHES))
             try:
                 tensors = convert(read_checkpoint(source))
             except InputError as error:
@@ -60,7 +66,10 @@ def fetch(published: Published, cache_dir: Path | None = None) -> Path:
 
 
 def _folder(published: Published, cache_dir: Path | None) -> Path:
-    return cached_assets_path('slimclr_hub', f'release-{RELEASE}', published.tag, assets_dir=cache_dir)
+    try:
+        return cached_assets_path('slimclr_hub', f'release-{RELEASE}', published.tag, assets_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise InputError(f'{published.name}: its folder in the cache cannot be made ({error})') from error
 
 
 def _url(published: Published) -> str:
@@ -86,15 +95,15 @@ def _download(published: Published, path: Path) -> None:
     except OfflineModeIsEnabled as error:
         raise InputError(f'{published.name}: offline and not in the cache') from error
     except OSError as error:
-        if size is not None and path.stat().st_size > size:
+        if size is not None and path.is_file() and path.stat().st_size > size:
             path.unlink()
         raise InputError(
-            f'{published.name}: the download of {url} stopped early; try again to go on ({error})'
+            f'{published.name}: the download of {url} stopped early; try again to go on ({first_line(error)})'
         ) from error
     except Exception as error:
         if not is_transport_error(error):
             raise
-        raise InputError(f'{published.name}: {url} cannot be reached ({error})') from error
+        raise InputError(f'{published.name}: {url} cannot be reached ({first_line(error)})') from error
 
 
 def _append(url: str, file: BinaryIO, size: int | None, name: str) -> None:
@@ -109,9 +118,8 @@ def _size(url: str) -> int | None:
     return int(length) if length else None
 
 
-def _check_hash(name: str, path: Path) -> None:
+def _hash_fits(name: str, path: Path) -> bool:
     # The authors end a file's name in the beginning of a hash, and do not say of which kind.
     match = re.search(r'[-_]([0-9a-f]{8,10})\.pth', name)
     assert match, name
-    if not any(file_hash(path, kind).startswith(match[1]) for kind in _HASHES):
-        _logger.warning('%s: %s begins none of its hashes (%s)', name, match[1], ', '.join(_HASHES))
+    return any(file_hash(path, kind).startswith(match[1]) for kind in _HASHES)

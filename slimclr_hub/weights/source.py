@@ -112,16 +112,17 @@ def published(tag: str, cache_dir: Path | None = None) -> Path:
     try:
         return from_hub(repo, cache_dir=cache_dir)
     except NotOnHubError as error:
-        if path := release.cached(PUBLISHED[tag], cache_dir):
-            _logger.info("Weights from the authors' release, converted: %s (%s)", path, error)
-            return path
-        if constants.is_offline_mode():
-            raise
-        _logger.info('%s', error)
-        try:
-            return release.fetch(PUBLISHED[tag], cache_dir)
-        except InputError as second:
-            raise InputError(f'{second}; before that, {error}') from second
+        path = release.cached(PUBLISHED[tag], cache_dir)
+        if path is None:
+            if constants.is_offline_mode():
+                raise
+            _logger.info('%s', error)
+            try:
+                path = release.fetch(PUBLISHED[tag], cache_dir)
+            except InputError as second:
+                raise InputError(f'{second}; before that, {error}') from second
+        _logger.info("Weights from the authors' release, converted: %s (%s)", path, error)
+        return path
 
 
 def _download(repo: str, filename: str, revision: str | None, cache_dir: Path | None) -> Path:

@@ -111,7 +111,7 @@ class TensorFile:
         out = torch.empty([*map(len, bounds), *entry.shape[len(bounds) :]], dtype=entry.dtype)
         if out.shape[1:] == entry.shape[1:]:
             return self._fill(out, entry.begin + rows.start * row)
-        some = max(1, _AT_A_TIME // row)
+        some = max(1, _AT_A_TIME // max(1, row))
         for start in range(rows.start, rows.stop, some):
             block = torch.empty((min(some, rows.stop - start), *entry.shape[1:]), dtype=entry.dtype)
             self._fill(block, entry.begin + start * row)

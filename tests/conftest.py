@@ -1,0 +1,61 @@
+"""What several modules share because making it takes long: a Hub, its clients, and the authors' files converted."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from slimclr_hub.hub.conversion import convert_file
+from slimclr_hub.weights.published import PUBLISHED
+from tests.hub.files import Client, checkpoint, save_small
+from tests.hub_server import HubServer
+
+_KINDS = {'mocov2_200e_in1k': 'mocov2', 'mocov3_300e_in1k': 'mocov3', 'mocov2_200e_lincls_in1k': 'probe'}
+
+
+@pytest.fixture(scope='session')
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope='session')
+def publisher(hub, tmp_path_factory) -> Iterator[Client]:
+    """Whoever pushes; tests give it a token, or none."""
+    home = tmp_path_factory.mktemp('publisher')
+    with Client(hub.environment(home), home / 'work') as client:
+        yield client
+
+
+@pytest.fixture(scope='session')
+def reader(hub, tmp_path_factory) -> Iterator[Client]:
+    """Whoever downloads, with caches that were empty at first."""
+    home = tmp_path_factory.mktemp('reader')
+    with Client(hub.environment(home), home / 'work') as client:
+        yield client
+    shutil.rmtree(home)  # a gigabyte of networks
+
+
+@pytest.fixture(scope='session')
+def small(tmp_path_factory) -> Path:
+    """Folder of a ResNet-20 with ten classes."""
+    folder = tmp_path_factory.mktemp('small') / 'network'
+    save_small(folder)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def published(tmp_path_factory) -> Iterator[dict[str, Path]]:
+    """Tag -> folder of what `convert` made of a file like the authors', with weights by the formula."""
+    home = tmp_path_factory.mktemp('published')
+    folders = {}
+    for tag, kind in _KINDS.items():
+        file = home / PUBLISHED[tag].file
+        torch.save(checkpoint(kind), file)
+        folders[tag] = home / tag
+        convert_file(file, folders[tag])
+        file.unlink()
+    yield folders
+    shutil.rmtree(home)
