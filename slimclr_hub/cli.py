@@ -238,8 +238,10 @@ def embed(
     """Write the features of images, or of all images in folders, at one width."""
     from slimclr_hub.evaluate.embed import embed as run
     from slimclr_hub.evaluate.embedding_files import check_output, save_embeddings
+    from slimclr_hub.evaluate.images import list_images
 
     check_output(out, overwrite)
+    list_images(images)  # before a network is downloaded
     embeddings = run(
         _on_device(network, width, device),
         images[0] if len(images) == 1 else images,
@@ -265,9 +267,11 @@ def predict(
     skip_unreadable: Skip = False,
 ) -> None:
     """Print the most probable classes of images, by a network with a probe."""
+    from slimclr_hub.evaluate.images import list_images
     from slimclr_hub.evaluate.predict import predict as run
     from slimclr_hub.evaluate.predict import predictions_table
 
+    list_images(images)  # before a network is downloaded
     predictions = run(
         _on_device(network, width, device),
         images[0] if len(images) == 1 else images,
@@ -281,7 +285,7 @@ def predict(
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help='A folder that training, convert or save_folder wrote.')],
+    folder: Annotated[Path, typer.Argument(help='A folder that training, convert or extract wrote.')],
     repo: Annotated[str, typer.Argument(help='Repository on the Hub, account/name.')],
     private: Annotated[bool, typer.Option('--private', help='Make a new repository private.')] = False,
     revision: Annotated[str | None, typer.Option(help='Branch to commit to, made if need be.')] = None,

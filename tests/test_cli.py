@@ -524,6 +524,9 @@ def test_extraction_that_cannot_be(refuse, small, published, tmp_path, arguments
         ('embed {small} {images} -o {tmp}/x.txt', ("the suffix '.txt' is not one of .safetensors, .npy, .parquet",)),
         ('embed {small} {images} -o {images}/0000.png', ("'.png' is not one of",)),
         ('embed {small} {images} -o {there}', ('there.npy is there already', 'overwrite')),
+        # Before the network is as much as looked for.
+        ('embed not-there {images} -o {tmp}/x.txt', ("the suffix '.txt'",)),
+        ('extract not-there {small} --width 1', ('config.json is there already',)),
         ('embed {small} {images} {tmp}/none.png -o {tmp}/x.npy', ('{tmp}/none.png: No such file or directory',)),
         ('embed {small} {tmp} -o {tmp}/x.npy', ('{tmp}: no images in this folder',)),
         ('embed {small} {images} -o {tmp}/x.npy --device nowhere', ('--device nowhere',)),

@@ -34,13 +34,13 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         with TensorFile(path):
             pass  # for its errors
         return load_file(path)
-    if not path.is_file():
-        raise InputError(f'{path} does not exist or is not a file')
     return _state_dict(_load(path), path)
 
 
 def _load(path: Path) -> Any:
     try:
+        if not path.is_file():
+            raise InputError(f'{path} does not exist or is not a file')
         with torch.serialization.safe_globals(_numpy_scalars()):
             try:
                 return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
@@ -58,6 +58,10 @@ def _load(path: Path) -> Any:
             f'{path} {problem}: {", ".join(sorted(set(names)))}. It was refused and nothing of it was '
             'run; save its state dict alone'
         ) from error
+    except InputError:
+        raise
+    except PermissionError as error:
+        raise InputError(f'{path} cannot be read: {error.strerror}') from error
     except Exception as error:  # a damaged pickle raises any
         raise InputError(f'{path} is not a checkpoint that torch can read, or is damaged') from error
 

@@ -26,7 +26,7 @@ def with_retries(call: Callable[[], Answer]) -> Answer:
         except HfHubHTTPError as error:
             if error.response is None or error.response.status_code < 500:
                 raise
-            _logger.info('%s; trying again', error)
+            _logger.info('%s; trying again', first_line(error))
             time.sleep(attempt)
     return call()
 

@@ -94,7 +94,8 @@ def from_hub(repo: str, filename: str = WEIGHTS, cache_dir: Path | None = None) 
             raise
         raise NotOnHubError(f'the Hub cannot be reached for {repo}: {first_line(error)}') from error
     _check_hash(path, repo)
-    _logger.info('Weights from the Hub: %s, %s', repo, path)
+    if filename != 'config.json':
+        _logger.info('Weights from the Hub: %s, %s', repo, path)
     return path
 
 

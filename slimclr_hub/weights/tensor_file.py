@@ -67,8 +67,12 @@ class TensorFile:
             self._entries[name] = _Entry(_DTYPES[entry['dtype']], tuple(entry['shape']), begin)
 
     def _check(self) -> dict[str, str]:
-        if not self.path.is_file():
-            raise InputError(f'{self.path} does not exist or is not a file')
+        try:
+            if not self.path.is_file():
+                raise InputError(f'{self.path} does not exist or is not a file')
+            self.path.open('rb').close()  # the library takes one that may not be read for one that does not exist
+        except OSError as error:
+            raise InputError(f'{self.path} cannot be read: {error.strerror}') from error
         try:
             with safe_open(self.path, 'pt') as file:
                 return file.metadata() or {}

@@ -5,12 +5,16 @@ import pickle
 import random
 import resource
 import struct
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from slimclr_hub.errors import InputError
+from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
 
 SHAPES = {
@@ -225,15 +229,32 @@ def test_becomes_shorter_while_it_is_read(path, tmp_path):
             file.whole('large')
 
 
-def test_unreadable(path, tmp_path):
-    """To someone else: root may read everything."""
-    copy = tmp_path / 'secret.safetensors'
-    copy.write_bytes(path.read_bytes())
-    copy.chmod(0)
-    if os.access(copy, os.R_OK):
-        pytest.skip('this user may read everything')
-    with pytest.raises((InputError, PermissionError)):
-        TensorFile(copy)
+@contextmanager
+def without_rights():
+    """As nobody, if this is root, who may read everything."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if user == 0:
+            os.seteuid(user)
+
+
+@pytest.mark.parametrize('locked', ['secret', 'secret/model.safetensors', 'secret/model.pth'])
+def test_unreadable(locked):
+    with tempfile.TemporaryDirectory() as name:  # pytest's own are root's alone
+        folder = Path(name)
+        (folder / 'secret').mkdir()
+        save_tensors({'a': torch.ones(3)}, folder / 'secret/model.safetensors')
+        torch.save({'a': torch.ones(3)}, folder / 'secret/model.pth')
+        folder.chmod(0o755)
+        (folder / locked).chmod(0)
+        for path in (folder / locked).glob('*') if (folder / locked).is_dir() else [folder / locked]:
+            with without_rights(), pytest.raises(InputError, match=rf'{path} cannot be read: Permission denied'):
+                read_checkpoint(path)
+        (folder / locked).chmod(0o755)
 
 
 # Writing
