@@ -30,14 +30,14 @@ MEMORY = """
 import json, sys
 import timm, slimclr_hub
 
-name, file, kwargs = sys.argv[1:]
+name, path, kwargs = sys.argv[1:]
 
 def status(field):
     with open('/proc/self/status') as file:
         return next(int(line.split()[1]) for line in file if line.startswith(field)) * 1024
 
 def make():
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={'file': file}, **json.loads(kwargs))
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={'file': path}, **json.loads(kwargs))
 
 kept = make()  # imports and the allocator are no part of the answer
 with open('/proc/self/clear_refs', 'w') as file:

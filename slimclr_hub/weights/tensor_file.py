@@ -122,14 +122,16 @@ class TensorFile:
             out[start - rows.start :][: len(block)] = block[inner]
         return out
 
-    @torch.no_grad()
     def copy_leading(self, name: str, target: torch.Tensor) -> None:
-        """Copy the leading block of a tensor that has `target`'s shape into it, whatever its type and device."""
+        """Copy the leading block of a tensor that has `target`'s shape into it, whatever its type and device.
+
+        No gradient may be asked of `target`; tensors of a state dict are like that.
+        """
         entry = self._entries[name]
         if tuple(target.shape) != entry.shape:
             target.copy_(self.part(name, [slice(0, n) for n in target.shape]))
         elif target.dtype == entry.dtype and target.device.type == 'cpu' and target.is_contiguous():
-            self._fill(target.detach(), entry.begin)
+            self._fill(target, entry.begin)
         else:
             target.copy_(self.whole(name))
 

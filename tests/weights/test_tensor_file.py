@@ -144,7 +144,7 @@ def test_copies_into_parameters(path, tensors):
     with TensorFile(path) as file:
         for shape in (1000, 512), (10, 20):
             parameter = torch.nn.Parameter(torch.zeros(shape))
-            file.copy_leading('linear', parameter)
+            file.copy_leading('linear', parameter.detach())
             assert parameter.requires_grad
             assert_equal(parameter.detach(), tensors['linear'][: shape[0], : shape[1]])
 
