@@ -65,9 +65,9 @@ MEASURE = """
 import json, sys, time
 import timm
 before = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 import slimclr_hub
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 print(json.dumps([seconds, sorted({name.split('.')[0] for name in set(sys.modules) - before}), sorted(sys.modules)]))
 """
 

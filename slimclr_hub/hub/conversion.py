@@ -74,7 +74,7 @@ def convert_file(
     calibrated = all(int(tensor) > 0 for name, tensor in tensors.items() if name.endswith('num_batches_tracked'))
     published = next((p for p in PUBLISHED.values() if p.file == source.name and encoder == 'online'), None)
     if to_file:
-        save_tensors(tensors, target, {'architecture': layout.architecture})
+        save_tensors(tensors, target)
     else:
         name = published.name if published else layout.architecture
         model = timm.create_model(

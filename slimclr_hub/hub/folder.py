@@ -74,7 +74,7 @@ def write_folder(
     with written_whole(folder) as partial:
         save_config_for_hf(model, str(partial / 'config.json'), model_args=model_args, data_config=data_config)
         config = json.loads((partial / 'config.json').read_text())
-        save_tensors(tensors, partial / 'model.safetensors', {'architecture': config['architecture']})
+        save_tensors(tensors, partial / 'model.safetensors')
         # It stands at the top of the file already; transformers passes both, and a repeated keyword is an error there.
         config['model_args'].pop('num_classes', None)
         for key in {'lazy', 'width'} - model_args.keys():

@@ -40,7 +40,7 @@ Accuracies are **reported by the paper**, not measured here: a linear probe on I
 
 ## Usage
 
-`pip install slimclr-hub`, and import it so that timm knows the architecture.
+Install slimclr_hub (`pip install .` in its repository), and import it so that timm knows the architecture.
 
 {usage}
 

@@ -17,7 +17,7 @@ from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.convert import convert
 from slimclr_hub.weights.hashing import file_hash
 from slimclr_hub.weights.network import first_line, is_transport_error, with_retries
-from slimclr_hub.weights.published import ARCHITECTURE, AUTHORS_REPOSITORY, RELEASE, RELEASE_URL, Published
+from slimclr_hub.weights.published import AUTHORS_REPOSITORY, RELEASE, RELEASE_URL, Published
 from slimclr_hub.weights.tensor_file import save_tensors
 
 _logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def fetch(published: Published, cache_dir: Path | None = None) -> Path:
             except InputError as error:
                 source.unlink()  # going on with it would not help
                 raise InputError(f'{published.file} of {AUTHORS_REPOSITORY}: {error}') from error
-            save_tensors(tensors, target, {'architecture': ARCHITECTURE, 'source': _url(published)})
+            save_tensors(tensors, target)
             source.unlink()
     return target
 

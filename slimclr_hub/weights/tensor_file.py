@@ -54,7 +54,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.metadata: Mapping[str, str] = self._check()
+        self._check()
         self._file = path.open('rb', buffering=0)
         length = int.from_bytes(self._file.read(8), 'little')
         header = json.loads(self._file.read(length))
@@ -66,7 +66,7 @@ class TensorFile:
             begin = 8 + length + entry['data_offsets'][0]
             self._entries[name] = _Entry(_DTYPES[entry['dtype']], tuple(entry['shape']), begin)
 
-    def _check(self) -> dict[str, str]:
+    def _check(self) -> None:
         try:
             if not self.path.is_file():
                 raise InputError(f'{self.path} does not exist or is not a file')
@@ -74,8 +74,8 @@ class TensorFile:
         except OSError as error:
             raise InputError(f'{self.path} cannot be read: {error.strerror}') from error
         try:
-            with safe_open(self.path, 'pt') as file:
-                return file.metadata() or {}
+            with safe_open(self.path, 'pt'):
+                return
         except (SafetensorError, OSError) as error:
             raise InputError(f'{self.path} {self._fault()} ({error})') from error
 
@@ -146,13 +146,14 @@ class TensorFile:
         return tensor
 
 
-def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write a safetensors file, whole or not at all; one that is there already is replaced.
+
+    Equal tensors give equal bytes: more than one word of metadata would come in an order of its own each time.
 
     Args:
         tensors: Tensors by name; views and layouts other than contiguous are copied.
         path: The file.
-        metadata: What to note beside the tensors.
     """
     own: dict[str, torch.Tensor] = {}
     storages = set()
@@ -162,4 +163,4 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapp
             own[name] = own[name].clone()  # safetensors refuses tensors that overlap
         storages.add(storage)
     with written_whole(path.parent) as partial:
-        save_file(own, partial / path.name, metadata={'format': 'pt', **(metadata or {})})
+        save_file(own, partial / path.name, metadata={'format': 'pt'})

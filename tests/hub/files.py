@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from torch import nn
 
 from slimclr_hub.hub.card import training_card, width_facts
 from slimclr_hub.hub.folder import save_folder
 from tests.formula import tensor
+from tests.networks import randomise_batchnorm
 from tests.reference import DATA
 
 ROOT = Path(__file__).parents[2]
@@ -50,15 +50,7 @@ def small_network(name: str = 'slimclr_resnet20', **kwargs: Any) -> Any:
     """A network as after training: its normalisations have statistics of their own at every width."""
     torch.manual_seed(0)
     model = timm.create_model(name, zero_init_last=False, **kwargs)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            assert module.num_batches_tracked is not None
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.running_mean, -0.2, 0.2)
-            nn.init.ones_(module.num_batches_tracked)
+    randomise_batchnorm(model)
     return model.eval()
 
 

@@ -22,6 +22,7 @@ from slimclr_hub.hub.dense import (
 )
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models import DEFAULT_WIDTHS
+from tests.networks import randomise_batchnorm
 
 WIDTHS = DEFAULT_WIDTHS
 ABOUT = {'size': 64, 'mean': (0.1, 0.2, 0.3), 'std': (0.4, 0.5, 0.6), 'crop_pct': 1.0}
@@ -30,12 +31,7 @@ ABOUT = {'size': 64, 'mean': (0.1, 0.2, 0.3), 'std': (0.4, 0.5, 0.6), 'crop_pct'
 def make(name='slimclr_resnet50', **kwargs):
     torch.manual_seed(0)
     model = timm.create_model(name, **{'num_classes': 10, **kwargs})
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.2, 0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+    randomise_batchnorm(model)
     return model.eval()
 
 

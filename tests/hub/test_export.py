@@ -16,6 +16,7 @@ from torch import nn
 from slimclr_hub.errors import InputError
 from slimclr_hub.hub.export import DEFAULT_OPSET, ExportError, export_onnx, export_pt2
 from slimclr_hub.models import DEFAULT_WIDTHS
+from tests.networks import randomise_batchnorm
 
 WIDTHS = DEFAULT_WIDTHS
 SHALLOW = {'layers': (1, 1, 1)}  # as quick to export as can be
@@ -24,11 +25,7 @@ SHALLOW = {'layers': (1, 1, 1)}  # as quick to export as can be
 def make(name='slimclr_resnet20', **kwargs):
     torch.manual_seed(0)
     model = timm.create_model(name, **{'num_classes': 10, **kwargs})
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+    randomise_batchnorm(model)
     return model.eval()
 
 

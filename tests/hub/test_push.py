@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from slimclr_hub.models import DEFAULT_WIDTHS
@@ -199,7 +200,9 @@ def test_one_width_as_an_ordinary_network(hub, published, publisher, reader, tmp
     assert reader.run(f'{block}\nresult = [type(model).__name__, model.num_features]') == ['ResNet', 512]
     # The commands for slimmable networks say so before they download it.
     hub.requests.clear()
-    for command in (['info', 'hf-hub:me/quarter'], ['embed', 'hf-hub:me/quarter', folder, '-o', tmp_path / 'x.npy']):
+    Image.new('RGB', (32, 32)).save(tmp_path / 'x.png')
+    embed = ['embed', 'hf-hub:me/quarter', tmp_path / 'x.png', '-o', tmp_path / 'x.npy']
+    for command in ['info', 'hf-hub:me/quarter'], embed:
         assert_refused(reader.command(*command), 'hf-hub:me/quarter is a resnet50, not a slimmable network')
     assert not [request for request in hub.requests if request.path.startswith('/cdn/')]
 

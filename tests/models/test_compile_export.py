@@ -5,9 +5,9 @@ import copy
 import pytest
 import timm
 import torch
-from torch import nn
 
 from slimclr_hub.models import DEFAULT_WIDTHS
+from tests.networks import randomise_batchnorm
 
 WIDTHS = DEFAULT_WIDTHS
 
@@ -20,11 +20,7 @@ def _fresh_compiler():
 def make(name='slimclr_resnet20', **kwargs):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10, **kwargs)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+    randomise_batchnorm(model)
     return model.eval()
 
 

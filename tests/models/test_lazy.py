@@ -15,6 +15,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.models import DEFAULT_WIDTHS
 from slimclr_hub.weights.slices import switched_key
 from slimclr_hub.weights.tensor_file import save_tensors
+from tests.networks import randomise_batchnorm
 
 WIDTHS = DEFAULT_WIDTHS
 
@@ -22,13 +23,8 @@ WIDTHS = DEFAULT_WIDTHS
 def make(name='slimclr_resnet20', **kwargs):
     torch.manual_seed(0)
     model = timm.create_model(name, zero_init_last=False, **kwargs)
+    randomise_batchnorm(model)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.2, 0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.running_mean, -0.2, 0.2)
-            module.num_batches_tracked.fill_(9)
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.bias)
     return model.eval()

@@ -8,11 +8,11 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models import DEFAULT_WIDTHS
 from slimclr_hub.models.loading import checkpoint_filter_fn
+from tests.networks import randomise_batchnorm
 
 WIDTHS = DEFAULT_WIDTHS
 ABOUT = {'size': 32, 'mean': (0.1, 0.2, 0.3), 'std': (0.4, 0.5, 0.6), 'crop_pct': 1.0, 'card': '# A card\n'}
@@ -21,11 +21,7 @@ ABOUT = {'size': 32, 'mean': (0.1, 0.2, 0.3), 'std': (0.4, 0.5, 0.6), 'crop_pct'
 def make(name='slimclr_resnet20', **kwargs):
     torch.manual_seed(0)
     model = timm.create_model(name, **kwargs)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+    randomise_batchnorm(model)
     return model.eval()
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import slimclr_hub  # noqa: F401
 from tests.hub_server import HubServer
+from tests.networks import randomise_batchnorm
 from tests.weights.client import Answer, Client
 
 
@@ -67,11 +68,7 @@ def make(name, **kwargs):
     """A network each width of which differs from the others."""
     torch.manual_seed(0)
     model = timm.create_model(name, **kwargs)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+    randomise_batchnorm(model)
     return model
 
 
