@@ -333,8 +333,7 @@ def _on_device(network: str, width: float | None, device: str | None) -> Any:
     # One width is asked for, so one is read.
     model = open_network(network, lazy=True, **({} if width is None else {'width': width}))
     if device is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = 'cpu' if accelerator is None else str(accelerator)
+        device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else 'cpu'
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:

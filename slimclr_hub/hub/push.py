@@ -87,7 +87,7 @@ def push(plan: Plan, *, private: bool = False, revision: str | None = None, mess
     Raises:
         InputError: Offline, not logged in, or the Hub refuses.
     """
-    if constants.is_offline_mode():
+    if constants.HF_HUB_OFFLINE:
         raise InputError('offline (HF_HUB_OFFLINE); nothing can be pushed')
     api = HfApi(library_name='slimclr_hub')
     operations = [

@@ -78,7 +78,7 @@ def _url(published: Published) -> str:
 
 def _download(published: Published, path: Path) -> None:
     url = _url(published)
-    if constants.is_offline_mode():
+    if constants.HF_HUB_OFFLINE:
         raise InputError(f'{published.name}: offline (HF_HUB_OFFLINE) and not in the cache; load it once while online')
     _logger.warning(
         '%s: from the release of the authors, %s. It is converted once and kept in %s', published.name, url, path.parent

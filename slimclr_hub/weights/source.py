@@ -74,7 +74,7 @@ def from_hub(repo: str, filename: str = WEIGHTS, cache_dir: Path | None = None) 
             f'the Hub has no {name}, or does not show it to you: check the name, and for a private one `hf auth login`'
         ) from error
     except LocalEntryNotFoundError as error:
-        if constants.is_offline_mode():
+        if constants.HF_HUB_OFFLINE:
             raise NotOnHubError(f'offline (HF_HUB_OFFLINE), and the cache has no {filename} of {repo}') from error
         raise NotOnHubError(
             f'the Hub cannot be reached for {repo}, and the cache has no {filename}: {first_line(error.__cause__)}'
@@ -115,7 +115,7 @@ def published(tag: str, cache_dir: Path | None = None) -> Path:
     except NotOnHubError as error:
         path = release.cached(PUBLISHED[tag], cache_dir)
         if path is None:
-            if constants.is_offline_mode():
+            if constants.HF_HUB_OFFLINE:
                 raise
             _logger.info('%s', error)
             try:
