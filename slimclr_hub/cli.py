@@ -241,10 +241,10 @@ def embed(
     from slimclr_hub.evaluate.images import list_images
 
     check_output(out, overwrite)
-    list_images(images)  # before a network is downloaded
+    listed = list_images(images)  # before a network is downloaded
     embeddings = run(
         _on_device(network, width, device),
-        images[0] if len(images) == 1 else images,
+        listed,
         batch_size=batch_size,
         workers=workers,
         precision=precision.value,
@@ -271,10 +271,10 @@ def predict(
     from slimclr_hub.evaluate.predict import predict as run
     from slimclr_hub.evaluate.predict import predictions_table
 
-    list_images(images)  # before a network is downloaded
+    listed = list_images(images)  # before a network is downloaded
     predictions = run(
         _on_device(network, width, device),
-        images[0] if len(images) == 1 else images,
+        listed,
         top=top,
         batch_size=batch_size,
         workers=workers,

@@ -1,7 +1,6 @@
 """Embeddings as files: safetensors, npy and parquet."""
 
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.embed import Embeddings
+from slimclr_hub.weights.whole import written_whole
 
 _HEADER_AT_MOST = 90_000_000  # safetensors opens no file with a header of more than 100 MB
 _ROW_GROUP = 4096
@@ -65,11 +65,8 @@ def save_embeddings(embeddings: Embeddings, path: Path, overwrite: bool = False)
         InputError: As `check_output` says, which is best asked before the work.
     """
     check_output(path, overwrite)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix='.partial-') as name:
-        partial = Path(name)
+    with written_whole(path.parent) as partial:
         _WRITERS[path.suffix.lower()](embeddings, partial / path.name)
-        for file in partial.iterdir():
-            os.replace(file, path.parent / file.name)
 
 
 def names_path(path: Path) -> Path:
@@ -86,10 +83,7 @@ def _save_safetensors(embeddings: Embeddings, path: Path) -> None:
         _save_names(embeddings, path)
     else:
         metadata['names'] = names
-    path.touch()
-    mode = path.stat().st_mode
     save_file({'features': embeddings.features.contiguous()}, path, metadata)
-    path.chmod(mode)  # safetensors lets nobody but the owner read its file
 
 
 def _save_npy(embeddings: Embeddings, path: Path) -> None:

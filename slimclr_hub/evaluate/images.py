@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, Union
 
 from PIL import Image
 from timm.data import get_img_extensions
@@ -14,7 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from slimclr_hub.errors import InputError
 
 Source = str | os.PathLike[str] | Image.Image
-Sources = Source | Iterable[Source]
+Sources = Union[Source, Iterable[Source], 'ImageList']
 _SOURCES = (str, os.PathLike, Image.Image)
 
 
@@ -66,11 +66,13 @@ def list_images(images: Sources) -> ImageList:
 
     Args:
         images: The path of a file or folder, a PIL image, or several of these. A column of images of `datasets` stays
-            as it is, to be decoded one by one.
+            as it is, to be decoded one by one, and so does a list that was made before.
 
     Raises:
         InputError: A path does not exist, a folder holds no image, there is nothing, or something else than images.
     """
+    if isinstance(images, ImageList):
+        return images
     if isinstance(images, _SOURCES):
         images = [images]
     if _is_lazy(images):

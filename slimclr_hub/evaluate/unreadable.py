@@ -11,11 +11,11 @@ from PIL import Image, UnidentifiedImageError
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.images import ImageList
 from slimclr_hub.evaluate.progress import progress_bar
+from slimclr_hub.weights.layouts import shorten
 
 Problem = tuple[str, str]
 """Name of an image and why it cannot be read."""
 
-_NAMED_AT_MOST = 5
 _THREADS = 16  # they wait for the disk or the network
 _CHUNK = 4096
 _loading = Lock()  # one image may stand in a list twice
@@ -51,10 +51,9 @@ def reason(error: Exception) -> str:
 
 def unreadable_error(problems: Sequence[Problem]) -> InputError:
     """The error that names the images, the first few where there are many."""
-    listed = '; '.join(f'{name} ({why})' for name, why in problems[:_NAMED_AT_MOST])
-    more = f' and {len(problems) - _NAMED_AT_MOST} more' if len(problems) > _NAMED_AT_MOST else ''
+    listed = shorten([f'{name} ({why})' for name, why in problems])
     them = 'it' if len(problems) == 1 else 'them'
-    return InputError(f'cannot read {listed}{more}; remove {them}, or leave {them} out with skip_unreadable')
+    return InputError(f'cannot read {listed}; remove {them}, or leave {them} out with skip_unreadable')
 
 
 def _problem(item: Any) -> str | None:

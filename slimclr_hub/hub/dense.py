@@ -185,14 +185,14 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     Raises:
         InputError: The file's name ends in none of these.
     """
-    # Copies, since a tensor that is a view would take along all that it looks into.
-    copies = {
-        name: tensor.detach().to('cpu', copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
     if path.suffix == '.safetensors':
-        save_safetensors(copies, path)
+        save_safetensors(tensors, path)
     elif path.suffix in ('.pth', '.pt'):
+        # Copies, since a tensor that is a view would take along all that it looks into.
+        copies = {
+            name: tensor.detach().to('cpu', copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
         with written_whole(path.parent) as partial:
             torch.save(copies, partial / path.name)
     else:

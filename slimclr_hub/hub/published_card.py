@@ -96,7 +96,7 @@ at [{short_repository}]({repository}), file `{file}`.
 ```
 """
 
-_BACKBONE_USAGE = """\
+_USAGE = """\
 ```python
 import timm, torch, slimclr_hub
 from PIL import Image
@@ -105,33 +105,21 @@ model = timm.create_model('{name}', pretrained=True, width=0.5).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 images = transform(Image.open('image.jpg').convert('RGB')).unsqueeze(0)
 with torch.inference_mode():
-    features = model(images)  # [1, 1024]
+    {at_050}
     model.set_width(0.25)
-    features = model(images)  # [1, 512]
+    {at_025}
 ```"""
 
-_PROBE_USAGE = """\
-```python
-import timm, torch, slimclr_hub
-from PIL import Image
-
-model = timm.create_model('{name}', pretrained=True, width=0.5).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-images = transform(Image.open('image.jpg').convert('RGB')).unsqueeze(0)
-with torch.inference_mode():
-    probabilities, classes = model(images).softmax(-1).topk(5)
-    model.set_width(0.25)
-    probabilities, classes = model(images).softmax(-1).topk(5)
-```
-
-Each width has a linear layer of its own; `num_classes=0` gives the features that it sees."""
+_FEATURES = {'at_050': 'features = model(images)  # [1, 1024]', 'at_025': 'features = model(images)  # [1, 512]'}
+_CLASSES = dict.fromkeys(('at_050', 'at_025'), 'probabilities, classes = model(images).softmax(-1).topk(5)')
+_ABOUT_PROBE = '\n\nEach width has a linear layer of its own; `num_classes=0` gives the features that it sees.'
 
 
 def published_card(published: Published) -> str:
     """Card of a published network."""
     detected = any(reported.box_ap is not None for reported in published.reported.values())
     with_probe = published.num_classes > 0
-    usage = _PROBE_USAGE if with_probe else _BACKBONE_USAGE
+    usage = _USAGE.format(name=published.name, **(_CLASSES if with_probe else _FEATURES))
     method = published.method
     return _TEMPLATE.format(
         name=published.name,
@@ -147,7 +135,7 @@ def published_card(published: Published) -> str:
         detection_line=' ---: | ---: |' if detected else '',
         detection_note=',\nand AP on COCO val2017 of a Mask R-CNN fine-tuned from it (table 2)' if detected else '',
         rows='\n'.join(_rows(published)),
-        usage=usage.format(name=published.name),
+        usage=usage + _ABOUT_PROBE if with_probe else usage,
         training=_training(published),
         limits=_LIMITS[with_probe],
     )
