@@ -24,14 +24,16 @@ def similarities(query_BD: torch.Tensor, key_BD: torch.Tensor, negatives_KD: tor
         return torch.cat([positive_B1, query_BD @ negatives_KD.float().T], dim=1)
 
 
-def info_nce(similarity_BC: torch.Tensor, temperature: float) -> torch.Tensor:
+def info_nce(similarity_BC: torch.Tensor, temperature: float, target_B: torch.Tensor | None = None) -> torch.Tensor:
     """InfoNCE, the paper's Eq. (1), averaged over the batch: -log softmax(similarity / temperature) at the positive.
 
     Args:
-        similarity_BC: Cosine similarities, the positive in column 0.
+        similarity_BC: Cosine similarities.
         temperature: tau_1.
+        target_B: Column of each row's positive; 0 unless given.
     """
-    target_B = torch.zeros(len(similarity_BC), dtype=torch.long, device=similarity_BC.device)
+    if target_B is None:
+        target_B = torch.zeros(len(similarity_BC), dtype=torch.long, device=similarity_BC.device)
     return F.cross_entropy(similarity_BC / temperature, target_B)
 
 
@@ -106,23 +108,19 @@ def atkd(
     return kl_divergence(student_BC, teacher_BC, multiplier) * temperature**2
 
 
-Distillation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(student_BC, teacher_BC) -> scalar, the positive in column 0."""
+Distillation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(student_BC, teacher_BC, target_B) -> scalar; the target is the column of the positive."""
 
 DISTILLATIONS = ('kd', 'mse', 'dkd', 'atkd', 'none')
 
 
 def make_distillation(name: str, temperature: float, squared: bool = True) -> Distillation | None:
     """The distillation loss of that name; `temperature` and `squared` concern `kd` alone, the others have their own."""
-
-    def positives(similarity_BC: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(similarity_BC), dtype=torch.long, device=similarity_BC.device)
-
     losses: dict[str, Distillation | None] = {
-        'kd': lambda student, teacher: kd(student, teacher, temperature, squared),
-        'mse': mse,
-        'dkd': lambda student, teacher: dkd(student, teacher, positives(student)),
-        'atkd': atkd,
+        'kd': lambda student, teacher, _: kd(student, teacher, temperature, squared),
+        'mse': lambda student, teacher, _: mse(student, teacher),
+        'dkd': dkd,
+        'atkd': lambda student, teacher, _: atkd(student, teacher),
         'none': None,
     }
     return losses[name]

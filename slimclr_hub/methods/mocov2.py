@@ -8,9 +8,9 @@ from torch import nn
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods.heads import SlimmableMLP
-from slimclr_hub.methods.loss_weights import loss_weights
-from slimclr_hub.methods.losses import DISTILLATIONS, info_nce, kl_divergence, make_distillation, similarities
+from slimclr_hub.methods.losses import similarities
 from slimclr_hub.methods.momentum import follow, pair_parameters
+from slimclr_hub.methods.objective import Objective
 from slimclr_hub.methods.processes import gather, local_part, shared_permutation, world_size
 from slimclr_hub.methods.split_batchnorm import split_batchnorm
 from slimclr_hub.models import SlimmableResNet
@@ -57,15 +57,16 @@ class MoCoV2(nn.Module):
         bn_splits: int = 1,
     ) -> None:
         super().__init__()
-        if distillation not in DISTILLATIONS:
-            raise InputError(f'distillation {distillation!r} is not one of {", ".join(DISTILLATIONS)}')
-        loss_weights(weights, backbone.widths)
+        self.objective = Objective(
+            backbone.widths,
+            distillation=distillation,
+            temperature=distillation_temperature,
+            squared=distillation_squared,
+            weights=weights,
+        )
         self.widths = backbone.widths
         self.temperature = temperature
-        self.distillation_temperature = distillation_temperature
-        self.weights = weights
         self.bn_splits = bn_splits
-        self._distill = make_distillation(distillation, distillation_temperature, distillation_squared)
 
         full = self.widths[0]
         features = backbone.full_features
@@ -100,28 +101,10 @@ class MoCoV2(nn.Module):
             keys = self.encode_keys(key_view)
         negatives = self.queue.clone()  # the queue moves on before the backward needs these
         candidates = {w: similarities(query, keys, negatives) for w, query in queries.items()}
-        output = self.objective(candidates)
+        first = torch.zeros(len(keys), dtype=torch.long, device=keys.device)  # where the positive is
+        output = self.objective(candidates, first, self.temperature)
         self.enqueue(keys)
         return output
-
-    def objective(self, candidates: dict[float, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Objective (7) over similarities [B, 1 + K] of each width, in descending order of width."""
-        widths = tuple(candidates)
-        weights = loss_weights(self.weights if widths == self.widths else _alone(self.weights), widths)
-        teacher = candidates[widths[0]].detach()
-        total, log = torch.zeros((), device=teacher.device), {}
-        for width, weight in zip(widths, weights, strict=True):
-            similarity = candidates[width]
-            contrastive = loss = info_nce(similarity, self.temperature)
-            if width != widths[0] and self._distill is not None:
-                loss = (contrastive + self._distill(similarity, teacher)) / 2
-            total = total + weight * loss
-            log[f'loss/{width:g}'] = weight * loss.detach()
-            log[f'info_nce/{width:g}'] = contrastive.detach()
-            log[f'accuracy/{width:g}'] = (similarity.argmax(1) == 0).float().mean()
-            if width != widths[0]:
-                log[f'kl/{width:g}'] = kl_divergence(similarity.detach(), teacher, self.distillation_temperature)
-        return {'loss': total, **log}
 
     def update_key_encoder(self, momentum: float) -> None:
         """Move the key encoder's parameters, not its buffers, towards the full width of the query encoder."""
@@ -151,8 +134,3 @@ class MoCoV2(nn.Module):
         places = (self.queue_pointer + torch.arange(len(keys), device=keys.device)) % size
         self.queue.index_copy_(0, places, keys.to(self.queue.dtype))
         self.queue_pointer.copy_((self.queue_pointer + len(keys)) % size)
-
-
-def _alone(weights: str | Sequence[float]) -> str:
-    # A list names a weight for each width; while only some are trained, and that is the full one, it counts once.
-    return weights if isinstance(weights, str) else 'none'

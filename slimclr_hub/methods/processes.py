@@ -5,6 +5,7 @@ Without an initialised process group each function does its part for the one pro
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional
 from torch import nn
 
 
@@ -47,3 +48,15 @@ def average_batchnorm(module: nn.Module) -> None:
             for statistic in layer.running_mean, layer.running_var:
                 dist.all_reduce(statistic)
                 statistic /= world_size()
+
+
+def rank() -> int:
+    """This process's place among all, from 0 on."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather_with_gradient(x: torch.Tensor) -> torch.Tensor:
+    """As `gather`, and each process gets the gradients that the others have for its part, summed."""
+    if world_size() == 1:
+        return x
+    return torch.cat(list(dist.nn.functional.all_gather(x)))

@@ -124,6 +124,28 @@ class SwitchableBatchNorm2d(nn.ModuleDict):
         self[width_key(width)] = norm
 
 
+class SwitchableBatchNorm1d(nn.ModuleDict):
+    """One ordinary batch normalisation of vectors for each width, as in the heads of MoCo v3.
+
+    Args:
+        num_features: Features at width 1.0.
+        widths: The widths to hold.
+        slim: Whether the features have the width; false after the last layer of a head.
+    """
+
+    def __init__(self, num_features: int, widths: Sequence[float], *, slim: bool = True, **kwargs: Any) -> None:
+        super().__init__(
+            {
+                width_key(w): nn.BatchNorm1d(scale_channels(num_features, w) if slim else num_features, **kwargs)
+                for w in widths
+            }
+        )
+
+    def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:
+        """[B, C * width], or [B, C] where it is not slim -> the same shape, by the statistics of `width`."""
+        return self[width_key(width)](x)
+
+
 class SwitchableLinear(nn.ModuleDict):
     """One linear layer for each width, sharing nothing: the switchable probe of the paper (section 3.2).
 

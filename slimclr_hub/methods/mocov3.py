@@ -1,0 +1,107 @@
+"""SlimCLR on MoCo v3."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from slimclr_hub.methods.heads import SlimmableProjector
+from slimclr_hub.methods.momentum import follow, pair_parameters
+from slimclr_hub.methods.objective import Losses, Objective
+from slimclr_hub.methods.processes import gather, rank
+from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.widths import check_widths, width_key
+
+
+class MoCoV3(nn.Module):
+    """Slimmable contrastive learning with the batch itself as negatives: the paper's sections 3 and 4.1.
+
+    Each view is query and key by turns; queries pass a predictor. Negatives are the keys of the other images of the
+    batch over all processes. Chen et al. 2021, https://arxiv.org/abs/2104.02057, is the method at a single width.
+
+    Args:
+        backbone: Network without a classifier, whose widths are trained.
+        dim: Dimension of the embedding.
+        hidden_dim: Hidden features of projector and predictor at width 1.0.
+        temperature: tau_1.
+        distillation: `kd`, `mse`, `dkd`, `atkd` or `none`: how sub-networks learn from the full one.
+        distillation_temperature: tau_2.
+        distillation_squared: Multiply `kd` by tau_2 squared, as the reference code does.
+        weights: Loss weights: a scheme of the paper, or one number for each width.
+
+    Raises:
+        InputError: An option or number that does not exist.
+    """
+
+    def __init__(
+        self,
+        backbone: SlimmableResNet,
+        *,
+        dim: int = 256,
+        hidden_dim: int = 4096,
+        temperature: float = 1.0,
+        distillation: str = 'kd',
+        distillation_temperature: float = 1.0,
+        distillation_squared: bool = True,
+        weights: str | Sequence[float] = 'full_plus_sum',
+    ) -> None:
+        super().__init__()
+        self.objective = Objective(
+            backbone.widths,
+            distillation=distillation,
+            temperature=distillation_temperature,
+            squared=distillation_squared,
+            weights=weights,
+        )
+        self.widths = backbone.widths
+        self.temperature = temperature
+        self.backbone = backbone
+        self.head = SlimmableProjector(backbone.full_features, hidden_dim, dim, self.widths)
+        self.predictor = SlimmableProjector(dim, hidden_dim, dim, self.widths, slim_in=False, last_norm=False)
+        self.key_backbone = backbone.extract(self.widths[0]).requires_grad_(False)
+        self.key_head = self.head.extract(self.widths[0]).requires_grad_(False)
+
+    def forward(self, views: Sequence[torch.Tensor], widths: Sequence[float], momentum: float) -> Losses:
+        """One step: losses of `widths` on a pair of views, with the momentum encoder moved.
+
+        Args:
+            views: Two views, [B, C, H, W] each.
+            widths: Widths to train in this step, the full one among them.
+            momentum: Momentum of the key encoder.
+
+        Returns:
+            As `Objective` returns, each the sum over both directions but for `info_nce`, `accuracy` and `kl`, which are
+            means.
+        """
+        widths = check_widths(widths)
+        queries = [{w: self.encode_query(view, w) for w in widths} for view in views]
+        with torch.no_grad():
+            self.update_key_encoder(momentum)
+            keys = [gather(F.normalize(self.key_head(self.key_backbone(view)).float(), dim=1)) for view in views]
+        return _both(*(self._direction(query, key) for query, key in zip(queries, reversed(keys), strict=True)))
+
+    def encode_query(self, view: torch.Tensor, width: float) -> torch.Tensor:
+        """[B, C, H, W] -> [B, dim], of unit length."""
+        projected = self.head(self.backbone.forward_at(view, width), width)
+        return F.normalize(self.predictor(projected, width).float(), dim=1)
+
+    def update_key_encoder(self, momentum: float) -> None:
+        """Move the key encoder's parameters, not its buffers, towards the full width of the query encoder."""
+        key = width_key(self.widths[0])
+        for follower, leader in (self.key_backbone, self.backbone), (self.key_head, self.head):
+            follow(*pair_parameters(follower, leader, key), momentum)
+
+    def _direction(self, queries: dict[float, torch.Tensor], keys: torch.Tensor) -> Losses:
+        batch = len(queries[self.widths[0]])
+        own = torch.arange(batch, device=keys.device) + rank() * batch
+        with torch.autocast(keys.device.type, enabled=False):
+            logits = {w: query @ keys.T / self.temperature for w, query in queries.items()}
+            return self.objective(logits, own, scale=2 * self.temperature)
+
+
+def _both(first: Losses, second: Losses) -> Losses:
+    return {
+        name: first[name] + second[name] if name.startswith('loss') else (first[name] + second[name]) / 2
+        for name in first
+    }

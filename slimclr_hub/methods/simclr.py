@@ -1,0 +1,97 @@
+"""SlimCLR on SimCLR."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from slimclr_hub.methods.heads import SlimmableMLP
+from slimclr_hub.methods.objective import Losses, Objective
+from slimclr_hub.methods.processes import gather_with_gradient, rank
+from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.widths import check_widths
+
+
+class SimCLR(nn.Module):
+    """Slimmable contrastive learning in which every other view of the batch is a negative.
+
+    Chen et al. 2020, https://arxiv.org/abs/2002.05709, is the method at a single width; the objective over widths is
+    the paper's (7). There is no momentum encoder.
+
+    Args:
+        backbone: Network without a classifier, whose widths are trained.
+        dim: Dimension of the embedding.
+        hidden_dim: Hidden features of the MLP head at width 1.0; as many as the backbone has unless given.
+        temperature: tau_1.
+        distillation: `kd`, `mse`, `dkd`, `atkd` or `none`: how sub-networks learn from the full one.
+        distillation_temperature: tau_2.
+        distillation_squared: Multiply `kd` by tau_2 squared, as the reference code does.
+        weights: Loss weights: a scheme of the paper, or one number for each width.
+
+    Raises:
+        InputError: An option or number that does not exist.
+    """
+
+    def __init__(
+        self,
+        backbone: SlimmableResNet,
+        *,
+        dim: int = 128,
+        hidden_dim: int | None = None,
+        temperature: float = 0.1,
+        distillation: str = 'kd',
+        distillation_temperature: float = 5.0,
+        distillation_squared: bool = True,
+        weights: str | Sequence[float] = 'full_plus_sum',
+    ) -> None:
+        super().__init__()
+        self.objective = Objective(
+            backbone.widths,
+            distillation=distillation,
+            temperature=distillation_temperature,
+            squared=distillation_squared,
+            weights=weights,
+        )
+        self.widths = backbone.widths
+        self.temperature = temperature
+        features = backbone.full_features
+        self.backbone = backbone
+        hidden = features if hidden_dim is None else hidden_dim
+        self.head = SlimmableMLP(features, hidden, dim, max_width=self.widths[0])
+
+    def forward(self, views: Sequence[torch.Tensor], widths: Sequence[float], momentum: float = 0.0) -> Losses:
+        """One step: losses of `widths` on a pair of views.
+
+        Args:
+            views: Two views, [B, C, H, W] each.
+            widths: Widths to train in this step, the full one among them.
+            momentum: Not used; there is nothing that follows.
+
+        Returns:
+            As `Objective` returns.
+        """
+        widths = check_widths(widths)
+        images = torch.cat(list(views))
+        logits = {w: self.similarities(self.embed(images, w)) for w in widths}
+        return self.objective(logits, self._targets(len(views[0]), images.device), self.temperature)
+
+    def embed(self, images: torch.Tensor, width: float) -> torch.Tensor:
+        """[2B, C, H, W] -> [2B, dim], of unit length."""
+        return F.normalize(self.head(self.backbone.forward_at(images, width), width).float(), dim=1)
+
+    def similarities(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Cosine similarities of each view to all views of all processes but itself: [2B, D] -> [2B, 2BP - 1]."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            everything = gather_with_gradient(embeddings)
+            similarity = embeddings @ everything.T
+        rows, columns = similarity.shape
+        itself = torch.arange(rows, device=similarity.device) + rank() * rows
+        others = torch.arange(columns, device=similarity.device) != itself[:, None]
+        return similarity[others].view(rows, columns - 1)
+
+    def _targets(self, batch: int, device: torch.device) -> torch.Tensor:
+        # The other view of image i is i + B for the first views and i - B for the second; the row itself is left out.
+        row = torch.arange(2 * batch, device=device)
+        column = torch.where(row < batch, row + batch - 1, row - batch)
+        return column + rank() * 2 * batch

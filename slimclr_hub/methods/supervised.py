@@ -1,0 +1,65 @@
+"""Supervised slimmable training, the paper's baseline."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from slimclr_hub.methods.objective import Losses, Objective
+from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.widths import check_widths
+
+
+class Supervised(nn.Module):
+    """Slimmable training from labels with in-place distillation (Yu & Huang 2019, https://arxiv.org/abs/1903.05134).
+
+    The full width learns from the labels, narrower ones from labels and from the full one's outputs, half each.
+
+    Args:
+        backbone: Network with a classifier, whose widths are trained.
+        distillation: `kd`, `mse`, `dkd`, `atkd` or `none`.
+        distillation_temperature: tau_2.
+        weights: Loss weights: a scheme of the paper, or one number for each width.
+    """
+
+    def __init__(
+        self,
+        backbone: SlimmableResNet,
+        *,
+        distillation: str = 'kd',
+        distillation_temperature: float = 1.0,
+        distillation_squared: bool = True,
+        weights: str | Sequence[float] = 'none',
+    ) -> None:
+        super().__init__()
+        self.objective = Objective(
+            backbone.widths,
+            distillation=distillation,
+            temperature=distillation_temperature,
+            squared=distillation_squared,
+            weights=weights,
+        )
+        self.widths = backbone.widths
+        self.backbone = backbone
+
+    def forward(
+        self,
+        views: Sequence[torch.Tensor],
+        widths: Sequence[float],
+        momentum: float = 0.0,
+        labels: torch.Tensor | None = None,
+    ) -> Losses:
+        """One step: losses of `widths` on labelled images.
+
+        Args:
+            views: One batch of images [B, C, H, W]; more are ignored.
+            widths: Widths to train in this step, the full one among them.
+            momentum: Not used; there is nothing that follows.
+            labels: Classes [B].
+
+        Returns:
+            As `Objective` returns, the cross-entropies under `info_nce`.
+        """
+        assert labels is not None
+        logits = {w: self.backbone.forward_at(views[0], w).float() for w in check_widths(widths)}
+        return self.objective(logits, labels)
