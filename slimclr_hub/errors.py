@@ -5,8 +5,25 @@ class InputError(ValueError):
     """A wrong argument, file or folder. The message names the value and the remedy."""
 
 
+class DataError(RuntimeError):
+    """Images that cannot be used, found while training."""
+
+
 class DivergedError(RuntimeError):
     """Training produced a loss that is not finite."""
+
+
+class PreemptedError(RuntimeError):
+    """Training was asked to stop, and has kept its state.
+
+    Args:
+        message: What happened and how to go on.
+        status: Exit status of the process.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class ExportError(RuntimeError):

@@ -4,7 +4,7 @@ So a run that is resumed sees what it would have seen, with any number of worker
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -67,37 +67,46 @@ class SeededDataset(Dataset[tuple[Any, int]]):
             return self.transform(image), label
 
 
-def train_loader(config: DataConfig, views: ViewConfig, seed: int, processes: int) -> tuple[DataLoader, int]:
-    """Loader of ((query view, key view), label) for training.
+class Batch(NamedTuple):
+    views: tuple
+    labels: Any
+    position: Any = None
+    corrupt: tuple = ()
 
-    For a data set by index a batch is that of all processes, for the caller to split; for a stream, which shards itself
-    over processes, it is the batch of one. An incomplete last batch is dropped.
 
-    Returns:
-        The loader and its steps an epoch.
+class TrainData:
+    def __init__(self, config, views, second, *, seed, processes, rank, parts, view_count, device):
+        self.config, self.seed, self.processes, self.rank, self.parts, self.device = config, seed, processes, rank, parts, device
+        dataset = make_dataset(config, config.train_split, training=True)
+        if config.batch_size % processes:
+            raise InputError(f'data.batch_size {config.batch_size} does not divide over {processes} processes')
+        self.length = len(dataset)
+        if config.batch_size > self.length:
+            raise InputError(f'data.batch_size {config.batch_size} is larger than the data set of {self.length} images')
+        self.steps_per_epoch = self.length // config.batch_size
+        view = make_view(views, views.size or config.size, config.mean, config.std)
+        self.sampler = _Sampler()
+        seeded = SeededDataset(dataset, TwoViews(view, view), seed)
+        self.loader = DataLoader(seeded, batch_sampler=self.sampler, **_workers(config, seed))
+        self.notes = ()
 
-    Raises:
-        InputError: The batch does not divide over the processes, or is larger than the data set.
-    """
-    if config.batch_size % processes:
-        raise InputError(f'data.batch_size {config.batch_size} does not divide over {processes} processes')
-    dataset = make_dataset(config, config.train_split, training=True)
-    length = len(dataset)  # type: ignore[arg-type]
-    if config.batch_size > length:
-        raise InputError(f'data.batch_size {config.batch_size} is larger than the data set of {length} images')
-    view = make_view(views, views.size or config.size, config.mean, config.std)
-    transform = TwoViews(view, view)
-    workers = _workers(config, seed)
-    if isinstance(dataset, IterableDataset):
-        dataset.transform = transform  # type: ignore[attr-defined]
-        if hasattr(dataset, 'set_loader_cfg'):
-            dataset.set_loader_cfg(num_workers=config.num_workers)
-        loader = DataLoader(dataset, batch_size=config.batch_size // processes, drop_last=True, **workers)
-    else:
-        sampler = EpochSampler(length, seed)
-        seeded = SeededDataset(dataset, transform, seed)
-        loader = DataLoader(seeded, batch_size=config.batch_size, sampler=sampler, drop_last=True, **workers)
-    return loader, length // config.batch_size
+    def epoch(self, epoch, start=0, position=None):
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+        m = self.config.batch_size // self.parts
+        b = m // self.processes
+        n = self.steps_per_epoch * self.parts
+        order = order[: n * m].reshape(n, self.processes, b)[start * self.parts :, self.rank]
+        self.sampler.batches = [[(epoch, int(i)) for i in batch] for batch in order]
+        for views, labels in self.loader:
+            yield Batch(tuple(v.to(self.device, non_blocking=True) for v in views), labels.to(self.device, non_blocking=True))
+
+
+class _Sampler:
+    batches: list = []
+    def __iter__(self):
+        return iter(self.batches)
+    def __len__(self):
+        return len(self.batches)
 
 
 def eval_loader(config: DataConfig, split: str, at_most: int | None, seed: int, processes: int = 1) -> DataLoader:

@@ -16,19 +16,19 @@ _COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')  #
 def print_table(facts: Sequence[WidthFacts], title: str) -> None:
     """Print cost and accuracy of each width."""
     table = Table(title=title)
-    columns = ['width', 'parameters', 'multiply-adds']
-    if facts[0].end is not None:
-        columns += ['k-NN start (%)', 'k-NN end (%)', 'gain']
-    for column in columns:
-        table.add_column(column, justify='right', no_wrap=True)
-    for fact in facts:
-        gain = [] if fact.start is None or fact.end is None else [f'{fact.end - fact.start:+.1f}']
-        table.add_row(*fact.cells, *gain)
+    rows = [fact.cells for fact in facts]
+    for row, fact in zip(rows, facts, strict=True):
+        if fact.start is not None and fact.end is not None:
+            row['gain'] = f'{fact.end - fact.start:+.1f}'
+    for title in rows[0]:
+        table.add_column(title, justify='right', no_wrap=True)
+    for row in rows:
+        table.add_row(*row.values())
     Console().print(table)
 
 
 def draw_figure(metrics: Sequence[dict[str, Any]], widths: Sequence[float], path: Path) -> None:
-    """Draw the loss of each width over epochs and, where it was measured, its k-NN accuracy.
+    """Draw the loss of each width over epochs, and the accuracies that were measured.
 
     Args:
         metrics: Lines of metrics.jsonl.
@@ -43,11 +43,19 @@ def draw_figure(metrics: Sequence[dict[str, Any]], widths: Sequence[float], path
     training = [record for record in metrics if record['kind'] == 'train']
     evaluations = [record for record in metrics if record['kind'] == 'eval']
     steps_per_epoch = training[-1]['step'] / training[-1]['epoch']
-    figure, axes = plt.subplots(1, 2 if evaluations else 1, figsize=(10 if evaluations else 5, 4), squeeze=False)
-    panels = [(axes[0][0], training, 'info_nce', 'InfoNCE loss (nats)')]
-    if evaluations:
-        panels.append((axes[0][1], evaluations, 'knn', 'k-NN accuracy (%)'))
-    for axis, records, name, label in panels:
+    panels = [
+        (records, name, label)
+        for records, name, label in (
+            (training, 'info_nce', 'InfoNCE loss (nats)'),
+            (training, 'cross_entropy', 'cross-entropy (nats)'),
+            (evaluations, 'knn', 'k-NN accuracy (%)'),
+            (evaluations, 'linear', 'accuracy of a linear classifier (%)'),
+            (evaluations, 'top1', 'top-1 accuracy (%)'),
+        )
+        if any(f'{name}/{widths[0]:g}' in record for record in records)
+    ]
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+    for axis, (records, name, label) in zip(axes[0], panels, strict=True):
         for i, width in enumerate(widths):
             key = f'{name}/{width:g}'
             points = [(record['step'] / steps_per_epoch, record[key]) for record in records if key in record]
@@ -56,7 +64,7 @@ def draw_figure(metrics: Sequence[dict[str, Any]], widths: Sequence[float], path
                 label=f'width {width:g}',
                 color=_COLOURS[i % len(_COLOURS)],
                 linestyle=_STYLES[i % len(_STYLES)],
-                marker='o' if name == 'knn' else None,
+                marker='o' if records is evaluations else None,
             )
         axis.set_xlabel('epoch')
         axis.set_ylabel(label)

@@ -18,7 +18,7 @@ tags:
 ---
 # {name}
 
-A slimmable {architecture}, pre-trained without labels by SlimCLR on {method}: one file, {count} width{plural}.
+A slimmable {architecture}, trained {how}: one file, {count} width{plural}.
 
 ```python
 import timm, slimclr_hub
@@ -29,11 +29,9 @@ model.set_width({largest})
 From the Hugging Face Hub it is `hf-hub:USER/NAME` instead of `local-dir:`. `model.extract({smallest})` gives an
 ordinary dense network of that width.
 
-| width | parameters | multiply-adds |{accuracy_head}
-| ---: | ---: | ---: |{accuracy_line}
-{rows}
+{table}
 
-Parameters are those of the backbone; multiply-adds are for one image of {size}x{size} pixels.{accuracy_note}
+Parameters are those of the network at that width; multiply-adds are for one image of {size}x{size} pixels.{explained}
 
 ## Training
 
@@ -61,9 +59,7 @@ model = timm.create_model('local-dir:{folder}', pretrained=True, width={smallest
 model.set_width({largest})
 ```
 
-| width | parameters | multiply-adds |
-| ---: | ---: | ---: |
-{rows}
+{table}
 
 Parameters are those of the network at that width; multiply-adds are for one image of {size}x{size} pixels.
 {uncalibrated}
@@ -77,6 +73,14 @@ file is in), and of no use as it is.
 """
 
 
+_ACCURACIES = {'start': 'k-NN at start', 'end': 'k-NN', 'linear': 'linear', 'top1': 'top-1'}
+_EXPLAINED = {
+    'k-NN': 'k-NN is weighted k-nearest-neighbour accuracy (%) on held-out images.',
+    'linear': 'Linear is the accuracy (%) of a logistic regression on frozen features.',
+    'top-1': 'Top-1 is the accuracy (%) of its own classifier.',
+}
+
+
 @dataclass(frozen=True)
 class WidthFacts:
     """What a card tells of one width.
@@ -87,6 +91,8 @@ class WidthFacts:
         multiply_adds: Multiply-adds for one image.
         start: k-NN accuracy in percent before training, if measured.
         end: k-NN accuracy in percent after training, if measured.
+        linear: Accuracy in percent of a linear classifier on its frozen features after training, if measured.
+        top1: Accuracy in percent of its own classifier after training, if it has one and it was measured.
     """
 
     width: float
@@ -94,12 +100,19 @@ class WidthFacts:
     multiply_adds: int
     start: float | None = None
     end: float | None = None
+    linear: float | None = None
+    top1: float | None = None
 
     @property
-    def cells(self) -> list[str]:
-        """Width, parameters, multiply-adds and accuracies, as text."""
-        cells = [f'{self.width:g}', human(self.parameters), human(self.multiply_adds)]
-        return cells + [f'{value:.1f}' for value in (self.start, self.end) if value is not None]
+    def cells(self) -> dict[str, str]:
+        """Width, parameters, multiply-adds and the accuracies that were measured, as text under their titles."""
+        measured = {title: getattr(self, name) for name, title in _ACCURACIES.items()}
+        return {
+            'width': f'{self.width:g}',
+            'parameters': human(self.parameters),
+            'multiply-adds': human(self.multiply_adds),
+            **{title: f'{value:.1f}' for title, value in measured.items() if value is not None},
+        }
 
 
 def width_facts(model: SlimmableResNet, size: int) -> list[WidthFacts]:
@@ -122,18 +135,23 @@ def training_card(facts: Sequence[WidthFacts], about: Mapping[str, str]) -> str:
         facts: The widths, in descending order.
         about: `name`, `folder`, `architecture`, `method`, `data`, `epochs` and `size`.
     """
-    measured = facts[0].end is not None
+    explained = [text for title, text in _EXPLAINED.items() if title in facts[0].cells]
     return _TEMPLATE.format(
         count=len(facts),
         plural='' if len(facts) == 1 else 's',
         smallest=facts[-1].width,
         largest=facts[0].width,
-        accuracy_head=' k-NN start (%) | k-NN end (%) |' if measured else '',
-        accuracy_line=' ---: | ---: |' if measured else '',
-        accuracy_note=' k-NN is weighted k-nearest-neighbour accuracy on held-out images.' if measured else '',
-        rows='\n'.join(f'| {" | ".join(fact.cells)} |' for fact in facts),
+        table=_table(facts),
+        how='with labels' if about['method'] == 'supervised' else f'without labels by SlimCLR on {about["method"]}',
+        explained=''.join(f' {text}' for text in explained),
         **about,
     )
+
+
+def _table(facts: Sequence[WidthFacts]) -> str:
+    titles = list(facts[0].cells)
+    rows = [titles, ['---:'] * len(titles), *([fact.cells[title] for title in titles] for fact in facts)]
+    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 
 def converted_card(
@@ -158,7 +176,7 @@ def converted_card(
         plural='' if len(facts) == 1 else 's',
         smallest=facts[-1].width,
         largest=facts[0].width,
-        rows='\n'.join(f'| {" | ".join(fact.cells)} |' for fact in facts),
+        table=_table(facts),
         size=size,
         uncalibrated='' if calibrated else _UNCALIBRATED.format(architecture=architecture),
     )

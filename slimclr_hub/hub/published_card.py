@@ -164,7 +164,7 @@ def _rows(published: Published) -> list[str]:
     rows = []
     for fact in published_facts(published.num_classes):
         reported = published.reported[fact.width]
-        cells = [*fact.cells, f'{reported.top1}', f'{reported.top5}']
+        cells = [*fact.cells.values(), f'{reported.top1}', f'{reported.top5}']
         cells += [f'{ap}' for ap in (reported.box_ap, reported.mask_ap) if ap is not None]
         rows.append(f'| {" | ".join(cells)} |')
     return rows

@@ -10,18 +10,28 @@ import torch
 import torch.nn.functional as F
 
 
-def similarities(query_BD: torch.Tensor, key_BD: torch.Tensor, negatives_KD: torch.Tensor) -> torch.Tensor:
-    """Cosine similarities of each query to its key and to every negative; all inputs of unit length.
+def similarities(
+    query_BD: torch.Tensor, key_BD: torch.Tensor | None, others_KD: torch.Tensor
+) -> torch.Tensor:
+    """Cosine similarities of each query to its key and to every other; all inputs of unit length.
 
     In float32 under autocast too: half precision would round a similarity of 0.9 by more than training moves it.
 
+    Args:
+        query_BD: Queries.
+        key_BD: Their keys; none where they are among the others.
+        others_KD: Negatives, or all keys there are.
+
     Returns:
-        [B, 1 + K], the positive in column 0.
+        [B, 1 + K], the positive in column 0; [B, K] without keys.
     """
     with torch.autocast(query_BD.device.type, enabled=False):
         query_BD = query_BD.float()
+        similarity_BK = query_BD @ others_KD.float().T
+        if key_BD is None:
+            return similarity_BK
         positive_B1 = torch.einsum('bd,bd->b', query_BD, key_BD.float())[:, None]
-        return torch.cat([positive_B1, query_BD @ negatives_KD.float().T], dim=1)
+        return torch.cat([positive_B1, similarity_BK], dim=1)
 
 
 def info_nce(similarity_BC: torch.Tensor, temperature: float, target_B: torch.Tensor | None = None) -> torch.Tensor:
@@ -61,6 +71,15 @@ def kl_divergence(student_BC: torch.Tensor, teacher_BC: torch.Tensor, temperatur
         reduction='batchmean',
         log_target=True,
     )
+
+
+def accuracy(logits_BC: torch.Tensor, target_B: torch.Tensor) -> torch.Tensor:
+    """Share of rows whose target is larger than everything else.
+
+    A tie is a miss: a network that has collapsed, for which everything is equally similar, scores zero. The largest
+    index-first maximum would be the positive in column 0, and score one.
+    """
+    return ((logits_BC >= logits_BC.gather(1, target_B[:, None])).sum(1) == 1).float().mean()
 
 
 def mse(student_BC: torch.Tensor, teacher_BC: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,8 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.methods.heads import SlimmableMLP
 from slimclr_hub.methods.losses import similarities
 from slimclr_hub.methods.momentum import follow, pair_parameters
-from slimclr_hub.methods.objective import Objective
-from slimclr_hub.methods.processes import gather, local_part, shared_permutation, world_size
+from slimclr_hub.methods.objective import Losses, Objective
+from slimclr_hub.methods.processes import gather, local_part, rank, shared_permutation, world_size
 from slimclr_hub.methods.split_batchnorm import split_batchnorm
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.widths import check_widths, width_key
@@ -27,13 +27,15 @@ class MoCoV2(nn.Module):
         backbone: Network without a classifier, whose widths are trained.
         dim: Dimension of the embedding.
         hidden_dim: Hidden features of the MLP head at width 1.0; as many as the backbone has unless given.
-        queue_size: Keys kept as negatives, K; a multiple of the batch over all processes.
+        queue_size: Keys kept as negatives, K; a multiple of the batch over all processes. With 0 the negatives are the
+            keys of the other images of the batch over all processes.
         temperature: tau_1 of InfoNCE.
         distillation: `kd`, `mse`, `dkd`, `atkd` or `none`: how sub-networks learn from the full one.
         distillation_temperature: tau_2.
         distillation_squared: Multiply `kd` by tau_2 squared, as the reference code does.
         weights: Loss weights: a scheme of the paper, or one number for each width.
         bn_splits: Parts of the batch that are normalised apart on each process.
+        shuffle_keys: Permute keys over processes and parts before they are encoded.
 
     Raises:
         InputError: An option or number that does not exist.
@@ -55,6 +57,7 @@ class MoCoV2(nn.Module):
         distillation_squared: bool = True,
         weights: str | Sequence[float] = 'full_plus_sum',
         bn_splits: int = 1,
+        shuffle_keys: bool = True,
     ) -> None:
         super().__init__()
         self.objective = Objective(
@@ -67,6 +70,7 @@ class MoCoV2(nn.Module):
         self.widths = backbone.widths
         self.temperature = temperature
         self.bn_splits = bn_splits
+        self.shuffle_keys = shuffle_keys
 
         full = self.widths[0]
         features = backbone.full_features
@@ -78,33 +82,51 @@ class MoCoV2(nn.Module):
         split_batchnorm(self.key_backbone, bn_splits)
         self.register_buffer('queue', F.normalize(torch.randn(queue_size, dim), dim=1))
         self.register_buffer('queue_pointer', torch.zeros((), dtype=torch.long))
+        self._negatives = self.queue
 
     def forward(
-        self, views: Sequence[torch.Tensor], widths: Sequence[float], momentum: float
-    ) -> dict[str, torch.Tensor]:
+        self,
+        views: Sequence[torch.Tensor],
+        widths: Sequence[float],
+        momentum: float | None,
+        labels: torch.Tensor | None = None,
+    ) -> Losses:
         """One step: losses of `widths` on a pair of views, with the momentum encoder moved and the queue advanced.
 
         Args:
             views: Query view and key view, [B, C, H, W] each.
             widths: Widths to train in this step, the full one among them.
-            momentum: Momentum of the key encoder.
+            momentum: Momentum of the key encoder; none after the first part of an accumulated step: the key encoder and
+                the negatives then stay as they were, and the queue takes the keys of every part.
+            labels: Not used.
 
         Returns:
-            `loss`, the objective; for each width w `loss/w` (its weighted part), `info_nce/w`, `accuracy/w` (share of
-            queries nearest to their key) and, below the full width, `kl/w`. All but `loss` are detached.
+            As `Objective` returns.
         """
         widths = check_widths(widths)
         query_view, key_view = views
         queries = {w: F.normalize(self.head(self.backbone.forward_at(query_view, w), w), dim=1) for w in widths}
         with torch.no_grad():
-            self.update_key_encoder(momentum)
+            if momentum is not None:
+                self.update_key_encoder(momentum)
+                # A copy: the queue moves on before the backward needs these, and before the next part of the step does.
+                self._negatives = self.queue.clone()
             keys = self.encode_keys(key_view)
-        negatives = self.queue.clone()  # the queue moves on before the backward needs these
-        candidates = {w: similarities(query, keys, negatives) for w, query in queries.items()}
-        first = torch.zeros(len(keys), dtype=torch.long, device=keys.device)  # where the positive is
-        output = self.objective(candidates, first, self.temperature)
+        logits, positives = self._candidates(queries, keys)
+        output = self.objective(logits, positives, self.temperature)
         self.enqueue(keys)
         return output
+
+    def _candidates(
+        self, queries: dict[float, torch.Tensor], keys: torch.Tensor
+    ) -> tuple[dict[float, torch.Tensor], torch.Tensor]:
+        batch, device = len(keys), keys.device
+        if len(self.queue):
+            first = torch.zeros(batch, dtype=torch.long, device=device)
+            return {w: similarities(query, keys, self._negatives) for w, query in queries.items()}, first
+        own = torch.arange(batch, device=device) + rank() * batch
+        everyone = gather(keys)
+        return {w: similarities(query, None, everyone) for w, query in queries.items()}, own
 
     def update_key_encoder(self, momentum: float) -> None:
         """Move the key encoder's parameters, not its buffers, towards the full width of the query encoder."""
@@ -117,7 +139,7 @@ class MoCoV2(nn.Module):
 
         The batch of all processes is permuted before it is encoded, in parts, and the embeddings are put back.
         """
-        if world_size() * self.bn_splits == 1:
+        if world_size() * self.bn_splits == 1 or not self.shuffle_keys:
             return F.normalize(self.key_head(self.key_backbone(view)), dim=1)
         everything = gather(view)
         order = shared_permutation(len(everything), view.device)
@@ -126,8 +148,10 @@ class MoCoV2(nn.Module):
 
     def enqueue(self, keys: torch.Tensor) -> None:
         """Replace the oldest keys of the queue by those of all processes; [B, dim] on each."""
-        keys = gather(keys)
         size = len(self.queue)
+        if not size:
+            return
+        keys = gather(keys)
         if size % len(keys):
             raise InputError(f'queue_size {size} is not a multiple of the batch of {len(keys)} over all processes')
         # By index rather than by slice, so that the pointer never has to travel to the host.

@@ -62,13 +62,20 @@ class MoCoV3(nn.Module):
         self.key_backbone = backbone.extract(self.widths[0]).requires_grad_(False)
         self.key_head = self.head.extract(self.widths[0]).requires_grad_(False)
 
-    def forward(self, views: Sequence[torch.Tensor], widths: Sequence[float], momentum: float) -> Losses:
+    def forward(
+        self,
+        views: Sequence[torch.Tensor],
+        widths: Sequence[float],
+        momentum: float | None,
+        labels: torch.Tensor | None = None,
+    ) -> Losses:
         """One step: losses of `widths` on a pair of views, with the momentum encoder moved.
 
         Args:
             views: Two views, [B, C, H, W] each.
             widths: Widths to train in this step, the full one among them.
-            momentum: Momentum of the key encoder.
+            momentum: Momentum of the key encoder; none to leave it, as after the first part of an accumulated step.
+            labels: Not used.
 
         Returns:
             As `Objective` returns, each the sum over both directions but for `info_nce`, `accuracy` and `kl`, which are
@@ -77,7 +84,8 @@ class MoCoV3(nn.Module):
         widths = check_widths(widths)
         queries = [{w: self.encode_query(view, w) for w in widths} for view in views]
         with torch.no_grad():
-            self.update_key_encoder(momentum)
+            if momentum is not None:
+                self.update_key_encoder(momentum)
             keys = [gather(F.normalize(self.key_head(self.key_backbone(view)).float(), dim=1)) for view in views]
         return _both(*(self._direction(query, key) for query, key in zip(queries, reversed(keys), strict=True)))
 

@@ -6,7 +6,7 @@ import torch
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods.loss_weights import loss_weights
-from slimclr_hub.methods.losses import DISTILLATIONS, info_nce, kl_divergence, make_distillation
+from slimclr_hub.methods.losses import DISTILLATIONS, accuracy, info_nce, kl_divergence, make_distillation
 
 Losses = dict[str, torch.Tensor]
 
@@ -20,6 +20,7 @@ class Objective:
         temperature: tau_2 of `kd`.
         squared: Multiply `kd` by tau_2 squared.
         weights: Loss weights: a scheme of the paper, or one number for each width.
+        name: What the loss is called in the logs.
 
     Raises:
         InputError: An option or number that does not exist.
@@ -33,6 +34,7 @@ class Objective:
         temperature: float = 5.0,
         squared: bool = True,
         weights: str | Sequence[float] = 'full_plus_sum',
+        name: str = 'info_nce',
     ) -> None:
         if distillation not in DISTILLATIONS:
             raise InputError(f'distillation {distillation!r} is not one of {", ".join(DISTILLATIONS)}')
@@ -40,6 +42,7 @@ class Objective:
         self.widths = tuple(widths)
         self.weights = weights
         self.temperature = temperature
+        self.name = name
         self._distill = make_distillation(distillation, temperature, squared)
 
     def __call__(
@@ -58,8 +61,9 @@ class Objective:
             scale: Factor of the contrastive losses.
 
         Returns:
-            `loss`; for each width w `loss/w` (its weighted part), `info_nce/w` (unscaled), `accuracy/w` (share
-            of rows whose target is the largest) and, below the full width, `kl/w`. All but `loss` are detached.
+            `loss`; for each width w `loss/w` (its weighted part), `info_nce/w` (unscaled), `accuracy/w` (share of rows
+            whose target is larger than everything else) and, below the full width, `distillation/w` where there is one
+            and `kl/w`. All but `loss` are detached.
         """
         widths = tuple(logits)
         # A list names a weight for each width; while only some are trained, and that is the full one, it counts once.
@@ -69,12 +73,14 @@ class Objective:
         for width, weight in zip(widths, loss_weights(weights, widths), strict=True):
             contrastive = info_nce(logits[width], temperature, target_B)
             loss = contrastive * scale
-            if width != widths[0] and self._distill is not None:
-                loss = (loss + self._distill(logits[width], teacher, target_B)) / 2
-            total = total + weight * loss
-            log[f'loss/{width:g}'] = weight * loss.detach()
-            log[f'info_nce/{width:g}'] = contrastive.detach()
-            log[f'accuracy/{width:g}'] = (logits[width].argmax(1) == target_B).float().mean()
             if width != widths[0]:
                 log[f'kl/{width:g}'] = kl_divergence(logits[width].detach(), teacher, self.temperature)
+                if self._distill is not None:
+                    distillation = self._distill(logits[width], teacher, target_B)
+                    log[f'distillation/{width:g}'] = distillation.detach()
+                    loss = (loss + distillation) / 2
+            total = total + weight * loss
+            log[f'loss/{width:g}'] = weight * loss.detach()
+            log[f'{self.name}/{width:g}'] = contrastive.detach()
+            log[f'accuracy/{width:g}'] = accuracy(logits[width].detach(), target_B)
         return {'loss': total, **log}

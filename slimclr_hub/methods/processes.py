@@ -7,11 +7,17 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's place among all, from 0 on."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def gather(x: torch.Tensor) -> torch.Tensor:
@@ -26,9 +32,16 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     return gathered
 
 
+def gather_with_gradient(x: torch.Tensor) -> torch.Tensor:
+    """As `gather`, and each process gets the gradients that the others have for its part, summed."""
+    if world_size() == 1:
+        return x
+    return torch.cat(list(dist.nn.functional.all_gather(x)))
+
+
 def local_part(x: torch.Tensor) -> torch.Tensor:
     """This process's part of what `gather` returns."""
-    return x.chunk(world_size())[dist.get_rank()] if world_size() > 1 else x
+    return x.chunk(world_size())[rank()] if world_size() > 1 else x
 
 
 def shared_permutation(n: int, device: torch.device) -> torch.Tensor:
@@ -44,19 +57,7 @@ def average_batchnorm(module: nn.Module) -> None:
     if world_size() == 1:
         return
     for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None:
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None:
             for statistic in layer.running_mean, layer.running_var:
                 dist.all_reduce(statistic)
                 statistic /= world_size()
-
-
-def rank() -> int:
-    """This process's place among all, from 0 on."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def gather_with_gradient(x: torch.Tensor) -> torch.Tensor:
-    """As `gather`, and each process gets the gradients that the others have for its part, summed."""
-    if world_size() == 1:
-        return x
-    return torch.cat(list(dist.nn.functional.all_gather(x)))

@@ -60,13 +60,20 @@ class SimCLR(nn.Module):
         hidden = features if hidden_dim is None else hidden_dim
         self.head = SlimmableMLP(features, hidden, dim, max_width=self.widths[0])
 
-    def forward(self, views: Sequence[torch.Tensor], widths: Sequence[float], momentum: float = 0.0) -> Losses:
+    def forward(
+        self,
+        views: Sequence[torch.Tensor],
+        widths: Sequence[float],
+        momentum: float | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> Losses:
         """One step: losses of `widths` on a pair of views.
 
         Args:
             views: Two views, [B, C, H, W] each.
             widths: Widths to train in this step, the full one among them.
-            momentum: Not used; there is nothing that follows.
+            momentum: Not used; nothing follows.
+            labels: Not used.
 
         Returns:
             As `Objective` returns.

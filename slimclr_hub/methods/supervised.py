@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from slimclr_hub.errors import InputError
 from slimclr_hub.methods.objective import Losses, Objective
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.widths import check_widths
@@ -19,6 +20,7 @@ class Supervised(nn.Module):
         backbone: Network with a classifier, whose widths are trained.
         distillation: `kd`, `mse`, `dkd`, `atkd` or `none`.
         distillation_temperature: tau_2.
+        distillation_squared: Multiply `kd` by tau_2 squared.
         weights: Loss weights: a scheme of the paper, or one number for each width.
     """
 
@@ -38,6 +40,7 @@ class Supervised(nn.Module):
             temperature=distillation_temperature,
             squared=distillation_squared,
             weights=weights,
+            name='cross_entropy',
         )
         self.widths = backbone.widths
         self.backbone = backbone
@@ -46,7 +49,7 @@ class Supervised(nn.Module):
         self,
         views: Sequence[torch.Tensor],
         widths: Sequence[float],
-        momentum: float = 0.0,
+        momentum: float | None = None,
         labels: torch.Tensor | None = None,
     ) -> Losses:
         """One step: losses of `widths` on labelled images.
@@ -54,12 +57,16 @@ class Supervised(nn.Module):
         Args:
             views: One batch of images [B, C, H, W]; more are ignored.
             widths: Widths to train in this step, the full one among them.
-            momentum: Not used; there is nothing that follows.
+            momentum: Not used; nothing follows.
             labels: Classes [B].
 
         Returns:
-            As `Objective` returns, the cross-entropies under `info_nce`.
+            As `Objective` returns, with `cross_entropy` in the place of `info_nce`.
+
+        Raises:
+            InputError: There are no labels.
         """
-        assert labels is not None
+        if labels is None:
+            raise InputError('supervised training needs labels; they are the last argument')
         logits = {w: self.backbone.forward_at(views[0], w).float() for w in check_widths(widths)}
         return self.objective(logits, labels)

@@ -5,6 +5,7 @@ from itertools import chain
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.models.layers import SwitchableBatchNorm2d
@@ -12,12 +13,12 @@ from slimclr_hub.models.slimmable_resnet import SlimmableResNet
 from slimclr_hub.models.widths import width_key
 
 
-def batchnorms_of(model: nn.Module, width: float) -> Iterator[nn.BatchNorm2d]:
+def batchnorms_of(model: nn.Module, width: float) -> Iterator[_BatchNorm]:
     """The batch normalisations that a network uses at `width`."""
     for module in model.modules():
         if isinstance(module, SwitchableBatchNorm2d):
             norm = module[width_key(width)]
-            assert isinstance(norm, nn.BatchNorm2d)
+            assert isinstance(norm, _BatchNorm)  # also one over all processes
             yield norm
 
 

@@ -6,27 +6,12 @@ from typing import Any
 from slimclr_hub.data import DataConfig, ViewConfig
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods.loss_weights import loss_weights
-from slimclr_hub.methods.losses import DISTILLATIONS
 from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_widths
+from slimclr_hub.train.checks import above, at_least, one_of, share
+from slimclr_hub.train.method_config import MethodConfig
 
-METHODS = ('mocov2',)
 TRACKERS = ('none', 'tensorboard', 'wandb', 'trackio', 'mlflow', 'comet_ml', 'aim', 'clearml', 'swanlab')
 PRECISIONS = ('no', 'fp16', 'bf16')
-
-
-def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        raise InputError(f'{name} {value!r} is not one of {", ".join(map(str, choices))}')
-
-
-def _at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise InputError(f'{name} is {value}; give {least} or more')
-
-
-def _above(name: str, value: float, bound: float) -> None:
-    if not value > bound:
-        raise InputError(f'{name} is {value}; give more than {bound}')
 
 
 @dataclass(frozen=True)
@@ -54,79 +39,43 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class MethodConfig:
-    """The method, by default MoCo v2 with everything of SlimCLR.
-
-    Args:
-        name: mocov2.
-        dim: Dimension of the embedding.
-        hidden_dim: Hidden features of the head at width 1.0; as many as the network has where null.
-        queue_size: Keys kept as negatives; a multiple of data.batch_size.
-        temperature: tau_1, of InfoNCE.
-        momentum: Momentum of the key encoder, each step.
-        distillation: kd, mse, dkd, atkd or none.
-        distillation_temperature: tau_2.
-        distillation_squared: Multiply kd by tau_2 squared, as the reference code does.
-        weights: Loss weights: full_plus_sum, full_plus_max, proportional, cumulative, none, or a number for each width.
-        bn_splits: Parts of the batch that are normalised apart on each process; 1 where several processes train.
-        slow_start_epochs: S, the epochs that train the full width alone; half of all epochs where null.
-    """
-
-    name: str = 'mocov2'
-    dim: int = 128
-    hidden_dim: int | None = None
-    queue_size: int = 65536
-    temperature: float = 0.2
-    momentum: float = 0.999
-    distillation: str = 'kd'
-    distillation_temperature: float = 5.0
-    distillation_squared: bool = True
-    weights: str | tuple[float, ...] = 'full_plus_sum'
-    bn_splits: int = 1
-    slow_start_epochs: float | None = None
-
-    def __post_init__(self) -> None:
-        _one_of('method.name', self.name, METHODS)
-        _one_of('method.distillation', self.distillation, DISTILLATIONS)
-        for name in 'dim', 'queue_size', 'bn_splits':
-            _at_least(f'method.{name}', getattr(self, name), 1)
-        if self.hidden_dim is not None:
-            _at_least('method.hidden_dim', self.hidden_dim, 1)
-        for name in 'temperature', 'distillation_temperature':
-            _above(f'method.{name}', getattr(self, name), 0)
-        if not 0 <= self.momentum < 1:
-            raise InputError(f'method.momentum is {self.momentum}; give 0 or more and less than 1')
-        if self.slow_start_epochs is not None:
-            _at_least('method.slow_start_epochs', self.slow_start_epochs, 0)
-
-
-@dataclass(frozen=True)
 class OptimConfig:
     """Optimizer and learning rate, which rises linearly in the warm-up and falls to zero by a cosine.
 
     Args:
         name: An optimizer of timm's; momentum is plain SGD with momentum (timm's sgd is Nesterov's).
         lr: Highest learning rate.
+        lr_after_slow_start: What replaces it from epoch S on, on the same curve; the same where null.
         weight_decay: Weight decay, on every parameter.
+        filter_bias_and_bn: Leave parameters of one dimension out of weight decay, and with lars out of its adaptation.
         momentum: Momentum of the optimizer.
+        args: Further arguments of the optimizer, such as trust_coeff of lars.
         epochs: Epochs to train.
         warmup_epochs: Epochs of warm-up.
+        accumulation_steps: Parts of data.batch_size that are processed one after the other before each step. The queue
+            of mocov2 makes up for it; mocov3 and simclr then find their negatives within a part.
     """
 
     name: str = 'momentum'
     lr: float = 0.06
+    lr_after_slow_start: float | None = None
     weight_decay: float = 1e-4
+    filter_bias_and_bn: bool = False
     momentum: float = 0.9
+    args: dict[str, Any] = field(default_factory=dict)
     epochs: int = 8
     warmup_epochs: float = 0.0
+    accumulation_steps: int = 1
 
     def __post_init__(self) -> None:
-        _above('optim.lr', self.lr, 0)
-        _at_least('optim.weight_decay', self.weight_decay, 0)
-        if not 0 <= self.momentum < 1:
-            raise InputError(f'optim.momentum is {self.momentum}; give 0 or more and less than 1')
-        _at_least('optim.epochs', self.epochs, 1)
-        _at_least('optim.warmup_epochs', self.warmup_epochs, 0)
+        above('optim.lr', self.lr, 0)
+        if self.lr_after_slow_start is not None:
+            above('optim.lr_after_slow_start', self.lr_after_slow_start, 0)
+        at_least('optim.weight_decay', self.weight_decay, 0)
+        share('optim.momentum', self.momentum)
+        at_least('optim.epochs', self.epochs, 1)
+        at_least('optim.warmup_epochs', self.warmup_epochs, 0)
+        at_least('optim.accumulation_steps', self.accumulation_steps, 1)
         if self.warmup_epochs > self.epochs:
             raise InputError(f'optim.warmup_epochs {self.warmup_epochs} exceeds optim.epochs {self.epochs}; lower it')
 
@@ -139,7 +88,7 @@ class KNNConfig:
         every: Epochs from one evaluation to the next; 0 for none.
         k: Neighbours; as many as there are images where those are fewer.
         temperature: tau in the weight exp(similarity / tau) of a neighbour's vote.
-        bank: Training images to search at most; all where null.
+        bank: Training images to search, and to fit the linear probe to, at most; all where null.
     """
 
     every: int = 1
@@ -148,11 +97,28 @@ class KNNConfig:
     bank: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least('knn.every', self.every, 0)
-        _at_least('knn.k', self.k, 1)
-        _above('knn.temperature', self.temperature, 0)
+        at_least('knn.every', self.every, 0)
+        at_least('knn.k', self.k, 1)
+        above('knn.temperature', self.temperature, 0)
         if self.bank is not None:
-            _at_least('knn.bank', self.bank, 1)
+            at_least('knn.bank', self.bank, 1)
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Accuracy of a linear classifier on frozen features at every width while training, learned as k-NN searches.
+
+    Args:
+        every: Epochs from one evaluation to the next; 0 for none.
+        weight_decay: Factor of half the squared norm of its weights.
+    """
+
+    every: int = 0
+    weight_decay: float = 1e-3
+
+    def __post_init__(self) -> None:
+        at_least('probe.every', self.every, 0)
+        at_least('probe.weight_decay', self.weight_decay, 0)
 
 
 @dataclass(frozen=True)
@@ -166,6 +132,7 @@ class RunConfig:
         precision: no for float32, bf16 or fp16; what accelerate was told where null.
         channels_last: Memory layout of convolutions in which the channels of a pixel lie together.
         checkpoint_every: Epochs from one checkpoint to the next.
+        checkpoint_steps: Steps from one checkpoint to the next within an epoch; none where null.
         keep_checkpoints: Checkpoints kept; older ones are removed after a newer one is complete.
         log_every: Steps from one line of the log to the next.
         tracker: none, or a tracker of accelerate's: tensorboard, wandb, trackio, ...
@@ -178,6 +145,7 @@ class RunConfig:
     precision: str | None = None
     channels_last: bool = True
     checkpoint_every: int = 1
+    checkpoint_steps: int | None = None
     keep_checkpoints: int = 2
     log_every: int = 10
     tracker: str = 'none'
@@ -185,10 +153,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.precision is not None:
-            _one_of('run.precision', self.precision, PRECISIONS)
-        _one_of('run.tracker', self.tracker, TRACKERS)
+            one_of('run.precision', self.precision, PRECISIONS)
+        one_of('run.tracker', self.tracker, TRACKERS)
         for name in 'checkpoint_every', 'keep_checkpoints', 'log_every':
-            _at_least(f'run.{name}', getattr(self, name), 1)
+            at_least(f'run.{name}', getattr(self, name), 1)
+        if self.checkpoint_steps is not None:
+            at_least('run.checkpoint_steps', self.checkpoint_steps, 1)
         if not 0 <= self.seed < 2**32:
             raise InputError(f'run.seed is {self.seed}; give 0 to 2**32 - 1')
         if self.name is not None and (self.name in ('', '.', '..') or '/' in self.name):
@@ -204,8 +174,10 @@ class PretrainConfig:
         method: The method.
         data: The images.
         views: The augmentations.
+        second_views: Those of the second view; the same where null.
         optim: Optimizer and learning rate.
-        knn: The evaluation while training.
+        knn: k-NN accuracy while training.
+        probe: Accuracy of a linear classifier while training.
         run: Where and how to run.
     """
 
@@ -213,31 +185,47 @@ class PretrainConfig:
     method: MethodConfig = field(default_factory=MethodConfig)
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
+    second_views: ViewConfig | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
     knn: KNNConfig = field(default_factory=KNNConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        batch, parts = self.data.batch_size, self.optim.accumulation_steps
+        method = self.method
+        assert method.weights is not None
         try:
-            weights = loss_weights(self.method.weights, check_widths(self.model.widths))
+            weights = loss_weights(method.weights, check_widths(self.model.widths))
         except InputError as error:
-            raise InputError(f'method.weights {self.method.weights}: {error}') from error
+            raise InputError(f'method.weights {method.weights}: {error}') from error
         if min(weights) < 0:
-            raise InputError(f'method.weights {list(weights)} holds one below 0')
-        if self.method.queue_size % self.data.batch_size:
-            nearest = max(round(self.method.queue_size / self.data.batch_size), 1) * self.data.batch_size
+            raise InputError(f'method.weights {list(weights)} holds one below 0; give 0 or more')
+        if batch % parts:
             raise InputError(
-                f'method.queue_size {self.method.queue_size} is not a multiple of data.batch_size '
-                f'{self.data.batch_size}; give {nearest}'
+                f'data.batch_size {batch} does not divide into optim.accumulation_steps {parts}; '
+                f'give {nearest_multiple(batch, parts)}'
             )
-        if self.data.batch_size % self.method.bn_splits:
+        if method.queue_size and method.queue_size % batch:
             raise InputError(
-                f'data.batch_size {self.data.batch_size} does not divide into method.bn_splits {self.method.bn_splits}'
+                f'method.queue_size {method.queue_size} is not a multiple of data.batch_size {batch}; '
+                f'give {nearest_multiple(method.queue_size, batch)}'
+            )
+        if method.bn_splits and batch % (parts * method.bn_splits):
+            raise InputError(
+                f'data.batch_size {batch} does not divide into method.bn_splits {method.bn_splits} in each of '
+                f'optim.accumulation_steps {parts}; give {nearest_multiple(batch, parts * method.bn_splits)}'
             )
         if self.slow_start > self.optim.epochs:
             raise InputError(
                 f'method.slow_start_epochs {self.slow_start:g} exceeds optim.epochs {self.optim.epochs}; '
-                'sub-networks would never train'
+                'sub-networks would never train. Lower it'
+            )
+        if self.second_views is not None and method.name == 'supervised':
+            raise InputError('second_views is given, and method.name supervised has one view; set second_views to null')
+        if self.second_views is not None and self.second_views.size not in (None, self.views.size):
+            raise InputError(
+                f'second_views.size {self.second_views.size} is not views.size {self.views.size}; drop it'
             )
 
     @property
@@ -246,3 +234,17 @@ class PretrainConfig:
         if self.method.slow_start_epochs is None:
             return self.optim.epochs / 2
         return self.method.slow_start_epochs
+
+    @property
+    def view_count(self) -> int:
+        """Views of each image that the method asks for."""
+        return 1 if self.method.name == 'supervised' else 2
+
+    def is_due(self, epoch: int, every: int) -> bool:
+        """Whether what happens `every` so many epochs, and after the last, does so after `epoch`; never where 0."""
+        return every > 0 and (epoch % every == 0 or epoch == self.optim.epochs)
+
+
+def nearest_multiple(value: int, of: int) -> int:
+    """The multiple of `of` nearest to `value`, at least one."""
+    return max(round(value / of), 1) * of

@@ -1,9 +1,10 @@
 """The training loop."""
 
+import resource
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -11,31 +12,44 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
-from torch.utils.data import DataLoader, IterableDataset
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-from slimclr_hub.data.loaders import EpochSampler, train_loader
-from slimclr_hub.errors import DivergedError, InputError
-from slimclr_hub.hub.card import WidthFacts, training_card, width_facts
-from slimclr_hub.hub.folder import save_folder
-from slimclr_hub.methods import MoCoV2
-from slimclr_hub.methods.processes import average_batchnorm
+from slimclr_hub.data.loaders import Batch, TrainData
+from slimclr_hub.errors import DivergedError, InputError, PreemptedError
+from slimclr_hub.hub.card import WidthFacts
+from slimclr_hub.methods.sync_batchnorm import sync_batchnorm
 from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.train.agreement import Agreement, FiniteLoss
+from slimclr_hub.train.checkpoints import Checkpoints, Found
 from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.meter import Meter
-from slimclr_hub.train.parse import Command, flatten
-from slimclr_hub.train.run_folder import RunFolder
-from slimclr_hub.train.schedule import Schedule
-from slimclr_hub.train.setup import make_method, make_optimizer
+from slimclr_hub.train.parse import AUTO, Command, changes_of, check_unchanged, load_recipe
+from slimclr_hub.train.result import write_result
+from slimclr_hub.train.run_folder import RECIPE, RunFolder, find_run
+from slimclr_hub.train.setup import make_method, make_optimizer, make_schedule
+from slimclr_hub.train.signals import StopSignals
+from slimclr_hub.train.tracking import start_tracker
+
+Accuracies = dict[str, dict[float, float]]
+"""Kind of evaluation -> width -> accuracy in percent."""
+
+_TITLES = {'knn': 'k-NN', 'linear': 'linear', 'top1': 'top-1'}
 
 
 class Evaluator(Protocol):
     """Measures a network while it trains, on all processes together."""
 
-    def __call__(self, backbone: SlimmableResNet) -> dict[float, float]:
-        """Accuracy in percent of each width; the network is left as it was."""
+    def __call__(self, backbone: SlimmableResNet, epoch: int) -> Accuracies:
+        """What is due after `epoch`; the network is left as it was."""
+
+
+class EvaluatorFactory(Protocol):
+    """Makes the evaluator of a run, if it has one."""
+
+    def __call__(self, config: PretrainConfig, accelerator: Accelerator) -> Evaluator | None:
+        """The evaluator that the configuration asks for."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +67,6 @@ class Result:
     metrics: list[dict[str, Any]]
 
 
-EvaluatorFactory = Callable[[PretrainConfig, Accelerator], Evaluator | None]
-
-
 def pretrain(command: Command, make_evaluator: EvaluatorFactory | None = None) -> Result:
     """Pre-train a network as configured, on the processes and devices that accelerate was launched with.
 
@@ -65,68 +76,81 @@ def pretrain(command: Command, make_evaluator: EvaluatorFactory | None = None) -
 
     Raises:
         InputError: Something in the configuration or the folder does not fit, found before training starts.
-        DivergedError: The loss is not finite.
+        DataError: More images than allowed cannot be read.
+        DivergedError: The loss is not finite; the optimizer has not moved, and the state is kept.
+        PreemptedError: A signal asked to stop; the state is kept.
     """
-    config = command.config
-    if command.resume is not None:
+    config, resume = command.config, command.resume
+    accelerator = _accelerator(config)
+    if resume == AUTO:
+        with accelerator.main_process_first():
+            resume = find_run(config, changes_of)
+        if resume is not None:
+            check_unchanged(load_recipe(resume / RECIPE), command)
+    if resume is not None:
         # The checkpoint replaces them, and they may be gone by now.
         config = replace(config, model=replace(config.model, weights=None))
-    accelerator = _accelerator(config)
-    trainer = _Trainer(config, accelerator, make_evaluator)
-    return trainer.run(command.resume)
+    with StopSignals() as signals:
+        trainer = _Trainer(config, accelerator, make_evaluator, signals)
+        return trainer.run(resume, command.config)
 
 
 class _Trainer:
     def __init__(
-        self, config: PretrainConfig, accelerator: Accelerator, make_evaluator: EvaluatorFactory | None
+        self,
+        config: PretrainConfig,
+        accelerator: Accelerator,
+        make_evaluator: EvaluatorFactory | None,
+        signals: StopSignals,
     ) -> None:
         self.config = config
         self.accelerator = accelerator
-        loader, steps_per_epoch = train_loader(config.data, config.views, config.run.seed, accelerator.num_processes)
-        self.schedule = Schedule(
-            epochs=config.optim.epochs,
-            steps_per_epoch=steps_per_epoch,
-            warmup_epochs=config.optim.warmup_epochs,
-            lr=config.optim.lr,
-            momentum=config.method.momentum,
-            widths=tuple(sorted(config.model.widths, reverse=True)),
-            slow_start_epochs=config.slow_start,
+        self.signals = signals
+        self.data = TrainData(
+            config.data,
+            config.views,
+            config.second_views,
+            seed=config.run.seed,
+            processes=accelerator.num_processes,
+            rank=accelerator.process_index,
+            parts=config.optim.accumulation_steps,
+            view_count=config.view_count,
+            device=accelerator.device,
         )
+        self.schedule = make_schedule(config, self.data.steps_per_epoch)
         set_seed(config.run.seed)
         method = make_method(config)
+        if config.method.sync_bn and accelerator.num_processes > 1:
+            method = sync_batchnorm(method, accelerator.device)
         if config.run.channels_last:
             method = method.to(memory_format=torch.channels_last)
         optimizer = make_optimizer(config.optim, method)
         self.method: Any
         self.method, self.optimizer = accelerator.prepare(method, optimizer)
-        self.inner: MoCoV2 = accelerator.unwrap_model(self.method)
-        self.sampler = loader.sampler if isinstance(loader.sampler, EpochSampler) else None
-        self.stream = loader.dataset if isinstance(loader.dataset, IterableDataset) else None
-        self.loader = _prepare_loader(loader, accelerator)
+        self.inner: Any = accelerator.unwrap_model(self.method)
+        self.trained = [parameter for parameter in self.inner.parameters() if parameter.requires_grad]
         self.evaluate = make_evaluator(config, accelerator) if make_evaluator else None
+        self.agreement = Agreement(accelerator.num_processes)
+        self.finite = FiniteLoss()
         self.meter = Meter()
+        self.step, self.position = 0, None
 
-    def run(self, resume: Path | None) -> Result:
+    def run(self, resume: Path | None, config_asked: PretrainConfig) -> Result:
         config, accelerator = self.config, self.accelerator
+        self.folder = RunFolder(resume, accelerator) if resume is not None else RunFolder.create(config, accelerator)
+        self.checkpoints = Checkpoints(self.folder.path, accelerator, config.run.keep_checkpoints)
+        evaluated = resume is not None and self._resume(self.checkpoints.find(), config_asked)
         if resume is None:
-            self.folder = RunFolder.create(config, accelerator)
-            start, self.step = 0, 0
-        else:
-            self.folder = RunFolder(resume, accelerator)
-            start, self.step = self.folder.load_checkpoint()
-            self.folder.drop_metrics_after(self.step)
-        accelerator.print(f'{"Run" if resume is None else f"Resuming after epoch {start}"}: {self.folder.path}')
-        if config.method.queue_size > self.schedule.steps_per_epoch * config.data.batch_size:
-            accelerator.print(
-                f'Warning: method.queue_size {config.method.queue_size} exceeds the images of an epoch; an image will '
-                'meet its own older key as a negative'
-            )
-        self._start_tracker()
-        if start == 0:
-            self._evaluate(0)
+            accelerator.print(f'Run: {self.folder.path}')
+        for note in self._notes():
+            accelerator.print(note)
+        start_tracker(config, accelerator, self.folder.path, self.step)
+        epoch, start = divmod(self.step, self.schedule.steps_per_epoch)
+        if start == 0 and not evaluated:
+            self._evaluate(epoch)
         self.optimizer.zero_grad()
         batch = config.data.batch_size
-        progress = tqdm(
+        self.progress = tqdm(
             total=self.schedule.total_steps * batch,
             initial=self.step * batch,
             unit='img',
@@ -136,150 +160,249 @@ class _Trainer:
             mininterval=0.2 if sys.stderr.isatty() else 15,
             disable=not accelerator.is_main_process,
         )
-        with closing(progress):
-            for epoch in range(start, config.optim.epochs):
-                self._train_epoch(epoch, progress)
-                if self._is_due(epoch + 1, config.knn.every):
-                    self._evaluate(epoch + 1)
-                if self._is_due(epoch + 1, config.run.checkpoint_every):
-                    self._average_batchnorm()
-                    self.folder.save_checkpoint(epoch + 1, self.step, config.run.keep_checkpoints)
-        result = self._result()
+        with closing(self.progress):
+            for epoch in range(epoch, config.optim.epochs):
+                stop = self._train_epoch(epoch, start)
+                start = 0
+                if stop:
+                    # An evaluation may take longer than whoever asks to stop allows.
+                    self._stop(self._save(evaluated=False))
+                self._evaluate(epoch + 1)
+                if config.is_due(epoch + 1, config.run.checkpoint_every):
+                    self._save()
+        facts, metrics = write_result(config, self.inner.backbone, self.folder, accelerator)
         accelerator.end_training()
-        return result
+        return Result(self.folder.path, facts, metrics)
 
-    def _is_due(self, epoch: int, every: int) -> bool:
-        return every > 0 and (epoch % every == 0 or epoch == self.config.optim.epochs)
+    def _notes(self) -> Iterator[str]:
+        config = self.config
+        yield from self.data.notes
+        if (config.method.queue_size or 0) > self.schedule.steps_per_epoch * config.data.batch_size:
+            yield (
+                f'Warning: method.queue_size {config.method.queue_size} exceeds the images of an epoch; an image will '
+                'meet its own older key as a negative'
+            )
+        in_batch = config.method.name in ('mocov3', 'simclr') or config.method.queue_size == 0
+        if in_batch and config.optim.accumulation_steps > 1:
+            yield (
+                f'Warning: method.name {config.method.name} finds its negatives in the batch; with '
+                f'optim.accumulation_steps {config.optim.accumulation_steps} in a part of it'
+            )
 
     # Training
 
-    def _train_epoch(self, epoch: int, progress: Any) -> None:
-        if self.sampler is not None:
-            self.sampler.set_epoch(epoch)
-        elif self.stream is not None and hasattr(self.stream, 'set_epoch'):
-            self.stream.set_epoch(epoch)
+    def _train_epoch(self, epoch: int, start: int) -> bool:
+        """Train from optimizer step `start` of an epoch on.
+
+        Returns:
+            Whether to stop, at the end of the epoch; a stop within it does not return.
+        """
         self.method.train()
-        self.timed_step, self.timed_at = self.step, time.perf_counter()
-        first = self.step
-        for views, _ in islice(self.loader, self.schedule.steps_per_epoch):
-            self.train_step(views)
-            progress.update(self.config.data.batch_size)
-            if self.step % self.config.run.log_every == 0:
-                self._log(epoch, progress)
-        self._log(epoch, progress)
-        if self.step == first:
+        self.timed_step, self.timed_at, self.waited = self.step, time.perf_counter(), 0.0
+        steps = self._steps(epoch, start)
+        parts = self._next(steps)
+        (ended,) = self.agreement.any(parts is None)
+        if ended:
             raise InputError(
                 f'data.name {self.config.data.name}, data.root {self.config.data.root}: the stream gave no batch of '
-                f'{self.config.data.batch_size}; are there shards for every worker of data.num_workers '
-                f'{self.config.data.num_workers}?'
+                f'{self.config.data.batch_size}; are there images for every process and worker? data.num_workers is '
+                f'{self.config.data.num_workers}'
             )
+        stop = False
+        while not ended:
+            assert parts is not None
+            parts, stop, ended = self.train_step(parts, steps)
+            self.progress.update(self.config.data.batch_size)
+            if ended:
+                break
+            if self.step % self.config.run.log_every == 0:
+                self._log(epoch)
+            every = self.config.run.checkpoint_steps
+            if stop or (every is not None and self.step % every == 0):
+                path = self._save()
+                if stop:
+                    self._stop(path)
+        end = (epoch + 1) * self.schedule.steps_per_epoch
+        if self.step < end:
+            self.accelerator.print(
+                f'Epoch {epoch + 1} ended {end - self.step} steps early, with the stream of one process; '
+                'data.num_samples is what all of them give'
+            )
+            self.step = end
+        self._log(epoch)
+        return stop
 
-    def train_step(self, views: list[torch.Tensor]) -> None:
-        """One optimizer step on a pair of views; waits for nothing on the device."""
-        if self.config.run.channels_last:
-            views = [view.contiguous(memory_format=torch.channels_last) for view in views]
-        lr = self.schedule.lr_at(self.step)
+    def _steps(self, epoch: int, start: int) -> Iterator[list[Batch]]:
+        """The parts of each optimizer step of an epoch, from step `start` on."""
+        parts = self.config.optim.accumulation_steps
+        position, self.position = self.position, None
+        batches = self.data.epoch(epoch, start, position)
+        for _ in range(start, self.schedule.steps_per_epoch):
+            step = list(islice(batches, parts))
+            if len(step) < parts:
+                return
+            yield step
+
+    def _next(self, steps: Iterator[list[Batch]]) -> list[Batch] | None:
+        asked = time.perf_counter()
+        parts = next(steps, None)
+        self.waited += time.perf_counter() - asked
+        return parts
+
+    def train_step(
+        self, parts: Sequence[Batch], steps: Iterator[list[Batch]]
+    ) -> tuple[list[Batch] | None, bool, bool]:
+        """One optimizer step on the parts of a batch.
+
+        The next batch is loaded, and what all processes have to agree on is agreed on, while the device is busy with
+        the backward.
+
+        Returns:
+            The parts of the next step, whether to stop, and whether the epoch has ended on any process.
+        """
+        lr, momentum = self.schedule.lr_at(self.step), self.schedule.momentum_at(self.step)
+        widths = self.schedule.widths_at(self.step)
         for group in self.optimizer.param_groups:
             group['lr'] = lr
-        output = self.method(views, self.schedule.widths_at(self.step), self.schedule.momentum_at(self.step))
-        self.accelerator.backward(output['loss'])
+        for i, batch in enumerate(parts):
+            views = list(batch.views)
+            if self.config.run.channels_last:
+                views = [view.contiguous(memory_format=torch.channels_last) for view in views]
+            last = i == len(parts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.method):
+                output = self.method(views, widths, momentum if i == 0 else None, batch.labels)
+                self.finite.watch(output['loss'])
+                self.accelerator.backward(output['loss'] / len(parts))
+            self.meter.add(output)
+        following = self._next(steps)
+        diverged, stop, ended = self.agreement.any(
+            not self.finite.holds(), self.signals.received is not None, following is None
+        )
+        if diverged:
+            self._keep_divergence(parts, output, lr)
+        self.accelerator.unscale_gradients(self.optimizer)
+        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        self.meter.add({'grad_norm': torch.nn.utils.get_total_norm(gradients)})
         self.optimizer.step()
         # To none rather than to zero: widths that do not train must stay untouched by weight decay and momentum.
         self.optimizer.zero_grad(set_to_none=True)
-        self.meter.add(output)
         self.step += 1
+        self.position = parts[-1].position
+        return following, stop, ended
+
+    # Keeping the state
+
+    def _save(self, evaluated: bool = True) -> Path:
+        return self.checkpoints.save(
+            {'step': self.step, 'steps_per_epoch': self.schedule.steps_per_epoch, 'evaluated': evaluated}, self._own()
+        )
+
+    def _own(self) -> dict[str, Any]:
+        """What this process alone knows: each normalises by its own statistics, and reads its own part of a stream."""
+        statistics = {
+            f'{name}.{key}': buffer
+            for name, layer in self.inner.named_modules()
+            if isinstance(layer, _BatchNorm)
+            for key, buffer in layer.named_buffers(recurse=False)
+        }
+        return {'statistics': statistics, 'meter': self.meter.state_dict(), 'position': self.position}
+
+    def _resume(self, found: Found, config_asked: PretrainConfig) -> bool:
+        """Go on from a checkpoint, if there is one.
+
+        Returns:
+            Whether the evaluation after its epoch has been made.
+        """
+        accelerator = self.accelerator
+        for reason in found.skipped:
+            accelerator.print(f'Skipped a damaged checkpoint: {reason}')
+        self.folder.keep_recipe(config_asked, found.step)
+        if found.path is None:
+            accelerator.print(f'{self.folder.path} has no checkpoint yet; starting from the beginning')
+            self.folder.drop_metrics_after(-1)
+            return False
+        if found.state['steps_per_epoch'] != self.schedule.steps_per_epoch:
+            raise InputError(
+                f'{found.path} was written with {found.state["steps_per_epoch"]} steps an epoch, and now there are '
+                f'{self.schedule.steps_per_epoch}; data.batch_size and the images have to be the same'
+            )
+        own = self.checkpoints.load(found)
+        self.step, self.position = found.step, own['position']
+        if found.state['processes'] == accelerator.num_processes:
+            self.meter.load_state_dict(own['meter'], accelerator.device)
+        else:
+            accelerator.print(
+                f'Warning: {found.path} was written by {found.state["processes"]} processes, and now there are '
+                f'{accelerator.num_processes}; the run goes on, but not as it would have'
+            )
+            self.position = None
+        self.inner.load_state_dict(own['statistics'], strict=False)
+        evaluated = found.state['evaluated']
+        self.folder.drop_metrics_after(self.step, evaluation_too=not evaluated)
+        epoch, step = divmod(self.step, self.schedule.steps_per_epoch)
+        place = f'after epoch {epoch}' + (f', {step} steps' if step else '')
+        accelerator.print(f'Resuming {place}: {found.path}')
+        return evaluated
+
+    def _stop(self, path: Path) -> None:
+        name = self.signals.received.name if self.signals.received is not None else 'a signal to another process'
+        self.accelerator.end_training()
+        raise PreemptedError(
+            f'stopped by {name} after step {self.step} of {self.schedule.total_steps}; the state is in {path}, and '
+            f'--resume {self.folder.path} goes on from it',
+            self.signals.status,
+        )
+
+    def _keep_divergence(self, parts: Sequence[Batch], output: dict[str, torch.Tensor], lr: float) -> None:
+        own = {
+            **self._own(),
+            'views': [list(batch.views) for batch in parts],
+            'labels': [batch.labels for batch in parts],
+            'output': {name: value.detach() for name, value in output.items()},
+        }
+        state = {'step': self.step, 'lr': lr, 'widths': self.schedule.widths_at(self.step)}
+        path = self.checkpoints.save_aside(f'diverged-at-step-{self.step:08d}', state, own)
+        raise DivergedError(
+            f'the loss of step {self.step + 1} is {output["loss"].item():g} on process '
+            f'{self.accelerator.process_index}; the optimizer has not moved. {path} holds the state and the batch that '
+            f'led to it. Lower optim.lr {lr:g} or, with fp16, use --run.precision bf16, and go on from the last '
+            f'checkpoint: --resume {self.folder.path} --allow_changes true --optim.lr ...'
+        )
 
     # Between steps
 
-    def _log(self, epoch: int, progress: Any) -> None:
-        if not self.meter.names:
-            return
-        names = self.meter.names
-        means = self.accelerator.reduce(self.meter.means(), 'mean').tolist()
+    def _log(self, epoch: int) -> None:
+        values = self.meter.means(lambda totals: self.accelerator.reduce(totals, 'sum'))
         self.meter.reset()
-        values = dict(zip(names, means, strict=True))
-        if not all(map(_is_finite, means)):
-            raise DivergedError(
-                f'the loss is {values["loss"]} within steps {self.timed_step} to {self.step}; lower optim.lr '
-                f'{self.config.optim.lr:g} or, with fp16, use --run.precision bf16. Checkpoints are in '
-                f'{self.folder.path / "checkpoints"}'
-            )
+        if not values:
+            return
         now = time.perf_counter()
-        images = (self.step - self.timed_step) * self.config.data.batch_size
+        seconds, images = now - self.timed_at, (self.step - self.timed_step) * self.config.data.batch_size
         values |= {
             'lr': self.schedule.lr_at(self.step - 1),
             'momentum': self.schedule.momentum_at(self.step - 1),
-            'images_per_second': images / (now - self.timed_at),
+            'images_per_second': images / seconds,
+            'data_wait': self.waited / seconds,
+            'peak_memory_gib': _peak_memory(self.accelerator.device) / 2**30,
         }
-        self.timed_step, self.timed_at = self.step, now
-        progress.set_postfix(
-            refresh=False,
-            epoch=epoch + 1,
-            info_nce=f'{values[f"info_nce/{self.schedule.widths[0]:g}"]:.3f}',
-            lr=f'{values["lr"]:.2g}',
-        )
+        if self.accelerator.scaler is not None:
+            values['grad_scale'] = self.accelerator.scaler.get_scale()
+        self.timed_step, self.timed_at, self.waited = self.step, now, 0.0
+        self.progress.set_postfix(refresh=False, epoch=epoch + 1, loss=f'{values["loss"]:.3f}', lr=f'{values["lr"]:.2g}')
         self.folder.write_metrics({'kind': 'train', 'epoch': epoch + 1, 'step': self.step, **values})
         self.accelerator.log({f'train/{name}': value for name, value in values.items()}, step=self.step)
 
     def _evaluate(self, epoch: int) -> None:
-        if self.evaluate is None:
+        accuracies = self.evaluate(self.inner.backbone, epoch) if self.evaluate is not None else {}
+        if not accuracies:
             return
-        self._average_batchnorm()
-        accuracies = {f'knn/{width:g}': value for width, value in self.evaluate(self.inner.backbone).items()}
-        self.folder.write_metrics({'kind': 'eval', 'epoch': epoch, 'step': self.step, **accuracies})
-        self.accelerator.log({f'eval/{name}': value for name, value in accuracies.items()}, step=self.step)
-        listed = ', '.join(f'{name.split("/")[1]}: {value:.1f}' for name, value in accuracies.items())
+        values = {f'{kind}/{width:g}': value for kind, group in accuracies.items() for width, value in group.items()}
+        self.folder.write_metrics({'kind': 'eval', 'epoch': epoch, 'step': self.step, **values})
+        self.accelerator.log({f'eval/{name}': value for name, value in values.items()}, step=self.step)
         if self.accelerator.is_main_process:
-            tqdm.write(f'epoch {epoch}: k-NN accuracy (%) by width {listed}')
-
-    def _average_batchnorm(self) -> None:
-        average_batchnorm(self.inner)
-
-    def _start_tracker(self) -> None:
-        tracker = self.config.run.tracker
-        if tracker != 'none':
-            folders = self.accelerator.project_configuration
-            folders.project_dir = folders.logging_dir = str(self.folder.path)
-            named = {'name': self.folder.path.name} if tracker in ('wandb', 'trackio') else {}
-            values = {key: str(value) for key, value in flatten(self.config).items()}
-            self.accelerator.init_trackers(self.config.run.project, config=values, init_kwargs={tracker: named})
-
-    def _result(self) -> Result:
-        config, backbone, folder = self.config, self.inner.backbone, self.folder.path
-        self._average_batchnorm()
-        metrics = self.folder.read_metrics()
-        facts = measured_facts(backbone, config.data.size, metrics)
-        about = {
-            'name': folder.name,
-            'folder': str(folder),
-            'architecture': config.model.name,
-            'method': config.method.name,
-            'data': config.data.name,
-            'epochs': str(config.optim.epochs),
-            'size': str(config.data.size),
-        }
-        if self.accelerator.is_main_process:
-            save_folder(
-                backbone,
-                folder,
-                size=config.data.size,
-                mean=config.data.mean,
-                std=config.data.std,
-                crop_pct=config.data.crop_pct,
-                card=training_card(facts, about),
-            )
-        self.accelerator.wait_for_everyone()
-        return Result(folder, facts, metrics)
-
-
-def measured_facts(backbone: SlimmableResNet, size: int, metrics: Iterable[dict[str, Any]]) -> list[WidthFacts]:
-    """Cost of each width, and its accuracy in the first and the last evaluation of a run's metrics."""
-    evaluations = [record for record in metrics if record['kind'] == 'eval']
-    facts = width_facts(backbone, size)
-    if not evaluations:
-        return facts
-    first, last = evaluations[0], evaluations[-1]
-    return [replace(fact, start=first[f'knn/{fact.width:g}'], end=last[f'knn/{fact.width:g}']) for fact in facts]
+            for kind, group in accuracies.items():
+                listed = ', '.join(f'{width:g}: {value:.1f}' for width, value in group.items())
+                tqdm.write(f'epoch {epoch}: {_TITLES[kind]} accuracy (%) by width {listed}')
 
 
 def _accelerator(config: PretrainConfig) -> Accelerator:
@@ -293,7 +416,7 @@ def _accelerator(config: PretrainConfig) -> Accelerator:
             kwargs_handlers=[
                 DistributedDataParallelKwargs(
                     # During slow start sub-networks have no gradient, and DDP has to be told to expect it.
-                    find_unused_parameters=config.slow_start > 0,
+                    find_unused_parameters=config.slow_start > 0 and len(config.model.widths) > 1,
                     # Each process normalises by its own statistics; they are averaged before they are used.
                     broadcast_buffers=False,
                 )
@@ -303,14 +426,9 @@ def _accelerator(config: PretrainConfig) -> Accelerator:
         raise InputError(f'run.precision {config.run.precision}, run.tracker {tracker}: {error}') from error
 
 
-def _prepare_loader(loader: DataLoader, accelerator: Accelerator) -> Iterable[Any]:
-    if isinstance(loader.dataset, IterableDataset):
-        # timm's streams shard themselves over processes; accelerate would do it a second time.
-        return prepare_data_loader(
-            loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
-        )
-    return accelerator.prepare_data_loader(loader)
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0
+def _peak_memory(device: torch.device) -> int:
+    """Most bytes that the device has held so far; of the CPU, the process."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

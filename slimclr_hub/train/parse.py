@@ -16,16 +16,26 @@ from slimclr_hub.train.config import PretrainConfig
 RECIPE = 'recipe.yaml'
 """File in a run's folder that holds its configuration."""
 
-_FREE_ON_RESUME = ('data.root', 'data.num_workers', 'data.download', 'knn.', 'run.')
+AUTO = Path('auto')
+"""As `--resume auto`: the newest run of this recipe, or a new one."""
+
+_FREE_ON_RESUME = ('data.root', 'data.num_workers', 'data.download', 'data.max_corrupt', 'knn.', 'probe.', 'run.')
 _FIXED_ON_RESUME = ('run.seed', 'run.precision', 'run.channels_last')
 
 
 @dataclass(frozen=True)
 class Command:
-    """What the command line asks for: a run by a configuration, or the continuation of one in a folder."""
+    """What the command line asks for: a run by a configuration, or the continuation of one in a folder.
+
+    Args:
+        config: The configuration.
+        resume: Folder of the run to go on with; `AUTO` for the newest of this configuration, if any.
+        allow_changes: Whether a resumed run may have another configuration than it was started with.
+    """
 
     config: PretrainConfig
     resume: Path | None = None
+    allow_changes: bool = False
 
 
 def parse_pretrain(default: Path, argv: Sequence[str] | None = None) -> Command:
@@ -37,12 +47,12 @@ def parse_pretrain(default: Path, argv: Sequence[str] | None = None) -> Command:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     folder = _early(argv, '--resume')
-    if folder is not None:
+    if folder is not None and Path(folder) != AUTO:
         recorded = Path(folder) / RECIPE
         if not recorded.is_file():
             raise InputError(f'--resume {folder}: not the folder of a run, it has no {RECIPE}')
         command = _parse([f'--config={recorded}', *argv])
-        _check_unchanged(load_recipe(recorded), command.config)
+        check_unchanged(load_recipe(recorded), command)
         return command
     if _early(argv, '--config') is None:
         argv = [f'--config={default}', *argv]
@@ -61,9 +71,34 @@ def dump_recipe(config: PretrainConfig) -> str:
 
 def flatten(config: PretrainConfig) -> dict[str, Any]:
     """The configuration as `section.key` -> value."""
-    return {
-        f'{name}.{key}': value for name, section in _plain(asdict(config)).items() for key, value in section.items()
-    }
+    flat: dict[str, Any] = {}
+    for name, section in _plain(asdict(config)).items():
+        flat |= {f'{name}.{key}': value for key, value in section.items()} if section is not None else {name: None}
+    return flat
+
+
+def changes_of(recorded: PretrainConfig, config: PretrainConfig) -> list[str]:
+    """What of a run would be other than it was started with, as `key old -> new`."""
+    before, after = flatten(recorded), flatten(config)
+    return [
+        f'{key} {before.get(key)} -> {after.get(key)}'
+        for key in {**before, **after}
+        if before.get(key) != after.get(key) and (key in _FIXED_ON_RESUME or not key.startswith(_FREE_ON_RESUME))
+    ]
+
+
+def check_unchanged(recorded: PretrainConfig, command: Command) -> None:
+    """Refuse to resume a run with another configuration, unless it is allowed.
+
+    Raises:
+        InputError: It is not; the message shows each difference.
+    """
+    changes = changes_of(recorded, command.config)
+    if changes and not command.allow_changes:
+        raise InputError(
+            f'--resume would change the run: {"; ".join(changes)}; drop these, start a new run, or give '
+            '--allow_changes true'
+        )
 
 
 def _parser() -> ArgumentParser:
@@ -75,13 +110,23 @@ def _parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument('--config', action='config', help='a recipe, such as one of recipes/configs')
-    parser.add_argument('--resume', type=Path | None, default=None, help='folder of a run to go on with')
+    parser.add_argument('--base', type=str | None, default=None, help='in a recipe: the recipe that it derives from')
+    parser.add_argument(
+        '--resume',
+        type=Path | None,
+        default=None,
+        help='folder of a run to go on with; auto for the newest run of this recipe, or a new one where there is none',
+    )
+    parser.add_argument(
+        '--allow_changes', type=bool, default=False, help='resume although the configuration is another one'
+    )
     parser.add_class_arguments(PretrainConfig, as_group=False)
     return parser
 
 
 def _parse(argv: Sequence[str]) -> Command:
     parser = _parser()
+    argv = _with_bases(argv)
     try:
         built = parser.instantiate(parser.parse_args(argv))
     except argparse.ArgumentError as error:
@@ -89,7 +134,40 @@ def _parse(argv: Sequence[str]) -> Command:
         if message.startswith('Problems parsing config'):
             message = f'{_early(argv, "--config")}: {message}'
         raise InputError(message) from error
-    return Command(PretrainConfig(**{name: built[name] for name in PretrainConfig.__dataclass_fields__}), built.resume)
+    config = PretrainConfig(**{name: built[name] for name in PretrainConfig.__dataclass_fields__})
+    return Command(config, built.resume, built.allow_changes)
+
+
+def _with_bases(argv: Sequence[str]) -> list[str]:
+    """Let each recipe be read after the one that it derives from."""
+    expanded: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == '--config':
+            argument = f'--config={next(arguments, "")}'
+        if argument.startswith('--config='):
+            bases = _bases(Path(argument.removeprefix('--config=')))
+            expanded += [f'--config={base}' for base in reversed(bases)]
+        expanded.append(argument)
+    return expanded
+
+
+def _bases(path: Path) -> list[Path]:
+    found: list[Path] = []
+    while True:
+        try:
+            content = yaml.safe_load(path.read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            return found  # the parser says it better
+        base = content.get('base') if isinstance(content, dict) else None
+        if base is None:
+            return found
+        origin, path = path, path.parent / str(base)
+        if not path.is_file():
+            raise InputError(f'{origin}: base {base} is not there; it is a path from the folder of this recipe')
+        if path in found or len(found) > 9:
+            raise InputError(f'{origin}: base {base} derives from itself; let it derive from another recipe')
+        found.append(path)
 
 
 def _early(argv: Sequence[str], option: str) -> str | None:
@@ -97,17 +175,6 @@ def _early(argv: Sequence[str], option: str) -> str | None:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument(option, dest='value', nargs='?')
     return early.parse_known_args(argv)[0].value
-
-
-def _check_unchanged(recorded: PretrainConfig, config: PretrainConfig) -> None:
-    before, after = flatten(recorded), flatten(config)
-    changes = [
-        f'{key} {before[key]} -> {after[key]}'
-        for key in before
-        if before[key] != after[key] and (key in _FIXED_ON_RESUME or not key.startswith(_FREE_ON_RESUME))
-    ]
-    if changes:
-        raise InputError(f'--resume would change the run: {"; ".join(changes)}; drop these or start a new run')
 
 
 def _plain(value: Any) -> Any:

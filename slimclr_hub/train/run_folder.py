@@ -2,13 +2,11 @@
 
 runs/NAME/recipe.yaml           the configuration
           metrics.jsonl         one JSON object a line: training every few steps, evaluation by epoch
-          checkpoints/epoch-N/  the state after epoch N, to go on from
+          checkpoints/step-N/   the state after step N, to go on from
           config.json, model.safetensors, README.md, ...   the result
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,8 @@ from accelerate.utils import broadcast_object_list
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.train.config import PretrainConfig
-from slimclr_hub.train.parse import RECIPE, dump_recipe
-
-_STATE = 'state.json'
+from slimclr_hub.train.parse import RECIPE, dump_recipe, load_recipe
+from slimclr_hub.weights.whole import write_text
 
 
 class RunFolder:
@@ -34,7 +31,11 @@ class RunFolder:
         self.path = path
         self._accelerator = accelerator
         self._metrics = path / 'metrics.jsonl'
-        self._checkpoints = path / 'checkpoints'
+        if not path.is_dir():
+            raise InputError(
+                f'{path} is not there on process {accelerator.process_index}; let run.output be on a file system that '
+                'all machines share'
+            )
 
     @classmethod
     def create(cls, config: PretrainConfig, accelerator: Accelerator) -> 'RunFolder':
@@ -50,9 +51,14 @@ class RunFolder:
                 write_text(chosen[0] / RECIPE, dump_recipe(config))
             except (InputError, OSError) as error:
                 chosen[0] = InputError(f'run.output {config.run.output}, run.name {config.run.name}: {error}')
-        return cls(_agree(chosen, accelerator), accelerator)
+        return cls(_agree(chosen), accelerator)
 
-    # Metrics
+    def keep_recipe(self, config: PretrainConfig, step: int) -> None:
+        """Let the recipe be `config` from `step` on; the one until then stays beside it."""
+        if self._accelerator.is_main_process and load_recipe(self.path / RECIPE) != config:
+            write_text(self.path / f'recipe-until-step-{step}.yaml', (self.path / RECIPE).read_text())
+            write_text(self.path / RECIPE, dump_recipe(config))
+        self._accelerator.wait_for_everyone()
 
     def write_metrics(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; `record` has its optimizer step under `step`."""
@@ -66,62 +72,43 @@ class RunFolder:
             return []
         return [json.loads(line) for line in self._metrics.read_text().splitlines()]
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Forget lines of later steps, which a resumed run writes again."""
+    def drop_metrics_after(self, step: int, evaluation_too: bool = False) -> None:
+        """Forget lines of later steps, which a resumed run writes again.
+
+        Args:
+            step: Optimizer step that the run goes on from.
+            evaluation_too: Forget an evaluation after that very step as well; it will be made again.
+        """
         if self._accelerator.is_main_process and self._metrics.exists():
             kept = []
             for line in self._metrics.read_text().splitlines():
                 try:
-                    if json.loads(line)['step'] <= step:
-                        kept.append(line + '\n')
+                    record = json.loads(line)
                 except json.JSONDecodeError:  # the line that a kill cut off
                     continue
+                if record['step'] < step or (
+                    record['step'] == step and not (evaluation_too and record['kind'] == 'eval')
+                ):
+                    kept.append(line + '\n')
             write_text(self._metrics, ''.join(kept))
 
-    # Checkpoints
 
-    def save_checkpoint(self, epoch: int, step: int, keep: int) -> None:
-        """Write the state of all processes after `epoch`, then remove all but the last `keep` checkpoints."""
-        final = self._checkpoints / f'epoch-{epoch:04d}'
-        partial = self._checkpoints / f'{final.name}.partial'
-        if self._accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-        self._accelerator.wait_for_everyone()
-        self._accelerator.save_state(str(partial))
-        self._accelerator.wait_for_everyone()
-        if self._accelerator.is_main_process:
-            write_text(partial / _STATE, json.dumps({'epoch': epoch, 'step': step}))
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(partial, final)
-            for old in self._complete()[:-keep]:
-                shutil.rmtree(old)
-        self._accelerator.wait_for_everyone()
+def find_run(config: PretrainConfig, changed: Any) -> Path | None:
+    """The run that `--resume auto` goes on with: the one named run.name, else the one last written of this recipe.
 
-    def load_checkpoint(self) -> tuple[int, int]:
-        """Load the newest complete checkpoint into what the accelerator prepared.
+    Args:
+        config: The configuration asked for.
+        changed: (recorded, config) -> what differs; empty where a run is the same.
 
-        Returns:
-            The epoch and the optimizer step after which it was written; (0, 0) where there is none yet.
-        """
-        complete = self._complete()
-        if not complete:
-            return 0, 0
-        self._accelerator.load_state(str(complete[-1]))
-        state = json.loads((complete[-1] / _STATE).read_text())
-        return state['epoch'], state['step']
-
-    def _complete(self) -> list[Path]:
-        return sorted(path.parent for path in self._checkpoints.glob(f'epoch-????/{_STATE}'))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it sees the old one or the new one, never a part."""
-    partial = path.with_name(f'{path.name}.partial')
-    with partial.open('w') as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    Returns:
+        Its folder; none where there is no such run yet.
+    """
+    output = Path(config.run.output)
+    if config.run.name is not None:
+        path = output / config.run.name
+        return path if (path / RECIPE).is_file() else None
+    runs = [path.parent for path in output.glob(f'*/{RECIPE}') if not changed(load_recipe(path), config)]
+    return max(runs, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()), default=None)
 
 
 def _make_folder(config: PretrainConfig) -> Path:
@@ -149,7 +136,7 @@ def _make_folder(config: PretrainConfig) -> Path:
             return path
 
 
-def _agree(chosen: list[Any], accelerator: Accelerator) -> Path:
+def _agree(chosen: list[Any]) -> Path:
     result = broadcast_object_list(chosen)[0]
     if isinstance(result, Exception):
         raise result

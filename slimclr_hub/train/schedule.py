@@ -13,6 +13,11 @@ def warmup_cosine(step: float, total: float, warmup: float, peak: float) -> floa
     return peak * (1 + cos(pi * (step - warmup) / max(total - warmup, 1))) / 2
 
 
+def cosine_momentum(step: float, total: float, start: float) -> float:
+    """Momentum of the key encoder at `step`, from `start` by a half cosine to one (MoCo v3; Grill et al. 2020)."""
+    return 1 - (1 - start) * (1 + cos(pi * step / total)) / 2
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Learning rate, momentum of the key encoder and widths of each step.
@@ -22,18 +27,22 @@ class Schedule:
         steps_per_epoch: Optimizer steps in each.
         warmup_epochs: Epochs of warm-up.
         lr: Highest learning rate.
-        momentum: Momentum of the key encoder.
         widths: All widths, in descending order.
-        slow_start_epochs: Epochs that train the first of them alone.
+        slow_start_epochs: S, the epochs that train the first of them alone.
+        lr_after_slow_start: What replaces `lr` from epoch S on, on the same curve (paper, section 4.1, MoCo v3).
+        momentum: Momentum of the key encoder; 0 where there is none.
+        momentum_schedule: `constant`, or `cosine` to one.
     """
 
     epochs: int
     steps_per_epoch: int
     warmup_epochs: float
     lr: float
-    momentum: float
     widths: tuple[float, ...]
     slow_start_epochs: float
+    lr_after_slow_start: float | None = None
+    momentum: float = 0.0
+    momentum_schedule: str = 'constant'
 
     @property
     def total_steps(self) -> int:
@@ -42,14 +51,19 @@ class Schedule:
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step."""
-        return warmup_cosine(step, self.total_steps, self.warmup_epochs * self.steps_per_epoch, self.lr)
+        later = self.lr_after_slow_start
+        peak = self.lr if later is None or self._starts_slowly(step) else later
+        return warmup_cosine(step, self.total_steps, self.warmup_epochs * self.steps_per_epoch, peak)
 
     def momentum_at(self, step: int) -> float:
-        """Momentum of the key encoder at a step; constant for MoCo v2."""
+        """Momentum of the key encoder at a step."""
+        if self.momentum_schedule == 'cosine':
+            return cosine_momentum(step, self.total_steps, self.momentum)
         return self.momentum
 
     def widths_at(self, step: int) -> tuple[float, ...]:
         """Widths that a step trains: the full one alone during slow start, then all."""
-        if step < self.slow_start_epochs * self.steps_per_epoch:
-            return self.widths[:1]
-        return self.widths
+        return self.widths[:1] if self._starts_slowly(step) else self.widths
+
+    def _starts_slowly(self, step: int) -> bool:
+        return step < self.slow_start_epochs * self.steps_per_epoch

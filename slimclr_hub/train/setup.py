@@ -1,19 +1,21 @@
-"""From a configuration to what trains: network, method, optimizer."""
+"""From a configuration to what trains: network, method, schedule, optimizer."""
 
 from typing import Any
 
 import timm
 import torch
 from timm.optim import create_optimizer_v2
+from torch import nn
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.methods import MoCoV2
+from slimclr_hub.methods import METHODS
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.train.config import ModelConfig, OptimConfig, PretrainConfig
+from slimclr_hub.train.schedule import Schedule
 
 
-def make_backbone(config: ModelConfig, in_chans: int) -> SlimmableResNet:
-    """The network, without a classifier.
+def make_backbone(config: ModelConfig, in_chans: int, num_classes: int = 0) -> SlimmableResNet:
+    """The network, with a classifier for `num_classes` if any.
 
     Raises:
         InputError: There is no such network, or it is not slimmable, or it does not take an argument.
@@ -23,7 +25,7 @@ def make_backbone(config: ModelConfig, in_chans: int) -> SlimmableResNet:
         raise InputError(f'model.name {name!r} is not known; slimmable: {", ".join(_slimmable())}')
     if name.partition('.')[0] not in _slimmable():
         raise InputError(f'model.name {name!r} is not slimmable; these are: {", ".join(_slimmable())}')
-    kwargs: dict[str, Any] = {'num_classes': 0, 'in_chans': in_chans, 'widths': config.widths, **config.args}
+    kwargs: dict[str, Any] = {'num_classes': num_classes, 'in_chans': in_chans, 'widths': config.widths, **config.args}
     if config.weights is not None:
         kwargs['pretrained'] = True
         if config.weights != 'pretrained':
@@ -40,36 +42,50 @@ def make_backbone(config: ModelConfig, in_chans: int) -> SlimmableResNet:
     return backbone
 
 
-def make_method(config: PretrainConfig) -> MoCoV2:
-    """The method around its network, in float32."""
-    method = config.method
-    return MoCoV2(
-        make_backbone(config.model, config.data.channels),
-        dim=method.dim,
-        hidden_dim=method.hidden_dim,
-        queue_size=method.queue_size,
-        temperature=method.temperature,
-        distillation=method.distillation,
-        distillation_temperature=method.distillation_temperature,
-        distillation_squared=method.distillation_squared,
-        weights=method.weights,
-        bn_splits=method.bn_splits,
+def make_method(config: PretrainConfig) -> nn.Module:
+    """The method around its network, in float32; it has attributes `backbone` and `widths`."""
+    backbone = make_backbone(config.model, config.data.channels, config.method.num_classes or 0)
+    return METHODS[config.method.name](backbone, **config.method.arguments())
+
+
+def make_schedule(config: PretrainConfig, steps_per_epoch: int) -> Schedule:
+    """What changes over training, with `steps_per_epoch` optimizer steps in each epoch."""
+    return Schedule(
+        epochs=config.optim.epochs,
+        steps_per_epoch=steps_per_epoch,
+        warmup_epochs=config.optim.warmup_epochs,
+        lr=config.optim.lr,
+        widths=tuple(sorted(config.model.widths, reverse=True)),
+        slow_start_epochs=config.slow_start,
+        lr_after_slow_start=config.optim.lr_after_slow_start,
+        momentum=config.method.momentum or 0.0,
+        momentum_schedule=config.method.momentum_schedule or 'constant',
     )
 
 
-def make_optimizer(config: OptimConfig, method: torch.nn.Module) -> torch.optim.Optimizer:
-    """Optimizer over all parameters that have a gradient, weight decay on every one of them (MoCo v2's choice).
+def make_optimizer(config: OptimConfig, method: nn.Module) -> torch.optim.Optimizer:
+    """Optimizer over all parameters that have a gradient.
+
+    Weight decay is on every one of them, which is MoCo v2's choice, or with `filter_bias_and_bn` on none of one
+    dimension, which is MoCo v3's.
 
     Raises:
-        InputError: timm has no such optimizer.
+        InputError: timm has no such optimizer, or it does not take an argument.
     """
     parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    groups: list[Any] = parameters
+    if config.filter_bias_and_bn:
+        groups = [
+            {'params': [p for p in parameters if p.ndim > 1]},
+            {'params': [p for p in parameters if p.ndim <= 1], 'weight_decay': 0.0},
+        ]
+    arguments = {'lr': config.lr, 'weight_decay': config.weight_decay, 'momentum': config.momentum, **config.args}
     try:
-        return create_optimizer_v2(
-            parameters, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
-        )
+        return create_optimizer_v2(groups, opt=config.name, **arguments)
     except (ValueError, AssertionError) as error:
         raise InputError(f'optim.name {config.name!r}: {error}; timm.optim.list_optimizers() lists them') from error
+    except TypeError as error:
+        raise InputError(f'optim.name {config.name}, optim.args {config.args}: {error}; drop what is not known') from error
 
 
 def _slimmable() -> list[str]:

@@ -26,6 +26,25 @@ def written_whole(folder: Path) -> Iterator[Path]:
             os.replace(path, folder / path.name)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that whoever reads it sees the old one or the new one, never a part."""
+    partial = path.with_name(f'{path.name}.partial')
+    with partial.open('w') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def sync_folder(path: Path) -> None:
+    """Let the names in a folder reach the disk, too."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _usual_mode(folder: Path) -> int:
     # The mask of the process can only be read by setting it, which other threads would notice.
     probe = folder / '.mode'

@@ -1,0 +1,55 @@
+"""Linear classification of frozen features."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from slimclr_hub.errors import InputError
+
+
+def linear_predict(
+    queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, weight_decay: float = 1e-3, iterations: int = 100
+) -> torch.Tensor:
+    """Classes of `queries` by multinomial logistic regression on `bank`.
+
+    Features are standardised by the bank's mean and deviation; the regression starts from zero and is fitted to the
+    whole bank by L-BFGS, so the result is a function of the features alone. It sees no augmented images: a quick look
+    at what a linear layer finds, not the paper's evaluation protocol (section 4.1).
+
+    Args:
+        queries: Features [Q, D].
+        bank: Features of labelled images [N, D].
+        labels: Their classes, integers [N] from 0.
+        weight_decay: Factor of half the squared norm of the weights, beside the mean cross-entropy.
+        iterations: Iterations of L-BFGS at most.
+
+    Returns:
+        Predicted classes [Q].
+
+    Raises:
+        InputError: The bank is empty or a label is negative.
+    """
+    if not len(bank):
+        raise InputError('the linear probe has no labelled images to learn from')
+    if labels.min() < 0:
+        raise InputError('the linear probe needs a label for every training image; set probe.every to 0 without them')
+    mean, std = bank.mean(0), bank.std(0, correction=0)
+    # A feature that never moves would be divided by zero; it has nothing to say.
+    scale = torch.where(std > 0, 1 / std, torch.zeros_like(std))
+    bank, queries = (bank - mean) * scale, (queries - mean) * scale
+    linear = nn.Linear(bank.shape[1], int(labels.max()) + 1, device=bank.device)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=iterations, line_search_fn='strong_wolfe')
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(linear(bank), labels) + weight_decay / 2 * linear.weight.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.inference_mode(False), torch.enable_grad():
+        bank, labels = bank.clone(), labels.clone()  # what inference made cannot be part of a graph
+        optimizer.step(closure)
+    with torch.no_grad():
+        return linear(queries).argmax(1)

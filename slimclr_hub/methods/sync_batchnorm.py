@@ -1,0 +1,67 @@
+"""Batch normalisation over the batch of all processes, on any device."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as distributed
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from slimclr_hub.methods.processes import world_size
+
+
+class _GatheredBatchNorm(_BatchNorm):
+    """What `nn.SyncBatchNorm` computes, by differentiable sums over processes; that one has no CPU kernel."""
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        pass  # a batch norm of any dimension became this one, and has checked
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[N, C, ...] -> the same shape."""
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        dims = [dim for dim in range(input.ndim) if dim != 1]
+        shape = [-1 if dim == 1 else 1 for dim in range(input.ndim)]
+        count = torch.tensor(float(input.numel() // input.shape[1]), dtype=input.dtype, device=input.device)
+        dist.all_reduce(count)
+        mean = _total(input.sum(dims)) / count
+        centred = input - mean.view(shape)
+        variance = _total(centred.square().sum(dims)) / count
+        if self.track_running_stats:
+            self._move_statistics(mean.detach(), variance.detach() * count / (count - 1))
+        normalised = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
+        return normalised
+
+    def _move_statistics(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        factor: Any = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, factor)
+        self.running_var.lerp_(variance, factor)
+
+
+def _total(x: torch.Tensor) -> torch.Tensor:
+    return distributed.all_reduce(x)
+
+
+def sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
+    """Make every batch normalisation in `module` one over all processes; names and tensors stay.
+
+    Args:
+        module: The method, before it is distributed.
+        device: Where it will train: PyTorch's own SyncBatchNorm on accelerators, sums over processes on the CPU.
+
+    Returns:
+        The module to train, `module` itself unless it is a batch normalisation.
+    """
+    if device.type != 'cpu':
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.__class__ = _GatheredBatchNorm
+    return module

@@ -1,0 +1,51 @@
+"""The tracker that the user chose, through accelerate."""
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from slimclr_hub.train.config import PretrainConfig
+from slimclr_hub.train.parse import flatten
+from slimclr_hub.weights.whole import write_text
+
+_IDENTITY = 'tracker.json'
+
+
+def start_tracker(config: PretrainConfig, accelerator: Accelerator, folder: Path, step: int) -> None:
+    """Start the run at the tracker, or go on with it where this folder has begun one.
+
+    Args:
+        config: The run's configuration.
+        accelerator: Made with `log_with`.
+        folder: Folder of the run, where file-based trackers write.
+        step: Optimizer step that the run goes on from; what was logged after it is written again.
+    """
+    tracker = config.run.tracker
+    if tracker == 'none':
+        return
+    folders = accelerator.project_configuration
+    folders.project_dir = folders.logging_dir = str(folder)
+    values = {key: str(value) for key, value in flatten(config).items()}
+    options = {tracker: _options(tracker, folder, step, _identity(folder, accelerator))}
+    accelerator.init_trackers(config.run.project, config=values, init_kwargs=options)
+
+
+def _options(tracker: str, folder: Path, step: int, identity: str) -> dict[str, Any]:
+    if tracker == 'tensorboard':
+        # Points that an interrupted run logged after its last checkpoint would otherwise be drawn a second time.
+        return {'purge_step': step + 1} if step else {}
+    if tracker == 'wandb':
+        return {'name': folder.name, 'id': identity, 'resume': 'allow'}
+    if tracker == 'trackio':
+        return {'name': folder.name, 'resume': 'allow'}
+    return {}
+
+
+def _identity(folder: Path, accelerator: Accelerator) -> str:
+    path = folder / _IDENTITY
+    if accelerator.is_main_process and not path.exists():
+        write_text(path, json.dumps({'id': uuid.uuid4().hex}))
+    return json.loads(path.read_text())['id'] if path.exists() else ''
