@@ -86,7 +86,9 @@ def list_networks() -> None:
             reported = published.reported[fact.width]
             aps = ['' if ap is None else f'{ap:.1f}' for ap in (reported.box_ap, reported.mask_ap)]
             last = i == len(published.reported) - 1
-            table.add_row('' if i else published.tag, *fact.cells.values(), f'{reported.top1:.1f}', *aps, end_section=last)
+            table.add_row(
+                '' if i else published.tag, *fact.cells.values(), f'{reported.top1:.1f}', *aps, end_section=last
+            )
     _print(table)
     _say(
         'mult-adds: for one image of 224x224. As the paper reports: top-1 of a linear probe on\n'

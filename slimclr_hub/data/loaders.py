@@ -76,7 +76,14 @@ class Batch(NamedTuple):
 
 class TrainData:
     def __init__(self, config, views, second, *, seed, processes, rank, parts, view_count, device):
-        self.config, self.seed, self.processes, self.rank, self.parts, self.device = config, seed, processes, rank, parts, device
+        self.config, self.seed, self.processes, self.rank, self.parts, self.device = (
+            config,
+            seed,
+            processes,
+            rank,
+            parts,
+            device,
+        )
         dataset = make_dataset(config, config.train_split, training=True)
         if config.batch_size % processes:
             raise InputError(f'data.batch_size {config.batch_size} does not divide over {processes} processes')
@@ -98,13 +105,17 @@ class TrainData:
         order = order[: n * m].reshape(n, self.processes, b)[start * self.parts :, self.rank]
         self.sampler.batches = [[(epoch, int(i)) for i in batch] for batch in order]
         for views, labels in self.loader:
-            yield Batch(tuple(v.to(self.device, non_blocking=True) for v in views), labels.to(self.device, non_blocking=True))
+            yield Batch(
+                tuple(v.to(self.device, non_blocking=True) for v in views), labels.to(self.device, non_blocking=True)
+            )
 
 
 class _Sampler:
     batches: list = []
+
     def __iter__(self):
         return iter(self.batches)
+
     def __len__(self):
         return len(self.batches)
 

@@ -10,9 +10,7 @@ import torch
 import torch.nn.functional as F
 
 
-def similarities(
-    query_BD: torch.Tensor, key_BD: torch.Tensor | None, others_KD: torch.Tensor
-) -> torch.Tensor:
+def similarities(query_BD: torch.Tensor, key_BD: torch.Tensor | None, others_KD: torch.Tensor) -> torch.Tensor:
     """Cosine similarities of each query to its key and to every other; all inputs of unit length.
 
     In float32 under autocast too: half precision would round a similarity of 0.9 by more than training moves it.

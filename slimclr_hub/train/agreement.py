@@ -1,5 +1,7 @@
 """What every process has to know of all before an optimizer step, without keeping the device waiting."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -14,7 +16,7 @@ class Agreement:
     """
 
     def __init__(self, processes: int) -> None:
-        self._group = dist.new_group(backend='gloo') if processes > 1 else None
+        self._group: Any = dist.new_group(backend='gloo') if processes > 1 else None
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether it is true on any process; every process asks at the same time."""

@@ -24,6 +24,8 @@ from slimclr_hub.weights.tensor_file import TensorFile
 from slimclr_hub.weights.whole import sync_folder, write_text
 
 STATE = 'state.json'
+_PARTIAL = '.partial'
+_DAMAGED = '.damaged'
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,12 @@ class Found:
     Args:
         path: The newest that is whole; none where there is none.
         state: Its state.json.
-        skipped: Newer ones that are not whole, with the reason.
+        skipped: Newer ones that are not whole, each with the reason.
     """
 
     path: Path | None = None
     state: dict[str, Any] = field(default_factory=dict)
-    skipped: tuple[str, ...] = ()
+    skipped: tuple[tuple[Path, str], ...] = ()
 
     @property
     def step(self) -> int:
@@ -48,14 +50,14 @@ class Found:
 
 def newest(folder: Path) -> Found:
     """The newest whole checkpoint in the folder of a run, every byte of which is what was written."""
-    skipped = []
+    skipped: list[tuple[Path, str]] = []
     for path in sorted((folder / 'checkpoints').glob('step-*'), reverse=True):
-        if path.suffix == '.partial':
+        if path.suffix in (_PARTIAL, _DAMAGED):
             continue
         try:
             return Found(path, _verified(path), tuple(skipped))
         except (OSError, ValueError) as error:
-            skipped.append(f'{path}: {error}')
+            skipped.append((path, str(error)))
     return Found(skipped=tuple(skipped))
 
 
@@ -75,8 +77,12 @@ class Checkpoints:
         self._keep = keep
 
     def find(self) -> Found:
-        """The newest whole checkpoint, found by the main process."""
-        found: list[Any] = [newest(self._run) if self._accelerator.is_main_process else None]
+        """The newest whole checkpoint, found by the main process; damaged ones are put aside under another name."""
+        found: list[Any] = [None]
+        if self._accelerator.is_main_process:
+            found[0] = newest(self._run)
+            for path, _ in found[0].skipped:
+                os.rename(path, path.with_suffix(_DAMAGED))  # the run will write this step again
         return broadcast_object_list(found)[0]
 
     def save(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> Path:
@@ -90,15 +96,15 @@ class Checkpoints:
             OSError: It could not be written, or not be read again; older checkpoints are as they were.
         """
         final = self._folder / f'step-{state["step"]:08d}'
-        if final.exists():
+        if final.exists():  # the one that this process has resumed from, or has just written
             return final
-        self._write(final.with_suffix('.partial'), state, own)
+        self._write(final.with_suffix(_PARTIAL), state, own)
         if self._accelerator.is_main_process:
-            os.rename(final.with_suffix('.partial'), final)
+            os.rename(final.with_suffix(_PARTIAL), final)
             sync_folder(self._folder)
             for old in sorted(self._folder.glob('step-????????'))[: -self._keep]:
-                os.rename(old, old.with_suffix('.partial'))  # a kill must not leave half of it under its own name
-            for partial in self._folder.glob('*.partial'):
+                os.rename(old, old.with_suffix(_PARTIAL))  # a kill must not leave half of it under its own name
+            for partial in self._folder.glob(f'*{_PARTIAL}'):
                 shutil.rmtree(partial)
         self._accelerator.wait_for_everyone()
         return final

@@ -224,9 +224,7 @@ class PretrainConfig:
         if self.second_views is not None and method.name == 'supervised':
             raise InputError('second_views is given, and method.name supervised has one view; set second_views to null')
         if self.second_views is not None and self.second_views.size not in (None, self.views.size):
-            raise InputError(
-                f'second_views.size {self.second_views.size} is not views.size {self.views.size}; drop it'
-            )
+            raise InputError(f'second_views.size {self.second_views.size} is not views.size {self.views.size}; drop it')
 
     @property
     def slow_start(self) -> float:

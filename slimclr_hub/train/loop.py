@@ -145,9 +145,9 @@ class _Trainer:
         for note in self._notes():
             accelerator.print(note)
         start_tracker(config, accelerator, self.folder.path, self.step)
-        epoch, start = divmod(self.step, self.schedule.steps_per_epoch)
+        first, start = divmod(self.step, self.schedule.steps_per_epoch)
         if start == 0 and not evaluated:
-            self._evaluate(epoch)
+            self._evaluate(first)
         self.optimizer.zero_grad()
         batch = config.data.batch_size
         self.progress = tqdm(
@@ -161,7 +161,7 @@ class _Trainer:
             disable=not accelerator.is_main_process,
         )
         with closing(self.progress):
-            for epoch in range(epoch, config.optim.epochs):
+            for epoch in range(first, config.optim.epochs):
                 stop = self._train_epoch(epoch, start)
                 start = 0
                 if stop:
@@ -249,9 +249,7 @@ class _Trainer:
         self.waited += time.perf_counter() - asked
         return parts
 
-    def train_step(
-        self, parts: Sequence[Batch], steps: Iterator[list[Batch]]
-    ) -> tuple[list[Batch] | None, bool, bool]:
+    def train_step(self, parts: Sequence[Batch], steps: Iterator[list[Batch]]) -> tuple[list[Batch] | None, bool, bool]:
         """One optimizer step on the parts of a batch.
 
         The next batch is loaded, and what all processes have to agree on is agreed on, while the device is busy with
@@ -314,8 +312,8 @@ class _Trainer:
             Whether the evaluation after its epoch has been made.
         """
         accelerator = self.accelerator
-        for reason in found.skipped:
-            accelerator.print(f'Skipped a damaged checkpoint: {reason}')
+        for path, reason in found.skipped:
+            accelerator.print(f'Skipped a damaged checkpoint, {path}: {reason}')
         self.folder.keep_recipe(config_asked, found.step)
         if found.path is None:
             accelerator.print(f'{self.folder.path} has no checkpoint yet; starting from the beginning')
@@ -363,10 +361,10 @@ class _Trainer:
         state = {'step': self.step, 'lr': lr, 'widths': self.schedule.widths_at(self.step)}
         path = self.checkpoints.save_aside(f'diverged-at-step-{self.step:08d}', state, own)
         raise DivergedError(
-            f'the loss of step {self.step + 1} is {output["loss"].item():g} on process '
-            f'{self.accelerator.process_index}; the optimizer has not moved. {path} holds the state and the batch that '
-            f'led to it. Lower optim.lr {lr:g} or, with fp16, use --run.precision bf16, and go on from the last '
-            f'checkpoint: --resume {self.folder.path} --allow_changes true --optim.lr ...'
+            f'the loss of step {self.step + 1} is not finite ({output["loss"].item():g} on the first process); the '
+            f'optimizer has not moved. {path} holds the state and the batch that led to it. Lower optim.lr '
+            f'{self.config.optim.lr:g} or, with fp16, use --run.precision bf16, and go on from the last checkpoint: '
+            f'--resume {self.folder.path} --allow_changes true --optim.lr ...'
         )
 
     # Between steps
@@ -388,7 +386,9 @@ class _Trainer:
         if self.accelerator.scaler is not None:
             values['grad_scale'] = self.accelerator.scaler.get_scale()
         self.timed_step, self.timed_at, self.waited = self.step, now, 0.0
-        self.progress.set_postfix(refresh=False, epoch=epoch + 1, loss=f'{values["loss"]:.3f}', lr=f'{values["lr"]:.2g}')
+        self.progress.set_postfix(
+            refresh=False, epoch=epoch + 1, loss=f'{values["loss"]:.3f}', lr=f'{values["lr"]:.2g}'
+        )
         self.folder.write_metrics({'kind': 'train', 'epoch': epoch + 1, 'step': self.step, **values})
         self.accelerator.log({f'train/{name}': value for name, value in values.items()}, step=self.step)
 

@@ -111,7 +111,9 @@ class MethodConfig:
                 object.__setattr__(self, name, defaults.get(name))
             elif name not in defaults:
                 owners = ', '.join(method for method, known in _DEFAULTS.items() if name in known)
-                raise InputError(f'method.{name} {value} is not for method.name {self.name} but for {owners}; drop it')
+                raise InputError(
+                    f'method.{name} {value} is not for method.name {self.name} but for {owners}; set it to null'
+                )
         one_of('method.distillation', self.distillation, DISTILLATIONS)
         given = {name: getattr(self, name) for name in defaults if getattr(self, name) is not None}
         for name, least in _LEAST.items():
@@ -127,7 +129,8 @@ class MethodConfig:
             raise InputError('method.num_classes is null, and supervised needs it; give the number of classes')
         if self.sync_bn and (self.bn_splits or 1) > 1:
             raise InputError(
-                f'method.bn_splits {self.bn_splits} normalises parts of a batch, method.sync_bn true all of it; drop one'
+                f'method.bn_splits {self.bn_splits} normalises parts of the batch, method.sync_bn true all of it; '
+                'drop one'
             )
 
     def arguments(self) -> dict[str, Any]:

@@ -141,13 +141,10 @@ def _parse(argv: Sequence[str]) -> Command:
 def _with_bases(argv: Sequence[str]) -> list[str]:
     """Let each recipe be read after the one that it derives from."""
     expanded: list[str] = []
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument == '--config':
-            argument = f'--config={next(arguments, "")}'
-        if argument.startswith('--config='):
-            bases = _bases(Path(argument.removeprefix('--config=')))
-            expanded += [f'--config={base}' for base in reversed(bases)]
+    for argument, following in zip(argv, [*argv[1:], ''], strict=True):
+        recipe = following if argument == '--config' else argument.removeprefix('--config=')
+        if argument.startswith('--config') and recipe:
+            expanded += [f'--config={base}' for base in reversed(_bases(Path(recipe)))]
         expanded.append(argument)
     return expanded
 

@@ -85,7 +85,9 @@ def make_optimizer(config: OptimConfig, method: nn.Module) -> torch.optim.Optimi
     except (ValueError, AssertionError) as error:
         raise InputError(f'optim.name {config.name!r}: {error}; timm.optim.list_optimizers() lists them') from error
     except TypeError as error:
-        raise InputError(f'optim.name {config.name}, optim.args {config.args}: {error}; drop what is not known') from error
+        raise InputError(
+            f'optim.name {config.name}, optim.args {config.args}: {error}; drop what is not known'
+        ) from error
 
 
 def _slimmable() -> list[str]:

@@ -7,7 +7,7 @@ import timm
 import torch
 import yaml
 
-from slimclr_hub.data import DataConfig
+from slimclr_hub.data import DataConfig, ViewConfig
 from slimclr_hub.errors import InputError
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.train.config import MethodConfig, ModelConfig, OptimConfig, PretrainConfig, RunConfig
@@ -46,7 +46,8 @@ WRONG = [
     ('method.dim', '0', '0'),
     ('method.hidden_dim', '0', '0'),
     ('method.queue_size', '100', '100'),
-    ('method.queue_size', '0', '0'),
+    ('method.queue_size', '-1', '-1'),
+    ('method.queue_size', '63', '128'),
     ('method.queue_size', 'many', 'many'),
     ('method.temperature', '0', '0'),
     ('method.temperature', 'nan', 'nan'),
@@ -252,7 +253,7 @@ def test_help_explains_every_key(capsys, monkeypatch):
     assert end.value.code == 0
     shown = capsys.readouterr().out
     for section in fields(PretrainConfig):
-        for key in fields(section.default_factory):
+        for key in fields(ViewConfig if section.name == 'second_views' else section.default_factory):
             # The name, and after it more than the type and the default.
             explained = re.search(rf'--{section.name}\.{key.name} (?:[^\n]*?)\n?\s+(.+?)\(type:', shown, re.DOTALL)
             assert explained, f'{section.name}.{key.name}'

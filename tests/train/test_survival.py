@@ -1,0 +1,435 @@
+"""Runs that are killed, stopped, damaged or diverge, and go on.
+
+`whole` is a run that nothing happened to. It logs every four of six steps an epoch, so that means have to survive, too,
+and writes a checkpoint after every step, so that many a kill falls into the writing.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.train.runs import SCRIPT, TIMEOUT, environment, launch_command, make_place, read_metrics
+
+EPOCHS, STEPS = 6, 6
+KILLS = 20
+LAST = f'step-{EPOCHS * STEPS:08d}'
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    return make_place(
+        tmp_path_factory.mktemp('survival'),
+        data={'num_workers': 2},
+        optim={'epochs': EPOCHS},
+        knn={'every': 3},
+        run={'log_every': 4, 'checkpoint_steps': 1},
+    )
+
+
+@pytest.fixture(scope='module')
+def server():
+    """Starts processes that have everything imported: twenty starts from nothing would take minutes."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['slimclr_hub.evaluate.pretraining', 'timm', 'datasets'])
+    return context
+
+
+def execute(place: Path, arguments: list[str], log: Path) -> None:
+    os.setsid()  # a session of its own, so that workers go with it
+    os.environ.update(environment(place))
+    os.chdir(place)
+    with log.open('w') as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv = [str(SCRIPT), *arguments]
+    runpy.run_path(str(SCRIPT), run_name='__main__')
+
+
+class Run:
+    """A run in a process of its own, by the script that users start."""
+
+    def __init__(self, server, place: Path, *arguments: str) -> None:
+        self.log = place / 'log.txt'
+        self.log.write_text('')
+        self.process = server.Process(target=execute, args=(place, list(arguments), self.log))
+        self.process.start()
+
+    def send(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+
+    def end(self) -> int:
+        self.process.join(TIMEOUT)
+        assert self.process.exitcode is not None, self.log.read_text()
+        return self.process.exitcode
+
+    def wait_for(self, condition: Callable[[], bool]) -> bool:
+        """Whether `condition` came true before the run ended."""
+        deadline = time.monotonic() + TIMEOUT
+        while time.monotonic() < deadline:
+            if condition():
+                return True
+            if not self.process.is_alive():
+                return False
+            time.sleep(0.001)
+        raise AssertionError(self.log.read_text())
+
+
+def run_well(server, place: Path, *arguments: str) -> str:
+    run = Run(server, place, *arguments)
+    assert run.end() == 0, run.log.read_text()
+    return run.log.read_text()
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / 'checkpoints').glob('step-????????'))
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    """Bit for bit: the result, the whole state at the end, and the metrics."""
+    assert (folder / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()
+    assert read_metrics(folder) == read_metrics(whole)
+    ours, theirs = folder / 'checkpoints' / LAST, whole / 'checkpoints' / LAST
+    assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
+    state, expected = load_file(ours / 'model.safetensors'), load_file(theirs / 'model.safetensors')
+    assert {'queue', 'queue_pointer', 'key_backbone.conv1.weight'} <= expected.keys()
+    assert state.keys() == expected.keys()
+    assert all(tensor.equal(expected[name]) for name, tensor in state.items())
+    for name in 'optimizer.bin', *(path.name for path in theirs.glob('process_*.pt')):
+        assert_equal(torch.load(ours / name), torch.load(theirs / name))
+
+
+def assert_equal(ours, theirs) -> None:
+    assert type(ours) is type(theirs)
+    if isinstance(ours, torch.Tensor):
+        assert ours.equal(theirs)
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert_equal(value, theirs[name])
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert_equal(mine, other)
+    else:
+        assert ours == theirs
+
+
+@pytest.fixture(scope='module')
+def whole(place, server):
+    run_well(server, place, '--config', 'tiny.yaml', '--run.name', 'whole')
+    return place / 'runs' / 'whole'
+
+
+@pytest.fixture
+def stopped(place, server, whole) -> Iterator[Path]:
+    """A copy of a run that was killed in the middle of the fourth epoch."""
+    half = place / 'runs' / 'half'
+    if not half.exists():
+        run = Run(server, place, '--config', 'tiny.yaml', '--run.name', 'half', '--run.keep_checkpoints', '3')
+        assert run.wait_for((half / 'checkpoints' / 'step-00000021' / 'state.json').exists)
+        run.send(signal.SIGKILL)
+        run.end()
+    copy = place / 'runs' / 'stopped'
+    shutil.copytree(half, copy)
+    yield copy
+    shutil.rmtree(copy)
+
+
+# Kills
+
+
+def test_twenty_kills(place, server, whole):
+    folder, chance = place / 'runs' / 'killed', random.Random(0)
+    arguments = ['--config', 'tiny.yaml', '--run.name', 'killed']
+    kills = writing = 0
+    while True:
+        run = Run(server, place, *arguments)
+        reached = checkpoints(folder)[-1:]
+        # Each start gets at least one step further, or the run would never end.
+        if run.wait_for(lambda reached=reached: checkpoints(folder)[-1:] > reached) and kills < KILLS:
+            if kills % 2:
+                run.wait_for(lambda: any((folder / 'checkpoints').glob('*.partial')))
+            time.sleep(chance.uniform(0, 0.05))
+            run.send(signal.SIGKILL)
+            writing += any((folder / 'checkpoints').glob('*.partial'))
+            kills += run.end() == -signal.SIGKILL
+        if run.end() == 0:
+            break
+        assert run.end() == -signal.SIGKILL, run.log.read_text()
+        arguments = ['--resume', str(folder)]
+    assert kills == KILLS
+    assert writing > 0
+    assert_same_run(folder, whole)
+    assert not list(folder.rglob('*.partial'))
+    assert checkpoints(folder) == checkpoints(whole)
+
+
+def test_kills_of_two_processes(place):
+    several = ['--method.bn_splits', '1', '--data.num_workers', '1']
+    finished, folder = place / 'runs' / 'two', place / 'runs' / 'two-killed'
+    start_two(place, '--config', 'tiny.yaml', '--run.name', 'two', *several).communicate()
+    arguments = ['--config', 'tiny.yaml', '--run.name', 'two-killed', *several]
+    for step in 5, 20:
+        process = start_two(place, *arguments)
+        deadline = time.monotonic() + TIMEOUT
+        while not checkpoints(folder)[-1:] >= [f'step-{step:08d}']:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        kill_session(process)
+        arguments = ['--resume', str(folder)]
+    process = start_two(place, *arguments)
+    printed, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, printed
+    assert_same_run(folder, finished)
+    assert {path.name for path in (folder / 'checkpoints' / LAST).glob('process_*')} == {'process_0.pt', 'process_1.pt'}
+    # Each process normalises by its own images, which the checkpoint remembers of each.
+    first, second = (torch.load(folder / 'checkpoints' / LAST / f'process_{rank}.pt') for rank in range(2))
+    assert not first['statistics']['backbone.bn1.w100.running_mean'].equal(
+        second['statistics']['backbone.bn1.w100.running_mean']
+    )
+
+
+def start_two(place: Path, *arguments: str) -> subprocess.Popen:
+    command = launch_command(place, processes=2)
+    return subprocess.Popen(
+        [*command[: command.index('--config')], *arguments],
+        env=environment(place),
+        cwd=place,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def kill_session(process: subprocess.Popen) -> None:
+    """Everything that the launcher started, which may have made groups of its own."""
+    listed = subprocess.run(['ps', '-eo', 'pid=,sess='], capture_output=True, text=True, check=True).stdout
+    for pid, session in (line.split() for line in listed.splitlines()):
+        if int(session) == process.pid:
+            try:
+                os.kill(int(pid), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+    process.communicate()
+
+
+# Signals
+
+
+@pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_signal_saves_and_says_so(place, server, whole, stopped, number, status):
+    before = checkpoints(stopped)
+    # Without checkpoints in between, so that what is there afterwards is the signal's.
+    run = Run(server, place, '--resume', str(stopped), '--run.checkpoint_steps', 'null')
+    assert run.wait_for(lambda: 'Resuming' in run.log.read_text())
+    run.send(number)  # to the workers as well, as the keyboard and schedulers do
+    assert run.end() == status
+    (line,) = (line for line in run.log.read_text().splitlines() if line.startswith('error: '))
+    assert re.search(rf'stopped by {number.name} after step \d+ of 36; .* --resume {stopped} goes on', line)
+    assert 'Traceback' not in run.log.read_text()
+    assert checkpoints(stopped)[-1] > before[-1]
+    run_well(server, place, '--resume', str(stopped), '--run.checkpoint_steps', '1')
+    assert_same_run(stopped, whole)
+
+
+def test_signal_through_the_launcher(place, whole, stopped):
+    """As under SLURM: the notice goes to every process, and the launcher must not die of it."""
+    launcher = [sys.executable, '-m', 'accelerate.commands.launch', '-q', str(SCRIPT), '--resume', str(stopped)]
+    process = subprocess.Popen(
+        ['bash', '-c', 'trap "" USR1; exec "$@"', 'bash', *launcher, '--run.checkpoint_steps', 'null'],
+        env=environment(place),
+        cwd=place,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while 'Resuming' not in process.stdout.readline():
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGUSR1)
+    _, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode != 0
+    assert 'stopped by SIGUSR1' in errors
+    assert 'Traceback' not in errors
+
+
+# Damage
+
+
+def truncate(path: Path) -> None:
+    (path / 'model.safetensors').write_bytes((path / 'model.safetensors').read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    content = bytearray((path / 'optimizer.bin').read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / 'optimizer.bin').write_bytes(content)
+
+
+def remove(path: Path) -> None:
+    (path / 'random_states_0.pkl').unlink()
+
+
+def forget(path: Path) -> None:
+    (path / 'state.json').unlink()
+
+
+def garble(path: Path) -> None:
+    (path / 'state.json').write_text('{"step": 2')
+
+
+@pytest.mark.parametrize('damage', [truncate, flip, remove, forget, garble])
+def test_damaged_checkpoint_is_skipped_and_named(place, server, whole, stopped, damage):
+    *_, before, last = checkpoints(stopped)
+    damage(stopped / 'checkpoints' / last)
+    printed = run_well(server, place, '--resume', str(stopped))
+    (line,) = (line for line in printed.splitlines() if 'Skipped a damaged checkpoint' in line)
+    assert str(stopped / 'checkpoints' / last) in line
+    assert f'{stopped / "checkpoints" / before}' in printed
+    assert_same_run(stopped, whole)
+
+
+def test_nothing_but_damaged_checkpoints(place, server, whole, stopped):
+    for name in checkpoints(stopped):
+        truncate(stopped / 'checkpoints' / name)
+    printed = run_well(server, place, '--resume', str(stopped))
+    assert printed.count('Skipped a damaged checkpoint') == 3
+    assert 'starting from the beginning' in printed
+    assert_same_run(stopped, whole)
+
+
+# Resuming by itself, and with changes
+
+
+def test_auto_starts_and_then_goes_on(place, server, whole):
+    arguments = ['--config', 'tiny.yaml', '--resume', 'auto', '--run.output', str(place / 'auto')]
+    run = Run(server, place, *arguments)
+    (folder,) = iter_until(lambda: list((place / 'auto').glob('*')))
+    assert run.wait_for((folder / 'checkpoints' / 'step-00000008' / 'state.json').exists)
+    run.send(signal.SIGTERM)
+    assert run.end() == 75
+    # Another recipe is another run.
+    run = Run(server, place, *arguments, '--optim.lr', '0.01')
+    assert run.wait_for(lambda: len(list((place / 'auto').iterdir())) == 2)
+    run.send(signal.SIGKILL)
+    run.end()
+    printed = run_well(server, place, *arguments)
+    assert 'Resuming after epoch' in printed
+    assert str(folder) in printed
+    assert_same_run(folder, whole)
+
+
+def iter_until(find: Callable[[], list[Path]]) -> list[Path]:
+    deadline = time.monotonic() + TIMEOUT
+    while not find():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return find()
+
+
+def test_auto_by_name_refuses_another_configuration(place, server, stopped):
+    arguments = ['--config', 'tiny.yaml', '--resume', 'auto', '--run.name', 'stopped', '--optim.lr', '0.01']
+    run = Run(server, place, *arguments)
+    assert run.end() == 2
+    assert 'optim.lr 0.06 -> 0.01' in run.log.read_text()
+    assert 'Traceback' not in run.log.read_text()
+
+
+def test_allowed_change(place, server, whole, stopped):
+    step = int(checkpoints(stopped)[-1].removeprefix('step-'))
+    run_well(server, place, '--resume', str(stopped), '--allow_changes', 'true', '--optim.lr', '0.01')
+    assert 'lr: 0.01' in (stopped / 'recipe.yaml').read_text()
+    assert 'lr: 0.06' in (stopped / f'recipe-until-step-{step}.yaml').read_text()
+    before = [record for record in read_metrics(whole, 'train') if record['step'] <= step]
+    ours = read_metrics(stopped, 'train')
+    assert ours[: len(before)] == before
+    assert ours[-2]['lr'] < read_metrics(whole, 'train')[-2]['lr'] / 5
+    # What cannot be: the position within an epoch has no meaning for other batches.
+    arguments = ['--data.batch_size', '32', '--optim.lr', '0.01', '--allow_changes', 'true']
+    run = Run(server, place, '--resume', str(stopped), *arguments)
+    assert run.end() == 2
+    assert '6 steps an epoch, and now there are 3' in run.log.read_text()
+
+
+# Divergence
+
+
+def test_divergence_keeps_the_state_that_led_to_it(place, server):
+    folder = place / 'runs' / 'diverging'
+    arguments = ['--optim.lr', '1e30', '--method.slow_start_epochs', '0', '--knn.every', '0']
+    run = Run(server, place, '--config', 'tiny.yaml', '--run.name', 'diverging', *arguments)
+    assert run.end() == 2
+    (line,) = (line for line in run.log.read_text().splitlines() if line.startswith('error: '))
+    assert 'Lower optim.lr 1e+30' in line
+    (kept,) = folder.glob('diverged-at-step-*')
+    assert str(kept) in line
+    state = json.loads((kept / 'state.json').read_text())
+    assert checkpoints(folder)[-1:] == [f'step-{state["step"]:08d}']
+    assert not (folder / 'model.safetensors').exists()
+    # The optimizer has not moved: the parameters are those of the last step, and with the batch give the same loss.
+    last = load_file(folder / 'checkpoints' / checkpoints(folder)[-1] / 'model.safetensors')
+    parameters = {
+        name: tensor for name, tensor in load_file(kept / 'model.safetensors').items() if 'running' not in name
+    }
+    backbone = [name for name in parameters if name.startswith(('backbone', 'head')) and 'tracked' not in name]
+    assert all(parameters[name].equal(last[name]) for name in backbone)
+    own = torch.load(kept / 'process_0.pt')
+    assert [view.shape for view in own['views'][0]] == [(16, 1, 16, 16)] * 2
+    assert not own['output']['loss'].isfinite()
+    # What the message proposes.
+    arguments = [
+        '--allow_changes',
+        'true',
+        '--optim.lr',
+        '0.01',
+        '--optim.epochs',
+        '1',
+        '--method.slow_start_epochs',
+        '0',
+    ]
+    shutil.rmtree(folder / 'checkpoints')  # where only the first step is of use, the beginning is the last checkpoint
+    run_well(server, place, '--resume', str(folder), *arguments)
+    assert (folder / 'model.safetensors').exists()
+
+
+# Accumulation
+
+
+def test_accumulated_steps_are_whole_steps(place, server, whole):
+    """Two parts one after the other are one batch normalised in two parts; momentum, queue, schedule move once a step."""
+    common = ['--config', 'tiny.yaml', '--optim.epochs', '1', '--knn.every', '0', '--method.shuffle_keys', 'false']
+    run_well(server, place, *common, '--run.name', 'at-once')
+    run_well(
+        server, place, *common, '--run.name', 'in-parts', '--method.bn_splits', '1', '--optim.accumulation_steps', '2'
+    )
+    ours, theirs = (read_metrics(place / 'runs' / name, 'train') for name in ('in-parts', 'at-once'))
+    assert len(ours) == len(theirs)
+    for record, expected in zip(ours, theirs, strict=True):
+        assert record.keys() == expected.keys()
+        assert (record['lr'], record['momentum']) == (expected['lr'], expected['momentum'])
+        for name in (name for name in record if name.startswith(('loss', 'info_nce', 'grad_norm'))):
+            assert record[name] == pytest.approx(expected[name], rel=2e-3), name
+    ours, theirs = (
+        load_file(place / 'runs' / name / 'checkpoints' / 'step-00000006' / 'model.safetensors')
+        for name in ('in-parts', 'at-once')
+    )
+    assert ours['queue_pointer'].equal(theirs['queue_pointer'])
+    torch.testing.assert_close(ours['queue'], theirs['queue'], rtol=0, atol=2e-3)
