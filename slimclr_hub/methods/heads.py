@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimclr_hub.models.layers import SlimmableLinear, SwitchableBatchNorm1d
-from slimclr_hub.models.widths import scale_channels, width_key
+from slimclr_hub.models.layers import SlimmableLinear, SwitchableBatchNorm1d, slice_starts
+from slimclr_hub.models.widths import disjoint_widths, scale_channels, width_key
 from slimclr_hub.weights.slices import dense_tensors
 
 
@@ -18,16 +18,34 @@ class SlimmableMLP(nn.Module):
         in_features: Features of the backbone at width 1.0.
         hidden_features: Hidden features at width 1.0.
         out_features: Dimension of the embedding, the same at every width.
-        max_width: Largest width that will be asked for.
+        max_width: Largest width that will be asked for, if `widths` are not given.
+        widths: The widths to hold; needed where they do not overlap.
+        overlap: Whether sub-networks share features with each other, or only with the largest, as in the backbone.
+
+    Raises:
+        InputError: The widths do not fit beside each other, or are needed.
     """
 
     def __init__(
-        self, in_features: int, hidden_features: int, out_features: int, max_width: float = 1.0, **factory: Any
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        max_width: float = 1.0,
+        *,
+        widths: Sequence[float] = (),
+        overlap: bool = True,
+        **factory: Any,
     ) -> None:
         super().__init__()
-        self.fc1 = SlimmableLinear(in_features, hidden_features, max_width=max_width, **factory)
+        slim: dict[str, Any] = {
+            'max_width': max(widths, default=max_width),
+            'disjoint': disjoint_widths(widths, overlap),
+            **factory,
+        }
+        self.fc1 = SlimmableLinear(in_features, hidden_features, **slim)
         self.act = nn.ReLU(inplace=True)
-        self.fc2 = SlimmableLinear(hidden_features, out_features, max_width=max_width, slim_out=False, **factory)
+        self.fc2 = SlimmableLinear(hidden_features, out_features, slim_out=False, **slim)
 
     def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:
         """[B, in * width] -> [B, out]."""
@@ -56,6 +74,10 @@ class SlimmableProjector(nn.Module):
         widths: The widths to hold.
         slim_in: Whether the input has the width.
         last_norm: Whether a normalisation without affine follows.
+        overlap: Whether sub-networks share features with each other, or only with the largest, as in the backbone.
+
+    Raises:
+        InputError: The widths do not fit beside each other.
     """
 
     def __init__(
@@ -67,14 +89,20 @@ class SlimmableProjector(nn.Module):
         *,
         slim_in: bool = True,
         last_norm: bool = True,
+        overlap: bool = True,
         **factory: Any,
     ) -> None:
         super().__init__()
-        full = max(widths)
-        self.fc1 = SlimmableLinear(in_features, hidden_features, max_width=full, slim_in=slim_in, bias=False, **factory)
+        slim: dict[str, Any] = {
+            'max_width': max(widths),
+            'disjoint': disjoint_widths(widths, overlap),
+            'bias': False,
+            **factory,
+        }
+        self.fc1 = SlimmableLinear(in_features, hidden_features, slim_in=slim_in, **slim)
         self.bn1 = SwitchableBatchNorm1d(hidden_features, widths, **factory)
         self.act = nn.ReLU(inplace=True)
-        self.fc2 = SlimmableLinear(hidden_features, out_features, max_width=full, slim_out=False, bias=False, **factory)
+        self.fc2 = SlimmableLinear(hidden_features, out_features, slim_out=False, **slim)
         self.bn2 = (
             SwitchableBatchNorm1d(out_features, widths, slim=False, affine=False, **factory) if last_norm else None
         )
@@ -111,5 +139,6 @@ class SlimmableProjector(nn.Module):
 
 def _filled(dense: nn.Sequential, head: nn.Module, width: float) -> nn.Sequential:
     shapes: dict[str, Sequence[int]] = {name: tensor.shape for name, tensor in dense.state_dict().items()}
-    dense.load_state_dict(dense_tensors(head.state_dict(), shapes, width_key(width)), assign=True)
+    tensors = dense_tensors(head.state_dict(), shapes, width_key(width), slice_starts(head, width))
+    dense.load_state_dict(tensors, assign=True)
     return dense

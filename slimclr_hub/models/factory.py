@@ -47,7 +47,7 @@ def build(
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     overlay = pretrained_cfg_overlay
     if pretrained and not cfg.state_dict:
-        path = _locate(cfg, variant, None if cache_dir is None else Path(cache_dir))
+        path = _locate(cfg, variant, None if cache_dir is None else Path(cache_dir), kwargs.get('overlap', True))
         overlay = {**(overlay or {}), 'file': str(path), 'source': '', 'custom_load': True}
     model = build_model_with_cfg(
         _unfilled(cls) if pretrained and not cfg.state_dict else cls,
@@ -85,10 +85,12 @@ def _unfilled(cls: type[Network]) -> Callable[..., Network]:
     return make
 
 
-def _locate(cfg: PretrainedCfg, variant: str, cache_dir: Path | None) -> Path:
+def _locate(cfg: PretrainedCfg, variant: str, cache_dir: Path | None, overlap: bool) -> Path:
     if cfg.source != 'hf-hub' and cfg.file:
         return source.from_file(Path(cfg.file))
     if cfg.source != 'hf-hub' and cfg.tag is not None and cfg.tag in PUBLISHED and cfg.hf_hub_id == hub_name(cfg.tag):
+        if not overlap:
+            raise InputError(f'overlap=False: the widths of the published {cfg.tag} overlap; leave overlap out')
         return source.published(cfg.tag, cache_dir)
     if cfg.hf_hub_id:
         return source.from_hub(cfg.hf_hub_id, cfg.hf_hub_filename or source.WEIGHTS, cache_dir)

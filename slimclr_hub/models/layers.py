@@ -1,4 +1,4 @@
-"""Slimmable layers: one tensor of weights, of which width w uses the leading channels.
+"""Slimmable layers: one tensor of weights, of which width w uses the leading channels, or channels of its own.
 
 Width is an argument of every forward and no layer keeps one, so a layer is a pure function of its inputs: several
 widths can run in one step, under compile and under checkpointing (Yu et al. 2019, https://arxiv.org/abs/1812.08928).
@@ -13,17 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from slimclr_hub.models.widths import scale_channels, width_key
+from slimclr_hub.models.widths import channel_span, scale_channels, width_key
+
+Span = tuple[int, int]
+"""First channel, and the one after the last."""
 
 
 class SlimmableConv2d(nn.Conv2d):
-    """Convolution whose width w uses the first `int(w * channels)` of its output and input channels.
+    """Convolution whose width w uses `int(w * channels)` of its output and input channels, the first unless `disjoint`.
 
     Args:
         in_channels: Input channels at width 1.0.
         out_channels: Output channels at width 1.0.
         kernel_size: As in `nn.Conv2d`.
         max_width: Largest width that will be asked for.
+        disjoint: Widths whose channels do not overlap, if they do not; see `channel_span`.
         slim_in: Whether the input has width w too; false for the stem, which sees images.
     """
 
@@ -34,6 +38,7 @@ class SlimmableConv2d(nn.Conv2d):
         kernel_size: int,
         *,
         max_width: float = 1.0,
+        disjoint: Sequence[float] = (),
         slim_in: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -41,24 +46,30 @@ class SlimmableConv2d(nn.Conv2d):
         super().__init__(max_in_channels, scale_channels(out_channels, max_width), kernel_size, **kwargs)
         self.full_in_channels = in_channels
         self.full_out_channels = out_channels
+        self.disjoint = tuple(disjoint)
         self.slim_in = slim_in
+
+    def spans(self, width: float) -> tuple[Span, Span]:
+        """The output and the input channels that `width` uses."""
+        inputs = channel_span(self.full_in_channels, width, self.disjoint) if self.slim_in else (0, self.in_channels)
+        return channel_span(self.full_out_channels, width, self.disjoint), inputs
 
     def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:  # type: ignore[override]
         """[N, in * width, H, W] -> [N, out * width, H', W']."""
-        out_channels = scale_channels(self.full_out_channels, width)
-        in_channels = scale_channels(self.full_in_channels, width) if self.slim_in else self.in_channels
-        weight = _leading(self.weight, (self.out_channels, self.in_channels), (out_channels, in_channels))
-        bias = None if self.bias is None else self.bias[:out_channels]
+        outputs, inputs = self.spans(width)
+        weight = _part(self.weight, (self.out_channels, self.in_channels), (outputs, inputs))
+        bias = None if self.bias is None else _part(self.bias, (self.out_channels,), (outputs,))
         return self._conv_forward(x, weight, bias)
 
 
 class SlimmableLinear(nn.Linear):
-    """Linear layer whose width w uses the first `int(w * features)` of its features on the sides that are slim.
+    """Linear layer whose width w uses `int(w * features)` features of slim sides, the first unless `disjoint`.
 
     Args:
         in_features: Input features at width 1.0.
         out_features: Output features at width 1.0.
         max_width: Largest width that will be asked for.
+        disjoint: Widths whose features do not overlap, if they do not; see `channel_span`.
         slim_in: Whether the input has width w.
         slim_out: Whether the output has width w; false for the last layer of a head.
     """
@@ -69,6 +80,7 @@ class SlimmableLinear(nn.Linear):
         out_features: int,
         *,
         max_width: float = 1.0,
+        disjoint: Sequence[float] = (),
         slim_in: bool = True,
         slim_out: bool = True,
         **kwargs: Any,
@@ -80,15 +92,22 @@ class SlimmableLinear(nn.Linear):
         )
         self.full_in_features = in_features
         self.full_out_features = out_features
+        self.disjoint = tuple(disjoint)
         self.slim_in = slim_in
         self.slim_out = slim_out
 
+    def spans(self, width: float) -> tuple[Span, Span]:
+        """The output and the input features that `width` uses."""
+        inputs = channel_span(self.full_in_features, width, self.disjoint) if self.slim_in else (0, self.in_features)
+        if not self.slim_out:
+            return (0, self.out_features), inputs
+        return channel_span(self.full_out_features, width, self.disjoint), inputs
+
     def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:  # type: ignore[override]
         """[..., in * width] -> [..., out * width]."""
-        out_features = scale_channels(self.full_out_features, width) if self.slim_out else self.out_features
-        in_features = scale_channels(self.full_in_features, width) if self.slim_in else self.in_features
-        bias = None if self.bias is None else self.bias[:out_features]
-        weight = _leading(self.weight, (self.out_features, self.in_features), (out_features, in_features))
+        outputs, inputs = self.spans(width)
+        bias = None if self.bias is None else _part(self.bias, (self.out_features,), (outputs,))
+        weight = _part(self.weight, (self.out_features, self.in_features), (outputs, inputs))
         return F.linear(x, weight, bias)
 
 
@@ -194,7 +213,20 @@ class SlimmableSequential(nn.Sequential):
         return x
 
 
-def _leading(weight: torch.Tensor, held: tuple[int, int], wanted: tuple[int, int]) -> torch.Tensor:
+def slice_starts(model: nn.Module, width: float) -> dict[str, tuple[int, ...]]:
+    """Where `width` begins in the weights and biases of a model's slimmable layers, by name."""
+    starts: dict[str, tuple[int, ...]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SlimmableConv2d | SlimmableLinear):
+            outputs, inputs = module.spans(width)
+            starts[f'{name}.weight'] = outputs[0], inputs[0]
+            starts[f'{name}.bias'] = (outputs[0],)
+    return starts
+
+
+def _part(tensor: torch.Tensor, sizes: tuple[int, ...], spans: tuple[Span, ...]) -> torch.Tensor:
     # A slice that takes everything would still cost a node in the graph and a zero-filled gradient in the backward.
     # The sizes come as numbers, not from the tensor, so that torch.fx can trace through.
-    return weight if wanted == held else weight[: wanted[0], : wanted[1]]
+    if spans == tuple((0, size) for size in sizes):
+        return tensor
+    return tensor[tuple(slice(*span) for span in spans)]

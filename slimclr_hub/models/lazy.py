@@ -106,7 +106,7 @@ class LazySlimmableResNet(SlimmableResNet):
         # All is read before anything changes, so that a failure leaves the network as it was.
         with TensorFile(self._path) as file:
             weights = {
-                module: _grown(module.weight, _size(module, largest), self._reader(file, name))
+                module: _grown(module.weight, [stop for _, stop in module.spans(largest)], self._reader(file, name))
                 for name, module in self.named_modules()
                 if isinstance(module, SlimmableConv2d | SlimmableLinear)
             }
@@ -143,19 +143,10 @@ class LazySlimmableResNet(SlimmableResNet):
         return lambda old, rows, columns: file.part(f'{name}.weight', (rows, columns))
 
 
-def _size(module: SlimmableConv2d | SlimmableLinear, width: float) -> tuple[int, int]:
-    """Output and input channels that a layer needs at `width`."""
-    if isinstance(module, SlimmableConv2d):
-        inputs = scale_channels(module.full_in_channels, width) if module.slim_in else module.in_channels
-        return scale_channels(module.full_out_channels, width), inputs
-    inputs = scale_channels(module.full_in_features, width) if module.slim_in else module.in_features
-    return scale_channels(module.full_out_features, width) if module.slim_out else module.out_features, inputs
-
-
-def _grown(old: torch.Tensor, size: tuple[int, int], read: Reader) -> torch.Tensor:
+def _grown(old: torch.Tensor, size: Sequence[int], read: Reader) -> torch.Tensor:
     """`old` as the leading block of a tensor of `size`, the rest of which is read."""
     rows, columns = old.shape[:2]
-    if size == (rows, columns):
+    if tuple(size) == (rows, columns):
         return old
     layout = torch.channels_last if old.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     if old.is_contiguous():

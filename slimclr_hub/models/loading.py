@@ -9,7 +9,7 @@ from timm.models import adapt_input_conv
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.weights.layouts import layout_of, shorten
-from slimclr_hub.weights.slices import key_width, leading, switch_name, switched_key, unswitch_name, width_key
+from slimclr_hub.weights.slices import DISJOINT, key_width, leading, switch_name, switched_key, unswitch_name, width_key
 from slimclr_hub.weights.tensor_file import TensorFile
 
 FIRST_CONV = 'conv1.weight'
@@ -116,6 +116,7 @@ def fit(wanted: Shapes, available: Shapes, width: float) -> dict[str, str]:
         return {name: name for name in wanted}
     if FIRST_CONV not in available:
         raise InputError(f'{FIRST_CONV} is missing: these are not the weights of such a network')
+    _check_overlap(wanted, available)
     key = width_key(width)
     # Channels are rounded, so that only the widths tell the share of them exactly; a dense file does not know its own.
     largest = _largest_width(available)
@@ -145,6 +146,20 @@ def fit(wanted: Shapes, available: Shapes, width: float) -> dict[str, str]:
     if problems:
         raise InputError(f'the weights do not fit: {shorten(problems)}{_explain(wanted, available)}')
     return fitted
+
+
+def _check_overlap(wanted: Shapes, available: Shapes) -> None:
+    # Leading blocks mean something where widths overlap; where they do not, only the very same widths do.
+    if DISJOINT not in wanted and DISJOINT not in available:
+        return
+    if DISJOINT not in available:
+        raise InputError('overlap=False needs weights that were trained so, which these were not; leave overlap out')
+    theirs = layout_of(available).widths
+    if DISJOINT not in wanted or layout_of(wanted).widths != theirs:
+        raise InputError(
+            f'the widths of these weights do not overlap; they need a slimmable network with overlap=False and '
+            f'widths={theirs}, of which `extract` gives one width'
+        )
 
 
 def _explain(wanted: Shapes, available: Shapes) -> str:

@@ -81,6 +81,8 @@ def _slimmable(
 ) -> SlimmableResNet:
     if lazy and not pretrained:
         raise InputError('lazy=True reads widths from the weights when they are asked for; it needs pretrained=True')
+    if lazy and not kwargs.get('overlap', True):
+        raise InputError('lazy=True is for widths that overlap; with overlap=False leave lazy out')
     levels = tuple(range(len(arch['layers']) + 1))
     return build(
         LazySlimmableResNet if lazy else SlimmableResNet,

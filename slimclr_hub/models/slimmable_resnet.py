@@ -25,10 +25,18 @@ from slimclr_hub.models.layers import (
     SlimmableSequential,
     SwitchableBatchNorm2d,
     SwitchableLinear,
+    slice_starts,
 )
 from slimclr_hub.models.loading import load_file
-from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_width, check_widths, scale_channels, width_key
-from slimclr_hub.weights.slices import dense_tensors
+from slimclr_hub.models.widths import (
+    DEFAULT_WIDTHS,
+    check_width,
+    check_widths,
+    disjoint_widths,
+    scale_channels,
+    width_key,
+)
+from slimclr_hub.weights.slices import DISJOINT, WIDTH_DIGITS, dense_tensors
 
 _SOURCE = ('architecture', 'tag', 'url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source')
 
@@ -48,6 +56,7 @@ class BasicBlock(nn.Module):
         first_dilation: Dilation of the first convolution.
         downsample: Projection of the shortcut, or none.
         drop_path: Stochastic depth, or none.
+        disjoint: Widths that do not overlap, if they do not.
     """
 
     expansion = 1
@@ -63,10 +72,11 @@ class BasicBlock(nn.Module):
         first_dilation: int = 1,
         downsample: SlimmableSequential | None = None,
         drop_path: nn.Module | None = None,
+        disjoint: Sequence[float] = (),
         **factory: Any,
     ) -> None:
         super().__init__()
-        conv: dict[str, Any] = {'max_width': max(widths), 'bias': False, **factory}
+        conv: dict[str, Any] = {'max_width': max(widths), 'disjoint': disjoint, 'bias': False, **factory}
         self.conv1 = SlimmableConv2d(
             inplanes, planes, 3, stride=stride, padding=first_dilation, dilation=first_dilation, **conv
         )
@@ -106,6 +116,7 @@ class Bottleneck(nn.Module):
         first_dilation: Dilation of the 3x3 convolution.
         downsample: Projection of the shortcut, or none.
         drop_path: Stochastic depth, or none.
+        disjoint: Widths that do not overlap, if they do not.
     """
 
     expansion = 4
@@ -121,10 +132,11 @@ class Bottleneck(nn.Module):
         first_dilation: int = 1,
         downsample: SlimmableSequential | None = None,
         drop_path: nn.Module | None = None,
+        disjoint: Sequence[float] = (),
         **factory: Any,
     ) -> None:
         super().__init__()
-        conv: dict[str, Any] = {'max_width': max(widths), 'bias': False, **factory}
+        conv: dict[str, Any] = {'max_width': max(widths), 'disjoint': disjoint, 'bias': False, **factory}
         self.conv1 = SlimmableConv2d(inplanes, planes, 1, **conv)
         self.bn1 = SwitchableBatchNorm2d(planes, widths, **factory)
         self.act1 = nn.ReLU(inplace=True)
@@ -178,6 +190,9 @@ class SlimmableResNet(nn.Module):
     A sub-network of width w uses the first `int(w * C)` of each layer's C channels, the stem included. Tensors are as
     large as the largest of `widths` needs, so that `widths=(0.5,)` is an individual network of width 0.5.
 
+    With `overlap=False` sub-networks share weights with the largest alone: the narrowest uses the first channels, the
+    next wider one those that follow, and so on. This is the reference code's `overlap_weight=False`.
+
     Slimmable Networks for Contrastive Self-supervised Learning, section 3.1 and figure 2.
 
     Args:
@@ -187,6 +202,8 @@ class SlimmableResNet(nn.Module):
         widths: The widths to hold, in any order.
         width: The width that is active at first; the largest unless given.
         held: Those of the widths to have tensors for; all unless given. `LazySlimmableResNet` begins with one.
+        overlap: Whether sub-networks share channels with each other, or only with the largest. If not, the widths
+            below the largest must add up to no more than that.
         head: `switchable`, a linear layer for each width, or `slimmable`, one whose inputs are sliced.
         num_classes: Classes; 0 for no head.
         in_chans: Channels of the images.
@@ -198,7 +215,7 @@ class SlimmableResNet(nn.Module):
         zero_init_last: Start the last normalisation of each block at zero.
 
     Raises:
-        InputError: A width, head or output stride that does not exist.
+        InputError: A width, head or output stride that does not exist, or widths that do not fit beside each other.
     """
 
     pretrained_cfg: dict[str, Any]  # set by timm's factory
@@ -212,6 +229,7 @@ class SlimmableResNet(nn.Module):
         widths: Sequence[float] = DEFAULT_WIDTHS,
         width: float | None = None,
         held: Sequence[float] | None = None,
+        overlap: bool = True,
         head: str = 'switchable',
         num_classes: int = 1000,
         in_chans: int = 3,
@@ -230,6 +248,13 @@ class SlimmableResNet(nn.Module):
         factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         self._widths = check_widths(widths)
         self._held = self._widths if held is None else check_widths(held)
+        self.overlap = overlap
+        self._disjoint = disjoint_widths(self._widths, overlap)
+        if self._disjoint:
+            if self._held != self._widths:
+                raise InputError('with overlap=False all widths are held from the start; leave held and lazy out')
+            units = [round(w * 10**WIDTH_DIGITS) for w in self._disjoint]
+            self.register_buffer(DISJOINT, torch.tensor(units, dtype=torch.int32, device=device))
         # An index rather than the float: torch.compile would make a float that changes a dynamic input of the graph.
         self._active = 0 if width is None else self._widths.index(check_width(width, self._widths))
         self._block = block
@@ -251,6 +276,7 @@ class SlimmableResNet(nn.Module):
             padding=kernel // 2,
             bias=False,
             max_width=self._held[0],
+            disjoint=self._disjoint,
             slim_in=False,
             **factory,
         )
@@ -290,6 +316,7 @@ class SlimmableResNet(nn.Module):
                             stride=stride,
                             bias=False,
                             max_width=self._held[0],
+                            disjoint=self._disjoint,
                             **factory,
                         ),
                         SwitchableBatchNorm2d(outplanes, self._held, **factory),
@@ -305,6 +332,7 @@ class SlimmableResNet(nn.Module):
                         first_dilation=previous_dilation,
                         downsample=downsample,
                         drop_path=DropPath(drop_path) if drop_path > 0 else None,
+                        disjoint=self._disjoint,
                         **factory,
                     )
                 )
@@ -330,7 +358,12 @@ class SlimmableResNet(nn.Module):
             raise InputError(f"global_pool {global_pool!r} needs head='switchable': its halves do not slice")
         else:
             self.fc = SlimmableLinear(
-                self.full_features, num_classes, max_width=self._held[0], slim_out=False, **factory
+                self.full_features,
+                num_classes,
+                max_width=self._held[0],
+                disjoint=self._disjoint,
+                slim_out=False,
+                **factory,
             )
         self.init_head()
 
@@ -386,8 +419,13 @@ class SlimmableResNet(nn.Module):
         new width, which `slimclr_hub.models.calibrate.calibrate_width` does.
 
         Raises:
-            InputError: The network has that width already, or is nowhere as wide.
+            InputError: The network has that width already, is nowhere as wide, or its widths do not overlap.
         """
+        if not self.overlap:
+            raise InputError(
+                f'width {width:g} cannot be added to a network with overlap=False, as its channels would be those of '
+                f'others; train a network that has it among its widths'
+            )
         widths = check_widths((*self._widths, width))
         if widths[0] != self._widths[0]:
             raise InputError(f"width {width:g} exceeds this network's tensors, which are those of {self._widths[0]:g}")
@@ -589,7 +627,8 @@ class SlimmableResNet(nn.Module):
             device='meta',
         )
         shapes = {name: tensor.shape for name, tensor in dense.state_dict().items()}
-        dense.load_state_dict(dense_tensors(self.state_dict(), shapes, width_key(width)), assign=True)
+        tensors = dense_tensors(self.state_dict(), shapes, width_key(width), slice_starts(self, width))
+        dense.load_state_dict(tensors, assign=True)
         if cfg := getattr(self, 'pretrained_cfg', None):
             # How images are prepared stays; where weights come from does not.
             kept = {key: value for key, value in cfg.items() if key not in _SOURCE}

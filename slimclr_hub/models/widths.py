@@ -5,6 +5,7 @@ from math import isfinite
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.weights.slices import WIDTH_DIGITS
+from slimclr_hub.weights.slices import channel_span as channel_span
 from slimclr_hub.weights.slices import scale_channels as scale_channels
 from slimclr_hub.weights.slices import width_key as width_key
 
@@ -29,6 +30,23 @@ def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
             )
     if len(set(widths)) != len(widths):
         raise InputError(f'widths {widths} names a width twice')
+    return widths
+
+
+def disjoint_widths(widths: Iterable[float], overlap: bool) -> tuple[float, ...]:
+    """The widths whose channels do not overlap, in descending order, as `channel_span` takes them: all or none.
+
+    Raises:
+        InputError: They do not fit beside each other, or as in `check_widths`.
+    """
+    if overlap:
+        return ()
+    widths = check_widths(widths)
+    if (total := round(sum(widths[1:]), WIDTH_DIGITS)) > widths[0]:
+        raise InputError(
+            f'widths {widths} do not fit with overlap=False: all but the largest add up to {total:g}, more than '
+            f'{widths[0]:g}; give fewer or narrower ones, for example widths=(1.0, 0.5, 0.25)'
+        )
     return widths
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.weights.slices import key_width, scale_channels, switched_key, width_key
+from slimclr_hub.weights.slices import DISJOINT, key_width, scale_channels, switched_key, width_key
 
 RESNET50_STAGES = (3, 4, 6, 3)
 DESCENDING = ('w100', 'w075', 'w050', 'w025')
@@ -62,6 +62,7 @@ class Layout:
         widths: Widths with a normalisation of their own, in descending order; none in a dense network's file.
         num_classes: Classes of its head; 0 without one.
         head: `switchable`, `slimmable` (or dense), or `none`.
+        overlap: Whether sub-networks share channels with each other, or only with the largest.
     """
 
     expansion: int
@@ -71,6 +72,7 @@ class Layout:
     widths: tuple[float, ...]
     num_classes: int
     head: str
+    overlap: bool = True
 
     @property
     def full_stem(self) -> int:
@@ -87,7 +89,8 @@ class Layout:
     def __str__(self) -> str:
         blocks = f'{"bottleneck" if self.expansion > 1 else "basic"} blocks {self.stages}'
         text = f'a ResNet of {blocks} with {self.stem} channels in its stem'
-        return text + (f' at widths {", ".join(map(str, self.widths))}' if self.widths else '')
+        text += f' at widths {", ".join(map(str, self.widths))}' if self.widths else ''
+        return text if self.overlap else f'{text} that do not overlap'
 
 
 def layout_of(shapes: Shapes) -> Layout:
@@ -115,6 +118,7 @@ def layout_of(shapes: Shapes) -> Layout:
         widths=tuple(sorted(map(key_width, keys), reverse=True)),
         num_classes=(*shapes[heads[0]], 0)[0] if heads else 0,
         head='none' if not heads else 'slimmable' if heads == ['fc.weight'] else 'switchable',
+        overlap=DISJOINT not in shapes,
     )
 
 
@@ -159,6 +163,8 @@ def _backbone_shapes(layout: Layout, conv1: Sequence[int]) -> dict[str, tuple[in
                 shapes[f'{name}.{width_key(width)}.{leaf}'] = shape
 
     inputs = layout.full_stem
+    if not layout.overlap:
+        shapes[DISJOINT] = (len(layout.widths),)
     shapes['conv1.weight'] = tuple(conv1)
     norm('bn1', inputs)
     for stage, count in enumerate(layout.stages):

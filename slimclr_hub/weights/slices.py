@@ -2,11 +2,20 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 import torch
 
+from slimclr_hub.errors import InputError
+
 WIDTH_DIGITS = 4
 """Decimals of a width that its key can tell."""
+
+DISJOINT = 'disjoint_widths'
+"""Tensor that a network has if its sub-networks do not overlap, so that no other one takes its weights for its own.
+
+It holds the widths in units of the last decimal that a key can tell, and nothing computes with it.
+"""
 
 _SWITCHED = re.compile(r'\.(w\d{3,5})\.')
 
@@ -17,6 +26,27 @@ def scale_channels(channels: int, width: float) -> int:
     The small addend keeps products such as 0.29 * 100 = 28.999... from losing a channel to rounding.
     """
     return int(channels * width + 1e-6)
+
+
+def channel_span(channels: int, width: float, disjoint: Sequence[float] = ()) -> tuple[int, int]:
+    """First channel that width `width` uses out of `channels`, and the one after its last.
+
+    Args:
+        channels: Channels at width 1.0.
+        width: The width.
+        disjoint: Widths that do not overlap: each begins where the next narrower one ends, and the widest has all. If
+            there are none, every width begins at 0.
+
+    Raises:
+        InputError: The width is not one of those that do not overlap.
+    """
+    size = scale_channels(channels, width)
+    if not disjoint or width == max(disjoint):
+        return 0, size
+    if width not in disjoint:
+        raise InputError(f'width {width:g} is not one of {", ".join(map(str, disjoint))}, which do not overlap')
+    start = sum(scale_channels(channels, narrower) for narrower in disjoint if narrower < width)
+    return start, start + size
 
 
 def width_key(width: float) -> str:
@@ -52,11 +82,14 @@ def switched_key(name: str) -> str | None:
 
 def leading(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """The leading block of `tensor` that has `shape`, as a contiguous tensor of its own."""
-    return tensor[tuple(slice(0, n) for n in shape)].clone(memory_format=torch.contiguous_format)
+    return _block(tensor, shape, ())
 
 
 def dense_tensors(
-    source: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]], key: str
+    source: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, Sequence[int]],
+    key: str,
+    starts: Mapping[str, Sequence[int]],
 ) -> dict[str, torch.Tensor]:
     """Tensors of the dense network of one width, cut out of a slimmable network's tensors.
 
@@ -64,8 +97,14 @@ def dense_tensors(
         source: State dict of the slimmable network.
         shapes: Name and shape of every tensor of the dense network.
         key: Key of the width (`w050`).
+        starts: Name -> where the width begins in the tensor, for those where it may begin elsewhere than at 0.
     """
     return {
-        name: leading(source[name if name in source else switch_name(name, key)], shape)
+        name: _block(source[name if name in source else switch_name(name, key)], shape, starts.get(name, ()))
         for name, shape in shapes.items()
     }
+
+
+def _block(tensor: torch.Tensor, shape: Sequence[int], start: Sequence[int]) -> torch.Tensor:
+    spans = zip_longest(start, shape, fillvalue=0)
+    return tensor[tuple(slice(begin, begin + n) for begin, n in spans)].clone(memory_format=torch.contiguous_format)
