@@ -46,6 +46,8 @@ def save_folder(
     model_args: dict[str, object] = {'widths': model.widths, 'head': model.head}
     if model.width != model.widths[0]:  # the default, which also suits whoever asks for other widths
         model_args['width'] = model.width
+    if not model.overlap:
+        model_args['overlap'] = False
     data_config = {'input_size': (model.in_chans, size, size), 'mean': mean, 'std': std, 'crop_pct': crop_pct}
     write_folder(model, model.state_dict(), folder, model_args=model_args, data_config=data_config, card=card)
 
@@ -77,8 +79,8 @@ def write_folder(
         save_tensors(tensors, partial / 'model.safetensors')
         # It stands at the top of the file already; transformers passes both, and a repeated keyword is an error there.
         config['model_args'].pop('num_classes', None)
-        for key in {'lazy', 'width'} - model_args.keys():
-            config['model_args'].pop(key, None)  # how it was opened, not what it is
+        for key in {'lazy', 'width', 'overlap'} - model_args.keys():
+            config['model_args'].pop(key, None)  # how it was opened, or a default, not what it is
         if not tagged:
             for key in OF_A_TAG:
                 config['pretrained_cfg'].pop(key, None)

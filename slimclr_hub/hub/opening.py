@@ -70,6 +70,8 @@ def _from_file(path: Path, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]
     found = {'widths': layout.widths, 'num_classes': layout.num_classes, 'in_chans': layout.in_chans}
     if layout.num_classes:
         found['head'] = layout.head
+    if not layout.overlap:
+        found['overlap'] = False
     # The architecture's default tag would otherwise be taken for that of the file.
     overlay = {**dict.fromkeys(OF_A_TAG), 'file': str(path)}
     return layout.architecture, {**found, 'pretrained_cfg_overlay': overlay, **kwargs}
