@@ -75,7 +75,9 @@ class MoCoV2(nn.Module):
         full = self.widths[0]
         features = backbone.full_features
         self.backbone = backbone
-        self.head = SlimmableMLP(features, features if hidden_dim is None else hidden_dim, dim, max_width=full)
+        self.head = SlimmableMLP(
+            features, features if hidden_dim is None else hidden_dim, dim, widths=self.widths, overlap=backbone.overlap
+        )
         self.key_backbone = backbone.extract(full).requires_grad_(False)
         self.key_head = self.head.extract(full).requires_grad_(False)
         split_batchnorm(self.backbone, bn_splits)

@@ -57,8 +57,10 @@ class MoCoV3(nn.Module):
         self.widths = backbone.widths
         self.temperature = temperature
         self.backbone = backbone
-        self.head = SlimmableProjector(backbone.full_features, hidden_dim, dim, self.widths)
-        self.predictor = SlimmableProjector(dim, hidden_dim, dim, self.widths, slim_in=False, last_norm=False)
+        self.head = SlimmableProjector(backbone.full_features, hidden_dim, dim, self.widths, overlap=backbone.overlap)
+        self.predictor = SlimmableProjector(
+            dim, hidden_dim, dim, self.widths, slim_in=False, last_norm=False, overlap=backbone.overlap
+        )
         self.key_backbone = backbone.extract(self.widths[0]).requires_grad_(False)
         self.key_head = self.head.extract(self.widths[0]).requires_grad_(False)
 

@@ -58,7 +58,7 @@ class SimCLR(nn.Module):
         features = backbone.full_features
         self.backbone = backbone
         hidden = features if hidden_dim is None else hidden_dim
-        self.head = SlimmableMLP(features, hidden, dim, max_width=self.widths[0])
+        self.head = SlimmableMLP(features, hidden, dim, widths=self.widths, overlap=backbone.overlap)
 
     def forward(
         self,

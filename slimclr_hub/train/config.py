@@ -6,7 +6,7 @@ from typing import Any
 from slimclr_hub.data import DataConfig, ViewConfig
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods.loss_weights import loss_weights
-from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_widths
+from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_widths, disjoint_widths
 from slimclr_hub.train.checks import above, at_least, one_of, share
 from slimclr_hub.train.method_config import MethodConfig
 
@@ -21,6 +21,8 @@ class ModelConfig:
     Args:
         name: Name in timm's registry, such as slimclr_resnet50.
         widths: Widths to train; a single one is that individual network.
+        overlap: Whether sub-networks share weights with each other. Without, each shares with the widest alone, and the
+            narrower widths may add up to no more than that (the reference code's overlap_weight).
         weights: What to start from instead of random weights: a folder that timm opens, a .safetensors file (both of
             which `slimclr-hub convert` makes of a plain ResNet), or `pretrained` for the tag in the name.
         args: Further arguments of the network, such as drop_path_rate.
@@ -28,12 +30,13 @@ class ModelConfig:
 
     name: str = 'slimclr_resnet20'
     widths: tuple[float, ...] = DEFAULT_WIDTHS
+    overlap: bool = True
     weights: str | None = None
     args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         try:
-            check_widths(self.widths)
+            disjoint_widths(check_widths(self.widths), self.overlap)
         except InputError as error:
             raise InputError(f'model.widths {list(self.widths)}: {error}') from error
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.train.config import PretrainConfig
+from slimclr_hub.train.method_config import MethodConfig
 
 RECIPE = 'recipe.yaml'
 """File in a run's folder that holds its configuration."""
@@ -121,6 +122,8 @@ def _parser() -> ArgumentParser:
         '--allow_changes', type=bool, default=False, help='resume although the configuration is another one'
     )
     parser.add_class_arguments(PretrainConfig, as_group=False)
+    # A MethodConfig fills itself in with the values of its method, which are not those of another one.
+    parser.set_defaults({f'method.{field.name}': field.default for field in fields(MethodConfig)})
     return parser
 
 

@@ -25,7 +25,13 @@ def make_backbone(config: ModelConfig, in_chans: int, num_classes: int = 0) -> S
         raise InputError(f'model.name {name!r} is not known; slimmable: {", ".join(_slimmable())}')
     if name.partition('.')[0] not in _slimmable():
         raise InputError(f'model.name {name!r} is not slimmable; these are: {", ".join(_slimmable())}')
-    kwargs: dict[str, Any] = {'num_classes': num_classes, 'in_chans': in_chans, 'widths': config.widths, **config.args}
+    kwargs: dict[str, Any] = {
+        'num_classes': num_classes,
+        'in_chans': in_chans,
+        'widths': config.widths,
+        'overlap': config.overlap,
+        **config.args,
+    }
     if config.weights is not None:
         kwargs['pretrained'] = True
         if config.weights != 'pretrained':
