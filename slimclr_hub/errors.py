@@ -13,17 +13,8 @@ class DivergedError(RuntimeError):
     """Training produced a loss that is not finite."""
 
 
-class PreemptedError(RuntimeError):
-    """Training was asked to stop, and has kept its state.
-
-    Args:
-        message: What happened and how to go on.
-        status: Exit status of the process.
-    """
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
+class DataError(RuntimeError):
+    """Data that cannot be used, met while it is read. The message names it and the remedy."""
 
 
 class ExportError(RuntimeError):

@@ -11,8 +11,9 @@ import torch
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 
+from slimclr_hub.data.seeding import drawing
 from slimclr_hub.data.sources import DataConfig, make_dataset
-from slimclr_hub.data.views import TwoViews, ViewConfig, make_view
+from slimclr_hub.data.views import Views, ViewConfig, make_view
 from slimclr_hub.errors import InputError
 
 Key = tuple[int, int]
@@ -60,10 +61,7 @@ class SeededDataset(Dataset[tuple[Any, int]]):
 
     def __getitem__(self, key: Key) -> tuple[Any, int]:
         image, label = self.dataset[key[1]]
-        # torch's CPU generator takes 32 bits of a seed, so the three numbers have to be mixed into as many.
-        seed = int(np.random.SeedSequence((self.seed, *key)).generate_state(1)[0])
-        with torch.random.fork_rng(devices=()):
-            torch.default_generator.manual_seed(seed)
+        with drawing(self.seed, *key):
             return self.transform(image), label
 
 
@@ -97,27 +95,28 @@ class TrainData:
         self.loader = DataLoader(seeded, batch_sampler=self.sampler, **_workers(config, seed))
         self.notes = ()
 
-    def epoch(self, epoch, start=0, position=None):
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
-        m = self.config.batch_size // self.parts
-        b = m // self.processes
-        n = self.steps_per_epoch * self.parts
-        order = order[: n * m].reshape(n, self.processes, b)[start * self.parts :, self.rank]
-        self.sampler.batches = [[(epoch, int(i)) for i in batch] for batch in order]
-        for views, labels in self.loader:
-            yield Batch(
-                tuple(v.to(self.device, non_blocking=True) for v in views), labels.to(self.device, non_blocking=True)
-            )
-
-
-class _Sampler:
-    batches: list = []
-
-    def __iter__(self):
-        return iter(self.batches)
-
-    def __len__(self):
-        return len(self.batches)
+    Raises:
+        InputError: The batch does not divide over the processes, or is larger than the data set.
+    """
+    if config.batch_size % processes:
+        raise InputError(f'data.batch_size {config.batch_size} does not divide over {processes} processes')
+    dataset = make_dataset(config, config.train_split, training=True)
+    length = len(dataset)  # type: ignore[arg-type]
+    if config.batch_size > length:
+        raise InputError(f'data.batch_size {config.batch_size} is larger than the data set of {length} images')
+    view = make_view(views, views.size or config.size, config.mean, config.std)
+    transform = Views(view, view)
+    workers = _workers(config, seed)
+    if isinstance(dataset, IterableDataset):
+        dataset.transform = transform  # type: ignore[attr-defined]
+        if hasattr(dataset, 'set_loader_cfg'):
+            dataset.set_loader_cfg(num_workers=config.num_workers)
+        loader = DataLoader(dataset, batch_size=config.batch_size // processes, drop_last=True, **workers)
+    else:
+        sampler = EpochSampler(length, seed)
+        seeded = SeededDataset(dataset, transform, seed)
+        loader = DataLoader(seeded, batch_size=config.batch_size, sampler=sampler, drop_last=True, **workers)
+    return loader, length // config.batch_size
 
 
 def eval_loader(config: DataConfig, split: str, at_most: int | None, seed: int, processes: int = 1) -> DataLoader:

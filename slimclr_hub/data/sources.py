@@ -44,6 +44,8 @@ class DataConfig:
         image_key: Name of a Hub data set's column of images.
         label_key: Name of a Hub data set's column of labels.
         download: Let torchvision download its data set into `root`.
+        max_corrupt: Distinct images that each process may replace because they cannot be read, before training stops.
+        shuffle_buffer: Encoded images that each worker holds to shuffle a stream that it trains on; 0 or 1 for none.
     """
 
     name: str = EMBEDDED
@@ -61,6 +63,8 @@ class DataConfig:
     image_key: str | None = None
     label_key: str | None = None
     download: bool = False
+    max_corrupt: int = 100
+    shuffle_buffer: int = 2048
 
     def __post_init__(self) -> None:
         if self.name not in (EMBEDDED, FASHION_MNIST) and not self.name.startswith(_TIMM_KINDS):
@@ -68,7 +72,7 @@ class DataConfig:
                 f'data.name {self.name!r} is not {EMBEDDED}, {FASHION_MNIST} or one that begins with '
                 f'{", ".join(_TIMM_KINDS)}'
             )
-        for name, least in ('size', 2), ('batch_size', 2), ('num_workers', 0):
+        for name, least in ('size', 2), ('batch_size', 2), ('num_workers', 0), ('max_corrupt', 0), ('shuffle_buffer', 0):
             if getattr(self, name) < least:
                 raise InputError(f'data.{name} is {getattr(self, name)}; give {least} or more')
         if self.num_samples is not None and self.num_samples < 1:
@@ -82,6 +86,11 @@ class DataConfig:
             raise InputError(f'data.std {list(self.std)} holds a value that is not above 0')
         if not 0 < self.crop_pct <= 1:
             raise InputError(f'data.crop_pct is {self.crop_pct}; give a share in (0, 1]')
+
+    @property
+    def mode(self) -> str:
+        """Pillow's mode of the images."""
+        return 'RGB' if self.channels == 3 else 'L'
 
     @property
     def streams(self) -> bool:
@@ -122,7 +131,7 @@ def make_dataset(config: DataConfig, split: str, training: bool) -> Dataset | It
     Raises:
         InputError: There is no such source or split, or it holds no image.
     """
-    mode = 'RGB' if config.channels == 3 else 'L'
+    mode = config.mode
     if config.name == EMBEDDED:
         return ArrayImages(*read_embedded(_idx_split(split)), mode)
     if config.name == FASHION_MNIST:

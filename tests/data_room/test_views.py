@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from slimclr_hub.data import ViewConfig
 from slimclr_hub.data.loaders import EpochSampler, SeededDataset
 from slimclr_hub.data.sources import ArrayImages
-from slimclr_hub.data.views import TwoViews, make_view
+from slimclr_hub.data.views import Views, make_view
 from slimclr_hub.errors import InputError
 from tests.data_room.files import some_images
 
@@ -45,7 +45,7 @@ def coordinates() -> Image.Image:
 
 def seeded(count: int = 12, config: ViewConfig | None = None, seed: int = 3) -> SeededDataset:
     view = make_view(config or ViewConfig(), 20, (0.286,), (0.353,))
-    return SeededDataset(ArrayImages(*some_images('train', count), 'L'), TwoViews(view, view), seed)
+    return SeededDataset(ArrayImages(*some_images('train', count), 'L'), Views(view, view), seed)
 
 
 # Determinism

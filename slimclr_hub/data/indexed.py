@@ -1,0 +1,164 @@
+"""Training images by index: every epoch an order of its own, cut for parts of a step and processes by arithmetic alone."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import ImageDataset
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from slimclr_hub.data.batches import Chunk, Problem, Sample, make_chunk
+from slimclr_hub.data.corrupt import reason
+from slimclr_hub.data.seeding import drawing, permutation
+
+Key = tuple[int, int]
+_REPLACEMENT = 1  # keeps the draws of a replacement apart from those of the views
+
+
+class EpochBatches(Sampler[list[Key]]):
+    """(epoch, index) of this process's images of each micro-batch.
+
+    Process r takes the r-th contiguous part of images order[k * m : (k + 1) * m] of micro-batch k, where m is the size of
+    a micro-batch over all processes.
+
+    Args:
+        length: Images in the data set.
+        seed: Seed of all orders.
+        micro_batch: Images of a micro-batch over all processes.
+        processes: Number of processes.
+        rank: Which of them this is.
+        count: Micro-batches an epoch.
+    """
+
+    def __init__(self, length: int, seed: int, micro_batch: int, processes: int, rank: int, count: int) -> None:
+        self.length = length
+        self.seed = seed
+        self.micro_batch = micro_batch
+        self.size = micro_batch // processes
+        self.rank = rank
+        self.count = count
+        self.epoch = 0
+        self.start = 0
+
+    def __len__(self) -> int:
+        return self.count - self.start
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch = self.epoch
+        order = permutation(self.length, self.seed, epoch)
+        for k in range(self.start, self.count):
+            first = k * self.micro_batch + self.rank * self.size
+            yield [(epoch, int(index)) for index in order[first : first + self.size]]
+
+
+class IndexedImages(Dataset[tuple[Sample | None, list[Problem]]]):
+    """Samples by (epoch, index); an image that cannot be read is replaced by another one of the data set.
+
+    Both the replacement and the views follow from the seed, the epoch and the index.
+
+    Args:
+        dataset: (PIL image, label) by index.
+        transform: Views of an image, which draw from torch's global generator.
+        seed: Seed of views and replacements.
+        mode: Pillow's mode to convert images to.
+        max_corrupt: How many images to try for one index before giving up.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        transform: Callable[[Any], tuple[torch.Tensor, ...]],
+        seed: int,
+        mode: str,
+        max_corrupt: int,
+    ) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+        self.mode = mode
+        self.max_corrupt = max_corrupt
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: Key) -> tuple[Sample | None, list[Problem]]:
+        """The sample, or none where too many in a row could not be read; and the images that could not."""
+        epoch, index = key
+        problems: list[Problem] = []
+        for candidate in self._candidates(epoch, index):
+            try:
+                image, label = read_image(self.dataset, candidate, self.mode)
+            except Exception as error:  # decoders raise whatever occurs to them: SyntaxError, struct.error, IndexError
+                problems.append((image_name(self.dataset, candidate), reason(error)))
+                if len(problems) > self.max_corrupt:
+                    break
+            else:
+                with drawing(self.seed, epoch, index):
+                    return Sample(self.transform(image), label), problems
+        return None, problems
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
+        yield index
+        # Anywhere rather than the next: neighbours are often of one class, and damaged together.
+        rng = np.random.default_rng((self.seed, epoch, index, _REPLACEMENT))
+        tried = {index}
+        while len(tried) < len(self):
+            candidate = int(rng.integers(len(self)))
+            if candidate not in tried:
+                tried.add(candidate)
+                yield candidate
+
+
+def read_image(dataset: Any, index: int, mode: str) -> tuple[Image.Image, int]:
+    """Decode one image; whatever goes wrong is raised."""
+    if isinstance(dataset, ImageDataset):
+        # timm's own access goes on to the next index where one fails, and tells only its log.
+        source, label = dataset.reader[index][:2]
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+    else:
+        image, label = dataset[index]
+    image = image.convert(mode)  # decodes, too
+    return image, -1 if label is None else int(label)
+
+
+def image_name(dataset: Any, index: int) -> str:
+    """Path of an image, or its index where it has none."""
+    try:
+        return str(dataset.filename(index, absolute=True))
+    except Exception:  # timm's readers refuse in their own ways, and one that cannot read may not know the name either
+        return f'image {index}'
+
+
+def collate(items: list[tuple[Sample | None, list[Problem]]]) -> Chunk:
+    """Samples of one micro-batch, with the problems met on the way."""
+    samples = [sample for sample, _ in items if sample is not None]
+    return make_chunk(samples, [problem for _, problems in items for problem in problems])
+
+
+class IndexedFeed:
+    """This process's micro-batches of a data set by index.
+
+    Args:
+        images: The samples.
+        batches: Whose samples, in which order.
+        options: Of the loader.
+    """
+
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, images: IndexedImages, batches: EpochBatches, options: dict[str, Any]) -> None:
+        self.batches = batches
+        self.loader: DataLoader[Chunk] = DataLoader(
+            images,  # type: ignore[arg-type]
+            batch_sampler=batches,
+            collate_fn=collate,
+            **options,
+        )
+
+    def chunks(self, epoch: int, start: int, position: None) -> Iterator[tuple[Chunk, None]]:
+        """Micro-batches of an epoch from the `start`-th on; a data set by index needs no position."""
+        self.batches.epoch, self.batches.start = epoch, start
+        for chunk in self.loader:
+            yield chunk, None

@@ -1,0 +1,26 @@
+"""Random numbers that follow from named integers, such as (seed, epoch, index), and from nothing else."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def mixed_seed(*numbers: int) -> int:
+    """32 bits that follow from the numbers; neighbouring ones share nothing, as those of a sum would."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+@contextmanager
+def drawing(*numbers: int) -> Iterator[None]:
+    """Let torch's global CPU generator draw what follows from the numbers, and leave it as it was."""
+    with torch.random.fork_rng(devices=()):
+        # The CPU generator takes 32 bits of a seed, so the numbers have to be mixed into as many.
+        torch.default_generator.manual_seed(mixed_seed(*numbers))
+        yield
+
+
+def permutation(length: int, *numbers: int) -> np.ndarray:
+    """Integers [length] in an order that follows from the numbers."""
+    return np.random.default_rng(numbers).permutation(length)

@@ -1,0 +1,150 @@
+"""The training images of one process, from any source, as batches on its device."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torchvision.transforms import v2
+
+from slimclr_hub.data.batches import Batch, Chunk
+from slimclr_hub.data.corrupt import CorruptImages
+from slimclr_hub.data.indexed import EpochBatches, IndexedFeed, IndexedImages
+from slimclr_hub.data.sources import DataConfig, make_dataset
+from slimclr_hub.data.views import ViewConfig, Views, make_view
+from slimclr_hub.errors import DataError, InputError
+
+Position = dict[str, Any] | None
+_LEAST_IMAGES = 2  # of a process and part: batch normalisation of a single one is nothing
+
+
+class Feed(Protocol):
+    """Source of this process's micro-batches."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user must know before training starts."""
+
+    def chunks(self, epoch: int, start: int, position: Any) -> Iterator[tuple[Chunk, Position]]:
+        """Micro-batches from the `start`-th of an epoch on, each with the position after it."""
+
+
+class TrainData:
+    """This process's share of the training images.
+
+    An optimizer step takes `config.batch_size` images over all processes, in `parts` micro-batches that are divided
+    over the processes. Whatever is random follows from the seed, the epoch and the place of an image in the data set, so
+    that an epoch can be entered at any step.
+
+    Args:
+        config: The source.
+        views: Distribution of the first view.
+        second_views: Distribution of the second view; that of the first where null.
+        seed: Seed of orders and views.
+        processes: Number of processes that train together.
+        rank: Which of them this is.
+        parts: Micro-batches of an optimizer step, for the accumulation of gradients.
+        view_count: Views of each image, 1 or 2.
+        device: Where batches are put.
+
+    Raises:
+        InputError: There is no such source, or the batch does not fit the data, the processes or the parts.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        views: ViewConfig,
+        second_views: ViewConfig | None = None,
+        *,
+        seed: int,
+        processes: int = 1,
+        rank: int = 0,
+        parts: int = 1,
+        view_count: int = 2,
+        device: torch.device | str = 'cpu',
+    ) -> None:
+        _check_batch(config.batch_size, processes, parts)
+        if view_count not in (1, 2):
+            raise InputError(f'view_count is {view_count}; give 1 or 2')
+        self.config = config
+        self.parts = parts
+        self.device = torch.device(device)
+        self.corrupt = CorruptImages(config.max_corrupt)
+        configs = [views, second_views or views][:view_count]
+        transform = Views(*_each(configs, lambda each: make_view(each, _size(config, each), config.mean, config.std)))
+        micro_batch = config.batch_size // parts
+        self.feed: Feed
+        dataset = make_dataset(config, config.train_split, training=True)
+        length = len(dataset)  # type: ignore[arg-type]
+        if config.batch_size > length:
+            raise InputError(f'data.batch_size {config.batch_size} is larger than the data set of {length} images')
+        self.steps_per_epoch = length // config.batch_size
+        self.feed = IndexedFeed(
+            IndexedImages(dataset, transform, seed, config.mode, config.max_corrupt),
+            EpochBatches(length, seed, micro_batch, processes, rank, self.steps_per_epoch * parts),
+            loader_options(config, seed),
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user must know before training starts, a sentence each."""
+        return self.feed.notes
+
+    def epoch(self, epoch: int, start: int = 0, position: Position = None) -> Iterator[Batch]:
+        """Micro-batches of an epoch from an optimizer step on; a stream may end early.
+
+        Args:
+            epoch: The epoch, from 0.
+            start: The optimizer step in the epoch, from 0.
+            position: That of the last batch before `start`.
+
+        Raises:
+            DataError: Too many images cannot be read, or a stream is damaged.
+            InputError: The position is not one of this run.
+        """
+        for chunk, after in self.feed.chunks(epoch, start * self.parts, position):
+            self.corrupt.add(chunk['problems'])
+            if not len(chunk['labels']):
+                raise DataError(f'no image of data.name {self.config.name} can be read: {chunk["problems"][0]}')
+            yield Batch(
+                views=tuple(self._place(view) for view in chunk['views']),
+                labels=self._place(chunk['labels']),
+                position=after,
+                corrupt=tuple(name for name, _ in chunk['problems']),
+            )
+
+    def _place(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+
+def loader_options(config: DataConfig, seed: int) -> dict[str, Any]:
+    """How torch's loader runs its workers."""
+    return {
+        'num_workers': config.num_workers,
+        'persistent_workers': config.num_workers > 0,
+        # Of their own, so that seeding workers draws nothing from the global one, which shuffles keys.
+        'generator': torch.Generator().manual_seed(seed),
+        'pin_memory': torch.cuda.is_available(),
+    }
+
+
+def _each(configs: list[ViewConfig], make: Callable[[ViewConfig], v2.Transform]) -> list[v2.Transform]:
+    return [make(config) for config in configs]
+
+
+def _size(config: DataConfig, views: ViewConfig) -> int:
+    return views.size or config.size
+
+
+def _check_batch(batch: int, processes: int, parts: int) -> None:
+    if processes < 1 or parts < 1:
+        raise InputError(f'there are {processes} processes and {parts} parts of a step; give 1 or more of both')
+    shares = processes * parts
+    least = _LEAST_IMAGES * shares
+    if batch % shares or batch < least:
+        nearest = max(round(batch / shares) * shares, least)
+        what = 'does not divide over' if batch % shares else f'leaves fewer than {_LEAST_IMAGES} images to each of'
+        raise InputError(
+            f'data.batch_size {batch} {what} {processes} processes x {parts} parts of a step; the nearest that fits '
+            f'is {nearest}'
+        )
