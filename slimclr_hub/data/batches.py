@@ -46,8 +46,8 @@ class Batch:
     Args:
         views: Normalised float tensors [b, C, H, W] on the training device, one for each view.
         labels: Classes [b] on the training device, -1 where there are none.
-        position: Where this process stands in its stream after the batch, for a checkpoint; null where the epoch and the
-            step say all.
+        position: Where this process stands in its stream after the batch, for a checkpoint; null where the epoch
+            and the step say all.
         corrupt: Names of images that could not be read and were replaced.
     """
 

@@ -1,4 +1,4 @@
-"""Training images by index: every epoch an order of its own, cut for parts of a step and processes by arithmetic alone."""
+"""Training images by index: every epoch has its own order, which arithmetic alone cuts for parts and processes."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from slimclr_hub.data.batches import Chunk, Problem, Sample, make_chunk
 from slimclr_hub.data.corrupt import reason
 from slimclr_hub.data.seeding import drawing, permutation
+from slimclr_hub.errors import DataError
 
 Key = tuple[int, int]
 _REPLACEMENT = 1  # keeps the draws of a replacement apart from those of the views
@@ -20,8 +21,8 @@ _REPLACEMENT = 1  # keeps the draws of a replacement apart from those of the vie
 class EpochBatches(Sampler[list[Key]]):
     """(epoch, index) of this process's images of each micro-batch.
 
-    Process r takes the r-th contiguous part of images order[k * m : (k + 1) * m] of micro-batch k, where m is the size of
-    a micro-batch over all processes.
+    Process r takes the r-th contiguous part of images order[k * m : (k + 1) * m] of micro-batch k, where m is the size
+    of a micro-batch over all processes.
 
     Args:
         length: Images in the data set.
@@ -158,7 +159,14 @@ class IndexedFeed:
         )
 
     def chunks(self, epoch: int, start: int, position: None) -> Iterator[tuple[Chunk, None]]:
-        """Micro-batches of an epoch from the `start`-th on; a data set by index needs no position."""
+        """Micro-batches of an epoch from the `start`-th on; a data set by index needs no position.
+
+        Raises:
+            DataError: There was no image to replace one that cannot be read.
+        """
         self.batches.epoch, self.batches.start = epoch, start
         for chunk in self.loader:
             yield chunk, None
+            if len(chunk['labels']) < self.batches.size:
+                name, why = chunk['problems'][0]
+                raise DataError(f'no image of the data set can be read; the first was {name} ({why})')

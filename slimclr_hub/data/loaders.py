@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subs
 
 from slimclr_hub.data.seeding import drawing
 from slimclr_hub.data.sources import DataConfig, make_dataset
-from slimclr_hub.data.views import Views, ViewConfig, make_view
+from slimclr_hub.data.views import ViewConfig, Views, make_view
 from slimclr_hub.errors import InputError
 
 Key = tuple[int, int]

@@ -72,7 +72,13 @@ class DataConfig:
                 f'data.name {self.name!r} is not {EMBEDDED}, {FASHION_MNIST} or one that begins with '
                 f'{", ".join(_TIMM_KINDS)}'
             )
-        for name, least in ('size', 2), ('batch_size', 2), ('num_workers', 0), ('max_corrupt', 0), ('shuffle_buffer', 0):
+        for name, least in (
+            ('size', 2),
+            ('batch_size', 2),
+            ('num_workers', 0),
+            ('max_corrupt', 0),
+            ('shuffle_buffer', 0),
+        ):
             if getattr(self, name) < least:
                 raise InputError(f'data.{name} is {getattr(self, name)}; give {least} or more')
         if self.num_samples is not None and self.num_samples < 1:

@@ -1,6 +1,7 @@
 """The training images of one process, from any source, as batches on its device."""
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -8,10 +9,15 @@ from torchvision.transforms import v2
 
 from slimclr_hub.data.batches import Batch, Chunk
 from slimclr_hub.data.corrupt import CorruptImages
+from slimclr_hub.data.hub_shards import HubShards
 from slimclr_hub.data.indexed import EpochBatches, IndexedFeed, IndexedImages
+from slimclr_hub.data.shards import Shards, TarShards
+from slimclr_hub.data.shares import Layout
 from slimclr_hub.data.sources import DataConfig, make_dataset
+from slimclr_hub.data.stream import ShardedSource, Source, StreamedChunks, StreamFeed
+from slimclr_hub.data.timm_stream import OneWayFeed, TimmSource
 from slimclr_hub.data.views import ViewConfig, Views, make_view
-from slimclr_hub.errors import DataError, InputError
+from slimclr_hub.errors import InputError
 
 Position = dict[str, Any] | None
 _LEAST_IMAGES = 2  # of a process and part: batch normalisation of a single one is nothing
@@ -32,8 +38,8 @@ class TrainData:
     """This process's share of the training images.
 
     An optimizer step takes `config.batch_size` images over all processes, in `parts` micro-batches that are divided
-    over the processes. Whatever is random follows from the seed, the epoch and the place of an image in the data set, so
-    that an epoch can be entered at any step.
+    over the processes. Whatever is random follows from the seed, the epoch and the place of an image in the data set,
+    so that an epoch can be entered at any step.
 
     Args:
         config: The source.
@@ -68,22 +74,14 @@ class TrainData:
             raise InputError(f'view_count is {view_count}; give 1 or 2')
         self.config = config
         self.parts = parts
+        self.size = config.batch_size // parts // processes
         self.device = torch.device(device)
         self.corrupt = CorruptImages(config.max_corrupt)
         configs = [views, second_views or views][:view_count]
         transform = Views(*_each(configs, lambda each: make_view(each, _size(config, each), config.mean, config.std)))
-        micro_batch = config.batch_size // parts
-        self.feed: Feed
-        dataset = make_dataset(config, config.train_split, training=True)
-        length = len(dataset)  # type: ignore[arg-type]
-        if config.batch_size > length:
-            raise InputError(f'data.batch_size {config.batch_size} is larger than the data set of {length} images')
+        make_feed = _stream_feed if config.streams else _indexed_feed
+        self.feed, length = make_feed(config, transform, seed, processes, rank, parts)
         self.steps_per_epoch = length // config.batch_size
-        self.feed = IndexedFeed(
-            IndexedImages(dataset, transform, seed, config.mode, config.max_corrupt),
-            EpochBatches(length, seed, micro_batch, processes, rank, self.steps_per_epoch * parts),
-            loader_options(config, seed),
-        )
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -102,10 +100,12 @@ class TrainData:
             DataError: Too many images cannot be read, or a stream is damaged.
             InputError: The position is not one of this run.
         """
-        for chunk, after in self.feed.chunks(epoch, start * self.parts, position):
+        count = (self.steps_per_epoch - start) * self.parts
+        for chunk, after in islice(self.feed.chunks(epoch, start * self.parts, position), count):
             self.corrupt.add(chunk['problems'])
-            if not len(chunk['labels']):
-                raise DataError(f'no image of data.name {self.config.name} can be read: {chunk["problems"][0]}')
+            # Smaller ones only tell of images that cannot be read.
+            if len(chunk['labels']) < self.size:
+                continue
             yield Batch(
                 views=tuple(self._place(view) for view in chunk['views']),
                 labels=self._place(chunk['labels']),
@@ -115,6 +115,66 @@ class TrainData:
 
     def _place(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)
+
+
+def _indexed_feed(
+    config: DataConfig, transform: Views, seed: int, processes: int, rank: int, parts: int
+) -> tuple[Feed, int]:
+    dataset = make_dataset(config, config.train_split, training=True)
+    length = _check_length(config, len(dataset))  # type: ignore[arg-type]
+    images = IndexedImages(dataset, transform, seed, config.mode, config.max_corrupt)
+    count = length // config.batch_size * parts
+    batches = EpochBatches(length, seed, config.batch_size // parts, processes, rank, count)
+    return IndexedFeed(images, batches, loader_options(config, seed)), length
+
+
+def _stream_feed(
+    config: DataConfig, transform: Views, seed: int, processes: int, rank: int, parts: int
+) -> tuple[Feed, int]:
+    def chunks(source: Source, layout: Layout) -> StreamedChunks:
+        return StreamedChunks(source, transform, layout, seed, config.mode, config.max_corrupt)
+
+    def layout(length: int) -> Layout:
+        return Layout(
+            processes=processes,
+            workers=max(1, config.num_workers),
+            images=config.batch_size // parts // processes,
+            batches=_check_length(config, length) // config.batch_size * parts,
+        )
+
+    options = loader_options(config, seed)
+    if config.name.startswith('tfds/'):
+        dataset: Any = make_dataset(config, config.train_split, training=True)
+        dataset.set_loader_cfg(num_workers=config.num_workers)
+        length = dataset.reader.num_samples
+        feed = StreamFeed(chunks(TimmSource(dataset, rank), layout(length)), options, (), {})
+        return OneWayFeed(feed, config.name), length
+    shards: Shards = TarShards(config) if config.name.startswith('wds/') else HubShards(config)
+    length = _stream_length(config, shards)
+    divided = layout(length)
+    source = ShardedSource(shards, divided, rank, seed, config.shuffle_buffer)
+    facts = {'shards': shards.count, 'shuffle_buffer': config.shuffle_buffer}
+    notes: tuple[str, ...] = ()
+    if shards.lengths is None and processes > 1:
+        notes = (
+            f'data.name {config.name}: the lengths of the {shards.count} shards are unknown, so each of {processes} '
+            'processes reads all of them and uses its part; an _info.json, or Parquet files, would spare that.',
+        )
+    return StreamFeed(chunks(source, divided), options, notes, facts), length
+
+
+def _stream_length(config: DataConfig, shards: Shards) -> int:
+    if shards.lengths is not None:
+        return min(sum(shards.lengths), shards.total or sum(shards.lengths))
+    if shards.total is None:
+        raise InputError(f'data.name {config.name}: a stream of unknown length needs data.num_samples')
+    return shards.total
+
+
+def _check_length(config: DataConfig, length: int) -> int:
+    if config.batch_size > length:
+        raise InputError(f'data.batch_size {config.batch_size} is larger than the data set of {length} images')
+    return length
 
 
 def loader_options(config: DataConfig, seed: int) -> dict[str, Any]:

@@ -28,8 +28,8 @@ class ViewConfig:
         gray_prob: Probability of turning to gray.
         blur_prob: Probability of Gaussian blur, with sigma from 0.1 to 2 pixels.
         flip_prob: Probability of a horizontal flip.
-        solarize_prob: Probability of inverting the upper half of the range; BYOL and MoCo v3 do so to their second view,
-            with 0.2.
+        solarize_prob: Probability of inverting the upper half of the range; BYOL and MoCo v3 do so to their second
+            view, with 0.2.
         backend: What computes the views of training: `cpu`, in the workers on 8-bit images, or `kornia`, where the
             workers only decode and crop, and the device does the rest for a batch at a time. That of the first view
             holds for both.

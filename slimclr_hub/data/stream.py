@@ -1,0 +1,262 @@
+"""Training images of a sharded stream: exact shares for workers, and a position from which an epoch goes on.
+
+Every worker has a share of the epoch of its own and hands it over in micro-batches; they take turns. So a position is
+the number of samples used of every share and whose turn it is, and where workers begin at a position with the turn
+given to the first, the batches that follow are those that would have followed.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any, Protocol, TypeVar
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from slimclr_hub.data.batches import Chunk, Problem, Sample, cut_chunk, join_chunks, make_chunk
+from slimclr_hub.data.corrupt import reason
+from slimclr_hub.data.seeding import drawing, mixed_seed
+from slimclr_hub.data.shards import Raw, Shards
+from slimclr_hub.data.shares import Layout, Share, plan_epoch
+from slimclr_hub.errors import DataError, InputError
+
+T = TypeVar('T')
+Place = tuple[int, ...]
+"""Where a sample stands, such as its shard and its number in it."""
+
+
+def shuffled(items: Iterator[T], size: int, seed: int) -> Iterator[T]:
+    """Every item once, each drawn from `size` that are held, in an order that follows from the seed."""
+    if size <= 1:
+        yield from items
+        return
+    rng = random.Random(seed)
+    held: list[T] = []
+    for item in items:
+        if len(held) < size:
+            held.append(item)
+            continue
+        i = rng.randrange(size)
+        chosen, held[i] = held[i], item
+        yield chosen
+    rng.shuffle(held)
+    yield from held
+
+
+class Source(Protocol):
+    """A stream in shares, one for each worker of this process."""
+
+    def order(self, epoch: int, role: int) -> Iterator[tuple[Place, Raw]]:
+        """Samples of a share in the order in which to train on them; a place is a sample's own in the epoch."""
+
+    def decode(self, raw: Raw) -> tuple[Image.Image, int]:
+        """Image and label."""
+
+
+class ShardedSource:
+    """Shards, divided over the workers of all processes and shuffled.
+
+    Args:
+        shards: The shards.
+        layout: How an epoch is divided.
+        rank: This process.
+        seed: Seed of orders.
+        buffer: Samples to hold for shuffling.
+    """
+
+    def __init__(self, shards: Shards, layout: Layout, rank: int, seed: int, buffer: int) -> None:
+        self.shards = shards
+        self.layout = layout
+        self.rank = rank
+        self.seed = seed
+        self.buffer = buffer
+
+    def order(self, epoch: int, role: int) -> Iterator[tuple[Place, Raw]]:
+        """Samples of a share, shuffled."""
+        shards = self.shards
+        share = plan_epoch(shards.lengths, shards.count, self.layout, self.rank, self.seed, epoch)[role]
+        seed = mixed_seed(self.seed, epoch, self.rank, role)
+        return shuffled(read_share(shards, share), self.buffer, seed)
+
+    def decode(self, raw: Raw) -> tuple[Image.Image, int]:
+        """Image and label of a sample."""
+        return self.shards.decode(raw)
+
+
+class StreamedChunks(IterableDataset[Chunk]):
+    """Micro-batches of this process's workers, each of its own share.
+
+    Args:
+        source: The shares.
+        transform: Views of an image, which draw from torch's global generator.
+        layout: How an epoch is divided.
+        seed: Seed of views.
+        mode: Pillow's mode to convert images to.
+        max_corrupt: Images that cannot be read after which they are told without waiting for a full batch.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable[[Any], tuple[torch.Tensor, ...]],
+        layout: Layout,
+        seed: int,
+        mode: str,
+        max_corrupt: int,
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.layout = layout
+        self.seed = seed
+        self.mode = mode
+        self.max_corrupt = max_corrupt
+        # Epoch, role of the first worker, samples used of each share; shared, as workers outlive an epoch.
+        self.state = torch.zeros(2 + layout.workers, dtype=torch.int64).share_memory_()
+
+    def enter(self, epoch: int, first: int, consumed: list[int]) -> None:
+        """Choose where the next iteration begins."""
+        self.state.copy_(torch.tensor([epoch, first, *consumed]))
+
+    def __iter__(self) -> Iterator[Chunk]:
+        # Not a generator itself: what is read here must be what was set when the iteration was asked for.
+        info = get_worker_info()
+        epoch, first, *consumed = self.state.tolist()
+        role = (first + (0 if info is None else info.id)) % len(consumed)
+        return self._chunks(epoch, role, consumed[role])
+
+    def _chunks(self, epoch: int, role: int, consumed: int) -> Iterator[Chunk]:
+        samples: list[Sample] = []
+        problems: list[Problem] = []
+        for i, (place, raw) in enumerate(self.source.order(epoch, role)):
+            if i < consumed:
+                continue
+            try:
+                image, label = self.source.decode(raw)
+                image = image.convert(self.mode)
+            except Exception as error:  # decoders raise whatever occurs to them: SyntaxError, struct.error, IndexError
+                problems.append((raw.name, reason(error)))
+            else:
+                with drawing(self.seed, epoch, *place):
+                    samples.append(Sample(self.transform(image), label, i + 1))
+            if len(samples) == self.layout.images or len(dict(problems)) > self.max_corrupt:
+                yield make_chunk(samples, problems, role)
+                samples, problems = [], []
+        if samples or problems:
+            yield make_chunk(samples, problems, role)
+
+
+def read_share(shards: Shards, share: Share) -> Iterator[tuple[Place, Raw]]:
+    """Samples of a share in the order in which they are stored.
+
+    Raises:
+        DataError: A shard is not as long as it is said to be, so that samples would be lost or met twice.
+    """
+    begin = 0
+    for shard in share.shards:
+        i = -1
+        for i, raw in enumerate(shards.read(shard)):
+            at = begin + i
+            if share.stop is not None and at >= share.stop:
+                break
+            if at >= share.start and (at - share.start) % share.step == 0:
+                yield (shard, i), raw
+        else:
+            _check_length(shards, shard, i + 1)
+        begin += shards.lengths[shard] if shards.lengths is not None else i + 1
+
+
+def _check_length(shards: Shards, shard: int, found: int) -> None:
+    if shards.lengths is not None and shards.lengths[shard] != found:
+        raise DataError(
+            f'{shards.name(shard)} holds {found} samples, not {shards.lengths[shard]} as announced; fetch the shard '
+            'again or correct its _info.json'
+        )
+
+
+class StreamFeed:
+    """This process's micro-batches of a stream.
+
+    Args:
+        chunks: Those of the workers.
+        options: Of the loader.
+        notes: What a user must know.
+        facts: What else has to be the same where a run is resumed in mid-epoch.
+    """
+
+    def __init__(
+        self, chunks: StreamedChunks, options: dict[str, Any], notes: tuple[str, ...], facts: dict[str, int]
+    ) -> None:
+        self.source = chunks
+        self.loader: DataLoader[Chunk] = DataLoader(chunks, batch_size=None, collate_fn=_as_it_is, **options)
+        self.notes = notes
+        self.layout = {**asdict(chunks.layout), **facts}
+
+    def chunks(self, epoch: int, start: int, position: Any) -> Iterator[tuple[Chunk, dict[str, Any]]]:
+        """Micro-batches of an epoch after a position; what is left of the workers' shares comes last, joined.
+
+        The last one may have no samples, where there is nothing but problems left to tell.
+        """
+        layout = self.source.layout
+        first, consumed = self._begin(start, position)
+        self.source.enter(epoch, first, consumed)
+        tails: list[Chunk] = []
+        problems: list[Problem] = []
+        for chunk in self.loader:
+            problems += chunk['problems']
+            if len(chunk['labels']) == layout.images:
+                consumed[chunk['role']] = int(chunk['consumed'][-1])
+                first = (chunk['role'] + 1) % layout.workers
+                chunk['problems'], problems = problems, []
+                yield chunk, self._position(first, consumed)
+                continue
+            # A share is at its end, or there are too many problems to go on.
+            tails.append(chunk)
+            if len(dict(problems)) > self.source.max_corrupt:
+                break
+        else:
+            # In the order of shares, since which worker ends first is a matter of time.
+            tails.sort(key=lambda tail: tail['role'])
+            for chunk in _joined(tails, layout.images, consumed):
+                chunk['problems'], problems = problems, []
+                yield chunk, self._position(first, consumed)
+        if problems:
+            yield make_chunk((), problems), self._position(first, consumed)
+
+    def _begin(self, start: int, position: Any) -> tuple[int, list[int]]:
+        if position is None:
+            if start:
+                raise InputError(f'step {start} of an epoch of a stream cannot be entered without a position')
+            return 0, [0] * self.source.layout.workers
+        for name, value in self.layout.items():
+            if position['layout'].get(name) != value:
+                raise InputError(
+                    f'the run to resume stopped within an epoch of a stream with {name} '
+                    f'{position["layout"].get(name)}; it cannot go on there with {value}'
+                )
+        return position['first'], list(position['consumed'])
+
+    def _position(self, first: int, consumed: list[int]) -> dict[str, Any]:
+        return {'first': first, 'consumed': list(consumed), 'layout': self.layout}
+
+
+def _joined(tails: list[Chunk], size: int, consumed: list[int]) -> Iterator[Chunk]:
+    """Micro-batches from what is left of several shares; counts in `consumed` what each of them used."""
+    tails = [tail for tail in tails if len(tail['labels'])]
+    while sum(len(tail['labels']) for tail in tails) >= size:
+        taken: list[Chunk] = []
+        missing = size
+        while missing:
+            tail = tails.pop(0)
+            length = len(tail['labels'])
+            count = min(missing, length)
+            taken.append(cut_chunk(tail, 0, count))
+            consumed[tail['role']] = int(tail['consumed'][count - 1])
+            if count < length:
+                tails.insert(0, cut_chunk(tail, count, length))
+            missing -= count
+        yield join_chunks(taken)
+
+
+def _as_it_is(chunk: Any) -> Any:
+    return chunk
