@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Iterable
 
+from PIL import UnidentifiedImageError
+
 from slimclr_hub.data.batches import Problem
 from slimclr_hub.errors import DataError
 
@@ -12,6 +14,8 @@ _LISTED = 5
 
 def reason(error: Exception) -> str:
     """Why an image could not be read, on one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return 'not an image that Pillow can read'
     return ' '.join(f'{type(error).__name__}: {error}'.split())
 
 

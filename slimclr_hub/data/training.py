@@ -1,7 +1,6 @@
 """The training images of one process, from any source, as batches on its device."""
 
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -100,8 +99,10 @@ class TrainData:
             DataError: Too many images cannot be read, or a stream is damaged.
             InputError: The position is not one of this run.
         """
-        count = (self.steps_per_epoch - start) * self.parts
-        for chunk, after in islice(self.feed.chunks(epoch, start * self.parts, position), count):
+        left = (self.steps_per_epoch - start) * self.parts
+        if left <= 0:
+            return
+        for chunk, after in self.feed.chunks(epoch, start * self.parts, position):
             self.corrupt.add(chunk['problems'])
             # Smaller ones only tell of images that cannot be read.
             if len(chunk['labels']) < self.size:
@@ -112,6 +113,9 @@ class TrainData:
                 position=after,
                 corrupt=tuple(name for name, _ in chunk['problems']),
             )
+            left -= 1
+            if not left:
+                return
 
     def _place(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)
@@ -205,6 +209,6 @@ def _check_batch(batch: int, processes: int, parts: int) -> None:
         nearest = max(round(batch / shares) * shares, least)
         what = 'does not divide over' if batch % shares else f'leaves fewer than {_LEAST_IMAGES} images to each of'
         raise InputError(
-            f'data.batch_size {batch} {what} {processes} processes x {parts} parts of a step; the nearest that fits '
-            f'is {nearest}'
+            f'data.batch_size {batch} {what} {processes} processes x {parts} parts of a step; nearest that '
+            f'fits: {nearest}'
         )

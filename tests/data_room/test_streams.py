@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -143,7 +144,7 @@ def test_shuffle_buffer_mixes_shards(sources):
         return flat(labels(train_data(config('wds', sources['wds'], num_workers=0, shuffle_buffer=buffer)).epoch(0)))
 
     def neighbours(order):
-        return sum(b == a + 1 for a, b in zip(order, order[1:], strict=False))
+        return sum(b == a + 1 for a, b in pairwise(order))
 
     # Without a buffer shards are read through, with a large one nothing is left of their order.
     assert neighbours(order(0)) > 90
@@ -271,7 +272,9 @@ def test_unknown_length_needs_num_samples(piped):
 def test_info_file_tells_lengths_and_splits(tmp_path):
     write_shards(tmp_path, LENGTHS)
     names = [f'train-{i:04d}.tar' for i in range(5)]
-    info = {'splits': {'half': {'name': 'half', 'num_samples': 60, 'filenames': names[:3], 'shard_lengths': LENGTHS[:3]}}}
+    info = {
+        'splits': {'half': {'name': 'half', 'num_samples': 60, 'filenames': names[:3], 'shard_lengths': LENGTHS[:3]}}
+    }
     (tmp_path / '_info.json').write_text(json.dumps(info))
     of = config('wds', tmp_path, train_split='half', batch_size=10)
     assert sorted(flat(flat(seen(of)))) == list(range(60))

@@ -1,0 +1,208 @@
+"""The training images of one process, by index."""
+
+import json
+
+import pytest
+import torch
+
+from slimclr_hub.data import DataConfig, ViewConfig
+from slimclr_hub.data.loaders import EpochSampler, SeededDataset
+from slimclr_hub.data.shares import Layout
+from slimclr_hub.data.sources import make_dataset
+from slimclr_hub.data.stream import StreamedChunks, StreamFeed
+from slimclr_hub.data.timm_stream import OneWayFeed, TimmSource
+from slimclr_hub.data.training import TrainData
+from slimclr_hub.data.views import Views, make_view
+from slimclr_hub.errors import InputError
+from tests.data_room.files import some_images, write_idx_set, write_shards
+
+VIEWS = ViewConfig(size=12)
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    return write_idx_set(tmp_path_factory.mktemp('idx'), 50, 20)
+
+
+def config(root, **values) -> DataConfig:
+    return DataConfig(**{'name': 'fashion-mnist', 'root': str(root), 'batch_size': 16, 'num_workers': 0, **values})
+
+
+def train_data(root, *, workers=0, batch_size=16, seed=5, views=VIEWS, second_views=None, **values) -> TrainData:
+    of = config(root, num_workers=workers, batch_size=batch_size)
+    return TrainData(of, views, second_views, seed=seed, **values)
+
+
+def order(epoch: int, seed: int = 5) -> list[int]:
+    sampler = EpochSampler(50, seed)
+    sampler.set_epoch(epoch)
+    return [index for _, index in sampler]
+
+
+# Which images
+
+
+@pytest.mark.parametrize(('processes', 'parts'), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2)])
+def test_contiguous_parts_of_the_order(root, processes, parts):
+    images = some_images('train', 50)[1][order(3)]
+    micro, size = 16 // parts, 16 // parts // processes
+    for rank in range(processes):
+        data = train_data(root, processes=processes, rank=rank, parts=parts)
+        assert data.steps_per_epoch == 3
+        batches = list(data.epoch(3))
+        assert len(batches) == 3 * parts
+        for k, batch in enumerate(batches):
+            first = k * micro + rank * size
+            assert batch.labels.tolist() == images[first : first + size].tolist()
+            assert [tuple(view.shape) for view in batch.views] == [(size, 1, 12, 12)] * 2
+            assert batch.position is None
+            assert batch.corrupt == ()
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_views_are_those_of_the_image_in_its_epoch(root, workers):
+    view = make_view(VIEWS, 12, (0.286,), (0.353,))
+    expected = SeededDataset(make_dataset(config(root), 'train', training=True), Views(view, view), 5)
+    batch = next(train_data(root, workers=workers).epoch(2))
+    for i, index in enumerate(order(2)[:16]):
+        (first, second), label = expected[2, index]
+        assert batch.views[0][i].equal(first)
+        assert batch.views[1][i].equal(second)
+        assert batch.labels[i] == label
+
+
+def test_the_same_images_and_views_however_they_are_divided(root):
+    def epoch(processes, parts, workers):
+        shares = [
+            list(train_data(root, processes=processes, rank=rank, parts=parts, workers=workers).epoch(1))
+            for rank in range(processes)
+        ]
+        return torch.cat([share[k].views[0] for k in range(3 * parts) for share in shares])
+
+    whole = epoch(1, 1, 0)
+    assert len(whole) == 48
+    for divided in (2, 1, 0), (1, 4, 2), (2, 2, 1):
+        assert epoch(*divided).equal(whole)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_epoch_can_be_entered_at_any_step(root, workers):
+    data = train_data(root, parts=2, workers=workers)
+    whole = list(data.epoch(1))
+    other = list(data.epoch(2))
+    for start in range(4):
+        rest = list(data.epoch(1, start))
+        assert len(rest) == 2 * (3 - start)
+        for batch, expected in zip(rest, whole[2 * start :], strict=True):
+            assert batch.labels.equal(expected.labels)
+            assert all(a.equal(b) for a, b in zip(batch.views, expected.views, strict=True))
+    assert not torch.cat([batch.labels for batch in whole]).equal(torch.cat([batch.labels for batch in other]))
+
+
+def test_starting_late_loads_nothing_of_what_is_skipped(root, monkeypatch):
+    data = train_data(root)
+    opened = []
+    dataset = data.feed.loader.dataset.dataset
+    original = type(dataset).__getitem__
+    monkeypatch.setattr(type(dataset), '__getitem__', lambda self, i: opened.append(i) or original(self, i))
+    list(data.epoch(0, start=2))
+    assert opened == order(0)[32:48]
+
+
+def test_workers_stay_alive_between_epochs(root):
+    data = train_data(root, workers=2)
+
+    def pids():
+        list(data.epoch(0))
+        return [worker.pid for worker in data.feed.loader._iterator._workers]
+
+    assert pids() == pids()
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_the_global_generator_is_left_alone(root, workers):
+    before = torch.get_rng_state()
+    list(train_data(root, workers=workers).epoch(0))
+    assert torch.get_rng_state().equal(before)
+
+
+# Views
+
+
+def test_one_view(root):
+    two, one = (next(train_data(root, view_count=count).epoch(0)) for count in (2, 1))
+    assert len(two.views) == 2
+    assert len(one.views) == 1
+    assert one.views[0].equal(two.views[0])
+
+
+def test_second_view_of_its_own_distribution(root):
+    plain = {'crop_min': 1.0, 'jitter_prob': 0.0, 'blur_prob': 0.0, 'flip_prob': 0.0}
+    inverted = ViewConfig(size=28, solarize_prob=1.0, **plain)
+    batch = next(train_data(root, views=ViewConfig(size=14), second_views=inverted).epoch(0))
+    assert batch.views[0].shape == (16, 1, 14, 14)
+    values = (batch.views[1] * 0.353 + 0.286) * 255
+    assert values.shape == (16, 1, 28, 28)
+    # What was bright is inverted, so nothing is brighter than half.
+    assert values.max() < 127.5
+    # The corners of garments are dark and stay so.
+    assert values[:, 0, 0, 0].abs().max() < 1e-3
+
+
+# Wrong arguments
+
+
+@pytest.mark.parametrize(
+    ('batch_size', 'processes', 'parts', 'message'),
+    [
+        (16, 3, 1, 'data.batch_size 16 does not divide over 3 processes x 1 parts of a step; nearest that fits: 15'),
+        (16, 2, 3, 'data.batch_size 16 does not divide over 2 processes x 3 parts of a step; nearest that fits: 18'),
+        (4, 4, 1, 'data.batch_size 4 leaves fewer than 2 images to each of 4 processes x 1 parts of a step; nearest'),
+        (4, 8, 1, 'data.batch_size 4 does not divide over 8 processes x 1 parts of a step; nearest that fits: 16'),
+        (52, 1, 1, 'data.batch_size 52 is larger than the data set of 50 images'),
+        (16, 1, 0, 'there are 1 processes and 0 parts of a step; give 1 or more of both'),
+    ],
+)
+def test_batch_that_does_not_fit(root, batch_size, processes, parts, message):
+    with pytest.raises(InputError) as error:
+        train_data(root, batch_size=batch_size, processes=processes, parts=parts)
+    assert str(error.value).startswith(message)
+
+
+def test_largest_batch(root):
+    assert train_data(root, batch_size=50).steps_per_epoch == 1
+    assert train_data(root, batch_size=48, processes=4, parts=6).steps_per_epoch == 1
+
+
+def test_other_numbers_of_views(root):
+    with pytest.raises(InputError, match='view_count is 3'):
+        train_data(root, view_count=3)
+
+
+# Streams that cannot be entered in the middle
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_stream_that_cannot_be_entered_in_its_middle(tmp_path, workers):
+    """timm's streams, of which only `tfds/` is left to timm; here its reader of shards stands for it."""
+    write_shards(tmp_path, (20, 20))
+    of = DataConfig(name='wds/', root=str(tmp_path), train_split='train-{0000..0001}.tar|40', batch_size=4)
+    dataset = make_dataset(of, of.train_split, training=True)
+    dataset.set_loader_cfg(num_workers=workers)
+    layout = Layout(processes=1, workers=max(1, workers), images=4, batches=10)
+    view = make_view(VIEWS, 12, of.mean, of.std)
+    chunks = StreamedChunks(TimmSource(dataset, 0), Views(view, view), layout, 0, 'L', 0)
+    feed = OneWayFeed(StreamFeed(chunks, {'num_workers': workers}, (), {}), 'tfds/some')
+    assert 'tfds/some cannot be entered in the middle of an epoch' in feed.notes[0]
+    for start in 0, 3:
+        batches = list(feed.chunks(0, start, None))
+        assert len(batches) >= 10
+        assert all(chunk['views'][0].shape == (4, 1, 12, 12) and position is None for chunk, position in batches)
+
+
+def test_position_is_json(tmp_path):
+    write_shards(tmp_path, (20,))
+    data = TrainData(DataConfig(name='wds/', root=str(tmp_path), batch_size=4), VIEWS, seed=0)
+    for batch in data.epoch(0):
+        assert json.loads(json.dumps(batch.position)) == batch.position
+    assert data.notes == ()
