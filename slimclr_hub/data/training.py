@@ -15,7 +15,7 @@ from slimclr_hub.data.shares import Layout
 from slimclr_hub.data.sources import DataConfig, make_dataset
 from slimclr_hub.data.stream import ShardedSource, Source, StreamedChunks, StreamFeed
 from slimclr_hub.data.timm_stream import OneWayFeed, TimmSource
-from slimclr_hub.data.views import ViewConfig, Views, make_view
+from slimclr_hub.data.views import ViewConfig, Views, make_crop, make_view
 from slimclr_hub.errors import InputError
 
 Position = dict[str, Any] | None
@@ -72,12 +72,15 @@ class TrainData:
         if view_count not in (1, 2):
             raise InputError(f'view_count is {view_count}; give 1 or 2')
         self.config = config
+        self.seed = seed
+        self.rank = rank
         self.parts = parts
         self.size = config.batch_size // parts // processes
         self.device = torch.device(device)
         self.corrupt = CorruptImages(config.max_corrupt)
         configs = [views, second_views or views][:view_count]
-        transform = Views(*_each(configs, lambda each: make_view(each, _size(config, each), config.mean, config.std)))
+        self.device_views = _device_views(config, configs, self.device) if views.backend == 'kornia' else None
+        transform = Views(*(_transform(config, each, views.backend) for each in configs))
         make_feed = _stream_feed if config.streams else _indexed_feed
         self.feed, length = make_feed(config, transform, seed, processes, rank, parts)
         self.steps_per_epoch = length // config.batch_size
@@ -99,23 +102,32 @@ class TrainData:
             DataError: Too many images cannot be read, or a stream is damaged.
             InputError: The position is not one of this run.
         """
-        left = (self.steps_per_epoch - start) * self.parts
-        if left <= 0:
+        micro, end = start * self.parts, self.steps_per_epoch * self.parts
+        if micro >= end:
             return
-        for chunk, after in self.feed.chunks(epoch, start * self.parts, position):
+        for chunk, after in self.feed.chunks(epoch, micro, position):
             self.corrupt.add(chunk['problems'])
             # Smaller ones only tell of images that cannot be read.
             if len(chunk['labels']) < self.size:
                 continue
             yield Batch(
-                views=tuple(self._place(view) for view in chunk['views']),
+                views=self._views(chunk['views'], epoch, micro),
                 labels=self._place(chunk['labels']),
                 position=after,
                 corrupt=tuple(name for name, _ in chunk['problems']),
             )
-            left -= 1
-            if not left:
+            micro += 1
+            if micro == end:
                 return
+
+    def _views(self, views: tuple[torch.Tensor, ...], epoch: int, micro: int) -> tuple[torch.Tensor, ...]:
+        placed = tuple(map(self._place, views))
+        if self.device_views is None:
+            return placed
+        return tuple(
+            make(crops, self.seed, epoch, *divmod(micro, self.parts), self.rank, number)
+            for number, (make, crops) in enumerate(zip(self.device_views, placed, strict=True))
+        )
 
     def _place(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)
@@ -192,12 +204,21 @@ def loader_options(config: DataConfig, seed: int) -> dict[str, Any]:
     }
 
 
-def _each(configs: list[ViewConfig], make: Callable[[ViewConfig], v2.Transform]) -> list[v2.Transform]:
-    return [make(config) for config in configs]
+def _transform(config: DataConfig, views: ViewConfig, backend: str) -> v2.Transform:
+    size = views.size or config.size
+    return make_crop(views, size) if backend == 'kornia' else make_view(views, size, config.mean, config.std)
 
 
-def _size(config: DataConfig, views: ViewConfig) -> int:
-    return views.size or config.size
+def _device_views(
+    config: DataConfig, views: list[ViewConfig], device: torch.device
+) -> list[Callable[..., torch.Tensor]]:
+    try:
+        from slimclr_hub.data.device_views import DeviceViews
+    except ImportError as error:
+        raise InputError(
+            f'views.backend kornia: {error}; pip install "slimclr-hub[gpu]" brings it, or take views.backend cpu'
+        ) from error
+    return [DeviceViews(each, config.mean, config.std, device) for each in views]
 
 
 def _check_batch(batch: int, processes: int, parts: int) -> None:
