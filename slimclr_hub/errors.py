@@ -6,15 +6,24 @@ class InputError(ValueError):
 
 
 class DataError(RuntimeError):
-    """Images that cannot be used, found while training."""
+    """Data that cannot be used, met while it is read. The message names it and the remedy."""
 
 
 class DivergedError(RuntimeError):
     """Training produced a loss that is not finite."""
 
 
-class DataError(RuntimeError):
-    """Data that cannot be used, met while it is read. The message names it and the remedy."""
+class PreemptedError(RuntimeError):
+    """Training was asked to stop, and has kept its state.
+
+    Args:
+        message: What happened and how to go on.
+        status: Exit status of the process.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class ExportError(RuntimeError):

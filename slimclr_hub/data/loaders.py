@@ -4,7 +4,7 @@ So a run that is resumed sees what it would have seen, with any number of worker
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,35 +65,14 @@ class SeededDataset(Dataset[tuple[Any, int]]):
             return self.transform(image), label
 
 
-class Batch(NamedTuple):
-    views: tuple
-    labels: Any
-    position: Any = None
-    corrupt: tuple = ()
+def train_loader(config: DataConfig, views: ViewConfig, seed: int, processes: int) -> tuple[DataLoader, int]:
+    """Loader of ((query view, key view), label) for training.
 
+    For a data set by index a batch is that of all processes, for the caller to split; for a stream, which shards itself
+    over processes, it is the batch of one. An incomplete last batch is dropped.
 
-class TrainData:
-    def __init__(self, config, views, second, *, seed, processes, rank, parts, view_count, device):
-        self.config, self.seed, self.processes, self.rank, self.parts, self.device = (
-            config,
-            seed,
-            processes,
-            rank,
-            parts,
-            device,
-        )
-        dataset = make_dataset(config, config.train_split, training=True)
-        if config.batch_size % processes:
-            raise InputError(f'data.batch_size {config.batch_size} does not divide over {processes} processes')
-        self.length = len(dataset)
-        if config.batch_size > self.length:
-            raise InputError(f'data.batch_size {config.batch_size} is larger than the data set of {self.length} images')
-        self.steps_per_epoch = self.length // config.batch_size
-        view = make_view(views, views.size or config.size, config.mean, config.std)
-        self.sampler = _Sampler()
-        seeded = SeededDataset(dataset, TwoViews(view, view), seed)
-        self.loader = DataLoader(seeded, batch_sampler=self.sampler, **_workers(config, seed))
-        self.notes = ()
+    Returns:
+        The loader and its steps an epoch.
 
     Raises:
         InputError: The batch does not divide over the processes, or is larger than the data set.

@@ -1,5 +1,6 @@
 """The training images of one process, from any source, as batches on its device."""
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -201,7 +202,17 @@ def loader_options(config: DataConfig, seed: int) -> dict[str, Any]:
         # Of their own, so that seeding workers draws nothing from the global one, which shuffles keys.
         'generator': torch.Generator().manual_seed(seed),
         'pin_memory': torch.cuda.is_available(),
+        'worker_init_fn': leave_signals_to_the_trainer,
     }
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Let a worker outlive the signals that ask its process to stop, which needs batches until it has.
+
+    A scheduler's signals and the keyboard's go to workers, too.
+    """
+    for number in signal.SIGTERM, signal.SIGUSR1, signal.SIGINT:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _transform(config: DataConfig, views: ViewConfig, backend: str) -> v2.Transform:

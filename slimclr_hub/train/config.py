@@ -38,7 +38,7 @@ class ModelConfig:
         try:
             disjoint_widths(check_widths(self.widths), self.overlap)
         except InputError as error:
-            raise InputError(f'model.widths {list(self.widths)}: {error}') from error
+            raise InputError(f'model.widths {list(self.widths)}, model.overlap {self.overlap}: {error}') from error
 
 
 @dataclass(frozen=True)

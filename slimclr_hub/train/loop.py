@@ -16,7 +16,8 @@ from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwa
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-from slimclr_hub.data.loaders import Batch, TrainData
+from slimclr_hub.data.batches import Batch
+from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import DivergedError, InputError, PreemptedError
 from slimclr_hub.hub.card import WidthFacts
 from slimclr_hub.methods.sync_batchnorm import sync_batchnorm
@@ -133,7 +134,8 @@ class _Trainer:
         self.agreement = Agreement(accelerator.num_processes)
         self.finite = FiniteLoss()
         self.meter = Meter()
-        self.step, self.position = 0, None
+        self.step = 0
+        self.position: dict[str, Any] | None = None
 
     def run(self, resume: Path | None, config_asked: PretrainConfig) -> Result:
         config, accelerator = self.config, self.accelerator
@@ -170,6 +172,8 @@ class _Trainer:
                 self._evaluate(epoch + 1)
                 if config.is_due(epoch + 1, config.run.checkpoint_every):
                     self._save()
+        if unreadable := len(self.data.corrupt.reasons):
+            print(f'{unreadable} images could not be read on process {accelerator.process_index}, and were replaced')
         facts, metrics = write_result(config, self.inner.backbone, self.folder, accelerator)
         accelerator.end_training()
         return Result(self.folder.path, facts, metrics)

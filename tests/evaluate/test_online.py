@@ -6,15 +6,19 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
+from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import extract_features
 from slimclr_hub.evaluate.knn import knn_predict
-from slimclr_hub.evaluate.online import OnlineKNN, online_knn
+from slimclr_hub.evaluate.linear import linear_predict
+from slimclr_hub.evaluate.online import OnlineEvaluation, online_evaluation
 from slimclr_hub.methods.split_batchnorm import split_batchnorm
 from slimclr_hub.models.calibrate import batchnorms_of, calibrate_batchnorm, is_calibrated
-from slimclr_hub.train.config import KNNConfig, PretrainConfig
+from slimclr_hub.train.config import KNNConfig, OptimConfig, PretrainConfig, ProbeConfig
 from tests.data_room.files import some_images, write_idx_set, write_pngs
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -32,12 +36,12 @@ def accelerator():
 def config(tmp_path_factory):
     root = write_idx_set(tmp_path_factory.mktemp('idx'), BANK, QUERIES)
     data = DataConfig(name='fashion-mnist', root=str(root), size=16, batch_size=64, num_workers=0)
-    return replace(PretrainConfig(), data=data, knn=KNNConfig(k=20, bank=300))
+    return replace(PretrainConfig(), data=data, knn=KNNConfig(k=20, bank=300), probe=ProbeConfig(every=2))
 
 
 @pytest.fixture(scope='module')
 def evaluate(config, accelerator):
-    return OnlineKNN(config, accelerator)
+    return OnlineEvaluation(config, accelerator)
 
 
 def network() -> torch.nn.Module:
@@ -63,7 +67,7 @@ def test_network_is_left_as_it_was(evaluate, splits):
     train_a_little(model, 1.0)
     before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
     momenta = [norm.momentum for width in WIDTHS for norm in batchnorms_of(model, width)]
-    evaluate(model)
+    evaluate(model, 0)
     after = model.state_dict()
     assert all(after[name].equal(tensor) for name, tensor in before.items())
     assert [module.training for module in model.modules()] == modes
@@ -78,7 +82,7 @@ def test_result_does_not_depend_on_the_global_generator(evaluate):
     results = []
     for seed in 0, 1:
         torch.manual_seed(seed)
-        results.append(evaluate(model))
+        results.append(evaluate(model, 0))
     assert results[0] == results[1]
 
 
@@ -88,7 +92,7 @@ def test_evaluation_does_not_disturb_training(evaluate):
     torch.manual_seed(5)
     undisturbed = torch.rand(3)
     torch.manual_seed(5)
-    evaluate(model)
+    evaluate(model, 0)
     assert torch.rand(3).equal(undisturbed)
 
 
@@ -96,7 +100,7 @@ def test_untrained_widths_are_calibrated(config, accelerator, evaluate):
     """The result is that of a network whose untrained widths were calibrated by hand on the first of the bank."""
     model = network()
     train_a_little(model, 1.0)
-    result = evaluate(model)
+    result = evaluate(model, 0)['knn']
 
     by_hand = copy.deepcopy(model).eval()
     bank = list(eval_loader(config.data, 'train', 300, 0))
@@ -120,11 +124,11 @@ def test_untrained_widths_are_calibrated(config, accelerator, evaluate):
 def test_trained_width_keeps_its_statistics(evaluate):
     """What was trained is evaluated as it is: nonsense in its statistics shows, at this width and no other."""
     model = network()
-    healthy = evaluate(model)
+    healthy = evaluate(model, 0)['knn']
     train_a_little(model, 0.5)
     for norm in batchnorms_of(model, 0.5):
         norm.running_mean.fill_(1e4)
-    result = evaluate(model)
+    result = evaluate(model, 0)['knn']
     assert result[0.5] < 25
     for width in 1.0, 0.75, 0.25:
         assert result[width] == healthy[width]
@@ -176,11 +180,78 @@ def test_calibration_restores_the_network_after_an_error():
     assert all(norm.momentum == 0.1 and not norm.training for norm in batchnorms_of(model, 0.5))
 
 
+# The linear probe, and the network's own classifier
+
+
+def test_each_is_measured_when_it_is_due(config, accelerator):
+    several = replace(config, knn=replace(config.knn, every=3), optim=OptimConfig(epochs=7))
+    evaluate, model = OnlineEvaluation(several, accelerator), network()
+    kinds = [set(evaluate(model, epoch)) for epoch in range(8)]
+    assert kinds == [
+        {'knn', 'linear'},
+        set(),
+        {'linear'},
+        {'knn'},
+        {'linear'},
+        set(),
+        {'knn', 'linear'},
+        {'knn', 'linear'},
+    ]
+
+
+def test_linear_accuracy(config, accelerator, evaluate):
+    """As scikit-learn has it, whose C is the weight of the data instead."""
+    model = network()
+    result = evaluate(model, 0)['linear']
+    model.eval()
+    for width in WIDTHS:
+        calibrate_batchnorm(model, width, (batch for batch, _ in list(eval_loader(config.data, 'train', 300, 0))[:8]))
+    features, labels = extract_features(accelerator, model, list(eval_loader(config.data, 'train', 300, 0)), WIDTHS)
+    asked, truth = extract_features(accelerator, model, list(eval_loader(config.data, 'validation', None, 0)), WIDTHS)
+    for width in WIDTHS:
+        scaler = StandardScaler().fit(features[width])
+        regression = LogisticRegression(C=1 / (len(labels) * config.probe.weight_decay), max_iter=1000)
+        regression.fit(scaler.transform(features[width]), labels)
+        expected = 100 * regression.score(scaler.transform(asked[width]), truth)
+        assert result[width] == pytest.approx(expected, abs=2.01)  # an image or two of 200 lie on the border
+
+
+def test_linear_probe_of_features_that_never_move():
+    bank = torch.randn(50, 4)
+    bank[:, 1] = 3.0
+    labels = (bank[:, 0] > 0).long()
+    assert linear_predict(bank, bank, labels).equal(labels)
+
+
+@pytest.mark.parametrize(('bank', 'labels'), [(torch.zeros(0, 3), torch.zeros(0)), (torch.zeros(2, 3), -torch.ones(2))])
+def test_linear_probe_needs_labelled_images(bank, labels):
+    with pytest.raises(InputError, match=r'linear probe'):
+        linear_predict(torch.zeros(1, 3), bank, labels.long())
+
+
+def test_classifier_is_measured_as_it_is(config, evaluate):
+    """A network with a classifier tells its own accuracy, and k-NN searches its features rather than its outputs."""
+    model = network().eval()
+    train_a_little(model, 1.0)
+    without = evaluate(model, 0)
+    assert without.keys() == {'knn', 'linear'}
+    model.reset_classifier(10)
+    for linear in model.fc.values():
+        torch.nn.init.zeros_(linear.weight)
+        linear.bias.data = torch.eye(10)[3]
+    result = evaluate(model, 0)
+    labels = torch.cat([labels for _, labels in eval_loader(config.data, 'validation', None, 0)])
+    share = 100 * (labels == 3).float().mean().item()
+    assert result['top1'] == pytest.approx(dict.fromkeys(WIDTHS, share))
+    assert result['knn'] == without['knn']
+    assert model.num_classes == 10
+
+
 def test_none_where_there_is_nothing_to_evaluate(config, accelerator, tmp_path, capsys):
-    assert isinstance(online_knn(config, accelerator), OnlineKNN)
-    assert online_knn(replace(config, knn=KNNConfig(every=0)), accelerator) is None
+    assert isinstance(online_evaluation(config, accelerator), OnlineEvaluation)
+    assert online_evaluation(replace(config, knn=KNNConfig(every=0), probe=ProbeConfig()), accelerator) is None
     assert capsys.readouterr().out == ''
     write_pngs(tmp_path, some_images('train', 3)[0])
     flat = replace(config, data=replace(config.data, name='folder', root=str(tmp_path)))
-    assert online_knn(flat, accelerator) is None
-    assert 'k-NN accuracy is off' in capsys.readouterr().out
+    assert online_evaluation(flat, accelerator) is None
+    assert 'Evaluation while training is off' in capsys.readouterr().out

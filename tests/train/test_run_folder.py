@@ -3,15 +3,14 @@ import os
 from dataclasses import replace
 
 import pytest
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.train import run_folder
 from slimclr_hub.train.config import DataConfig, PretrainConfig, RunConfig
-from slimclr_hub.train.parse import load_recipe
-from slimclr_hub.train.run_folder import RunFolder, write_text
+from slimclr_hub.train.parse import changes_of, load_recipe
+from slimclr_hub.train.run_folder import RunFolder, find_run
+from slimclr_hub.weights import whole
 
 
 @pytest.fixture
@@ -21,17 +20,8 @@ def accelerator():
     AcceleratorState._reset_state(True)
 
 
-@pytest.fixture
-def layer(accelerator):
-    return accelerator.prepare(torch.nn.Linear(2, 1))
-
-
 def config(tmp_path, **values) -> PretrainConfig:
     return replace(PretrainConfig(), run=RunConfig(output=str(tmp_path / 'runs'), **values))
-
-
-def set_weight(layer, value: float) -> None:
-    torch.nn.init.constant_(layer.weight, value)
 
 
 def names(folder) -> list[str]:
@@ -93,84 +83,66 @@ def test_later_metrics_are_dropped(tmp_path, accelerator):
     folder = RunFolder(tmp_path, accelerator)
     folder.drop_metrics_after(3)  # nothing there yet
     for step in range(6):
-        folder.write_metrics({'step': step})
+        folder.write_metrics({'kind': 'train', 'step': step})
     # A kill may cut the last line anywhere.
     with (tmp_path / 'metrics.jsonl').open('a') as file:
         file.write('{"step": 6, "los')
     folder.drop_metrics_after(3)
-    assert folder.read_metrics() == [{'step': step} for step in range(4)]
-    folder.write_metrics({'step': 4})
-    assert folder.read_metrics()[-1] == {'step': 4}
+    assert folder.read_metrics() == [{'kind': 'train', 'step': step} for step in range(4)]
+    folder.write_metrics({'kind': 'eval', 'step': 3})
+    folder.drop_metrics_after(3)
+    assert folder.read_metrics()[-1] == {'kind': 'eval', 'step': 3}
+    folder.drop_metrics_after(3, evaluation_too=True)
+    assert folder.read_metrics()[-1] == {'kind': 'train', 'step': 3}
+    folder.drop_metrics_after(-1)
+    assert folder.read_metrics() == []
 
 
-# Checkpoints
+# Recipes, and the run that goes on by itself
 
 
-def test_checkpoint_round_trip(tmp_path, accelerator, layer):
-    folder = RunFolder(tmp_path, accelerator)
-    assert folder.load_checkpoint() == (0, 0)
-    set_weight(layer, 3.0)
-    torch.manual_seed(5)
-    folder.save_checkpoint(epoch=2, step=20, keep=1)
-    drawn = torch.rand(3)
-    set_weight(layer, 0.0)
-    assert folder.load_checkpoint() == (2, 20)
-    assert (layer.weight == 3.0).all()
-    # The generators go on where they were.
-    assert torch.rand(3).equal(drawn)
+def test_changed_recipe_is_kept_beside_the_old_one(tmp_path, accelerator):
+    folder = RunFolder.create(config(tmp_path, name='mine'), accelerator)
+    folder.keep_recipe(config(tmp_path, name='mine'), 5)
+    assert names(folder.path) == ['recipe.yaml']
+    other = config(tmp_path, name='mine', seed=3)
+    folder.keep_recipe(other, 5)
+    assert names(folder.path) == ['recipe-until-step-5.yaml', 'recipe.yaml']
+    assert load_recipe(folder.path / 'recipe.yaml') == other
+    assert load_recipe(folder.path / 'recipe-until-step-5.yaml').run.seed == 0
 
 
-def test_only_the_last_checkpoints_are_kept(tmp_path, accelerator, layer):
-    folder = RunFolder(tmp_path, accelerator)
-    for epoch in range(1, 5):
-        set_weight(layer, epoch)
-        folder.save_checkpoint(epoch, 10 * epoch, keep=2)
-    assert names(tmp_path / 'checkpoints') == ['epoch-0003', 'epoch-0004']
-    assert folder.load_checkpoint() == (4, 40)
-    assert (layer.weight == 4).all()
+def test_auto_finds_the_newest_run_of_the_same_recipe(tmp_path, accelerator):
+    assert find_run(config(tmp_path), changes_of) is None
+    first, second = (RunFolder.create(config(tmp_path), accelerator).path for _ in range(2))
+    RunFolder.create(config(tmp_path, seed=1), accelerator)
+    os.utime(second / 'recipe.yaml', (1e9, 1e9))
+    assert find_run(config(tmp_path), changes_of) == first
+    os.utime(first / 'recipe.yaml', (9e8, 9e8))
+    assert find_run(config(tmp_path), changes_of) == second
+    # Where it is looked for, and how it is logged, does not make it another run.
+    assert find_run(config(tmp_path, log_every=3), changes_of) == second
+    assert find_run(config(tmp_path, name='mine'), changes_of) is None
+    named = RunFolder.create(config(tmp_path, name='mine'), accelerator).path
+    assert find_run(config(tmp_path, name='mine', seed=7), changes_of) == named
 
 
-def test_unfinished_checkpoint_is_passed_over(tmp_path, accelerator, layer):
-    folder = RunFolder(tmp_path, accelerator)
-    set_weight(layer, 1.0)
-    folder.save_checkpoint(1, 10, keep=2)
-    # What a kill leaves before the rename, and a folder without its last file.
-    (tmp_path / 'checkpoints' / 'epoch-0002.partial').mkdir()
-    (tmp_path / 'checkpoints' / 'epoch-0002.partial' / 'state.json').write_text('{"epoch": 2, "step": 20}')
-    (tmp_path / 'checkpoints' / 'epoch-0003').mkdir()
-    assert folder.load_checkpoint() == (1, 10)
-    set_weight(layer, 2.0)
-    folder.save_checkpoint(2, 20, keep=2)
-    assert not (tmp_path / 'checkpoints' / 'epoch-0002.partial').exists()
-    assert folder.load_checkpoint() == (2, 20)
-    assert (layer.weight == 2.0).all()
+def test_folder_that_this_machine_does_not_see(tmp_path, accelerator):
+    with pytest.raises(InputError, match=r'run\.output be on a file system that all machines share'):
+        RunFolder(tmp_path / 'elsewhere', accelerator)
 
 
-def test_older_checkpoint_outlives_a_failed_one(tmp_path, accelerator, layer, monkeypatch):
-    folder = RunFolder(tmp_path, accelerator)
-    set_weight(layer, 1.0)
-    folder.save_checkpoint(1, 10, keep=1)
-
-    def full_disk(*_):
-        raise OSError('No space left on device')
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, 'rename', full_disk)
-        with pytest.raises(OSError, match='No space'):
-            folder.save_checkpoint(2, 20, keep=1)
-    set_weight(layer, 0.0)
-    assert folder.load_checkpoint() == (1, 10)
-    assert (layer.weight == 1.0).all()
+# Files
 
 
 def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / 'file.txt'
-    write_text(path, 'old')
+    whole.write_text(path, 'old')
 
     def failing(*_):
         raise OSError('No space left on device')
 
-    monkeypatch.setattr(run_folder.os, 'fsync', failing)
+    monkeypatch.setattr(whole.os, 'fsync', failing)
     with pytest.raises(OSError, match='No space'):
-        write_text(path, 'new')
+        whole.write_text(path, 'new')
     assert path.read_text() == 'old'

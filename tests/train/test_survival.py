@@ -414,7 +414,7 @@ def test_divergence_keeps_the_state_that_led_to_it(place, server):
 
 
 def test_accumulated_steps_are_whole_steps(place, server, whole):
-    """Two parts one after the other are one batch normalised in two parts; momentum, queue, schedule move once a step."""
+    """Two parts in turn are one batch normalised in two parts: momentum, queue and schedule move once a step."""
     common = ['--config', 'tiny.yaml', '--optim.epochs', '1', '--knn.every', '0', '--method.shuffle_keys', 'false']
     run_well(server, place, *common, '--run.name', 'at-once')
     run_well(

@@ -1,0 +1,122 @@
+"""Every recipe that ships: it parses, builds its network, and takes a step of each kind on images of its size."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from slimclr_hub.methods import METHODS
+from slimclr_hub.train.config import PretrainConfig
+from slimclr_hub.train.parse import dump_recipe, load_recipe
+from slimclr_hub.train.setup import make_method, make_optimizer, make_schedule
+
+CONFIGS = Path(__file__).parents[2] / 'recipes' / 'configs'
+RECIPES = sorted(CONFIGS.rglob('*.yaml'))
+BATCH = 2
+
+
+def small(config: PretrainConfig) -> PretrainConfig:
+    """The recipe with a batch that a test can afford, which does not divide into parts."""
+    method = replace(config.method, bn_splits=1 if config.method.bn_splits else None)
+    return replace(config, method=method, data=replace(config.data, batch_size=BATCH))
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=[path.stem for path in RECIPES])
+def test_recipe_trains(path, tmp_path):
+    config = load_recipe(path)
+    (tmp_path / 'recipe.yaml').write_text(dump_recipe(config))
+    assert load_recipe(tmp_path / 'recipe.yaml') == config
+    method = make_method(small(config)).train()
+    assert isinstance(method, METHODS[config.method.name])
+    assert method.backbone.widths == tuple(sorted(config.model.widths, reverse=True))
+    optimizer = make_optimizer(config.optim, method)
+    schedule = make_schedule(config, steps_per_epoch=10)
+    size = config.views.size or config.data.size
+    # The first step of all, and the first one after slow start, where all widths train.
+    for step in 1, int(config.slow_start * 10):
+        views = [torch.randn(BATCH, config.data.channels, size, size) for _ in range(config.view_count)]
+        before = method.backbone.conv1.weight.clone()
+        widths = schedule.widths_at(step)
+        output = method(views, widths, schedule.momentum_at(step), torch.arange(BATCH))
+        optimizer.zero_grad(set_to_none=True)
+        output['loss'].backward()
+        for group in optimizer.param_groups:
+            group['lr'] = schedule.lr_at(step)
+        optimizer.step()
+        assert output['loss'].isfinite()
+        assert not method.backbone.conv1.weight.equal(before)
+        assert all(f'loss/{width:g}' in output for width in widths)
+    assert widths == method.widths
+
+
+# That they are the paper's
+
+
+def recipe(name: str) -> PretrainConfig:
+    return load_recipe(CONFIGS / f'{name}.yaml')
+
+
+@pytest.mark.parametrize('epochs', [200, 800])
+def test_mocov2(epochs):
+    config = recipe(f'mocov2_resnet50_imagenet_{epochs}e')
+    method, optim = config.method, config.optim
+    assert config.model.widths == (1.0, 0.75, 0.5, 0.25)
+    assert (method.queue_size, method.dim, method.hidden_dim, method.temperature) == (65536, 128, None, 0.2)
+    assert (method.momentum, method.momentum_schedule, method.weights) == (0.999, 'constant', 'full_plus_sum')
+    assert (method.distillation, method.distillation_temperature) == ('kd', 5.0)
+    assert (optim.name, optim.lr, optim.momentum, optim.weight_decay) == ('momentum', 0.2, 0.9, 1e-4)
+    assert (config.data.batch_size, optim.warmup_epochs, optim.epochs) == (1024, 10, epochs)
+    assert config.slow_start == epochs / 2
+    assert (config.views.crop_min, config.views.blur_prob, config.views.gray_prob) == (0.2, 0.5, 0.2)
+    assert config.second_views is None
+
+
+def test_mocov3():
+    config = recipe('mocov3_resnet50_imagenet_300e')
+    method, optim = config.method, config.optim
+    assert (method.dim, method.hidden_dim, method.temperature, method.distillation_temperature) == (256, 4096, 1, 1)
+    assert (method.momentum, method.momentum_schedule, method.sync_bn) == (0.99, 'cosine', True)
+    assert (optim.name, optim.lr, optim.lr_after_slow_start, optim.weight_decay) == ('lars', 1.2, 3.2, 1e-6)
+    assert (optim.filter_bias_and_bn, optim.warmup_epochs, optim.epochs, config.slow_start) == (True, 10, 300, 150)
+    first, second = config.views, config.second_views
+    assert (first.blur_prob, first.solarize_prob, first.saturation) == (1.0, 0.0, 0.2)
+    assert (second.blur_prob, second.solarize_prob, second.saturation) == (0.1, 0.2, 0.2)
+
+
+def test_individual_networks():
+    for width in 1.0, 0.75, 0.5, 0.25:
+        for stem in 'mocov2_resnet50_imagenet_200e', 'supervised_resnet50_imagenet_100e':
+            config = recipe(f'{stem}_w{100 * width:03.0f}')
+            assert config.model.widths == (width,)
+            assert replace(config, model=recipe(stem).model) == recipe(stem)
+
+
+def test_ablations_change_what_their_table_names():
+    """Each experiment is the baseline of the next table."""
+    vanilla = recipe('mocov2_resnet50_imagenet_200e_vanilla').method
+    assert (vanilla.slow_start_epochs, vanilla.distillation, vanilla.weights) == (0, 'none', 'none')
+    slow = recipe('ablations/table3b_slow_start_100').method
+    assert slow == replace(vanilla, slow_start_epochs=100)
+    for name in 'mse', 'atkd', 'dkd', 'kd':
+        assert recipe(f'ablations/table3c_{name}').method == replace(slow, distillation=name)
+    kd = recipe('ablations/table3c_kd').method
+    for temperature in 3.0, 4.0, 5.0, 6.0:
+        method = recipe(f'ablations/table3d_temperature_{temperature:g}').method
+        assert method == replace(kd, distillation_temperature=temperature)
+    for number, weights in enumerate(['full_plus_sum', 'full_plus_max', 'proportional', 'cumulative'], 1):
+        method = recipe(f'ablations/table3e_weights_{number}').method
+        assert method == replace(kd, weights=weights)
+    assert recipe('ablations/table3e_weights_1').method == recipe('mocov2_resnet50_imagenet_200e').method
+    for start in 200, 300, 400, 500:
+        config = recipe(f'ablations/table3f_slow_start_{start}')
+        assert (config.slow_start, config.optim.epochs) == (start, 800)
+
+
+def test_single_gpu_recipes_scale_with_the_batch():
+    for name in 'mocov2_resnet50_imagenet_200e', 'mocov3_resnet50_imagenet_300e':
+        full, one = recipe(name), recipe(f'{name}_1gpu')
+        share = one.data.batch_size / full.data.batch_size
+        assert one.optim.lr == pytest.approx(share * full.optim.lr)
+        if full.optim.lr_after_slow_start:
+            assert one.optim.lr_after_slow_start == pytest.approx(share * full.optim.lr_after_slow_start)
