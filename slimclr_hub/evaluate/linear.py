@@ -37,7 +37,8 @@ def linear_predict(
     # A feature that never moves would be divided by zero; it has nothing to say.
     scale = torch.where(std > 0, 1 / std, torch.zeros_like(std))
     bank, queries = (bank - mean) * scale, (queries - mean) * scale
-    linear = nn.Linear(bank.shape[1], int(labels.max()) + 1, device=bank.device)
+    # Uninitialised at first: drawing would move the generator that training goes on with.
+    linear = nn.utils.skip_init(nn.Linear, bank.shape[1], int(labels.max()) + 1, device=bank.device)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=iterations, line_search_fn='strong_wolfe')

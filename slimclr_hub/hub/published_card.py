@@ -148,11 +148,6 @@ _LIMITS: Mapping[bool, str] = {
 
 
 def _training(published: Published) -> str:
-    if published.recipe is None:
-        return (
-            f'{published.epochs} epochs of SlimCLR on {published.method}, with the values of the paper (section 4.1). '
-            'This repository has no recipe of that method yet.'
-        )
     recipe = f'recipes/configs/{published.recipe}.yaml'
     return (
         f"The recipe with the values of the paper is `{recipe}`; the weights here are the authors' own, made by their "

@@ -48,7 +48,7 @@ class Published:
         method: Pre-training method.
         epochs: Epochs of pre-training.
         num_classes: Classes of its switchable probe; 0 for a backbone alone.
-        recipe: Recipe of `recipes/configs/` with the same values, if there is one yet.
+        recipe: Recipe of `recipes/configs/` with the same values.
         reported: Width -> what the paper reports, of a probe on this backbone.
     """
 
@@ -57,7 +57,7 @@ class Published:
     method: str
     epochs: int
     num_classes: int
-    recipe: str | None
+    recipe: str
     reported: Mapping[float, Reported] = field(repr=False)
 
     @property
@@ -95,10 +95,18 @@ PUBLISHED: Mapping[str, Published] = {
             'MoCo v3',
             300,
             1000,
-            None,
+            'mocov3_resnet50_imagenet_300e',
             _MOCOV3_300,
         ),
-        Published('mocov3_300e_in1k', 'slimclr-mocov3-ep300-57e298e9cd.pth.tar', 'MoCo v3', 300, 0, None, _MOCOV3_300),
+        Published(
+            'mocov3_300e_in1k',
+            'slimclr-mocov3-ep300-57e298e9cd.pth.tar',
+            'MoCo v3',
+            300,
+            0,
+            'mocov3_resnet50_imagenet_300e',
+            _MOCOV3_300,
+        ),
         Published(
             'mocov2_800e_lincls_in1k',
             'slimclr-mocov2-ep800-lincls-35600f623f.pth.tar',

@@ -73,7 +73,7 @@ def test_table(capsys, monkeypatch):
     assert ['1', '272', 'k', '10.1', 'M', '37.5', '73.4', '+35.9'] in rows
     assert ['0.5', '68.3', 'k', '2.54', 'M', '40.0', '68.0', '+28.0'] in rows
     assert 'my-run' in shown
-    for title in 'width', 'parameters', 'multiply-adds', 'k-NN start (%)', 'k-NN end (%)', 'gain':
+    for title in 'width', 'parameters', 'multiply-adds', 'k-NN at start', 'k-NN', 'gain':
         assert title in shown
 
 
