@@ -10,6 +10,20 @@ import torch
 import torch.nn.functional as F
 
 
+def full_precision(x: torch.Tensor) -> torch.Tensor:
+    """float32 in the place of a shorter type."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def without_column(x_BC: torch.Tensor, column_B: torch.Tensor) -> torch.Tensor:
+    """Each row without one of its columns: [B, C] -> [B, C - 1].
+
+    By index rather than by mask, whose number of entries would have to travel to the host.
+    """
+    rest = torch.arange(x_BC.shape[1] - 1, device=x_BC.device)
+    return x_BC.gather(1, rest + (rest >= column_B[:, None]))
+
+
 def similarities(query_BD: torch.Tensor, key_BD: torch.Tensor | None, others_KD: torch.Tensor) -> torch.Tensor:
     """Cosine similarities of each query to its key and to every other; all inputs of unit length.
 
@@ -24,11 +38,11 @@ def similarities(query_BD: torch.Tensor, key_BD: torch.Tensor | None, others_KD:
         [B, 1 + K], the positive in column 0; [B, K] without keys.
     """
     with torch.autocast(query_BD.device.type, enabled=False):
-        query_BD = query_BD.float()
-        similarity_BK = query_BD @ others_KD.float().T
+        query_BD = full_precision(query_BD)
+        similarity_BK = query_BD @ full_precision(others_KD).T
         if key_BD is None:
             return similarity_BK
-        positive_B1 = torch.einsum('bd,bd->b', query_BD, key_BD.float())[:, None]
+        positive_B1 = torch.einsum('bd,bd->b', query_BD, full_precision(key_BD))[:, None]
         return torch.cat([positive_B1, similarity_BK], dim=1)
 
 
@@ -104,11 +118,8 @@ def dkd(
         others_B1 = logits_BC.masked_fill(is_target_BC, -torch.inf).logsumexp(1, keepdim=True)
         return torch.cat([logits_BC.gather(1, target_B[:, None]), others_B1], dim=1)
 
-    def others(logits_BC: torch.Tensor) -> torch.Tensor:
-        return logits_BC[~is_target_BC].view(len(logits_BC), -1)
-
     target_part = kl_divergence(binary(student_BC), binary(teacher_BC), 1.0)
-    other_part = kl_divergence(others(student_BC), others(teacher_BC), 1.0)
+    other_part = kl_divergence(without_column(student_BC, target_B), without_column(teacher_BC, target_B), 1.0)
     return (alpha * target_part + beta * other_part) * temperature**2
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from slimclr_hub.methods.heads import SlimmableProjector
+from slimclr_hub.methods.losses import full_precision
 from slimclr_hub.methods.momentum import follow, pair_parameters
 from slimclr_hub.methods.objective import Losses, Objective
 from slimclr_hub.methods.processes import gather, rank
@@ -88,13 +89,14 @@ class MoCoV3(nn.Module):
         with torch.no_grad():
             if momentum is not None:
                 self.update_key_encoder(momentum)
-            keys = [gather(F.normalize(self.key_head(self.key_backbone(view)).float(), dim=1)) for view in views]
+            encoded = [full_precision(self.key_head(self.key_backbone(view))) for view in views]
+            keys = [gather(F.normalize(key, dim=1)) for key in encoded]
         return _both(*(self._direction(query, key) for query, key in zip(queries, reversed(keys), strict=True)))
 
     def encode_query(self, view: torch.Tensor, width: float) -> torch.Tensor:
         """[B, C, H, W] -> [B, dim], of unit length."""
         projected = self.head(self.backbone.forward_at(view, width), width)
-        return F.normalize(self.predictor(projected, width).float(), dim=1)
+        return F.normalize(full_precision(self.predictor(projected, width)), dim=1)
 
     def update_key_encoder(self, momentum: float) -> None:
         """Move the key encoder's parameters, not its buffers, towards the full width of the query encoder."""

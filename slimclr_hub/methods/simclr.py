@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from slimclr_hub.methods.heads import SlimmableMLP
+from slimclr_hub.methods.losses import full_precision, without_column
 from slimclr_hub.methods.objective import Losses, Objective
 from slimclr_hub.methods.processes import gather_with_gradient, rank
 from slimclr_hub.models import SlimmableResNet
@@ -85,17 +86,15 @@ class SimCLR(nn.Module):
 
     def embed(self, images: torch.Tensor, width: float) -> torch.Tensor:
         """[2B, C, H, W] -> [2B, dim], of unit length."""
-        return F.normalize(self.head(self.backbone.forward_at(images, width), width).float(), dim=1)
+        return F.normalize(full_precision(self.head(self.backbone.forward_at(images, width), width)), dim=1)
 
     def similarities(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Cosine similarities of each view to all views of all processes but itself: [2B, D] -> [2B, 2BP - 1]."""
         with torch.autocast(embeddings.device.type, enabled=False):
             everything = gather_with_gradient(embeddings)
             similarity = embeddings @ everything.T
-        rows, columns = similarity.shape
-        itself = torch.arange(rows, device=similarity.device) + rank() * rows
-        others = torch.arange(columns, device=similarity.device) != itself[:, None]
-        return similarity[others].view(rows, columns - 1)
+        itself = torch.arange(len(embeddings), device=embeddings.device) + rank() * len(embeddings)
+        return without_column(similarity, itself)
 
     def _targets(self, batch: int, device: torch.device) -> torch.Tensor:
         # The other view of image i is i + B for the first views and i - B for the second; the row itself is left out.

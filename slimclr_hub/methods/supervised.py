@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from slimclr_hub.errors import InputError
+from slimclr_hub.methods.losses import full_precision
 from slimclr_hub.methods.objective import Losses, Objective
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.widths import check_widths
@@ -68,5 +69,5 @@ class Supervised(nn.Module):
         """
         if labels is None:
             raise InputError('supervised training needs labels; they are the last argument')
-        logits = {w: self.backbone.forward_at(views[0], w).float() for w in check_widths(widths)}
+        logits = {w: full_precision(self.backbone.forward_at(views[0], w)) for w in check_widths(widths)}
         return self.objective(logits, labels)

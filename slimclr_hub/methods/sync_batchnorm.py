@@ -1,13 +1,12 @@
 """Batch normalisation over the batch of all processes, on any device."""
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as distributed
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from slimclr_hub.methods.losses import full_precision
 from slimclr_hub.methods.processes import world_size
 
 
@@ -23,26 +22,27 @@ class _GatheredBatchNorm(_BatchNorm):
             return super().forward(input)
         dims = [dim for dim in range(input.ndim) if dim != 1]
         shape = [-1 if dim == 1 else 1 for dim in range(input.ndim)]
-        count = torch.tensor(float(input.numel() // input.shape[1]), dtype=input.dtype, device=input.device)
+        x = full_precision(input)  # as every batch normalisation accumulates under autocast
+        count = torch.tensor(float(x.numel() // x.shape[1]), dtype=x.dtype, device=x.device)
         dist.all_reduce(count)
-        mean = _total(input.sum(dims)) / count
-        centred = input - mean.view(shape)
+        mean = _total(x.sum(dims)) / count
+        centred = x - mean.view(shape)
         variance = _total(centred.square().sum(dims)) / count
         if self.track_running_stats:
             self._move_statistics(mean.detach(), variance.detach() * count / (count - 1))
         normalised = centred * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
             normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
-        return normalised
+        return normalised.to(input.dtype)
 
     def _move_statistics(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        factor: Any = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, factor)
-        self.running_var.lerp_(variance, factor)
+        factor = 1 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
+        self.running_mean += factor * (mean - self.running_mean)
+        self.running_var += factor * (variance - self.running_var)
 
 
 def _total(x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 from slimclr_hub.methods.loss_weights import SCHEMES, loss_weights
 from slimclr_hub.methods.losses import (
     DISTILLATIONS,
+    accuracy,
     atkd,
     dkd,
     info_nce,
@@ -16,8 +17,11 @@ from slimclr_hub.methods.losses import (
     make_distillation,
     mse,
     similarities,
+    without_column,
 )
 from tests.formula import tensor
+from tests.methods import plain
+from tests.methods.plain import divergence, softmax
 from tests.reference import TRAINING
 
 RECORDED = TRAINING['functions']
@@ -25,12 +29,6 @@ WIDTHS = (1.0, 0.75, 0.5, 0.25)
 STUDENT = torch.from_numpy(tensor('student', (6, 33))) * 3
 TEACHER = torch.from_numpy(tensor('teacher', (6, 33))) * 3
 LABELS = torch.arange(6) % 5
-
-
-def softmax(row):
-    top = max(row)
-    total = sum(math.exp(value - top) for value in row)
-    return [math.exp(value - top) / total for value in row]
 
 
 def rows(x):
@@ -59,25 +57,58 @@ def test_similarities():
     torch.testing.assert_close(similarities(query, key, negatives), torch.tensor(expected))
 
 
+def test_similarities_without_keys():
+    """The keys are among the others then, each in the column of its place."""
+    torch.manual_seed(0)
+    query, keys = torch.randn(3, 4), torch.randn(7, 4)
+    torch.testing.assert_close(similarities(query, None, keys), torch.tensor(plain.products(query, keys)))
+
+
+@pytest.mark.parametrize(
+    ('given', 'kept'), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]
+)
+def test_precision_of_similarities(given, kept):
+    """At least single, under autocast too; double stays double."""
+    unit = torch.nn.functional.normalize(torch.randn(5, 16, dtype=torch.double), dim=1).to(given)
+    with torch.autocast('cpu', torch.bfloat16):
+        ours = similarities(unit[:2], unit[:2], unit)
+    assert ours.dtype == kept
+    torch.testing.assert_close(ours[:, 1:], (unit[:2].double() @ unit.double().T).to(kept))
+
+
+def test_without_column():
+    x = torch.arange(12).view(3, 4)
+    assert without_column(x, torch.tensor([0, 2, 3])).tolist() == [[1, 2, 3], [4, 5, 7], [8, 9, 10]]
+
+
 @pytest.mark.parametrize('temperature', [0.07, 0.2, 1.0])
 def test_info_nce(temperature):
-    expected = -sum(math.log(softmax([value / temperature for value in row])[0]) for row in rows(STUDENT)) / 6
+    expected = plain.cross_entropy(rows(STUDENT), [0] * 6, temperature)
     assert info_nce(STUDENT, temperature).item() == pytest.approx(expected, rel=1e-5)
+    expected = plain.cross_entropy(rows(STUDENT), LABELS.tolist(), temperature)
+    assert info_nce(STUDENT, temperature, LABELS).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_accuracy():
+    logits = torch.tensor([[3.0, 1, 2], [1, 3, 2], [1, 2, 3], [3, 2, 1]])
+    assert accuracy(logits, torch.tensor([0, 1, 2, 0])) == 1
+    assert accuracy(logits, torch.tensor([1, 0, 1, 2])) == 0
+    assert accuracy(logits, torch.tensor([0, 1, 0, 1])) == 0.5
+
+
+def test_accuracy_of_ties():
+    """Being as large as another is a miss, wherever the target stands: a collapsed network recognises nothing."""
+    for column in range(5):
+        assert accuracy(torch.ones(4, 5), torch.full((4,), column)) == 0
+    assert accuracy(torch.tensor([[2.0, 2, 1], [2, 1, 1]]), torch.zeros(2, dtype=torch.long)) == 0.5
+    assert accuracy(torch.full((4, 5), torch.nan), torch.zeros(4, dtype=torch.long)) == 0
 
 
 @pytest.mark.parametrize('temperature', [0.5, 5.0])
 def test_kd(temperature):
-    expected = 0.0
-    for student, teacher in zip(rows(STUDENT), rows(TEACHER), strict=True):
-        p = softmax([value / temperature for value in teacher])
-        q = softmax([value / temperature for value in student])
-        expected -= sum(a * math.log(b) for a, b in zip(p, q, strict=True)) / 6
+    expected = plain.kd(rows(STUDENT), rows(TEACHER), temperature, squared=False)
     assert kd(STUDENT, TEACHER, temperature, squared=False).item() == pytest.approx(expected, rel=1e-5)
     assert kd(STUDENT, TEACHER, temperature).item() == pytest.approx(expected * temperature**2, rel=1e-5)
-
-
-def divergence(p, q):
-    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
 
 
 @pytest.mark.parametrize('temperature', [0.5, 5.0])
@@ -144,8 +175,8 @@ def test_certain_positive():
 
 @pytest.mark.parametrize('name', [name for name in DISTILLATIONS if name not in ('kd', 'none')])
 def test_no_loss_where_student_and_teacher_agree(name):
-    assert make_distillation(name, 5.0)(TEACHER, TEACHER).item() == pytest.approx(0, abs=1e-6)
-    assert make_distillation(name, 5.0)(STUDENT, TEACHER).item() > 0.1
+    assert make_distillation(name, 5.0)(TEACHER, TEACHER, LABELS).item() == pytest.approx(0, abs=1e-6)
+    assert make_distillation(name, 5.0)(STUDENT, TEACHER, LABELS).item() > 0.1
 
 
 def test_kd_lies_above_the_divergence_by_the_entropy():
@@ -174,16 +205,15 @@ def test_gradients():
 
 
 def test_make_distillation():
-    positives = torch.zeros(6, dtype=torch.long)
     expected = {
         'kd': kd(STUDENT, TEACHER, 3.0),
         'mse': mse(STUDENT, TEACHER),
-        'dkd': dkd(STUDENT, TEACHER, positives),
+        'dkd': dkd(STUDENT, TEACHER, LABELS),
         'atkd': atkd(STUDENT, TEACHER),
     }
     for name, value in expected.items():
-        assert torch.equal(make_distillation(name, 3.0)(STUDENT, TEACHER), value)
-    assert torch.equal(make_distillation('kd', 3.0, squared=False)(STUDENT, TEACHER) * 9, expected['kd'])
+        assert torch.equal(make_distillation(name, 3.0)(STUDENT, TEACHER, LABELS), value)
+    assert torch.equal(make_distillation('kd', 3.0, squared=False)(STUDENT, TEACHER, LABELS) * 9, expected['kd'])
     assert make_distillation('none', 3.0) is None
     assert {*expected, 'none'} == set(DISTILLATIONS)
 

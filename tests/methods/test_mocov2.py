@@ -1,7 +1,6 @@
 """MoCo v2's momentum encoder, queue, shuffled keys, slow start and logs."""
 
 import copy
-import math
 
 import pytest
 import timm
@@ -10,7 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from slimclr_hub.methods import MoCoV2
-from slimclr_hub.methods.losses import info_nce, kd, kl_divergence, similarities
+from slimclr_hub.methods.losses import info_nce, similarities
+from slimclr_hub.methods.split_batchnorm import split_batchnorm
+from tests.methods import plain
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 
@@ -199,45 +200,41 @@ def test_slow_start_counts_a_list_of_weights_once():
 # Objective
 
 
-@pytest.mark.parametrize(
-    ('weights', 'numbers'), [('full_plus_sum', [2.5, 1, 1, 1]), ([2, 1, 0.5, 0.25], [2, 1, 0.5, 0.25])]
-)
-def test_objective(weights, numbers):
-    """Objective (7), with what is logged of each part."""
-    method = make(weights=weights, distillation_temperature=3.0)
-    torch.manual_seed(3)
-    logits = {width: torch.randn(6, 33, requires_grad=True) for width in WIDTHS}
-    output = method.objective(logits)
-    full = logits[1.0].detach()
-    total = numbers[0] * info_nce(logits[1.0], 0.2)
-    for width, number in list(zip(WIDTHS, numbers, strict=True))[1:]:
-        part = number * (info_nce(logits[width], 0.2) + kd(logits[width], full, 3.0)) / 2
-        torch.testing.assert_close(output[f'loss/{width:g}'], part)
-        torch.testing.assert_close(output[f'kl/{width:g}'], kl_divergence(logits[width], full, 3.0))
-        total = total + part
-    torch.testing.assert_close(output['loss'], total)
-    for width in WIDTHS:
-        torch.testing.assert_close(output[f'info_nce/{width:g}'], info_nce(logits[width], 0.2))
-        hits = sum(int(row[0] == row.max()) for row in logits[width]) / 6
+@pytest.mark.parametrize('queue_size', [0, 16], ids=['the batch', 'a queue'])
+def test_against_loops(queue_size):
+    """Every width against loops over images and keys, with negatives from the batch or from the queue."""
+    options = {'temperature': 0.3, 'distillation_temperature': 3.0, 'queue_size': queue_size}
+    method, (query, key) = make(**options).double(), [view.double() for view in views()]
+    other = copy.deepcopy(method)
+    output = method([query, key], WIDTHS, momentum=0.9)
+
+    out = {w: other.head(other.backbone.forward_at(query, w), w).detach() for w in WIDTHS}
+    other.update_key_encoder(0.9)
+    keys = unit(other.key_head(other.key_backbone(key)))
+    logits = {w: plain.products(unit(q), torch.cat([keys, other.queue])) for w, q in out.items()}
+    targets = list(range(8))
+    if queue_size:  # the keys of other images are no candidates then
+        logits = {w: [[row[b], *row[8:]] for b, row in enumerate(rows)] for w, rows in logits.items()}
+        targets = [0] * 8
+    parts = plain.objective(logits, targets, [2.5, 1, 1, 1], tau_1=0.3, tau_2=3.0)
+    assert output['loss'].item() == pytest.approx(sum(parts.values()), rel=1e-10)
+    for width, rows in logits.items():
+        expected = plain.cross_entropy(rows, targets, 0.3)
+        assert output[f'info_nce/{width:g}'].item() == pytest.approx(expected, rel=1e-10)
+        hits = sum(row.index(max(row)) == b for row, b in zip(rows, targets, strict=True)) / 8
         assert output[f'accuracy/{width:g}'].item() == pytest.approx(hits)
-    assert 'kl/1' not in output
-    assert all(not value.requires_grad for name, value in output.items() if name != 'loss')
-    # The full network learns nothing from its pupils.
-    (ours,) = torch.autograd.grad(output['loss'], logits[1.0])
-    (alone,) = torch.autograd.grad(numbers[0] * info_nce(logits[1.0], 0.2), logits[1.0])
-    torch.testing.assert_close(ours, alone)
+    assert method.queue.shape == (queue_size, 8)
 
 
-def test_accuracy_and_divergence_at_their_ends():
-    method = make()
-    near = torch.full((4, 33), -1.0)
-    near[:, 0] = 1
-    output = method.objective({1.0: near, 0.75: near, 0.5: near.roll(1, 1), 0.25: near})
-    assert [output[f'accuracy/{width:g}'].item() for width in WIDTHS] == [1, 1, 0, 1]
-    assert output['kl/0.75'].item() == pytest.approx(0, abs=1e-6)
-    # Two candidates changed places whose similarities differ by 2: (a - b) log(a / b) at temperature 5.
-    a, b = math.exp(0.2), math.exp(-0.2)
-    assert output['kl/0.5'].item() == pytest.approx((a - b) / (a + 32 * b) * 0.4, rel=1e-4)
+def unit(x):
+    return x / x.norm(dim=1, keepdim=True)
+
+
+def test_without_a_queue_any_batch_will_do():
+    method = make(queue_size=0)
+    for batch in 8, 5:
+        method(views(batch), WIDTHS, momentum=0.9)['loss'].backward()
+    assert method.queue_pointer == 0
 
 
 def test_without_distillation():
@@ -281,6 +278,54 @@ def test_a_single_width_is_plain_moco():
     torch.testing.assert_close(method.queue[:8], k)
 
 
+# Accumulation
+
+
+def test_later_parts_of_a_step():
+    """Without a momentum the key encoder and the negatives stay, and the queue takes the keys of every part."""
+    method = make()
+    with torch.no_grad():
+        for parameter in (*method.backbone.parameters(), *method.head.parameters()):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    queue = method.queue.clone()
+    method(views(seed=1), WIDTHS, momentum=0.9)
+    encoder = [parameter.clone() for parameter in (*method.key_backbone.parameters(), *method.key_head.parameters())]
+    keys = method.queue[:8].clone()
+    query, key = views(seed=2)
+    other = copy.deepcopy(method)
+    output = method([query, key], WIDTHS[:1], momentum=None)
+    after = (*method.key_backbone.parameters(), *method.key_head.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(encoder, after, strict=True))
+
+    q = F.normalize(other.head(other.backbone.forward_at(query, 1.0), 1.0), dim=1)
+    k = F.normalize(other.key_head(other.key_backbone(key)), dim=1)
+    torch.testing.assert_close(output['loss'], info_nce(similarities(q, k, queue), 0.2))
+    torch.testing.assert_close(method.queue, torch.cat([keys, k, queue[16:]]))
+    assert method.queue_pointer == 16
+
+
+@pytest.mark.parametrize('parts', [2, 4])
+def test_parts_are_the_whole_batch(parts):
+    """Gradient and queue of a step in parts equal those of the whole, where normalisation cannot tell them apart."""
+    whole = make().double().eval()
+    with torch.no_grad():
+        for parameter in whole.head.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    split = copy.deepcopy(whole)
+    pair = [view.double() for view in views()]
+    loss = whole(pair, WIDTHS, momentum=0.9)['loss']
+    loss.backward()
+    losses = []
+    for i, part in enumerate(zip(*(view.chunk(parts) for view in pair), strict=True)):
+        losses.append(split(part, WIDTHS, momentum=None if i else 0.9)['loss'] / parts)
+        losses[-1].backward()
+    torch.testing.assert_close(sum(losses), loss, rtol=1e-10, atol=1e-10)
+    for (name, a), b in zip(split.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10, msg=name)
+    for (name, a), b in zip(split.state_dict().items(), whole.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=name)
+
+
 # Shuffled keys
 
 
@@ -310,6 +355,20 @@ def test_keys_are_shuffled_over_the_splits():
     for part in order.chunk(2):
         expected[part] = F.normalize(other.key_head(other.key_backbone(key[part])), dim=1)
     torch.testing.assert_close(keys, expected)
+
+
+def test_keys_stay_in_place_without_shuffling():
+    """Part i of the keys is normalised by itself then, and no random number is drawn."""
+    method = make(bn_splits=2, shuffle_keys=False)
+    _, key = views(8)
+    other = copy.deepcopy(method)
+    state = torch.get_rng_state()
+    keys = method.encode_keys(key)
+    assert torch.equal(torch.get_rng_state(), state)
+    split_batchnorm(other, 1)
+    expected = [F.normalize(other.key_head(other.key_backbone(part)), dim=1) for part in key.chunk(2)]
+    torch.testing.assert_close(keys, torch.cat(expected))
+    assert not torch.allclose(make(bn_splits=2).encode_keys(key), keys, atol=1e-3)
 
 
 def test_queries_are_not_shuffled():

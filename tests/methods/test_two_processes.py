@@ -1,4 +1,4 @@
-"""Two real processes against one that holds the whole batch and normalises it in as many parts."""
+"""Two real processes against one that holds the whole batch: every method, from the losses to the trained tensors."""
 
 import pytest
 import timm
@@ -7,20 +7,35 @@ import torch.distributed as dist
 from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from slimclr_hub.methods import MoCoV2
+from slimclr_hub.methods import METHODS
 from slimclr_hub.methods.processes import average_batchnorm
+from slimclr_hub.methods.sync_batchnorm import sync_batchnorm
 
 WORLD = 2
-BN_SPLITS = (1, 2)  # on each process
-WIDTHS = (1.0, 0.75, 0.5, 0.25)
-STEPS = [WIDTHS[:1], WIDTHS, WIDTHS]  # slow start, then all
+WIDTHS = (1.0, 0.5, 0.25)
+STEPS = [WIDTHS[:1], *[WIDTHS] * 4]  # slow start, then all
+# Normalised over all processes but where there are parts, of which the one process then has as many as both together.
+CASES = {
+    'mocov2, 1 part': ('mocov2', {'queue_size': 16, 'bn_splits': 1}),
+    'mocov2, 2 parts': ('mocov2', {'queue_size': 16, 'bn_splits': 2}),
+    'mocov2, no queue': ('mocov2', {'queue_size': 0}),
+    'mocov3': ('mocov3', {}),
+    'simclr': ('simclr', {}),
+    'supervised': ('supervised', {}),
+}
 
 
-def make(bn_splits):
+def make(case, parts=1):
+    """The method of one process, in double: what differs by more than rounding shows."""
+    name, options = CASES[case]
     torch.manual_seed(0)  # on every process, as training does: DDP hands parameters round, but not the queue
-    backbone = timm.create_model('slimclr_resnet20', num_classes=0, zero_init_last=False)
-    # Double, so that what differs by more than rounding shows.
-    return MoCoV2(backbone, dim=8, hidden_dim=16, queue_size=16, bn_splits=bn_splits).double().train()
+    classes = 10 if name == 'supervised' else 0
+    backbone = timm.create_model('slimclr_resnet20', num_classes=classes, widths=WIDTHS, zero_init_last=False)
+    options = dict(options) if classes else {'dim': 16, 'hidden_dim': 64, **options}
+    if 'bn_splits' in options:
+        options['bn_splits'] *= parts
+    method = METHODS[name](backbone, **options).double().train()
+    return method if 'bn_splits' in options else sync_batchnorm(method, torch.device('cpu'))
 
 
 def views(step):
@@ -30,35 +45,36 @@ def views(step):
     return [torch.randn(8, 3, 12, 12, dtype=torch.double, generator=generator) * scale for _ in range(2)]
 
 
-def train(method: nn.Module, inner: MoCoV2, rank: int, world: int):
+def train(case, method: nn.Module, inner: nn.Module, rank: int, world: int):
     """Outputs, gradients and queue of each step, and all tensors at the end."""
-    optimizer = torch.optim.SGD([p for p in inner.parameters() if p.requires_grad], 0.05, 0.9, weight_decay=1e-2)
+    optimizer = torch.optim.SGD([p for p in inner.parameters() if p.requires_grad], 0.02, 0.9, weight_decay=1e-2)
+    labels = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6]).chunk(world)[rank]
     record = []
     for step, widths in enumerate(STEPS):
         torch.manual_seed(1000 * rank + step)  # the permutation is to be the first process's, whatever the others draw
-        output = method([view.chunk(world)[rank] for view in views(step)], widths, 0.9)
+        output = method([view.chunk(world)[rank] for view in views(step)], widths, 0.9, labels)
         optimizer.zero_grad()
         output['loss'].backward()
         record.append(
             {
                 'output': {name: value.detach() for name, value in output.items()},
                 'gradients': {name: None if p.grad is None else p.grad.clone() for name, p in inner.named_parameters()},
-                'queue': inner.queue.clone(),
-                'pointer': inner.queue_pointer.clone(),
+                'buffers': {name: b.clone() for name, b in inner.named_buffers() if name.startswith('queue')},
             }
         )
         optimizer.step()
-        average_batchnorm(inner)
+        if 'bn_splits' in CASES[case][1]:
+            average_batchnorm(inner)
     return {'steps': record, 'state': inner.state_dict()}
 
 
 def run_process(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=WORLD)
-    for bn_splits in BN_SPLITS:
-        method = make(bn_splits)
+    for i, case in enumerate(CASES):
+        method = make(case)
         parallel = DistributedDataParallel(method, find_unused_parameters=True, broadcast_buffers=False)
-        torch.save(train(parallel, method, rank, WORLD), f'{folder}/{rank}-{bn_splits}.pt')
+        torch.save(train(case, parallel, method, rank, WORLD), f'{folder}/{rank}-{i}.pt')
     dist.destroy_process_group()
 
 
@@ -70,21 +86,21 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('bn_splits', BN_SPLITS)
-def test_two_processes_are_one(folder, bn_splits):
-    ranks = [torch.load(folder / f'{rank}-{bn_splits}.pt') for rank in range(WORLD)]
-    method = make(WORLD * bn_splits)
-    alone = train(method, method, 0, 1)
+@pytest.mark.parametrize('case', CASES)
+def test_two_processes_are_one(folder, case):
+    ranks = [torch.load(folder / f'{rank}-{list(CASES).index(case)}.pt') for rank in range(WORLD)]
+    method = make(case, parts=WORLD)
+    alone = train(case, method, method, 0, 1)
 
-    assert [step['pointer'].item() for step in alone['steps']] == [8, 0, 8]
+    if CASES[case][1].get('queue_size'):
+        assert [step['buffers']['queue_pointer'].item() for step in alone['steps']] == [8, 0, 8, 0, 8]
     for first, second, expected in zip(*(rank['steps'] for rank in ranks), alone['steps'], strict=True):
         assert first['output'].keys() == second['output'].keys() == expected['output'].keys()
         for name, value in expected['output'].items():
             torch.testing.assert_close((first['output'][name] + second['output'][name]) / 2, value, msg=name)
         assert not torch.allclose(first['output']['loss'], second['output']['loss'])
         for mine in first, second:
-            torch.testing.assert_close(mine['queue'], expected['queue'])
-            assert torch.equal(mine['pointer'], expected['pointer'])
+            torch.testing.assert_close(mine['buffers'], expected['buffers'])
             for name, gradient in expected['gradients'].items():
                 if gradient is None:  # the key encoder's, and those of widths that wait
                     assert mine['gradients'][name] is None, name
@@ -100,8 +116,5 @@ def test_two_processes_are_one(folder, bn_splits):
 
 def test_parts_matter():
     """The comparison above can tell: with the batch normalised as a whole the losses are others."""
-    outputs = []
-    for bn_splits in 1, 2:
-        torch.manual_seed(0)
-        outputs.append(make(bn_splits)(views(0), WIDTHS, 0.9)['loss'])
+    outputs = [make('mocov2, 1 part', parts)(views(0), WIDTHS, 0.9)['loss'] for parts in (1, 2)]
     assert abs(outputs[0] - outputs[1]) > 1e-3
