@@ -185,6 +185,14 @@ def test_blur_probability():
     assert deviations.max() == pytest.approx(original.std().item(), rel=1e-4)
 
 
+def test_solarize_probability(coordinates):
+    views = draws(plain_but(solarize_prob=0.2), coordinates, 16)
+    inverted = views[:, 0].amax((1, 2)) < 0.5
+    assert near(inverted.float().mean().item(), 0.2)
+    # The upper half alone: what is dark stays.
+    assert torch.allclose(views[inverted][0, 0, :, 1], views[~inverted][0, 0, :, 1])
+
+
 def test_normalisation():
     view = make_view(PLAIN, 4, (0.2,), (0.5,))(Image.new('L', (4, 4), 255))
     assert view.shape == (1, 4, 4)
@@ -215,6 +223,7 @@ def test_blur_at_any_size(size):
         ('gray_prob', -0.1),
         ('blur_prob', 2.0),
         ('flip_prob', float('nan')),
+        ('solarize_prob', 1.5),
     ],
 )
 def test_wrong_value(name, value):
