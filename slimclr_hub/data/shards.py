@@ -1,21 +1,18 @@
 """Sharded sources that are read in order: what they have in common, and tar files of webdataset's layout."""
 
 import json
-import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
 
+from slimclr_hub.data.shard_names import find_shards
 from slimclr_hub.data.sources import DataConfig
 from slimclr_hub.errors import DataError, InputError
 
-_INFO = ('_info.json', 'info.json')  # timm's names
-_META = re.compile(r'__[^/]*__($|/)')  # members that webdataset passes over
 _IMAGES = 'jpg;jpeg;png;webp'
 
 
@@ -71,20 +68,12 @@ class TarShards:
             raise InputError(f'data.name {config.name} needs data.root')
         self.image_keys = tuple((config.image_key or _IMAGES).split(';'))
         self.label_key = config.label_key
-        remote = _is_remote(config.root)
-        if not remote and not Path(config.root).is_dir():
-            raise InputError(f'data.root {config.root} does not exist')
-        info = {} if remote else _read_info(Path(config.root))
-        files, total = _find(config.root, config.train_split, info)
+        files, lengths, total = find_shards(config.root, config.train_split)
         if not files:
             raise InputError(f'data.root {config.root} has no shard that matches data.train_split {config.train_split}')
         self.paths = [f'{config.root.rstrip("/")}/{file}' for file in files]
         self.count = len(files)
-        known = _known_lengths(info)
-        if all(file in known for file in files):
-            self.lengths: tuple[int, ...] | None = tuple(known[file] for file in files)
-        else:
-            self.lengths = None if remote else tuple(count_samples(path) for path in self.paths)
+        self.lengths = lengths
         self.total = config.num_samples or total
         self._check_first(config)
 
@@ -123,65 +112,3 @@ class TarShards:
             raise InputError(f'{where} has {", ".join(members)}; data.image_key is {config.image_key}')
         if config.label_key is not None and config.label_key not in json.loads(first.get('json', '{}')):
             raise InputError(f'{where} has no {config.label_key} in its json; data.label_key names a field of it')
-
-
-def count_samples(path: str) -> int:
-    """Samples of a local tar file, from its headers alone.
-
-    Raises:
-        InputError: It is not a whole tar file.
-    """
-    from webdataset.tariterators import base_plus_ext
-
-    count, last = 0, None
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                base, _ = base_plus_ext(member.name)
-                if member.isreg() and base is not None and not _META.match(member.name) and base != last:
-                    count, last = count + 1, base
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise InputError(f'cannot read the shard {path}: {error}; fetch it again') from error
-    return count
-
-
-def _is_remote(root: str) -> bool:
-    return '://' in root or root.startswith('pipe:')
-
-
-def _find(root: str, split: str, info: dict[str, Any]) -> tuple[list[str], int | None]:
-    """Names of the shards and the number of samples, where the pattern tells it."""
-    from webdataset.shardlists import expand_urls
-
-    if 'tar' in split or '..' in split:
-        pattern, _, total = split.partition('|')
-        if total and not total.isdigit():
-            raise InputError(f'data.train_split {split}: {total!r} after | is not a number of samples')
-        files = expand_urls(pattern)
-        missing = [] if _is_remote(root) else [file for file in files if not (Path(root) / file).exists()]
-        if missing:
-            raise InputError(f'data.root {root} has no {missing[0]} ({len(missing)} of {len(files)} are missing)')
-        return files, int(total) if total else None
-    if split in info.get('splits', {}):
-        return list(info['splits'][split]['filenames']), None
-    if _is_remote(root):
-        raise InputError(f'data.train_split {split}: give the pattern of the shards, such as train-{{0000..0123}}.tar')
-    return sorted(path.name for path in Path(root).glob(f'*{split}*.tar')), None
-
-
-def _read_info(root: Path) -> dict[str, Any]:
-    for name in _INFO:
-        if (root / name).is_file():
-            try:
-                return dict(json.loads((root / name).read_text()))
-            except ValueError as error:
-                raise InputError(f'{root / name} is not JSON: {error}') from error
-    return {}
-
-
-def _known_lengths(info: dict[str, Any]) -> dict[str, int]:
-    return {
-        file: int(length)
-        for split in info.get('splits', {}).values()
-        for file, length in zip(split['filenames'], split['shard_lengths'], strict=True)
-    }

@@ -12,6 +12,7 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
 from slimclr_hub.data.idx import read_split
+from slimclr_hub.data.shard_names import find_shards, is_remote
 from slimclr_hub.errors import InputError
 
 EMBEDDED = 'fashion-mnist-6k'
@@ -199,7 +200,12 @@ def _timm_dataset(config: DataConfig, split: str, training: bool, mode: str) -> 
             raise InputError(f'{where}: there is no such split; there are {", ".join(others)}')
     if config.name.startswith(('wds/', 'torch/')) and config.root is None:
         raise InputError(f'data.name {config.name} needs data.root')
-    if config.name.startswith('wds/') and '://' not in str(config.root) and not Path(str(config.root)).is_dir():
+    num_samples = config.num_samples
+    if config.name.startswith('wds/') and 'tar' not in split and '..' not in split and not is_remote(str(config.root)):
+        # timm knows patterns and the splits of an _info.json; this is how it takes a list.
+        files, lengths, _ = find_shards(str(config.root), split)
+        split, num_samples = '::'.join(files), num_samples or sum(lengths or ())
+    elif config.name.startswith('wds/') and not is_remote(str(config.root)) and not Path(str(config.root)).is_dir():
         raise InputError(f'data.root {config.root} does not exist')
     keys: dict[str, Any] = {'input_key': config.image_key, 'target_key': config.label_key}
     try:
@@ -210,7 +216,7 @@ def _timm_dataset(config: DataConfig, split: str, training: bool, mode: str) -> 
             is_training=training,
             download=config.download,
             batch_size=config.batch_size,
-            num_samples=config.num_samples,
+            num_samples=num_samples,
             input_img_mode=mode,
             **{name: key for name, key in keys.items() if key is not None},
         )

@@ -14,6 +14,7 @@ import torch
 
 from slimclr_hub.data import DataConfig, ViewConfig
 from slimclr_hub.data.batches import Batch
+from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import DataError, InputError
 from tests.data_room.files import png_bytes, some_images, write_parquet, write_shards, write_tar
@@ -101,21 +102,17 @@ def test_unequal_turns(tmp_path):
     assert sorted(flat(labels(train_data(of).epoch(0)))) == list(range(12))
 
 
-def test_two_real_processes(sources, tmp_path):
+def test_two_real_processes(sources):
     """Each reads its share without knowing more of the other than its number."""
     script = (
         'import json, sys\n'
         'from slimclr_hub.data import DataConfig, ViewConfig\n'
         'from slimclr_hub.data.training import TrainData\n'
-        "if __name__ == '__main__':\n"
-        '    rank, root = int(sys.argv[1]), sys.argv[2]\n'
-        "    config = DataConfig(name='wds/', root=root, batch_size=20, num_workers=2, shuffle_buffer=5)\n"
-        '    data = TrainData(config, ViewConfig(size=8), seed=3, processes=2, rank=rank)\n'
-        '    print(json.dumps([batch.labels.tolist() for batch in data.epoch(1)]))\n'
+        "config = DataConfig(name='wds/', root=sys.argv[2], batch_size=20, num_workers=2, shuffle_buffer=5)\n"
+        'data = TrainData(config, ViewConfig(size=8), seed=3, processes=2, rank=int(sys.argv[1]))\n'
+        'print(json.dumps([batch.labels.tolist() for batch in data.epoch(1)]))\n'
     )
-    path = tmp_path / 'read.py'
-    path.write_text(script)
-    command = [sys.executable, str(path)]
+    command = [sys.executable, '-c', script]
     running = [
         subprocess.Popen([*command, str(rank), str(sources['wds'])], stdout=subprocess.PIPE, text=True)
         for rank in range(2)
@@ -294,6 +291,16 @@ def test_info_file_that_is_wrong(tmp_path):
 @pytest.mark.parametrize('split', ['train-{0000..0004}.tar', 'train-{0000..0004}.tar|100', 'train'])
 def test_ways_to_name_shards(sources, split):
     assert train_data(config('wds', sources['wds'], train_split=split)).steps_per_epoch == 12
+
+
+def test_evaluation_takes_the_same_names(sources):
+    """timm reads for evaluation; a part of the shards' names is not among what it takes."""
+    for split in 'train', 'train-{0000..0004}.tar|100':
+        of = config('wds', sources['wds'], num_workers=0)
+        seen = [label for _, batch in eval_loader(of, split, None, seed=0) for label in batch.tolist()]
+        assert sorted(seen) == list(range(TOTAL))
+    with pytest.raises(InputError, match='nosuch'):
+        eval_loader(config('wds', sources['wds']), 'nosuch', None, seed=0)
 
 
 def test_fewer_samples_than_there_are(sources):

@@ -20,7 +20,7 @@ OF_THE_CLOCK = ('images_per_second', 'data_wait', 'peak_memory_gib')
 
 def make_place(place: Path, **changes: dict) -> Path:
     """A folder with a data set and a recipe, in which runs lie; `changes` are further values by section."""
-    recipe = {
+    recipe: dict[str, dict] = {
         'model': {'name': 'slimclr_resnet20', 'args': {'zero_init_last': False}},
         'method': {'dim': 16, 'queue_size': 64, 'bn_splits': 2, 'momentum': 0.9},
         'data': {
