@@ -361,3 +361,20 @@ def test_labels_in_json_and_none(tmp_path):
     of = config('wds', tmp_path / 'labelled', label_key='kind')
     assert sorted(flat(labels(train_data(of).epoch(0)))) == list(range(8))
     assert flat(labels(train_data(config('wds', tmp_path / 'bare')).epoch(0))) == [-1] * 8
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_hub_data_set_of_another_format(sources, processes):
+    """The Hub's tar files, which `datasets` reads; it tells no lengths."""
+    of = config('hfids', sources['wds'], image_key='png', label_key='cls', num_samples=TOTAL)
+    counts: Counter[int] = Counter()
+    for rank in range(processes):
+        data = train_data(of, rank, processes)
+        whole = list(data.epoch(0))
+        counts.update(flat([batch.labels.tolist() for batch in whole]))
+        assert bool(data.notes) == (processes == 2)
+        assert len(whole) >= TOTAL // 8 - 1
+        rest = list(data.epoch(0, start=9, position=whole[8].position))
+        assert len(rest) == len(whole) - 9
+        assert all(map(same, rest, whole[9:]))
+    assert set(counts.values()) == {1}
