@@ -1,6 +1,5 @@
 """The training images of one process, from any source, as batches on its device."""
 
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -11,6 +10,7 @@ from slimclr_hub.data.batches import Batch, Chunk
 from slimclr_hub.data.corrupt import CorruptImages
 from slimclr_hub.data.hub_shards import HubShards
 from slimclr_hub.data.indexed import EpochBatches, IndexedFeed, IndexedImages
+from slimclr_hub.data.loaders import loader_options
 from slimclr_hub.data.shards import Shards, TarShards
 from slimclr_hub.data.shares import Layout
 from slimclr_hub.data.sources import DataConfig, make_dataset
@@ -192,27 +192,6 @@ def _check_length(config: DataConfig, length: int) -> int:
     if config.batch_size > length:
         raise InputError(f'data.batch_size {config.batch_size} is larger than the data set of {length} images')
     return length
-
-
-def loader_options(config: DataConfig, seed: int) -> dict[str, Any]:
-    """How torch's loader runs its workers."""
-    return {
-        'num_workers': config.num_workers,
-        'persistent_workers': config.num_workers > 0,
-        # Of their own, so that seeding workers draws nothing from the global one, which shuffles keys.
-        'generator': torch.Generator().manual_seed(seed),
-        'pin_memory': torch.cuda.is_available(),
-        'worker_init_fn': leave_signals_to_the_trainer,
-    }
-
-
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """Let a worker outlive the signals that ask its process to stop, which needs batches until it has.
-
-    A scheduler's signals and the keyboard's go to workers, too.
-    """
-    for number in signal.SIGTERM, signal.SIGUSR1, signal.SIGINT:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _transform(config: DataConfig, views: ViewConfig, backend: str) -> v2.Transform:

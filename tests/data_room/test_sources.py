@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from slimclr_hub.data import DataConfig, ViewConfig, sources
+from slimclr_hub.data import DataConfig, sources
 from slimclr_hub.data.embedded.make_fashion_mnist_6k import first_of_each_class
-from slimclr_hub.data.loaders import train_loader
 from slimclr_hub.data.sources import ArrayImages, has_validation, make_dataset, read_embedded
 from slimclr_hub.errors import InputError
 from tests.data_room.files import idx_bytes, some_images, write_classes, write_idx, write_pngs
@@ -330,17 +329,6 @@ def test_webdataset(shards):
     stream = make_dataset(webdataset(shards), 'train-{0000..0001}.tar|20', training=False)
     assert sorted((np.asarray(image).tobytes(), label) for image, label in stream) == expected
     assert webdataset(shards).streams
-
-
-@pytest.mark.parametrize('workers', [0, 2])
-def test_webdataset_loader(shards, workers):
-    loader, steps = train_loader(webdataset(shards, num_workers=workers), ViewConfig(), seed=0, processes=1)
-    batches = list(loader)
-    assert steps == 4
-    assert len(batches) >= steps
-    (query, key), _ = batches[0]
-    assert query.shape == key.shape == (5, 1, 16, 16)
-    assert not query.equal(key)
 
 
 def test_webdataset_length(shards):
