@@ -1,6 +1,8 @@
 """How torch's loaders run their workers, and the loader of evaluation."""
 
+import os
 import signal
+import threading
 from typing import Any
 
 import numpy as np
@@ -28,10 +30,20 @@ def loader_options(config: DataConfig, seed: int) -> dict[str, Any]:
 def leave_signals_to_the_trainer(worker: int) -> None:
     """Let a worker outlive the signals that ask its process to stop, which needs batches until it has.
 
-    A scheduler's signals and the keyboard's go to workers, too.
+    A scheduler's signals, a launcher's and the keyboard's go to workers, too. SIGTERM is also how the process itself
+    ends them, so that one counts where it comes from there.
     """
-    for number in signal.SIGTERM, signal.SIGUSR1, signal.SIGINT:
+    for number in signal.SIGUSR1, signal.SIGINT:
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, 'sigwaitinfo'):  # not on macOS, where a worker ends with the first SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(trainer: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        continue
+    os._exit(0)
 
 
 def eval_loader(config: DataConfig, split: str, at_most: int | None, seed: int, processes: int = 1) -> DataLoader:

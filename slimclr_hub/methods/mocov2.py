@@ -9,12 +9,12 @@ from torch import nn
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods.heads import SlimmableMLP
 from slimclr_hub.methods.losses import similarities
-from slimclr_hub.methods.momentum import follow, pair_parameters
+from slimclr_hub.methods.momentum import follow_modules
 from slimclr_hub.methods.objective import Losses, Objective
 from slimclr_hub.methods.processes import gather, local_part, rank, shared_permutation, world_size
 from slimclr_hub.methods.split_batchnorm import split_batchnorm
 from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.models.widths import check_widths, width_key
+from slimclr_hub.models.widths import check_widths
 
 
 class MoCoV2(nn.Module):
@@ -132,9 +132,8 @@ class MoCoV2(nn.Module):
 
     def update_key_encoder(self, momentum: float) -> None:
         """Move the key encoder's parameters, not its buffers, towards the full width of the query encoder."""
-        key = width_key(self.widths[0])
-        for follower, leader in (self.key_backbone, self.backbone), (self.key_head, self.head):
-            follow(*pair_parameters(follower, leader, key), momentum)
+        pairs = (self.key_backbone, self.backbone), (self.key_head, self.head)
+        follow_modules(pairs, self.widths[0], momentum)
 
     def encode_keys(self, view: torch.Tensor) -> torch.Tensor:
         """Embed keys normalised among other images than their queries are: [B, C, H, W] -> [B, dim], of unit length.

@@ -8,11 +8,11 @@ from torch import nn
 
 from slimclr_hub.methods.heads import SlimmableProjector
 from slimclr_hub.methods.losses import full_precision
-from slimclr_hub.methods.momentum import follow, pair_parameters
+from slimclr_hub.methods.momentum import follow_modules
 from slimclr_hub.methods.objective import Losses, Objective
 from slimclr_hub.methods.processes import gather, rank
 from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.models.widths import check_widths, width_key
+from slimclr_hub.models.widths import check_widths
 
 
 class MoCoV3(nn.Module):
@@ -100,9 +100,8 @@ class MoCoV3(nn.Module):
 
     def update_key_encoder(self, momentum: float) -> None:
         """Move the key encoder's parameters, not its buffers, towards the full width of the query encoder."""
-        key = width_key(self.widths[0])
-        for follower, leader in (self.key_backbone, self.backbone), (self.key_head, self.head):
-            follow(*pair_parameters(follower, leader, key), momentum)
+        pairs = (self.key_backbone, self.backbone), (self.key_head, self.head)
+        follow_modules(pairs, self.widths[0], momentum)
 
     def _direction(self, queries: dict[float, torch.Tensor], keys: torch.Tensor) -> Losses:
         batch = len(queries[self.widths[0]])

@@ -1,11 +1,11 @@
 """The momentum encoder: a dense network that follows the full width of a slimmable one."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
-from slimclr_hub.weights.slices import switch_name
+from slimclr_hub.weights.slices import switch_name, width_key
 
 
 def pair_parameters(follower: nn.Module, leader: nn.Module, key: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -17,6 +17,18 @@ def pair_parameters(follower: nn.Module, leader: nn.Module, key: str) -> tuple[l
         followers.append(parameter)
         leaders.append(leading[name if name in leading else switch_name(name, key)])
     return followers, leaders
+
+
+def follow_modules(pairs: Iterable[tuple[nn.Module, nn.Module]], width: float, momentum: float) -> None:
+    """Move the parameters, not the buffers, of dense modules towards slimmable ones at a width.
+
+    Args:
+        pairs: (dense, slimmable).
+        width: The width that the dense ones have.
+        momentum: Share of itself that each parameter keeps.
+    """
+    for follower, leader in pairs:
+        follow(*pair_parameters(follower, leader, width_key(width)), momentum)
 
 
 @torch.no_grad()
