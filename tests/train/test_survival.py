@@ -417,7 +417,9 @@ def test_divergence_keeps_the_state_that_led_to_it(place, server):
 
 def test_accumulated_steps_are_whole_steps(place, server, whole):
     """Two parts in turn are one batch normalised in two parts: momentum, queue and schedule move once a step."""
-    common = ['--config', 'tiny.yaml', '--optim.epochs', '1', '--knn.every', '0', '--method.shuffle_keys', 'false']
+    # Small steps, since training magnifies the rounding of sums in another order.
+    common = ['--config', 'tiny.yaml', '--optim.epochs', '1', '--optim.lr', '0.001', '--knn.every', '0']
+    common += ['--method.shuffle_keys', 'false', '--run.log_every', '1']
     run_well(server, place, *common, '--run.name', 'at-once')
     run_well(
         server, place, *common, '--run.name', 'in-parts', '--method.bn_splits', '1', '--optim.accumulation_steps', '2'
@@ -427,11 +429,12 @@ def test_accumulated_steps_are_whole_steps(place, server, whole):
     for record, expected in zip(ours, theirs, strict=True):
         assert record.keys() == expected.keys()
         assert (record['lr'], record['momentum']) == (expected['lr'], expected['momentum'])
-        for name in (name for name in record if name.startswith(('loss', 'info_nce', 'grad_norm'))):
-            assert record[name] == pytest.approx(expected[name], rel=2e-3), name
+        for name in (name for name in record if name.startswith(('loss', 'info_nce'))):
+            assert record[name] == pytest.approx(expected[name], rel=1e-4), name
+    assert ours[0]['grad_norm'] == pytest.approx(theirs[0]['grad_norm'], rel=1e-5)
     ours, theirs = (
         load_file(place / 'runs' / name / 'checkpoints' / 'step-00000006' / 'model.safetensors')
         for name in ('in-parts', 'at-once')
     )
     assert ours['queue_pointer'].equal(theirs['queue_pointer'])
-    torch.testing.assert_close(ours['queue'], theirs['queue'], rtol=0, atol=2e-3)
+    torch.testing.assert_close(ours['queue'], theirs['queue'], rtol=0, atol=1e-3)
