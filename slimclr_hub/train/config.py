@@ -135,7 +135,7 @@ class RunConfig:
         precision: no for float32, bf16 or fp16; what accelerate was told where null.
         channels_last: Memory layout of convolutions in which the channels of a pixel lie together.
         checkpoint_every: Epochs from one checkpoint to the next.
-        checkpoint_steps: Steps from one checkpoint to the next within an epoch; none where null.
+        checkpoint_steps: Optimizer steps from one checkpoint to the next, besides those after epochs; none where null.
         keep_checkpoints: Checkpoints kept; older ones are removed after a newer one is complete.
         log_every: Steps from one line of the log to the next.
         tracker: none, or a tracker of accelerate's: tensorboard, wandb, trackio, ...

@@ -26,7 +26,7 @@ from slimclr_hub.train.agreement import Agreement, FiniteLoss
 from slimclr_hub.train.checkpoints import Checkpoints, Found
 from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.meter import Meter
-from slimclr_hub.train.parse import AUTO, Command, changes_of, check_unchanged, load_recipe
+from slimclr_hub.train.parse import AUTO, Command, check_unchanged, load_recipe
 from slimclr_hub.train.result import write_result
 from slimclr_hub.train.run_folder import RECIPE, RunFolder, find_run
 from slimclr_hub.train.setup import make_method, make_optimizer, make_schedule
@@ -84,8 +84,7 @@ def pretrain(command: Command, make_evaluator: EvaluatorFactory | None = None) -
     config, resume = command.config, command.resume
     accelerator = _accelerator(config)
     if resume == AUTO:
-        with accelerator.main_process_first():
-            resume = find_run(config, changes_of)
+        resume = find_run(config, accelerator)
         if resume is not None:
             check_unchanged(load_recipe(resume / RECIPE), command)
     if resume is not None:
@@ -170,7 +169,7 @@ class _Trainer:
                     # An evaluation may take longer than whoever asks to stop allows.
                     self._stop(self._save(evaluated=False))
                 self._evaluate(epoch + 1)
-                if config.is_due(epoch + 1, config.run.checkpoint_every):
+                if config.is_due(epoch + 1, config.run.checkpoint_every) or self._checkpoint_is_due():
                     self._save()
         if unreadable := len(self.data.corrupt.reasons):
             print(f'{unreadable} images could not be read on process {accelerator.process_index}, and were replaced')
@@ -221,8 +220,7 @@ class _Trainer:
                 break
             if self.step % self.config.run.log_every == 0:
                 self._log(epoch)
-            every = self.config.run.checkpoint_steps
-            if stop or (every is not None and self.step % every == 0):
+            if stop or self._checkpoint_is_due():
                 path = self._save()
                 if stop:
                     self._stop(path)
@@ -239,8 +237,8 @@ class _Trainer:
     def _steps(self, epoch: int, start: int) -> Iterator[list[Batch]]:
         """The parts of each optimizer step of an epoch, from step `start` on."""
         parts = self.config.optim.accumulation_steps
-        position, self.position = self.position, None
-        batches = self.data.epoch(epoch, start, position)
+        # At its beginning an epoch needs none, and the one there is belongs to the epoch before.
+        batches = self.data.epoch(epoch, start, self.position if start else None)
         for _ in range(start, self.schedule.steps_per_epoch):
             step = list(islice(batches, parts))
             if len(step) < parts:
@@ -293,6 +291,10 @@ class _Trainer:
         return following, stop, ended
 
     # Keeping the state
+
+    def _checkpoint_is_due(self) -> bool:
+        every = self.config.run.checkpoint_steps
+        return every is not None and self.step % every == 0
 
     def _save(self, evaluated: bool = True) -> Path:
         return self.checkpoints.save(

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.train.config import PretrainConfig
-from slimclr_hub.train.parse import RECIPE, dump_recipe, load_recipe
+from slimclr_hub.train.parse import RECIPE, changes_of, dump_recipe, load_recipe
 from slimclr_hub.weights.whole import write_text
 
 
@@ -93,22 +93,29 @@ class RunFolder:
             write_text(self._metrics, ''.join(kept))
 
 
-def find_run(config: PretrainConfig, changed: Any) -> Path | None:
+def find_run(config: PretrainConfig, accelerator: Accelerator) -> Path | None:
     """The run that `--resume auto` goes on with: the one named run.name, else the one last written of this recipe.
 
-    Args:
-        config: The configuration asked for.
-        changed: (recorded, config) -> what differs; empty where a run is the same.
-
     Returns:
-        Its folder; none where there is no such run yet.
+        Its folder, as the main process found it; none where there is no such run yet.
     """
+    return _agree([_find_run(config) if accelerator.is_main_process else None])
+
+
+def _find_run(config: PretrainConfig) -> Path | None:
     output = Path(config.run.output)
     if config.run.name is not None:
         path = output / config.run.name
         return path if (path / RECIPE).is_file() else None
-    runs = [path.parent for path in output.glob(f'*/{RECIPE}') if not changed(load_recipe(path), config)]
+    runs = [path.parent for path in output.glob(f'*/{RECIPE}') if _is_of(path, config)]
     return max(runs, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()), default=None)
+
+
+def _is_of(recipe: Path, config: PretrainConfig) -> bool:
+    try:
+        return not changes_of(load_recipe(recipe), config)
+    except InputError:  # of another version, or by another hand
+        return False
 
 
 def _make_folder(config: PretrainConfig) -> Path:
@@ -136,7 +143,7 @@ def _make_folder(config: PretrainConfig) -> Path:
             return path
 
 
-def _agree(chosen: list[Any]) -> Path:
+def _agree(chosen: list[Any]) -> Any:
     result = broadcast_object_list(chosen)[0]
     if isinstance(result, Exception):
         raise result

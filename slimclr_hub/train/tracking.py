@@ -29,16 +29,16 @@ def start_tracker(config: PretrainConfig, accelerator: Accelerator, folder: Path
     folders = accelerator.project_configuration
     folders.project_dir = folders.logging_dir = str(folder)
     values = {key: str(value) for key, value in flatten(config).items()}
-    options = {tracker: _options(tracker, folder, step, _identity(folder, accelerator))}
+    options = {tracker: _options(tracker, folder, step, accelerator)}
     accelerator.init_trackers(config.run.project, config=values, init_kwargs=options)
 
 
-def _options(tracker: str, folder: Path, step: int, identity: str) -> dict[str, Any]:
+def _options(tracker: str, folder: Path, step: int, accelerator: Accelerator) -> dict[str, Any]:
     if tracker == 'tensorboard':
         # Points that an interrupted run logged after its last checkpoint would otherwise be drawn a second time.
         return {'purge_step': step + 1} if step else {}
     if tracker == 'wandb':
-        return {'name': folder.name, 'id': identity, 'resume': 'allow'}
+        return {'name': folder.name, 'id': _identity(folder, accelerator), 'resume': 'allow'}
     if tracker == 'trackio':
         return {'name': folder.name, 'resume': 'allow'}
     return {}

@@ -120,6 +120,14 @@ def test_metrics(full):
     assert training[-1]['lr'] < 0.001
     raw = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
     assert all(record['images_per_second'] > 0 for record in raw if record['kind'] == 'train')
+    for record in (record for record in raw if record['kind'] == 'train'):
+        assert 0 < record['grad_norm'] < 1e4
+        assert 0 <= record['data_wait'] <= 1
+        assert 0.01 < record['peak_memory_gib'] < 100
+        below = () if record['epoch'] <= EPOCHS / 2 else WIDTHS[1:]
+        for width in below:
+            # Cross-entropy at tau_2 = 5 times 25, which lies above the divergence by the teacher's entropy.
+            assert record[f'distillation/{width:g}'] > 25 * record[f'kl/{width:g}'] >= 0
 
 
 def test_table_and_how_to_open_it_are_printed(full):
@@ -140,17 +148,19 @@ def test_table_and_how_to_open_it_are_printed(full):
     assert card.count('\n| ') == 2 + len(WIDTHS)
 
 
-def test_tracker_writes_an_event_file(place, full):
-    events = list((place / 'runs').rglob('events.out.tfevents.*'))
-    assert events
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logged = {}
-    for event in events:
-        accumulator = EventAccumulator(str(event))
-        accumulator.Reload()
-        for tag in accumulator.Tags()['scalars']:
-            logged[tag] = [(point.step, point.value) for point in accumulator.Scalars(tag)]
+    (place,) = {path.parent for path in folder.rglob('events.out.tfevents.*') if 'train' not in path.parent.name}
+    accumulator = EventAccumulator(str(place))
+    accumulator.Reload()
+    tags = accumulator.Tags()['scalars']
+    return {tag: [(point.step, point.value) for point in accumulator.Scalars(tag)] for tag in tags}
+
+
+def test_tracker_writes_an_event_file(full):
+    logged = scalars(full[0])
     losses = [(record['step'], pytest.approx(record['loss'])) for record in read_metrics(full[0], 'train')]
     assert logged['train/loss'] == losses
     assert [step for step, _ in logged['eval/knn/0.25']] == [0, 12, 24]
@@ -182,7 +192,7 @@ def test_a_taken_name_is_refused_and_nothing_overwritten(place, full):
 def killed(place):
     """The same run, with workers that load, killed once its first checkpoint was there."""
     folder = place / 'runs' / 'killed'
-    command = launch_command(place, '--run.name', 'killed', '--data.num_workers', '2')
+    command = launch_command(place, '--run.name', 'killed', '--data.num_workers', '2', '--run.tracker', 'tensorboard')
     process = subprocess.Popen(
         command,
         env=environment(place),
@@ -220,6 +230,14 @@ def test_resumed_run_equals_an_uninterrupted_one(place, full, killed):
     # The momentum encoder and the queue as well.
     assert all(tensor.equal(theirs[name]) for name, tensor in ours.items())
     assert (killed / 'training.png').exists()
+
+
+def test_resumed_run_is_drawn_as_one(full, killed):
+    """What was logged after the last checkpoint is not drawn a second time."""
+    ours, theirs = scalars(killed), scalars(full[0])
+    assert ours.keys() == theirs.keys()
+    for tag in (tag for tag in theirs if tag.startswith(('train/loss', 'eval/'))):
+        assert ours[tag] == theirs[tag], tag
 
 
 def launch_well_resumed(place: Path, folder: Path) -> str:
@@ -280,6 +298,48 @@ def test_two_processes_classify_every_image_once(two_processes):
             # A share of the images there are; padding a batch for the second process would make it one of more.
             correct = record[f'knn/{width:g}'] / 100 * QUERIES
             assert correct == pytest.approx(round(correct), abs=1e-3)
+
+
+# Other methods
+
+
+def test_supervised_run_tells_its_own_accuracy(place):
+    changes = ['dim', 'queue_size', 'bn_splits', 'momentum']
+    arguments = [argument for name in changes for argument in (f'--method.{name}', 'null')]
+    printed = launch_well(
+        place, *arguments, '--method.name', 'supervised', '--method.num_classes', '10', '--run.name', 'supervised',
+        '--optim.epochs', '2', '--probe.every', '2',
+    )  # fmt: skip
+    folder = place / 'runs' / 'supervised'
+    last = read_metrics(folder, 'eval')[-1]
+    for width in WIDTHS:
+        assert {f'{kind}/{width:g}' for kind in ('top1', 'knn', 'linear')} <= last.keys()
+        assert f'{last[f"top1/{width:g}"]:.1f}' in printed
+    for record in read_metrics(folder, 'train'):
+        assert {'cross_entropy/1', 'cross_entropy/0.25', 'distillation/0.25', 'accuracy/0.25'} <= record.keys()
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True, width=0.5).eval()
+    assert model(torch.zeros(1, 1, 16, 16)).shape == (1, 10)
+    assert 'trained with labels' in (folder / 'README.md').read_text()
+
+
+def test_mocov3_on_two_processes(place):
+    """Normalised over both, by LARS, with a distribution of its own for the second view."""
+    launch_well(
+        place, '--method.name', 'mocov3', '--method.hidden_dim', '32', '--method.queue_size', 'null',
+        '--method.bn_splits', 'null', '--second_views', '{blur_prob: 0.0, solarize_prob: 1.0}', '--optim.name', 'lars',
+        '--optim.filter_bias_and_bn', 'true', '--optim.epochs', '2', '--run.name', 'mocov3', processes=2,
+    )  # fmt: skip
+    folder = place / 'runs' / 'mocov3'
+    records = read_metrics(folder, 'train')
+    assert records[-1]['momentum'] > records[0]['momentum'] > 0.9
+    assert all(f'info_nce/{width:g}' in records[-1] for width in WIDTHS)
+    # Both processes have the statistics of all images.
+    first, second = (
+        torch.load(folder / 'checkpoints' / 'step-00000012' / f'process_{rank}.pt')['statistics'] for rank in range(2)
+    )
+    assert first.keys() == second.keys()
+    for name, statistic in first.items():
+        torch.testing.assert_close(second[name], statistic, msg=name)
 
 
 # A single width, on a folder of one's own

@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.train.config import DataConfig, PretrainConfig, RunConfig
-from slimclr_hub.train.parse import changes_of, load_recipe
+from slimclr_hub.train.parse import load_recipe
 from slimclr_hub.train.run_folder import RunFolder, find_run
 from slimclr_hub.weights import whole
 
@@ -113,18 +113,20 @@ def test_changed_recipe_is_kept_beside_the_old_one(tmp_path, accelerator):
 
 
 def test_auto_finds_the_newest_run_of_the_same_recipe(tmp_path, accelerator):
-    assert find_run(config(tmp_path), changes_of) is None
+    assert find_run(config(tmp_path), accelerator) is None
     first, second = (RunFolder.create(config(tmp_path), accelerator).path for _ in range(2))
     RunFolder.create(config(tmp_path, seed=1), accelerator)
     os.utime(second / 'recipe.yaml', (1e9, 1e9))
-    assert find_run(config(tmp_path), changes_of) == first
+    assert find_run(config(tmp_path), accelerator) == first
     os.utime(first / 'recipe.yaml', (9e8, 9e8))
-    assert find_run(config(tmp_path), changes_of) == second
+    assert find_run(config(tmp_path), accelerator) == second
+    (tmp_path / 'runs' / 'foreign').mkdir()
+    (tmp_path / 'runs' / 'foreign' / 'recipe.yaml').write_text('optim: {rate: 1}')
     # Where it is looked for, and how it is logged, does not make it another run.
-    assert find_run(config(tmp_path, log_every=3), changes_of) == second
-    assert find_run(config(tmp_path, name='mine'), changes_of) is None
+    assert find_run(config(tmp_path, log_every=3), accelerator) == second
+    assert find_run(config(tmp_path, name='mine'), accelerator) is None
     named = RunFolder.create(config(tmp_path, name='mine'), accelerator).path
-    assert find_run(config(tmp_path, name='mine', seed=7), changes_of) == named
+    assert find_run(config(tmp_path, name='mine', seed=7), accelerator) == named
 
 
 def test_folder_that_this_machine_does_not_see(tmp_path, accelerator):

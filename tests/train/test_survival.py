@@ -22,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.data_room.files import write_shards
 from tests.train.runs import SCRIPT, TIMEOUT, environment, launch_command, make_place, read_metrics
 
 EPOCHS, STEPS = 6, 6
@@ -438,3 +439,25 @@ def test_accumulated_steps_are_whole_steps(place, server, whole):
     )
     assert ours['queue_pointer'].equal(theirs['queue_pointer'])
     torch.testing.assert_close(ours['queue'], theirs['queue'], rtol=0, atol=1e-3)
+
+
+# Streams
+
+
+def test_stream_goes_on_with_the_next_sample(place, server):
+    """Five shards of unequal lengths: a run that was stopped within an epoch is the run that was not."""
+    write_shards(place, (25, 7, 30, 20, 14))
+    arguments = ['--config', 'tiny.yaml', '--data.name', 'wds/', '--data.root', str(place), '--data.val_split', 'null']
+    arguments += ['--data.train_split', 'train-{0000..0004}.tar', '--data.shuffle_buffer', '8', '--optim.epochs', '3']
+    run_well(server, place, *arguments, '--run.name', 'stream')
+    folder = place / 'runs' / 'stream-stopped'
+    run = Run(server, place, *arguments, '--run.name', 'stream-stopped')
+    assert run.wait_for((folder / 'checkpoints' / 'step-00000008' / 'state.json').exists)
+    run.send(signal.SIGTERM)
+    assert run.end() == 75
+    step = int(checkpoints(folder)[-1].removeprefix('step-'))
+    assert step % STEPS, 'the run was to be stopped within an epoch'
+    run_well(server, place, '--resume', str(folder))
+    assert read_metrics(folder) == read_metrics(place / 'runs' / 'stream')
+    ours, theirs = (path / 'model.safetensors' for path in (folder, place / 'runs' / 'stream'))
+    assert ours.read_bytes() == theirs.read_bytes()
