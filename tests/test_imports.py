@@ -76,7 +76,7 @@ print(json.dumps([seconds, sorted({name.split('.')[0] for name in set(sys.module
 def measured():
     """Seconds that the import adds to `import timm`, top-level modules that it adds, and all modules there are then."""
     runs = []
-    for _ in range(5):
+    for _ in range(3):
         finished = subprocess.run([sys.executable, '-c', MEASURE], capture_output=True, text=True, check=True)
         runs.append(json.loads(finished.stdout))
     return runs

@@ -171,7 +171,7 @@ def test_a_layer_refuses_other_widths():
 # Networks
 
 
-@pytest.mark.parametrize(('name', 'size'), [('slimclr_resnet20', 32), ('slimclr_resnet50', 64)])
+@pytest.mark.parametrize(('name', 'size'), [('slimclr_resnet20', 32), ('slimclr_resnet50', 32)])
 def test_forward_against_plain_functions(name, size):
     model, x = make(name, head='slimmable', num_classes=5).double(), images(2, size).double()
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_forward_against_plain_functions(name, size):
 
 
 @pytest.mark.parametrize('head', ['switchable', 'slimmable'])
-@pytest.mark.parametrize(('name', 'size'), [('slimclr_resnet20', 32), ('slimclr_resnet50', 64)])
+@pytest.mark.parametrize(('name', 'size'), [('slimclr_resnet20', 32), ('slimclr_resnet50', 32)])
 def test_extract_is_equal_bit_for_bit(name, size, head):
     model, x = make(name, head=head, num_classes=5), images(2, size)
     with torch.no_grad():
@@ -224,7 +224,7 @@ def touched(module, output):
     return {name: module.get_parameter(f'{name}.weight').grad != 0 for name in slim}
 
 
-@pytest.mark.parametrize(('name', 'size'), [('slimclr_resnet20', 32), ('slimclr_resnet50', 64)])
+@pytest.mark.parametrize(('name', 'size'), [('slimclr_resnet20', 32), ('slimclr_resnet50', 32)])
 def test_gradients_are_disjoint(name, size):
     model, x = make(name, head='slimmable', num_classes=5).train(), images(2, size)
     masks = {width: touched(model, model.forward_at(x, width)) for width in WIDTHS}
@@ -303,7 +303,8 @@ def test_compile_at_each_width(name):
         graphs.append(graph)
         return graph
 
-    model, x = make(name), images()
+    # A block for each stage: more of them are more of the same.
+    model, x = make(name, layers=(1, 1, 1) if name == 'slimclr_resnet20' else (1, 1, 1, 1)), images()
     compiled = torch.compile(model, fullgraph=True, backend=count)
     with torch.no_grad():
         for width in WIDTHS * 2:
@@ -313,7 +314,7 @@ def test_compile_at_each_width(name):
 
 
 def test_compile_all_widths_of_a_training_step():
-    eager, x = make().train(), images(4)
+    eager, x = make(layers=(1, 1, 1)).train(), images(4)
     other = copy.deepcopy(eager)
     compiled = torch.compile(other.forward_widths, fullgraph=True, backend='aot_eager')
     outputs = [eager.forward_widths(x), compiled(x)]

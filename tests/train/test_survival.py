@@ -101,11 +101,11 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / 'checkpoints').glob('step-????????'))
 
 
-def assert_same_run(folder: Path, whole: Path) -> None:
+def assert_same_run(folder: Path, whole: Path, last: str = LAST) -> None:
     """Bit for bit: the result, the whole state at the end, and the metrics."""
     assert (folder / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()
     assert read_metrics(folder) == read_metrics(whole)
-    ours, theirs = folder / 'checkpoints' / LAST, whole / 'checkpoints' / LAST
+    ours, theirs = folder / 'checkpoints' / last, whole / 'checkpoints' / last
     assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
     state, expected = load_file(ours / 'model.safetensors'), load_file(theirs / 'model.safetensors')
     assert {'queue', 'queue_pointer', 'key_backbone.conv1.weight'} <= expected.keys()
@@ -182,11 +182,11 @@ def test_twenty_kills(place, server, whole):
 
 
 def test_kills_of_two_processes(place):
-    several = ['--method.bn_splits', '1', '--data.num_workers', '1']
+    several = ['--method.bn_splits', '1', '--data.num_workers', '1', '--optim.epochs', '4']
     finished, folder = place / 'runs' / 'two', place / 'runs' / 'two-killed'
     start_two(place, '--config', 'tiny.yaml', '--run.name', 'two', *several).communicate()
     arguments = ['--config', 'tiny.yaml', '--run.name', 'two-killed', *several]
-    for step in 5, 20:
+    for step in 5, 14:
         process = start_two(place, *arguments)
         deadline = time.monotonic() + TIMEOUT
         while not checkpoints(folder)[-1:] >= [f'step-{step:08d}']:
@@ -198,10 +198,11 @@ def test_kills_of_two_processes(place):
     process = start_two(place, *arguments)
     printed, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, printed
-    assert_same_run(folder, finished)
-    assert {path.name for path in (folder / 'checkpoints' / LAST).glob('process_*')} == {'process_0.pt', 'process_1.pt'}
+    last = f'step-{4 * STEPS:08d}'
+    assert_same_run(folder, finished, last)
+    assert {path.name for path in (folder / 'checkpoints' / last).glob('process_*')} == {'process_0.pt', 'process_1.pt'}
     # Each process normalises by its own images, which the checkpoint remembers of each.
-    first, second = (torch.load(folder / 'checkpoints' / LAST / f'process_{rank}.pt') for rank in range(2))
+    first, second = (torch.load(folder / 'checkpoints' / last / f'process_{rank}.pt') for rank in range(2))
     assert not first['statistics']['backbone.bn1.w100.running_mean'].equal(
         second['statistics']['backbone.bn1.w100.running_mean']
     )
