@@ -152,8 +152,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows of a run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (place,) = {path.parent for path in folder.rglob('events.out.tfevents.*') if 'train' not in path.parent.name}
-    accumulator = EventAccumulator(str(place))
+    accumulator = EventAccumulator(str(folder / 'slimclr'))  # run.project
     accumulator.Reload()
     tags = accumulator.Tags()['scalars']
     return {tag: [(point.step, point.value) for point in accumulator.Scalars(tag)] for tag in tags}
@@ -215,11 +214,17 @@ def killed(place):
     return folder
 
 
-def test_resumed_run_equals_an_uninterrupted_one(place, full, killed):
+@pytest.fixture(scope='module')
+def resumed(place, killed):
+    """The killed run, gone on with, and what it printed then."""
     # A kill may cut a line in two, which would be the next thing to stumble over.
     with (killed / 'metrics.jsonl').open('a') as file:
         file.write('{"kind": "train", "epoch": 4, "st')
-    printed = launch_well_resumed(place, killed)
+    return killed, launch_well_resumed(place, killed)
+
+
+def test_resumed_run_equals_an_uninterrupted_one(full, resumed):
+    killed, printed = resumed
     assert 'Resuming after epoch' in printed
     assert (killed / 'model.safetensors').read_bytes() == (full[0] / 'model.safetensors').read_bytes()
     assert read_metrics(killed) == read_metrics(full[0])
@@ -232,9 +237,9 @@ def test_resumed_run_equals_an_uninterrupted_one(place, full, killed):
     assert (killed / 'training.png').exists()
 
 
-def test_resumed_run_is_drawn_as_one(full, killed):
+def test_resumed_run_is_drawn_as_one(full, resumed):
     """What was logged after the last checkpoint is not drawn a second time."""
-    ours, theirs = scalars(killed), scalars(full[0])
+    ours, theirs = scalars(resumed[0]), scalars(full[0])
     assert ours.keys() == theirs.keys()
     for tag in (tag for tag in theirs if tag.startswith(('train/loss', 'eval/'))):
         assert ours[tag] == theirs[tag], tag
