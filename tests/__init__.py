@@ -1,4 +1,4 @@
-"""One thread for each process of the tests: they run on all cores already, and more would only stand in each other's way."""
+"""One thread for each process of the tests, which run on all cores already."""
 
 import os
 
