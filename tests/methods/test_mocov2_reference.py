@@ -51,16 +51,6 @@ def test_switchable_probe(width):
     assert relative(model.eval()(image('input', 2)), FORWARD[f'lincls/out/{width}']) < 1e-4
 
 
-@pytest.fixture
-def two_threads():
-    """As many as the numbers were recorded with: how sums are split changes their rounding, and four steps of this
-    steep start turn a difference in the last bit into one per cent."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures('two_threads')
 def test_training_steps():
     """Loss, losses, gradient norm and queue of four steps, slow start in the first two, and tensors after them."""

@@ -92,15 +92,6 @@ class Lars(torch.optim.Optimizer):
         return direction * (self.trust * w.norm() / size)
 
 
-@pytest.fixture
-def two_threads():
-    """As many as the numbers were recorded with; four steps of this start amplify a last bit to one per cent."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures('two_threads')
 def test_training_steps():
     """Losses and gradient norm of four steps, slow start in the first two, and tensors after them.
