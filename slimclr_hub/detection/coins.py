@@ -1,0 +1,186 @@
+"""A small set of real images in COCO's format that needs no download: the 24 coins of scikit-image.
+
+    python -m slimclr_hub.detection.coins data/coins
+
+The picture (`skimage.data.coins`, 303x384, from the Brooklyn Museum, no known copyright restrictions) shows four rows
+of six coins under uneven light. Crops of the lower two rows are for training, crops of the upper two for validation:
+no coin is in both. It shows that fine-tuning a detector works, within minutes; how good a detector is COCO tells.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimclr_hub.errors import InputError
+
+SPLITS = ('train', 'val')
+CATEGORY = 'coin'
+
+# Left, top, right, bottom. Row 150 has no coin. The sides are where they are because they leave at least half of each
+# coin that they cut, so that no coin shows without being annotated. Those for validation cut none.
+WINDOWS: dict[str, tuple[tuple[int, int, int, int], ...]] = {
+    'train': (
+        (0, 150, 176, 303),
+        (13, 154, 189, 296),
+        (20, 150, 180, 300),
+        (16, 152, 216, 303),
+        (40, 150, 216, 295),
+        (84, 150, 276, 303),
+        (100, 155, 304, 299),
+        (96, 150, 275, 297),
+        (140, 150, 304, 303),
+        (152, 153, 312, 298),
+        (202, 150, 378, 303),
+        (208, 155, 384, 303),
+    ),
+    'val': ((0, 0, 182, 150), (182, 0, 384, 150)),
+}
+
+
+def picture() -> np.ndarray:
+    """The picture, [303, 384] in grey levels of 8 bits.
+
+    Raises:
+        InputError: scikit-image is not installed.
+    """
+    try:
+        from skimage import data
+    except ImportError as error:
+        raise _not_installed('scikit-image') from error
+    return data.coins()
+
+
+def coin_masks(grey: np.ndarray) -> np.ndarray:
+    """One mask for each coin, [24, H, W] bool: round, filled, apart from each other.
+
+    A threshold does not find them, for the background at the upper left is as bright as the dark coins. Edges do: a
+    watershed of Sobel's gradient, flooded from what is certainly background and certainly coin, as the gallery of
+    scikit-image has it. Holes are filled, and specks and nicks smoothed away.
+
+    Args:
+        grey: The picture, [H, W].
+    """
+    from skimage import filters, measure, morphology, segmentation
+
+    certain = np.zeros(grey.shape, dtype=np.int32)
+    certain[grey < 30] = 1
+    certain[grey > 150] = 2
+    inside = segmentation.watershed(filters.sobel(grey), certain) == 2
+    for region in measure.regionprops(measure.label(inside)):
+        inside[region.slice] |= region.image_filled
+    smooth = morphology.opening(morphology.closing(inside, morphology.disk(3)), morphology.disk(7))
+    labels = measure.label(smooth)
+    return np.stack([labels == i for i in range(1, labels.max() + 1)])
+
+
+def write_coins(folder: Path) -> None:
+    """Write `train/*.png`, `val/*.png`, `annotations/train.json` and `annotations/val.json`: whole or not at all.
+
+    The same bytes each time. Several processes may do it at once; a folder that has the same set already is left alone.
+
+    Args:
+        folder: Where the set is to lie; made if it is not there.
+
+    Raises:
+        InputError: scikit-image or pycocotools is not installed, or the folder holds something else.
+    """
+    grey = picture()
+    masks = coin_masks(grey)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix='.partial-') as name:
+        made = Path(name) / 'coins'  # a temporary folder itself is for its owner alone, even after a move
+        (made / 'annotations').mkdir(parents=True)
+        for split in SPLITS:
+            _write_split(made, split, grey, masks)
+        try:
+            os.rename(made, folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            _check_same(made, folder)
+
+
+def _write_split(folder: Path, split: str, grey: np.ndarray, masks: np.ndarray) -> None:
+    from PIL import Image
+
+    (folder / split).mkdir()
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, (left, top, right, bottom) in enumerate(WINDOWS[split], start=1):
+        crop = grey[top:bottom, left:right]
+        file_name = f'{number:02}.png'
+        Image.fromarray(crop).convert('RGB').save(folder / split / file_name)
+        images.append({'id': number, 'file_name': file_name, 'height': bottom - top, 'width': right - left})
+        for mask in masks[:, top:bottom, left:right]:
+            if mask.any():
+                annotations.append({'id': len(annotations) + 1, 'image_id': number, **_annotation(mask)})
+    content = {
+        'info': {'description': f'Coins of scikit-image, {split}', 'url': 'https://scikit-image.org'},
+        'images': images,
+        'annotations': annotations,
+        'categories': [{'id': 1, 'name': CATEGORY, 'supercategory': CATEGORY}],
+    }
+    (folder / 'annotations' / f'{split}.json').write_text(json.dumps(content, indent=1) + '\n')
+
+
+def _annotation(mask: np.ndarray) -> dict[str, Any]:
+    try:
+        from pycocotools import mask as coco_mask
+    except ImportError as error:
+        raise _not_installed('pycocotools') from error
+
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    left, top = int(columns[0]), int(rows[0])
+    encoded = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {
+        'category_id': 1,
+        'bbox': [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
+        'area': int(mask.sum()),
+        'iscrowd': 0,
+        'segmentation': {'size': [*mask.shape], 'counts': encoded['counts'].decode()},
+    }
+
+
+def _check_same(made: Path, folder: Path) -> None:
+    for path in sorted(made.rglob('*.*')):
+        other = folder / path.relative_to(made)
+        if not other.is_file() or not _same(path, other):
+            raise InputError(f'{folder} holds something else ({other} differs): delete it, or name another folder')
+
+
+def _same(path: Path, other: Path) -> bool:
+    if path.suffix != '.png':
+        return path.read_bytes() == other.read_bytes()
+    from PIL import Image
+
+    # Versions of the library compress differently.
+    with Image.open(path) as image, Image.open(other) as there:
+        return np.array_equal(np.asarray(image), np.asarray(there))
+
+
+def _not_installed(name: str) -> InputError:
+    return InputError(f'the coins need {name}, which is not installed: pip install "slimclr-hub[transfer]"')
+
+
+def _main(arguments: list[str]) -> None:
+    if len(arguments) != 1 or arguments[0].startswith('-'):
+        raise SystemExit('usage: python -m slimclr_hub.detection.coins FOLDER')
+    folder = Path(arguments[0])
+    try:
+        write_coins(folder)
+    except (InputError, OSError) as error:
+        raise SystemExit(f'Error: {error}') from None
+    counts = []
+    for split in SPLITS:
+        content = json.loads((folder / 'annotations' / f'{split}.json').read_text())
+        counts.append(f'{split} {len(content["images"])} images, {len(content["annotations"])} instances')
+    print(f'{folder}: {"; ".join(counts)}')
+
+
+if __name__ == '__main__':
+    _main(sys.argv[1:])
