@@ -1,0 +1,190 @@
+"""What mmcv-lite leaves out: a stand-in for the compiled `mmcv._ext`, with the operators that torchvision has too."""
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import NoReturn
+
+import torch
+import torchvision.ops
+
+from slimclr_hub.errors import InputError
+
+NAME = 'mmcv._ext'
+BUILD = (
+    'pip uninstall -y mmcv-lite; pip install "setuptools<81" wheel ninja psutil; '
+    'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-binary mmcv mmcv==2.1.0'
+)
+_REMEDY = f'compile mmcv, which takes a C++ compiler and about half an hour ({BUILD})'
+
+_logger = logging.getLogger(__name__)
+
+
+def install_ops() -> str:
+    """Make `mmcv.ops` importable: with its compiled operators where there are any, otherwise with torchvision's.
+
+    Call it before anything of `mmcv.ops` or `mmdet.models` is imported. Once is enough, again does no harm.
+
+    Returns:
+        'compiled', where nothing was to be done, or 'torchvision'. With these, `nms` and `RoIAlign` work, forward and
+        backward, and every other operator raises an error that names it when it is called.
+
+    Raises:
+        InputError: mmcv, or what it imports, is not installed.
+    """
+    try:
+        mmcv = importlib.import_module('mmcv')
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f'MMDetection needs {error.name}, which is not installed: pip install "slimclr-hub[transfer]"'
+        ) from error
+    try:
+        extension = importlib.import_module(NAME)
+    except ModuleNotFoundError:
+        pass  # mmcv-lite
+    except ImportError as error:  # compiled for another torch
+        _logger.warning('the compiled operators of mmcv do not load (%s); those of torchvision stand in', error)
+    else:
+        return 'torchvision' if isinstance(extension, _StandIn) else 'compiled'
+    extension = _StandIn()
+    sys.modules[NAME] = extension
+    vars(mmcv)['_ext'] = extension  # as an import would have
+    return 'torchvision'
+
+
+# The functions below have the names and arguments of mmcv/ops/csrc/pytorch/pybind.cpp: mmcv.ops passes some by name,
+# and has the results of RoIAlign written into tensors that it has made.
+
+
+def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float, offset: int) -> torch.Tensor:
+    """Indices of the boxes that greedy suppression keeps, highest score first.
+
+    Args:
+        boxes: [N, 4], x1, y1, x2, y2.
+        scores: [N].
+        iou_threshold: A box is dropped if its IoU with a kept one is greater.
+        offset: 0; with 1, pixels are counted, and boxes are one wider and higher than the difference of their sides.
+
+    Raises:
+        InputError: `offset` is not 0.
+    """
+    if offset != 0:
+        raise InputError(f"nms with offset={offset}: torchvision's has 0 only; leave it out or {_REMEDY}")
+    # mmcv takes the threshold in float32; an IoU of exactly 0.3 would be greater than 0.3 in float64.
+    return torchvision.ops.nms(boxes, scores, torch.tensor(iou_threshold, dtype=torch.float32).item())
+
+
+def roi_align_forward(
+    input: torch.Tensor,
+    rois: torch.Tensor,
+    output: torch.Tensor,
+    argmax_y: torch.Tensor,
+    argmax_x: torch.Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Fill `output` with the means of `input` in the cells of every region.
+
+    Args:
+        input: [N, C, H, W].
+        rois: [K, 5], index into N, x1, y1, x2, y2, in pixels of the image.
+        output: [K, C, aligned_height, aligned_width].
+        argmax_y: Not used: of maxima.
+        argmax_x: Not used: of maxima.
+        aligned_height: Cells of a region, from top to bottom.
+        aligned_width: Cells of a region, from left to right.
+        spatial_scale: Size of `input` by size of the image.
+        sampling_ratio: Points in a cell, in each direction; 0 for as many as the cell has pixels.
+        pool_mode: 1, the mean; 0 would be the maximum.
+        aligned: Centres of pixels are at halves. False has them at whole numbers, and regions at least one pixel wide.
+
+    Raises:
+        InputError: `pool_mode` is not 1.
+    """
+    _check_mean(pool_mode)
+    pooled = torch.ops.torchvision.roi_align(
+        _full(input), _full(rois), spatial_scale, aligned_height, aligned_width, sampling_ratio, aligned
+    )
+    output.copy_(pooled)
+
+
+def roi_align_backward(
+    grad_output: torch.Tensor,
+    rois: torch.Tensor,
+    argmax_y: torch.Tensor,
+    argmax_x: torch.Tensor,
+    grad_input: torch.Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Fill `grad_input` with the gradient of `roi_align_forward` with respect to its input, whose arguments it has.
+
+    Raises:
+        InputError: `pool_mode` is not 1.
+    """
+    _check_mean(pool_mode)
+    gradient = torch.ops.torchvision._roi_align_backward(
+        _full(grad_output),
+        _full(rois),
+        spatial_scale,
+        aligned_height,
+        aligned_width,
+        *grad_input.shape,
+        sampling_ratio,
+        aligned,
+    )
+    grad_input.copy_(gradient)
+
+
+def _version() -> str:
+    return 'n/a: mmcv is not compiled, torchvision stands in'
+
+
+_OPERATORS: dict[str, Callable] = {
+    'nms': nms,
+    'roi_align_forward': roi_align_forward,
+    'roi_align_backward': roi_align_backward,
+    # No operators; mmcv.utils.collect_env, which heads every log, asks for them.
+    'get_compiler_version': _version,
+    'get_compiling_cuda_version': _version,
+}
+
+
+class _StandIn(ModuleType):
+    """The module `mmcv._ext`, which has an operator of every name; those that torchvision has not only raise."""
+
+    def __init__(self) -> None:
+        super().__init__(NAME, __doc__)
+        self.__spec__ = ModuleSpec(NAME, None)  # importlib.util.find_spec refuses modules without
+        vars(self).update(_OPERATORS)
+
+    def __getattr__(self, name: str) -> Callable[..., NoReturn]:
+        # Python and its tools look for optional attributes, __path__ for one, and take what they are given.
+        if name.startswith('_'):
+            raise AttributeError(f'module {NAME!r} has no attribute {name!r}')
+
+        def missing(*args: object, **kwargs: object) -> NoReturn:
+            raise InputError(f'the operator {name!r} is neither in mmcv-lite nor in torchvision: {_REMEDY}')
+
+        return missing
+
+
+def _check_mean(pool_mode: int) -> None:
+    if pool_mode != 1:
+        raise InputError(f"RoIAlign with pool_mode='max': torchvision's has 'avg' only; take this or {_REMEDY}")
+
+
+def _full(x: torch.Tensor) -> torch.Tensor:
+    """In float32 what mixed precision hands over: torchvision sums in the type of its input, and has no bfloat16."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
