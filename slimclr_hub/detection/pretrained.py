@@ -1,0 +1,144 @@
+"""Starting a detector's backbone from pre-trained weights, strictly, and saying what was loaded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from timm.models import adapt_input_conv
+
+from slimclr_hub.errors import InputError
+from slimclr_hub.hub.opening import open_network
+from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.loading import FIRST_CONV, checkpoint_filter_fn
+from slimclr_hub.weights.checkpoint import read_checkpoint
+from slimclr_hub.weights.convert import convert
+from slimclr_hub.weights.layouts import layout_of
+from slimclr_hub.weights.slices import key_width, switched_key
+from slimclr_hub.weights.source import WEIGHTS
+from slimclr_hub.weights.tensor_file import TensorFile
+
+_FILES = ('.safetensors', '.pth', '.pt', '.tar', '.bin', '.ckpt')
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was loaded into a backbone; as text, the report of it.
+
+    Args:
+        source: Where the weights came from, as it was asked for.
+        tensors: Tensors loaded, which are all that the network has.
+        parameters: Numbers in those of them that training moves.
+        widths: The network's widths.
+        left_out: What the source has beyond that: a head, further widths.
+        note: What else there is to know; empty if nothing.
+    """
+
+    source: str
+    tensors: int
+    parameters: int
+    widths: tuple[float, ...]
+    left_out: tuple[str, ...]
+    note: str
+
+    def __str__(self) -> str:
+        text = (
+            f'Backbone weights from {self.source}: all {self.tensors} tensors of the network were loaded, '
+            f'{self.parameters:,} parameters, for {_listed(self.widths)}. '
+            f'Left out of the source: {", ".join(self.left_out) or "nothing"}.'
+        )
+        return f'{text} {self.note}'.rstrip()
+
+
+def load_backbone(network: SlimmableResNet, source: str) -> Loaded:
+    """Load every tensor of a backbone, or none of them where anything does not fit.
+
+    The network may hold fewer widths than the source; it then takes the leading part of the tensors. A head of the
+    source is left out. A network of one width, such as a ResNet-50 of torchvision or timm, gives each width the leading
+    part of its normalisations; the narrow ones have then seen no image.
+
+    Args:
+        network: The network, without a head (`num_classes=0`).
+        source: A tag (`slimclr_resnet50.mocov2_800e_in1k`), `hf-hub:USER/NAME`, a folder that timm opens or of a
+            pre-training run or of one of its checkpoints, or a file: `.safetensors`, or any checkpoint that
+            `weights.convert.convert` takes, the authors' and plain ResNets among them.
+
+    Raises:
+        InputError: The source does not exist, is damaged, of another network, or lacks a width or any other tensor; the
+            message names it.
+    """
+    if network.num_classes > 0:
+        raise InputError(f'the network has a head of {network.num_classes} classes; a backbone needs num_classes=0')
+    try:
+        tensors = _tensors(source, network.widths)
+        fitted = checkpoint_filter_fn(tensors, network)
+    except InputError as error:
+        raise InputError(str(error) if source in str(error) else f'{source}: {error}') from error
+    channels = fitted[FIRST_CONV].shape[1]
+    fitted[FIRST_CONV] = adapt_input_conv(network.in_chans, fitted[FIRST_CONV], base_chans=channels)
+    network.load_state_dict(fitted)
+    notes = [_counted_no_batch(fitted)]
+    if channels != network.in_chans:
+        notes.append(
+            f'The first convolution was adapted from images of {channels} channels to {network.in_chans}, as in timm.'
+        )
+    return Loaded(
+        source,
+        len(fitted),
+        sum(parameter.numel() for parameter in network.parameters()),
+        network.widths,
+        _left_out(tensors, network.widths),
+        ' '.join(filter(None, notes)),
+    )
+
+
+def _tensors(source: str, widths: tuple[float, ...]) -> Mapping[str, torch.Tensor]:
+    path = Path(source.removeprefix('local-dir:'))
+    if path.is_dir() and not (path / 'config.json').is_file():
+        path = _in_folder(path)
+    if path.is_file():
+        if not _is_ours(path):
+            # A plain network is of width 1.0, and becomes the leading part of itself at those that are asked for.
+            return convert(read_checkpoint(path), widths=sorted({1.0, *widths}, reverse=True))
+        source = str(path)
+    elif not path.exists() and path.suffix in _FILES:
+        raise InputError(f'{source} does not exist')
+    # As it is, with all that it holds: what does not belong into the backbone is to be seen.
+    return open_network(source).state_dict()
+
+
+def _in_folder(path: Path) -> Path:
+    if (path / WEIGHTS).is_file():  # a checkpoint of a run
+        return path / WEIGHTS
+    if checkpoints := sorted((path / 'checkpoints').glob('step-????????')):
+        raise InputError(f'{path} is a run that has not finished; give one of its checkpoints, {checkpoints[-1]}')
+    raise InputError(f'{path} has neither config.json nor {WEIGHTS}; it is no folder of a network')
+
+
+def _is_ours(path: Path) -> bool:
+    if path.suffix != '.safetensors':
+        return False
+    with TensorFile(path) as file:
+        return FIRST_CONV in file.shapes and any(map(switched_key, file.shapes))
+
+
+def _left_out(tensors: Mapping[str, torch.Tensor], widths: tuple[float, ...]) -> tuple[str, ...]:
+    layout = layout_of({name: tensor.shape for name, tensor in tensors.items()})
+    head = (f'its head of {layout.num_classes} classes',) if layout.num_classes else ()
+    others = tuple(width for width in layout.widths if width not in widths)
+    return (*head, _listed(others)) if others else head
+
+
+def _counted_no_batch(tensors: Mapping[str, torch.Tensor]) -> str:
+    counts = {switched_key(name): int(t) for name, t in tensors.items() if name.endswith('num_batches_tracked')}
+    unseen = tuple(key_width(key) for key, count in counts.items() if key and not count)
+    if not unseen:
+        return ''
+    return (
+        f'The normalisations of {_listed(unseen)} have counted no batch: they begin as the leading part of those of a '
+        'network of one width, or have never been trained.'
+    )
+
+
+def _listed(widths: tuple[float, ...]) -> str:
+    return f'width{"s" if len(widths) > 1 else ""} {", ".join(map(str, widths))}'
