@@ -150,7 +150,7 @@ def _check_same(made: Path, folder: Path) -> None:
     for path in sorted(made.rglob('*.*')):
         other = folder / path.relative_to(made)
         if not other.is_file() or not _same(path, other):
-            raise InputError(f'{folder} holds something else ({other} differs): delete it, or name another folder')
+            raise InputError(f'{folder} holds something else (see {other}): delete it, or name another folder')
 
 
 def _same(path: Path, other: Path) -> bool:
