@@ -327,6 +327,38 @@ def cards(
         _say(str(folder / name))
 
 
+@app.command()
+def doctor(
+    data: Annotated[Path | None, typer.Option(help='Folder of COCO; COCO_ROOT or data/coco unless given.')] = None,
+) -> None:
+    """Check that fine-tuning a detector could start: packages, the command to type, COCO's files."""
+    from slimclr_hub.detection.doctor import examine
+
+    report = examine(data)
+    table = _table(['package', 'version', 'state', 'installed as', 'note'])
+    for column in table.columns[1:]:
+        column.justify = 'left'
+    for part in report.parts:
+        state = part.state if part.needed or part.state == 'ok' else f'{part.state} (not needed)'
+        table.add_row(part.name, part.version, state, part.distribution, part.note)
+    _print(table)
+    for command in report.remedies():
+        _say(f'To install what is missing: {command}')
+    if report.installed:
+        for command in report.commands():
+            _say(f'To fine-tune with MMDetection: {command}')
+    else:
+        _say('Fine-tuning with MMDetection cannot start: see the states that are not ok.')
+    has = 'are there' if report.torchvision_ready else 'are not all there'
+    _say(f'To fine-tune with torchvision alone, torch, torchvision and timm are enough; they {has}.')
+    for name, count in report.data.images.items():
+        _say(f'{report.data.folder / name}: {count} images')
+    for name in report.data.missing:
+        _say(f'{report.data.folder}: no {name}')
+    if not report.ready:
+        raise typer.Exit(1)
+
+
 def _on_device(network: str, width: float | None, device: str | None) -> Any:
     import torch
 
