@@ -8,7 +8,7 @@ import torch
 from mmengine.optim import OptimWrapper
 from torch import nn
 
-from slimclr_hub.detection.names import width_name
+from slimclr_hub.detection.mmdetection.names import width_name
 from slimclr_hub.models.slimmable_resnet import WidthSwitch
 
 

@@ -9,7 +9,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from slimclr_hub.detection.report import History, draw_history, precision_table
+from slimclr_hub.detection.mmdetection.report import History, draw_history, precision_table
 from slimclr_hub.errors import InputError
 from slimclr_hub.models.cost import cost
 

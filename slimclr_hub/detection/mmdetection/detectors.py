@@ -14,7 +14,7 @@ from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODEL_WRAPPERS
 
-from slimclr_hub.detection.widths import train_widths
+from slimclr_hub.detection.mmdetection.widths import train_widths
 from slimclr_hub.errors import InputError
 from slimclr_hub.models.slimmable_resnet import WidthSwitch
 

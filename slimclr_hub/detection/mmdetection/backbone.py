@@ -15,6 +15,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.models import DEFAULT_WIDTHS
 from slimclr_hub.models.slimmable_resnet import SlimmableResNet as Network
 from slimclr_hub.models.slimmable_resnet import WidthSwitch
+from slimclr_hub.weights.layouts import ARCHITECTURES
 
 
 @MODELS.register_module()
@@ -54,20 +55,18 @@ class SlimmableResNet(BaseModule):
         if init_cfg is not None:
             raise InputError(f'init_cfg {init_cfg} loads what fits and leaves the rest; name a source as `weights`')
         super().__init__()
-        if not name.startswith('slimclr_') or not timm.is_model(name):
-            known = ', '.join(timm.list_models('slimclr_*', exclude_filters='*_0*'))
-            raise InputError(f'name {name!r} is none of {known}; a tag goes into `weights`')
+        if name not in ARCHITECTURES.values():
+            raise InputError(f'name {name!r} is none of {", ".join(ARCHITECTURES.values())}; a tag goes into `weights`')
         network = timm.create_model(name, num_classes=0, widths=tuple(widths), overlap=overlap)
-        if not isinstance(network, Network):
-            raise InputError(f'name {name!r} is a network of one width; MMDetection has it as ResNet')
+        assert isinstance(network, Network)
         self.network = network
         self.network.set_grad_checkpointing(with_cp)
         stages = len(network.feature_info) - 1
-        for key, indices, least in (('out_indices', out_indices, 0), ('frozen_stages', [frozen_stages], -1)):
-            for index in indices:
-                most = stages - 1 if least == 0 else stages
-                if not least <= index <= most:
-                    raise InputError(f'{key} {index} is not from {least} to {most}; {name} has {stages} stages')
+        for index in out_indices:
+            if not 0 <= index < stages:
+                raise InputError(f'out_indices {index} is not from 0 to {stages - 1}; {name} has {stages} stages')
+        if not -1 <= frozen_stages <= stages:
+            raise InputError(f'frozen_stages {frozen_stages} is not from -1 to {stages}, the stages of {name}')
         self.weights = weights
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slimclr_hub.detection.names import width_name
+from slimclr_hub.detection.mmdetection.names import width_name
 from slimclr_hub.weights.whole import write_text
 
 _COLUMNS = {'mAP': 'AP', 'mAP_50': 'AP50', 'mAP_75': 'AP75'}

@@ -9,8 +9,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import LOOPS
 from mmengine.runner import BaseLoop, TestLoop, ValLoop
 
-from slimclr_hub.detection.names import width_name
-from slimclr_hub.detection.widths import Slimmable
+from slimclr_hub.detection.mmdetection.names import width_name
+from slimclr_hub.detection.mmdetection.widths import Slimmable
 from slimclr_hub.errors import InputError
 from slimclr_hub.models.widths import check_width
 

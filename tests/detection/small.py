@@ -1,0 +1,134 @@
+"""A detector small enough for tests: a slimmable ResNet-20 of three stages under narrow heads, on random images."""
+
+import copy
+from typing import Any
+
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
+from mmengine.config import ConfigDict
+from mmengine.registry import DefaultScope
+from mmengine.structures import InstanceData
+
+from tests.networks import randomise_batchnorm
+
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+SIZE = 32  # pixels
+_CHANNELS = 8
+_ALL = 10**6  # more than there are: the samplers draw nothing by chance
+
+DefaultScope.get_instance('tests', scope_name='mmdet')
+
+
+def config(**changes: Any) -> ConfigDict:
+    """Configuration of a Mask R-CNN of two classes whose samplers take everything."""
+    assigner = dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0.2, ignore_iof_thr=-1)
+    sampler = dict(type='RandomSampler', num=_ALL, pos_fraction=0.5, neg_pos_ub=-1)
+    proposals = dict(nms_pre=60, max_per_img=20, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0)
+    coder = dict(type='DeltaXYWHBBoxCoder')
+    extractor = dict(type='SingleRoIExtractor', out_channels=_CHANNELS, featmap_strides=[1, 2, 4])
+    model = dict(
+        type='SlimmableMaskRCNN',
+        data_preprocessor=dict(type='DetDataPreprocessor', mean=[120.0] * 3, std=[60.0] * 3, pad_mask=True),
+        backbone=dict(type='SlimmableResNet', name='slimclr_resnet20', widths=WIDTHS, out_indices=(0, 1, 2)),
+        neck=dict(type='SlimmableFPN', in_channels=[16, 32, 64], out_channels=_CHANNELS, num_outs=4),
+        rpn_head=dict(
+            type='RPNHead',
+            in_channels=_CHANNELS,
+            feat_channels=_CHANNELS,
+            anchor_generator=dict(type='AnchorGenerator', scales=[6], ratios=[1.0], strides=[1, 2, 4, 8]),
+            bbox_coder=coder,
+        ),
+        roi_head=dict(
+            type='StandardRoIHead',
+            bbox_roi_extractor=dict(**extractor, roi_layer=dict(type='RoIAlign', output_size=3, sampling_ratio=1)),
+            bbox_head=dict(
+                type='Shared2FCBBoxHead',
+                in_channels=_CHANNELS,
+                fc_out_channels=16,
+                roi_feat_size=3,
+                num_classes=2,
+                bbox_coder=coder,
+                loss_cls=dict(type='CrossEntropyLoss'),
+                loss_bbox=dict(type='L1Loss'),
+            ),
+            mask_roi_extractor=dict(**extractor, roi_layer=dict(type='RoIAlign', output_size=4, sampling_ratio=1)),
+            mask_head=dict(
+                type='FCNMaskHead', num_convs=1, in_channels=_CHANNELS, conv_out_channels=_CHANNELS, num_classes=2
+            ),
+        ),
+        train_cfg=dict(
+            rpn=dict(
+                assigner=assigner,
+                sampler=dict(sampler, add_gt_as_proposals=False),
+                allowed_border=-1,
+                pos_weight=-1,
+                debug=False,
+            ),
+            rpn_proposal=proposals,
+            rcnn=dict(
+                assigner=assigner,
+                sampler=dict(sampler, add_gt_as_proposals=True),
+                mask_size=8,
+                pos_weight=-1,
+                debug=False,
+            ),
+        ),
+        test_cfg=dict(
+            rpn=proposals,
+            rcnn=dict(score_thr=0.0, nms=dict(type='nms', iou_threshold=0.5), max_per_img=10, mask_thr_binary=0.5),
+        ),
+    )
+    merged = ConfigDict(copy.deepcopy(model))
+    for key, value in changes.items():
+        merged[key] = {**merged[key], **value} if isinstance(value, dict) else value
+    return merged
+
+
+def detector(seed: int = 0, **changes: Any) -> Any:
+    """The detector, with normalisations that differ between widths and no random weights that are zero."""
+    torch.manual_seed(seed)
+    model = MODELS.build(config(**changes))
+    model.init_weights()
+    randomise_batchnorm(model)
+    return model
+
+
+def batch(count: int = 2, seed: int = 0) -> dict[str, Any]:
+    """Images with a square or two, as the data loader gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    images, samples = [], []
+    for i in range(count):
+        images.append(torch.randint(0, 255, (3, SIZE, SIZE), generator=generator, dtype=torch.uint8))
+        boxes = torch.tensor([[2.0, 3.0, 10.0 + 2 * i, 11.0], [15.0, 14.0, 23.0, 24.0 + 3 * i]])[: 2 - (seed + i) % 2]
+        masks = torch.zeros(len(boxes), SIZE, SIZE, dtype=torch.uint8)
+        for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[y1:y2, x1:x2] = 1
+        sample = DetDataSample(
+            metainfo=dict(img_id=i, img_shape=(SIZE, SIZE), ori_shape=(SIZE, SIZE), scale_factor=(1.0, 1.0))
+        )
+        sample.gt_instances = InstanceData(
+            bboxes=boxes, labels=torch.arange(len(boxes)) % 2, masks=BitmapMasks(masks.numpy(), SIZE, SIZE)
+        )
+        sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+        samples.append(sample)
+    return {'inputs': images, 'data_samples': samples}
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    """A copy of every parameter's gradient, zeros where it has none."""
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def width_gradients(model: Any, data: dict[str, Any], width: float) -> dict[str, torch.Tensor]:
+    """Gradients of one width's losses alone, by MMDetection's own forward."""
+    model.zero_grad()
+    with model.set_width(width):
+        losses = model(**model.data_preprocessor(data, True), mode='loss')
+        model.parse_losses(losses)[0].backward()
+    return gradients(model)

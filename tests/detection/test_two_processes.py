@@ -1,0 +1,91 @@
+"""Two real processes: gradients are the mean of theirs at every width, and nobody trains one width by mistake."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from mmengine.model import MMDistributedDataParallel
+from mmengine.optim import OptimWrapper
+from torch import multiprocessing
+
+from slimclr_hub.detection.mmdetection.detectors import SlimmableDistributedDataParallel
+from slimclr_hub.errors import InputError
+from tests.detection.small import WIDTHS, batch, detector, width_gradients
+
+WORLD = 2
+
+
+class Seen(torch.optim.SGD):
+    """A step that keeps the gradients it was made with and moves nothing."""
+
+    def step(self, closure=None):
+        self.seen = [None if p.grad is None else p.grad.clone() for p in self.param_groups[0]['params']]
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=WORLD)
+    model, data = detector(), batch(seed=rank)
+    names = [name for name, _ in model.named_parameters()]
+    wrapped = SlimmableDistributedDataParallel(model)
+    wrapped.train()
+    optimizer = Seen(model.parameters(), lr=0.1)
+    steps = []
+    for _ in range(2):  # whatever the reducer keeps from one iteration must not spoil the next
+        wrapped.train_step(data, OptimWrapper(optimizer))
+        steps.append(dict(zip(names, optimizer.seen, strict=True)))
+    accumulated = OptimWrapper(optimizer, accumulative_counts=2)
+    for _ in range(2):
+        wrapped.train_step(data, accumulated)
+    steps.append(dict(zip(names, optimizer.seen, strict=True)))
+    stock = MMDistributedDataParallel(detector(), find_unused_parameters=True)
+    try:
+        stock.train_step(data, OptimWrapper(torch.optim.SGD(stock.parameters(), lr=0.1)))
+        message = 'no error'
+    except InputError as error:
+        message = str(error)
+    torch.save({'steps': steps, 'message': message}, f'{folder}/{rank}.pt')
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope='module')
+def records(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('processes')
+    multiprocessing.spawn(worker, args=(folder,), nprocs=WORLD)
+    return [torch.load(folder / f'{rank}.pt', weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.fixture(scope='module')
+def alone():
+    """Gradients of each width on each process's batch, in one process."""
+    model = detector().train()
+    return {(width, rank): width_gradients(model, batch(seed=rank), width) for width in WIDTHS for rank in range(WORLD)}
+
+
+@pytest.mark.parametrize('step', [0, 1, 2])
+def test_gradients_are_the_mean_over_processes(records, alone, step):
+    for name in alone[1.0, 0]:
+        expected = sum(alone[width, rank][name] for width in WIDTHS for rank in range(WORLD)) / WORLD
+        for record in records:
+            torch.testing.assert_close(
+                record['steps'][step][name], expected, rtol=1e-4, atol=1e-6 * max(1.0, expected.abs().max().item())
+            )
+
+
+@pytest.mark.parametrize('width', WIDTHS)
+def test_each_width_takes_part(records, alone, width):
+    """What belongs to one width has the mean of that width's gradients: were it left out, this would be zero."""
+    key = {1.0: 'w100', 0.75: 'w075', 0.5: 'w050', 0.25: 'w025'}[width]
+    names = [name for name in alone[width, 0] if f'.{key}.' in name]
+    assert names
+    for name in names:
+        expected = (alone[width, 0][name] + alone[width, 1][name]) / WORLD
+        assert expected.abs().sum() > 0
+        assert not torch.equal(alone[width, 0][name], alone[width, 1][name])
+        for record in records:
+            torch.testing.assert_close(record['steps'][0][name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_stock_wrapper_is_refused(records):
+    for record in records:
+        assert 'would train one width only' in record['message']
+        assert "model_wrapper_cfg=dict(type='SlimmableDistributedDataParallel')" in record['message']
