@@ -1,5 +1,6 @@
 """Checkpoints of a real runner of mmengine, under torch's check of what a file may contain."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -161,20 +162,19 @@ class Call:
 
 
 def calls(path):
-    from mmengine.logging import HistoryBuffer
-
+    history = importlib.import_module('mmengine.logging').HistoryBuffer
     return {
         'system': Call(os.system, f'touch {path}'),
         'eval': Call(eval, f'open({str(path)!r}, "w")'),
         'open': Call(open, str(path), 'w'),
-        'statistic': Call(getattr, HistoryBuffer, 'register_statistics'),
-        'dunder': Call(getattr, HistoryBuffer, '__init__'),
-        'function': Call(getattr, HistoryBuffer.min, '__globals__'),
+        'statistic': Call(getattr, history, 'register_statistics'),
+        'dunder': Call(getattr, history, '__init__'),
+        'function': Call(getattr, history.min, '__globals__'),
         'numpy': Call(getattr, np.ndarray, 'tofile'),
     }
 
 
-@pytest.mark.parametrize('kind', calls(''))
+@pytest.mark.parametrize('kind', ['system', 'eval', 'open', 'statistic', 'dunder', 'function', 'numpy'])
 def test_what_can_be_executed_is_refused(allowed, tmp_path, kind):
     path = tmp_path / 'made'
     torch.save({'state_dict': {}, 'meta': calls(path)[kind]}, tmp_path / 'file.pth')

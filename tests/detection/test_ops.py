@@ -4,6 +4,7 @@ The tests through `mmcv.ops` hold for both kinds. What only the stand-in does is
 a process in which `mmcv._ext` cannot be imported.
 """
 
+import importlib
 import json
 import math
 import subprocess
@@ -24,18 +25,14 @@ ROIS = [[0, 3.3, 5.1, 20.7, 17.9], [1, 22, 14, 55, 47], [1, 80, 80, 99, 90], [0,
 @pytest.fixture(scope='module')
 def mmcv_ops():
     ops.install_ops()
-    import mmcv.ops
-
-    return mmcv.ops
+    return importlib.import_module('mmcv.ops')
 
 
 @pytest.fixture(scope='module')
 def compiled():
     if ops.install_ops() != 'compiled':
         pytest.skip(f'mmcv is not compiled; to compile it: {ops.BUILD}')
-    import mmcv._ext
-
-    return mmcv._ext
+    return importlib.import_module('mmcv._ext')
 
 
 def random_boxes(count, seed):
