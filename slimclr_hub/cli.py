@@ -330,10 +330,19 @@ def cards(
 @app.command()
 def doctor(
     data: Annotated[Path | None, typer.Option(help='Folder of COCO; COCO_ROOT or data/coco unless given.')] = None,
+    link_ops: Annotated[
+        bool,
+        typer.Option('--link-ops', help="Put torchvision's operators beside mmcv-lite, for `mim test`."),
+    ] = False,
 ) -> None:
     """Check that fine-tuning a detector could start: packages, the command to type, COCO's files."""
     from slimclr_hub.detection.doctor import examine
 
+    if link_ops:
+        from slimclr_hub.detection.ops import link_ops as link
+
+        written = link()
+        _say(f'Written: {written}' if written else 'Nothing to link: mmcv has operators of its own.')
     report = examine(data)
     table = _table(['package', 'version', 'state', 'installed as', 'note'])
     for column in table.columns[1:]:
@@ -347,6 +356,8 @@ def doctor(
     if report.installed:
         for command in report.commands():
             _say(f'To fine-tune with MMDetection: {command}')
+        if report.linkable:
+            _say('For `mim test`, once: slimclr-hub doctor --link-ops')
     else:
         _say('Fine-tuning with MMDetection cannot start: see the states that are not ok.')
     has = 'are there' if report.torchvision_ready else 'are not all there'

@@ -27,6 +27,10 @@ ANNOTATIONS = ('annotations/instances_train2017.json', 'annotations/instances_va
 IMAGES = ('train2017', 'val2017')
 
 
+FALLBACK = 'ops: torchvision (fallback)'
+LINKED = 'ops: torchvision (linked)'
+
+
 @dataclass(frozen=True)
 class Wanted:
     """A package that is looked for.
@@ -133,6 +137,11 @@ class Report:
     def torchvision_ready(self) -> bool:
         """Everything that torchvision's way needs will do."""
         return all(part.state == 'ok' for part in self.parts if part.name in ('python', 'torch', 'torchvision', 'timm'))
+
+    @property
+    def linkable(self) -> bool:
+        """mmcv's operators are torchvision's, and only this package's configs find them."""
+        return FALLBACK in _named(self.parts, 'mmcv').note
 
     def commands(self) -> list[str]:
         """What to type to fine-tune with MMDetection; empty where it is not installed."""
@@ -257,12 +266,14 @@ def _with_operators(mmcv: Part, torchvision: Part) -> Part:
     places = list(spec.submodule_search_locations or ()) if spec else []
     if PathFinder.find_spec('mmcv._ext', places) is not None:
         try:
-            importlib.import_module('mmcv._ext')
+            operators = importlib.import_module('mmcv._ext')
         except Exception as error:
             return _with_note(mmcv, f'ops: made for another torch? {_first_line(error)}', 'broken')
+        if type(operators).__name__ == 'StandIn':  # of slimclr_hub.detection.ops, linked
+            return _with_note(mmcv, _joined(mmcv.note, LINKED))
         return _with_note(mmcv, _joined(mmcv.note, 'ops: compiled'))
     if torchvision.state == 'ok':
-        return _with_note(mmcv, _joined(mmcv.note, 'ops: torchvision (fallback)'))
+        return _with_note(mmcv, _joined(mmcv.note, FALLBACK))
     return _with_note(mmcv, _joined(mmcv.note, 'ops: missing'), 'broken')
 
 

@@ -1,10 +1,12 @@
 """What mmcv-lite leaves out: a stand-in for the compiled `mmcv._ext`, with the operators that torchvision has too."""
 
 import importlib
+import importlib.util
 import logging
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
@@ -18,6 +20,14 @@ BUILD = (
     'pip uninstall -y mmcv-lite; pip install "setuptools<81" wheel ninja psutil; '
     'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-binary mmcv mmcv==2.1.0'
 )
+_LINK = '''"""Operators of torchvision in place of compiled ones, by `slimclr-hub doctor --link-ops`; delete to undo."""
+
+import sys
+
+from slimclr_hub.detection.ops import StandIn
+
+sys.modules[__name__] = StandIn()
+'''
 _REMEDY = f'compile mmcv, which takes a C++ compiler and about half an hour ({BUILD})'
 
 _logger = logging.getLogger(__name__)
@@ -48,11 +58,45 @@ def install_ops() -> str:
     except ImportError as error:  # compiled for another torch
         _logger.warning('the compiled operators of mmcv do not load (%s); those of torchvision stand in', error)
     else:
-        return 'torchvision' if isinstance(extension, _StandIn) else 'compiled'
-    extension = _StandIn()
+        return 'torchvision' if isinstance(extension, StandIn) else 'compiled'
+    extension = StandIn()
     sys.modules[NAME] = extension
     vars(mmcv)['_ext'] = extension  # as an import would have
     return 'torchvision'
+
+
+def link_ops() -> Path | None:
+    """Put the stand-in where Python itself finds it, beside mmcv-lite, for programs that import MMDetection first.
+
+    MMDetection's own test script, which `mim test` runs, imports operators before it reads a config that could ask for
+    `install_ops`. Where mmcv is compiled later, Python prefers its operators to this file.
+
+    Returns:
+        The file that was written; none where mmcv has operators already.
+
+    Raises:
+        InputError: mmcv is not installed, or its folder cannot be written to.
+    """
+    if install_ops() == 'compiled':
+        return None
+    path = linked_ops()
+    try:
+        path.write_text(_LINK)
+    except OSError as error:
+        raise InputError(f'{path} cannot be written: {error.strerror}; use an environment of your own') from error
+    return path
+
+
+def linked_ops() -> Path:
+    """Where `link_ops` puts its file, whether it is there or not.
+
+    Raises:
+        InputError: mmcv is not installed.
+    """
+    spec = importlib.util.find_spec('mmcv')
+    if spec is None or spec.origin is None:
+        raise InputError('mmcv is not installed: pip install "slimclr-hub[transfer]"')
+    return Path(spec.origin).with_name('_ext.py')
 
 
 # The functions below have the names and arguments of mmcv/ops/csrc/pytorch/pybind.cpp: mmcv.ops passes some by name,
@@ -161,7 +205,7 @@ _OPERATORS: dict[str, Callable] = {
 }
 
 
-class _StandIn(ModuleType):
+class StandIn(ModuleType):
     """The module `mmcv._ext`, which has an operator of every name; those that torchvision has not only raise."""
 
     def __init__(self) -> None:

@@ -164,7 +164,7 @@ def test_roi_align_without_regions(mmcv_ops):
 
 def pooled(extension, x, rois, gradient, sampling_ratio, aligned):
     """Output and gradient of an extension's RoIAlign, by the calls of mmcv.ops.roi_align."""
-    options = dict(  # noqa: C408 - arguments
+    options = dict(
         aligned_height=gradient.shape[2],
         aligned_width=gradient.shape[3],
         spatial_scale=SCALE,
