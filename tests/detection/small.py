@@ -95,21 +95,22 @@ def detector(seed: int = 0, **changes: Any) -> Any:
     return model
 
 
-def batch(count: int = 2, seed: int = 0) -> dict[str, Any]:
+def batch(count: int = 2, seed: int = 0, size: int = SIZE) -> dict[str, Any]:
     """Images with a square or two, as the data loader gives them."""
     generator = torch.Generator().manual_seed(seed)
     images, samples = [], []
     for i in range(count):
-        images.append(torch.randint(0, 255, (3, SIZE, SIZE), generator=generator, dtype=torch.uint8))
+        images.append(torch.randint(0, 255, (3, size, size), generator=generator, dtype=torch.uint8))
         boxes = torch.tensor([[2.0, 3.0, 10.0 + 2 * i, 11.0], [15.0, 14.0, 23.0, 24.0 + 3 * i]])[: 2 - (seed + i) % 2]
-        masks = torch.zeros(len(boxes), SIZE, SIZE, dtype=torch.uint8)
+        boxes = boxes * size / SIZE
+        masks = torch.zeros(len(boxes), size, size, dtype=torch.uint8)
         for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
             mask[y1:y2, x1:x2] = 1
         sample = DetDataSample(
-            metainfo=dict(img_id=i, img_shape=(SIZE, SIZE), ori_shape=(SIZE, SIZE), scale_factor=(1.0, 1.0))
+            metainfo=dict(img_id=i, img_shape=(size, size), ori_shape=(size, size), scale_factor=(1.0, 1.0))
         )
         sample.gt_instances = InstanceData(
-            bboxes=boxes, labels=torch.arange(len(boxes)) % 2, masks=BitmapMasks(masks.numpy(), SIZE, SIZE)
+            bboxes=boxes, labels=torch.arange(len(boxes)) % 2, masks=BitmapMasks(masks.numpy(), size, size)
         )
         sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
         samples.append(sample)
