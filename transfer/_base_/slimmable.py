@@ -7,4 +7,4 @@ model_wrapper_cfg = dict(type='SlimmableDistributedDataParallel')
 sync_bn = 'torch'  # over the GPUs; one process has ordinary normalisation
 val_cfg = dict(type='SlimmableValLoop')
 test_cfg = dict(type='SlimmableTestLoop')  # one width: --cfg-options test_cfg.widths=0.5
-custom_hooks = [dict(type='WidthReportHook'), dict(type='KeepCheckpointsHook')]
+custom_hooks = [dict(type='WidthReportHook'), dict(type='CheckpointGuardHook')]

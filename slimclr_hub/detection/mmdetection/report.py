@@ -58,7 +58,8 @@ def precision_table(metrics: Metrics, parameters: Mapping[float, int]) -> str:
     for width, count in parameters.items():
         values = [metrics.get(f'{width_name(width)}/{key}') for key, _ in columns]
         if any(value is not None for value in values):
-            cells = ['' if value is None else f'{100 * value:.1f}' for value in values]
+            # COCO's -1 says that there was nothing to find.
+            cells = ['' if value is None or value < 0 else f'{100 * value:.1f}' for value in values]
             table.add_row(f'{width:g}', f'{count / 1e6:.1f} M', *cells)
     console = Console(width=160, no_color=True)
     with console.capture() as captured:

@@ -1,0 +1,231 @@
+"""Evaluation by width, the report, and what guards checkpoints: a small detector on the coins, by mmengine's runner."""
+
+import json
+import re
+
+import pytest
+import torch
+from mmengine.config import ConfigDict
+from mmengine.runner import Runner
+
+from slimclr_hub.detection.coins import write_coins
+from slimclr_hub.detection.mmdetection.report import History, precision_table
+from slimclr_hub.errors import InputError
+from tests.detection.small import config, detector
+
+PIPELINE = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(48, 48), keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+]
+HOOKS = [dict(type='WidthReportHook'), dict(type='CheckpointGuardHook')]
+
+
+@pytest.fixture(scope='module')
+def coins(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'coins'
+    write_coins(folder)
+    return folder
+
+
+def runner(coins, work_dir, model=None, **changes):
+    loader = dict(
+        batch_size=1,
+        num_workers=0,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        dataset=dict(
+            type='CoinsFolder',
+            data_root=str(coins),
+            ann_file='annotations/val.json',
+            data_prefix=dict(img='val'),
+            pipeline=PIPELINE,
+        ),
+    )
+    metric = dict(type='CocoMetric', ann_file=str(coins / 'annotations' / 'val.json'), metric=['bbox', 'segm'])
+    settings = dict(
+        model=model or detector(),
+        work_dir=str(work_dir),
+        test_dataloader=loader,
+        test_evaluator=metric,
+        test_cfg=dict(type='SlimmableTestLoop'),
+        custom_hooks=HOOKS,
+        default_hooks=dict(logger=dict(type='LoggerHook')),
+        default_scope='mmdet',
+        experiment_name=f'{work_dir.name}-{len(list(work_dir.iterdir()))}',
+        log_level='INFO',
+    )
+    return Runner(**{**settings, **changes})
+
+
+def training(coins):
+    loader = dict(
+        batch_size=2,
+        num_workers=0,
+        sampler=dict(type='DefaultSampler', shuffle=True),
+        dataset=dict(
+            type='CoinsFolder',
+            data_root=str(coins),
+            ann_file='annotations/train.json',
+            data_prefix=dict(img='train'),
+            indices=2,
+            pipeline=[*PIPELINE[:-1], dict(type='PackDetInputs')],
+        ),
+    )
+    return dict(
+        train_dataloader=loader,
+        train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=1),
+        optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1e-3)),
+    )
+
+
+def test_every_width_is_evaluated(coins, tmp_path, capfd):
+    model = detector()
+    used = []
+    model.backbone.register_forward_hook(lambda module, args, output: used.append(module.width))
+    metrics = runner(coins, tmp_path, model).test()
+    assert used == [1.0, 1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]
+    assert {key.partition('/')[0] for key in metrics} == {'width_1.00', 'width_0.75', 'width_0.50', 'width_0.25'}
+    assert {key.partition('/')[2] for key in metrics} >= {'coco/bbox_mAP', 'coco/segm_mAP'}
+    assert model.width == 1.0
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert 'test at width 0.25' in log
+    assert 'Average precision (%) by width' in log
+
+
+def test_predictions_are_those_of_the_width(coins, tmp_path):
+    """Each width's file holds what the extracted dense width finds; the prefix is the user's again afterwards."""
+    prefix = str(tmp_path / 'found')
+    metric = dict(
+        type='CocoMetric',
+        ann_file=str(coins / 'annotations' / 'val.json'),
+        metric=['bbox'],
+        outfile_prefix=prefix,
+        format_only=True,
+    )
+    test = runner(coins, tmp_path, test_evaluator=metric)
+    test.test()
+    assert test.test_loop.evaluator.metrics[0].outfile_prefix == prefix
+    found = {w: json.loads((tmp_path / f'found.width_{w}.bbox.json').read_text()) for w in ('1.00', '0.50')}
+    model = detector().eval()
+    for name, records in found.items():
+        with model.set_width(float(name)), torch.no_grad():
+            (sample,) = model.test_step(next(iter(test.test_dataloader)))
+        ours = [record['score'] for record in records if record['image_id'] == sample.img_id]
+        assert ours == pytest.approx(sample.pred_instances.scores.tolist(), abs=1e-5)
+    assert found['1.00'] != found['0.50']
+
+
+@pytest.mark.parametrize('widths', [0.5, [0.5], (0.25, 1.0)])
+def test_chosen_widths(coins, tmp_path, widths):
+    metrics = runner(coins, tmp_path, test_cfg=dict(type='SlimmableTestLoop', widths=widths)).test()
+    several = [widths] if isinstance(widths, float) else widths
+    assert {key.partition('/')[0] for key in metrics} == {f'width_{width:.2f}' for width in several}
+
+
+def test_wrong_width(coins, tmp_path):
+    with pytest.raises(InputError, match=r"width 0\.6 is not one of this network's widths, 1\.0, 0\.75, 0\.5, 0\.25"):
+        runner(coins, tmp_path, test_cfg=dict(type='SlimmableTestLoop', widths=0.6)).test_loop  # noqa: B018
+    with pytest.raises(InputError, match=r'width 0\.6 is not one of'):
+        runner(
+            coins,
+            tmp_path,
+            **training(coins),
+            val_dataloader=runner(coins, tmp_path).cfg.test_dataloader,
+            val_evaluator=runner(coins, tmp_path).cfg.test_evaluator,
+            val_cfg=dict(type='SlimmableValLoop', widths=[1.0, 0.6]),
+        ).train()
+
+
+def test_detector_of_one_width_has_nothing_to_switch(coins, tmp_path):
+    from mmdet.registry import MODELS
+
+    plain = config(type='MaskRCNN')
+    with pytest.raises(InputError, match='MaskRCNN has no widths to evaluate'):
+        runner(coins, tmp_path, MODELS.build(plain)).test_loop  # noqa: B018
+
+
+# Checkpoints
+
+
+def test_checkpoint_of_this_detector(coins, tmp_path):
+    saved = detector(seed=1)
+    torch.save({'state_dict': {f'module.{k}': v for k, v in saved.state_dict().items()}}, tmp_path / 'c.pth')
+    model = detector()
+    runner(coins, tmp_path, model, load_from=str(tmp_path / 'c.pth')).load_or_resume()
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def fewer_widths(tensors):
+    return {name: value for name, value in tensors.items() if '.w075.' not in name}
+
+
+def other_classes(tensors):
+    return {**tensors, 'roi_head.bbox_head.fc_cls.weight': torch.zeros(81, 16)}
+
+
+def of_the_authors(tensors):
+    return {'backbone.conv1.weight': torch.zeros(64, 3, 7, 7)}
+
+
+def backbone_alone(tensors):
+    return {'conv1.weight': torch.zeros(64, 3, 7, 7)}
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (fewer_widths, r'missing backbone\.network\.bn1\.w075\.weight.*Widths, classes and kind'),
+        (other_classes, r'fc_cls\.weight has shape \[81, 16\] instead of \[3, 16\]'),
+        (of_the_authors, r'missing backbone\.network.*slimclr-hub convert'),
+        (backbone_alone, r'model\.backbone\.weights'),
+    ],
+)
+def test_checkpoint_of_another_detector(coins, tmp_path, change, message):
+    model = detector()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.save({'state_dict': change(model.state_dict())}, tmp_path / 'c.pth')
+    with pytest.raises(InputError, match=f'the checkpoint is of another detector: .*{message}'):
+        runner(coins, tmp_path, model, load_from=str(tmp_path / 'c.pth')).load_or_resume()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_checkpoints_of_another_run_are_kept(coins, tmp_path):
+    (tmp_path / 'last_checkpoint').write_text('epoch_1.pth')
+    (tmp_path / 'epoch_1.pth').write_bytes(b'precious')
+    with pytest.raises(InputError, match=re.escape(f'{tmp_path} holds the checkpoints of another run: add --resume')):
+        runner(coins, tmp_path, **training(coins)).train()
+    assert (tmp_path / 'epoch_1.pth').read_bytes() == b'precious'
+
+
+# The report
+
+
+def test_history_goes_on_where_a_run_resumes(tmp_path):
+    path = tmp_path / 'ap.json'
+    first = History(path, resumed=False)
+    for epoch in 1, 2, 3:
+        first.add(epoch, {'width_1.00/coco/bbox_mAP': epoch / 10, 'text': 'not a number'})
+    resumed = History(path, resumed=True)
+    assert resumed.epochs == {e: {'width_1.00/coco/bbox_mAP': e / 10} for e in (1, 2, 3)}
+    resumed.add(2, {'width_1.00/coco/bbox_mAP': 0.9})  # gone on from the first epoch's checkpoint
+    assert [*History(path, resumed=True).epochs] == [1, 2]
+    assert json.loads(path.read_text())['2'] == {'width_1.00/coco/bbox_mAP': 0.9}
+    assert History(path, resumed=False).epochs == {}
+
+
+def test_table():
+    metrics = {
+        'width_1.00/coco/bbox_mAP': 0.386,
+        'width_1.00/coco/bbox_mAP_50': 0.601,
+        'width_0.50/coco/bbox_mAP': 0.358,
+        'width_0.50/coco/bbox_mAP_50': -1.0,
+    }
+    table = precision_table(metrics, {1.0: 25_557_032, 0.75: 14_771_992, 0.5: 6_917_640})
+    rows = [line.split() for line in table.splitlines() if re.match(r' +\S', line)]
+    assert rows == [
+        ['width', 'backbone', 'box', 'AP', 'box', 'AP50'],
+        ['1', '25.6', 'M', '38.6', '60.1'],
+        ['0.5', '6.9', 'M', '35.8'],
+    ]
+    assert isinstance(config(), ConfigDict)
