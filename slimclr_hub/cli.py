@@ -123,7 +123,9 @@ def info(network: Network) -> None:
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="The authors' checkpoint, a ResNet's, or one of MoCo v2 or v3.")],
-    target: Annotated[Path, typer.Argument(help='A folder that timm opens, or a file in .safetensors.')],
+    target: Annotated[
+        Path, typer.Argument(help='A folder that timm opens, or a file in .safetensors; .pth for a whole detector.')
+    ],
     encoder: Annotated[Encoder, typer.Option(help='Which network of a pre-training checkpoint.')] = Encoder.online,
     width: Annotated[
         list[float] | None, typer.Option(help='Widths to give to a plain network; repeat for each.')
@@ -136,6 +138,8 @@ def convert(
     from slimclr_hub.models.widths import check_widths
 
     widths = check_widths(width) if width else DEFAULT_WIDTHS
+    if target.suffix == '.pth' and _convert_detector(source, target, overwrite):
+        return
     done = convert_file(source, target, encoder=encoder.value, widths=widths, overwrite=overwrite)
     probe = f', with a probe of {done.layout.num_classes} classes' if done.layout.num_classes else ''
     _say(f'{done.path}: {done.layout.architecture}, widths {", ".join(map(str, done.layout.widths))}{probe}')
@@ -368,6 +372,34 @@ def doctor(
         _say(f'{report.data.folder}: no {name}')
     if not report.ready:
         raise typer.Exit(1)
+
+
+def _convert_detector(source: Path, target: Path, overwrite: bool) -> bool:
+    """Convert the authors' detector, if the source is one."""
+    from slimclr_hub.detection.authors import convert_detector_file
+
+    done = convert_detector_file(source, target, overwrite)
+    if done is None:
+        return False
+    kind = 'Mask R-CNN' if done.has_masks else 'Faster R-CNN'
+    widths = ', '.join(map(str, done.backbone.widths))
+    _say(f'{target}: {kind}, {done.backbone.architecture}, widths {widths}, {done.num_classes} classes')
+    config = 'transfer/mask_rcnn_slim_reference.py'
+    if done.has_masks and done.num_classes == 80:
+        _say_evaluation(config, target)
+    else:
+        _say(f'A config for it has the box coders, anchors and RoIAlign of {config}')
+    return True
+
+
+def _say_evaluation(config: str | Path, checkpoint: Path) -> None:
+    from importlib.util import find_spec
+
+    from slimclr_hub.detection.ops import install_ops, linked_ops
+
+    _say(f'Evaluate it: mim test mmdet {config} --checkpoint {checkpoint}')
+    if find_spec('mmcv') and install_ops() != 'compiled' and not linked_ops().exists():
+        _say('For `mim test`, once: slimclr-hub doctor --link-ops')
 
 
 def _on_device(network: str, width: float | None, device: str | None) -> Any:
