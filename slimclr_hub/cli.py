@@ -162,11 +162,16 @@ def extract(
     format: Annotated[DenseFormat, typer.Option(help='Whose format.')] = DenseFormat.timm,
     overwrite: Overwrite = False,
 ) -> None:
-    """Take one width away as an ordinary network that opens without this package."""
+    """Take one width away as an ordinary network that opens without this package.
+
+    Of a slimmable detector's checkpoint, `--format mmdet` takes the detector.
+    """
     from slimclr_hub.hub import dense
     from slimclr_hub.hub.conversion import check_file, check_folder
     from slimclr_hub.hub.opening import open_network
 
+    if _extract_detector(Path(network), target, width, format, overwrite):
+        return
     if format is DenseFormat.timm:
         check_folder(target, overwrite)
     else:
@@ -389,6 +394,23 @@ def _convert_detector(source: Path, target: Path, overwrite: bool) -> bool:
         _say_evaluation(config, target)
     else:
         _say(f'A config for it has the box coders, anchors and RoIAlign of {config}')
+    return True
+
+
+def _extract_detector(network: Path, target: Path, width: float, format: DenseFormat, overwrite: bool) -> bool:
+    """Take one width of a slimmable detector, if the network is a checkpoint of one."""
+    if network.suffix != '.pth' or not network.is_file():
+        return False
+    from slimclr_hub.detection.dense import extract_detector, read_detector
+
+    detector = read_detector(network)
+    if detector is None:
+        return False
+    if format is not DenseFormat.mmdet:
+        raise InputError(f'{network} is a detector, which --format {format.value} has not; --format mmdet has it')
+    config = extract_detector(detector, target, width, overwrite)
+    _say(f'{target}, {config}: a detector of MMDetection at width {width:g}')
+    _say_evaluation(config, target)
     return True
 
 

@@ -1,0 +1,355 @@
+"""One width of a trained slimmable detector, as a detector of MMDetection that needs nothing of this package."""
+
+import ast
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+
+from slimclr_hub.detection.authors import NETWORK
+from slimclr_hub.detection.checkpoints import allow_mmengine_checkpoints
+from slimclr_hub.errors import InputError
+from slimclr_hub.hub.conversion import check_file
+from slimclr_hub.hub.dense import mmdet_config, mmdet_state_dict
+from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
+from slimclr_hub.models.widths import check_width, scale_channels
+from slimclr_hub.weights.checkpoint import read_checkpoint
+from slimclr_hub.weights.layouts import check_complete, shorten
+from slimclr_hub.weights.slices import leading
+from slimclr_hub.weights.whole import written_whole
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+    from mmengine.registry import Registry
+
+_OWN = 'slimclr_hub'
+_BACKBONE = 'backbone.'
+_LATERAL = re.compile(r'^neck\.(?:\d+\.)?lateral_convs\.\d+\.conv\.weight$')
+_OUTPUT = re.compile(r'^neck\.(?:\d+\.)?fpn_convs\.\d+\.conv\.weight$')
+_DROPPED = object()
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SlimmableDetectorFile:
+    """A slimmable detector's checkpoint, as mmengine writes it.
+
+    Args:
+        path: The file.
+        tensors: Its state dict.
+        meta: What mmengine notes of the run: `cfg`, the text of its config, and `dataset_meta`, the classes.
+    """
+
+    path: Path
+    tensors: Tensors
+    meta: Mapping[str, Any]
+
+
+def is_slimmable_detector(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are those of a detector with a `SlimmableResNet`."""
+    names = tuple(names)
+    return any(n.startswith(NETWORK) for n in names) and not all(n.startswith(_BACKBONE) for n in names)
+
+
+def dense_state_dict(tensors: Tensors, width: float) -> dict[str, torch.Tensor]:
+    """The tensors of one width for the stock detector that `dense_config` describes, which loads them strictly.
+
+    Of the backbone it takes the width's channels, and of the neck the inputs that the backbone then gives: of the
+    lateral convolutions, and of the one that makes a further level out of the backbone's last map
+    (`add_extra_convs='on_input'`). Everything else is the same at every width.
+
+    Args:
+        tensors: State dict of a slimmable detector.
+        width: One of its widths.
+
+    Raises:
+        InputError: It is no slimmable detector, does not hold `width`, or MMDetection has no such network.
+    """
+    network = {name.removeprefix(NETWORK): tensor for name, tensor in tensors.items() if name.startswith(NETWORK)}
+    if not is_slimmable_detector(tensors):
+        raise InputError(f'not a slimmable detector: its tensors are {shorten([*tensors], 3)}, none {NETWORK}conv1')
+    layout = check_complete({name: tensor.shape for name, tensor in network.items()})
+    if layout.architecture is None:
+        raise InputError(f'the backbone is {layout}, none of the networks here')
+    model = _without_memory(layout.architecture, widths=layout.widths, overlap=layout.overlap, in_chans=layout.in_chans)
+    model.load_state_dict(network, assign=True)
+    dense = {_BACKBONE + name: tensor for name, tensor in mmdet_state_dict(model, width).items()}
+    for name, tensor in tensors.items():
+        if name.startswith(NETWORK):
+            continue
+        # Among the convolutions after the lateral ones, only that of the backbone's map changes the channel count.
+        if _LATERAL.match(name) or (_OUTPUT.match(name) and tensor.shape[0] != tensor.shape[1]):
+            tensor = leading(tensor, (len(tensor), scale_channels(tensor.shape[1], width), *tensor.shape[2:]))
+        dense[name] = tensor
+    return dense
+
+
+def dense_config(cfg: 'Config', width: float) -> 'Config':
+    """The config of a slimmable detector's training, as that of a stock detector of one width.
+
+    Each type of this package becomes the one of MMDetection or mmengine that it extends; hooks that extend none go, as
+    do the wrapper for distributed runs and the import of this package. Initial weights, the folder of the run and where
+    to resume from go, too.
+
+    Args:
+        cfg: Config with a `SlimmableResNet` as `model.backbone`.
+        width: One of its widths, of which 64 times must be whole.
+
+    Raises:
+        InputError: The backbone is another one, does not hold `width`, or MMDetection has no such network.
+    """
+    from mmengine.config import Config
+
+    # Registers the types, and lets MMDetection be imported where mmcv has no compiled operators.
+    import slimclr_hub.detection.mmdetection  # noqa: F401
+
+    plain = cfg.to_dict()
+    for key in ('work_dir', 'load_from', 'resume'):
+        plain.pop(key, None)
+    own = _own_types()
+    model = plain.get('model', {})
+    backbone = model.get('backbone', {}) if isinstance(model, dict) else {}
+    if _last(backbone.get('type')) != 'SlimmableResNet':
+        raise InputError(f'model.backbone of the config has the type {backbone.get("type")}, not SlimmableResNet')
+    model['backbone'] = _dense_backbone(backbone, width)
+    necks = model.get('neck')
+    for neck in necks if isinstance(necks, list) else [necks]:
+        if neck and _last(neck.get('type')) in own and 'in_channels' in neck:
+            neck['in_channels'] = [scale_channels(channels, width) for channels in neck['in_channels']]
+    if _last(plain.get('model_wrapper_cfg', {}).get('type')) in own:
+        del plain['model_wrapper_cfg']
+    _drop_own_imports(plain)
+    return Config(_stock(plain, own))
+
+
+def read_detector(path: Path) -> SlimmableDetectorFile | None:
+    """Read a slimmable detector's checkpoint; nothing if the file is another kind of checkpoint.
+
+    Raises:
+        InputError: As in `read_checkpoint`.
+    """
+    installed = find_spec('mmengine') is not None  # checkpoints of other kinds do without
+    if installed:
+        allow_mmengine_checkpoints()
+    try:
+        tensors = read_checkpoint(path)
+    except InputError as error:
+        if installed or 'mmengine' not in str(error):
+            raise
+        raise InputError(
+            f'{path} is a checkpoint of mmengine: pip install "slimclr-hub[transfer]" to read it'
+        ) from error
+    if not is_slimmable_detector(tensors):
+        return None
+    # A second look, at what is not tensors. What is allowed for one file is taken back after it, numpy's parts with it.
+    allow_mmengine_checkpoints()
+    content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    meta = content.get('meta')
+    return SlimmableDetectorFile(path, tensors, meta if isinstance(meta, Mapping) else {})
+
+
+def extract_detector(detector: SlimmableDetectorFile, target: Path, width: float, overwrite: bool = False) -> Path:
+    """Write one width as `TARGET.pth` and `TARGET.py`, a checkpoint and a config of MMDetection, both or none.
+
+    Before that, a detector is built from the config and compared with the checkpoint.
+
+    Args:
+        detector: The checkpoint of a training run.
+        target: The file to write, in `.pth`.
+        width: One of the detector's widths.
+        overwrite: Replace files that are there.
+
+    Returns:
+        The path of the config.
+
+    Raises:
+        InputError: The target is there already or does not end in `.pth`, the checkpoint holds no config, or as in
+            `dense_state_dict` and `dense_config`.
+    """
+    if target.suffix != '.pth':
+        raise InputError(f'{target} does not end in .pth, as checkpoints of MMDetection do')
+    config = target.with_suffix('.py')
+    for path in (target, config):
+        check_file(path, overwrite)
+    try:
+        dense = dense_config(_read_config(detector.meta.get('cfg')), width)
+        tensors = dense_state_dict(detector.tensors, width)
+        _check_strictly(dense, tensors)
+    except InputError as error:
+        raise InputError(f'{detector.path}: {error}') from error
+    about = {key: detector.meta[key] for key in ('dataset_meta',) if key in detector.meta}
+    text = dense.pretty_text
+    if _read_config(text).to_dict() != dense.to_dict():  # mmengine does not quote all that it prints
+        raise InputError(f'{detector.path}: the config in its meta cannot be written as a file')
+    content = {'meta': {**about, 'cfg': text}, 'state_dict': tensors}
+    with written_whole(target.parent) as partial:
+        torch.save(content, partial / target.name)
+        (partial / config.name).write_text(f'# {target.name}: width {width:g} of {detector.path.name}\n{text}')
+    return config
+
+
+def _without_memory(architecture: str, **kwargs: Any) -> SlimmableResNet:
+    if not timm.is_model(architecture):
+        raise InputError(f'{architecture!r} is no network of this package')
+    model = timm.create_model(architecture, num_classes=0, device='meta', **kwargs)
+    assert isinstance(model, SlimmableResNet)
+    return model
+
+
+def _dense_backbone(backbone: Mapping[str, Any], width: float) -> dict[str, Any]:
+    widths = tuple(backbone.get('widths', DEFAULT_WIDTHS))
+    model = _without_memory(
+        backbone.get('name', 'slimclr_resnet50'), widths=widths, overlap=backbone.get('overlap', True)
+    )
+    dense = mmdet_config(model, check_width(width, model.widths), '')
+    del dense['init_cfg']
+    if '.' in backbone['type']:
+        dense['type'] = 'mmdet.models.backbones.resnet.ResNet'  # as configs of pure Python name types
+    kept = ('out_indices', 'frozen_stages', 'norm_eval', 'with_cp')
+    # MMDetection keeps the statistics of normalisation unless told, SlimmableResNet does not.
+    return {**dense, 'norm_eval': False, **{key: backbone[key] for key in kept if key in backbone}}
+
+
+def _drop_own_imports(plain: dict[str, Any]) -> None:
+    imports = plain.get('custom_imports', {}).get('imports', [])
+    others = [name for name in ([imports] if isinstance(imports, str) else imports) if name.partition('.')[0] != _OWN]
+    if others:
+        plain['custom_imports']['imports'] = others
+    else:
+        plain.pop('custom_imports', None)
+
+
+# Types
+
+
+def _registries() -> 'Iterator[Registry]':
+    import mmdet.registry
+    import mmengine.registry
+
+    for module in (mmengine.registry, mmdet.registry):
+        yield from (value for value in vars(module).values() if isinstance(value, mmengine.registry.Registry))
+
+
+def _own_types() -> dict[str, type]:
+    """Registered name -> class, of all that this package or who extends it has registered."""
+    return {
+        name: cls
+        for registry in _registries()
+        for name, cls in registry.module_dict.items()
+        if isinstance(cls, type) and _is_own(cls)
+    }
+
+
+def _is_own(cls: type) -> bool:
+    return any(base.__module__.partition('.')[0] == _OWN for base in cls.__mro__)
+
+
+def _stock_type(cls: type) -> type | None:
+    """The nearest class that `cls` extends and a config can name."""
+    registered = {found for registry in _registries() for found in registry.module_dict.values()}
+    return next((base for base in cls.__mro__ if not _is_own(base) and base in registered), None)
+
+
+def _last(kind: object) -> str:
+    """Name of a type without its module or scope."""
+    return kind.rpartition('.')[2] if isinstance(kind, str) else ''
+
+
+def _stock(value: Any, own: Mapping[str, type]) -> Any:
+    """A part of a config without types of this package."""
+    if isinstance(value, list | tuple):
+        return type(value)(part for item in value if (part := _stock(item, own)) is not _DROPPED)
+    if not isinstance(value, dict):
+        return value
+    if cls := own.get(_last(value.get('type'))):
+        stock = _stock_type(cls)
+        if stock is None:
+            return _DROPPED
+        qualified = '.' in value['type']
+        value = {**value, 'type': f'{stock.__module__}.{stock.__name__}' if qualified else stock.__name__}
+        value.pop('widths', None)  # of the loops
+        if (about := getattr(cls, 'METAINFO', None)) != getattr(stock, 'METAINFO', None):
+            value.setdefault('metainfo', about)  # classes of a data set
+    return {key: part for key, item in value.items() if (part := _stock(item, own)) is not _DROPPED}
+
+
+# The config in a checkpoint
+
+
+def _read_config(text: object) -> 'Config':
+    """A config from its text in a checkpoint, which mmengine would run; here only values are read."""
+    from mmengine.config import Config
+
+    if not isinstance(text, str):
+        raise InputError('there is no config in its meta, as mmengine writes one into the checkpoints of a run')
+    try:
+        values = {}
+        for statement in ast.parse(text).body:
+            match statement:
+                case ast.Assign(targets=[ast.Name(id=name)]):
+                    values[name] = _value(statement.value)
+                case _:
+                    raise ValueError(f'line {statement.lineno} assigns no value to a name')
+    except (SyntaxError, ValueError, TypeError) as error:
+        raise InputError(f'the config in its meta holds more than values, and was not run: {error}') from error
+    return Config(values)
+
+
+def _value(node: ast.expr) -> Any:
+    match node:
+        case ast.Call(func=ast.Name(id='dict'), args=[], keywords=keywords) if all(k.arg for k in keywords):
+            return {keyword.arg: _value(keyword.value) for keyword in keywords}
+        case ast.Dict(keys=keys, values=values) if None not in keys:
+            return {_value(key): _value(value) for key, value in zip(keys, values, strict=True) if key}
+        case ast.List(elts=items):
+            return [_value(item) for item in items]
+        case ast.Tuple(elts=items):
+            return tuple(_value(item) for item in items)
+        case _:
+            return ast.literal_eval(node)
+
+
+def _check_strictly(cfg: 'Config', tensors: Tensors) -> None:
+    """Build the detector and compare its tensors with these by name and shape."""
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.registry import DefaultScope
+
+    register_all_modules(init_default_scope=False)
+    # mmengine takes a name with dots for one to import and call, of whatever module.
+    known = {f'{cls.__module__}.{cls.__name__}' for registry in _registries() for cls in registry.module_dict.values()}
+    known |= {f'{registry.scope}.{name}' for registry in _registries() for name in registry.module_dict}
+    if strangers := {kind for kind in _types(cfg.model) if '.' in kind} - known:
+        raise InputError(f'the config at this width names {", ".join(sorted(strangers))}, which MMDetection does not')
+    try:
+        with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmdet'):
+            model = MODELS.build(cfg.model)
+    except Exception as error:  # whatever a part of it asks for
+        raise InputError(f'the config at this width builds no detector: {error}') from error
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    problems = [f'{name} is missing' for name in expected if name not in tensors]
+    problems += [f'{name} is not expected' for name in tensors if name not in expected]
+    problems += [
+        f'{name} has shape {list(tensors[name].shape)}, not {list(shape)}'
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if problems:
+        raise InputError(f'the tensors are not those of the config in it: {shorten(problems)}')
+
+
+def _types(value: Any) -> Iterator[str]:
+    """Every type that a part of a config names."""
+    if isinstance(value, dict):
+        if isinstance(kind := value.get('type'), str):
+            yield kind
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _types(item)

@@ -1,0 +1,323 @@
+"""One width of a trained detector, taken away by the command and opened by MMDetection alone: the same predictions."""
+
+import copy
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.logging import HistoryBuffer
+from mmengine.registry import DefaultScope
+from typer.testing import CliRunner
+
+from slimclr_hub.cli import app
+from slimclr_hub.detection.dense import (
+    SlimmableDetectorFile,
+    dense_config,
+    dense_state_dict,
+    extract_detector,
+    read_detector,
+)
+from slimclr_hub.detection.ops import install_ops, linked_ops
+from slimclr_hub.errors import InputError
+from tests.networks import randomise_batchnorm
+
+STOCK = {
+    'MaskRCNN': 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+    'FasterRCNN': 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+    'RetinaNet': 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+}
+CLASSES = ('penny', 'groat', 'florin')
+
+
+def config(kind='MaskRCNN', **backbone):
+    """A training of narrow heads, with all that this package adds to a config."""
+    cfg = get_config(STOCK[kind])
+    model, narrow = cfg.model, 32
+    model.type = f'Slimmable{kind}'
+    model.backbone = {'type': 'SlimmableResNet', 'weights': 'slimclr_resnet50.mocov2_800e_in1k', **backbone}
+    model.neck.update(type='SlimmableFPN', out_channels=narrow)
+    if kind == 'RetinaNet':
+        model.bbox_head.update(in_channels=narrow, feat_channels=narrow, stacked_convs=1, num_classes=len(CLASSES))
+    else:
+        model.rpn_head.update(in_channels=narrow, feat_channels=narrow)
+        heads, test = model.roi_head, model.test_cfg
+        heads.bbox_roi_extractor.out_channels = narrow
+        heads.bbox_head.update(in_channels=narrow, fc_out_channels=64, num_classes=len(CLASSES))
+        test.rpn.update(nms_pre=100, max_per_img=50)
+        test.rcnn.update(score_thr=0.01, max_per_img=100)
+    if kind == 'MaskRCNN':
+        heads.mask_roi_extractor.out_channels = narrow
+        heads.mask_head.update(in_channels=narrow, conv_out_channels=narrow, num_convs=1, num_classes=len(CLASSES))
+    cfg.custom_imports = {'imports': ['slimclr_hub.detection.mmdetection'], 'allow_failed_imports': False}
+    cfg.val_cfg, cfg.test_cfg = {'type': 'SlimmableValLoop', 'widths': [0.5]}, {'type': 'SlimmableTestLoop'}
+    cfg.custom_hooks = [{'type': 'WidthReportHook'}, {'type': 'NumClassCheckHook'}, {'type': 'KeepCheckpointsHook'}]
+    cfg.model_wrapper_cfg = {'type': 'SlimmableDistributedDataParallel'}
+    cfg.train_dataloader.dataset = {'type': 'RepeatDataset', 'times': 4, 'dataset': cfg.train_dataloader.dataset}
+    cfg.train_dataloader.dataset.dataset.type = 'CocoFolder'
+    cfg.val_dataloader.dataset.type = 'CoinsFolder'
+    cfg.work_dir, cfg.load_from, cfg.resume = 'work_dirs/first', 'start.pth', True
+    return cfg
+
+
+def build(cfg):
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        return MODELS.build(cfg.model).eval()
+
+
+def trained(cfg):
+    """A detector as after training: its normalisations have statistics of their own at every width."""
+    torch.manual_seed(0)
+    model = build(cfg)
+    randomise_batchnorm(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(('cls.weight', 'reg.weight', 'logits.weight')):
+                parameter.normal_(std=0.1)  # or all predictions are alike
+    return model
+
+
+def save(model, text, path):
+    """What mmengine's runner writes: its log and the state of the optimizer, too."""
+    about = {'epoch': 12, 'iter': 96, 'cfg': text, 'dataset_meta': {'classes': CLASSES}}
+    log = HistoryBuffer([1.0, 0.5], [1, 1])
+    content = {'meta': about, 'state_dict': model.state_dict(), 'message_hub': {'log_scalars': {'train/loss': log}}}
+    torch.save({**content, 'optimizer': {'state': {}, 'param_groups': [{'lr': 0.02}]}}, path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def mask_rcnn():
+    cfg = config()
+    return cfg, trained(cfg)
+
+
+@pytest.fixture(scope='module')
+def text(mask_rcnn):
+    """Of the config, as mmengine keeps it in checkpoints."""
+    return mask_rcnn[0].pretty_text
+
+
+@pytest.fixture(scope='module')
+def checkpoint(mask_rcnn, text, tmp_path_factory):
+    return save(mask_rcnn[1], text, tmp_path_factory.mktemp('run') / 'epoch_12.pth')
+
+
+def run(*argv):
+    return CliRunner().invoke(app, [*map(str, argv)])
+
+
+def refused(*argv):
+    ended = run(*argv)
+    assert isinstance(ended.exception, InputError), ended
+    return str(ended.exception)
+
+
+PREDICT = """
+import sys
+import torch
+from mmdet.structures import DetDataSample
+
+def predict(model, images):
+    about = {'img_shape': (128, 128), 'ori_shape': (128, 128), 'scale_factor': (1.0, 1.0)}
+    samples = [DetDataSample(metainfo=about) for _ in images]
+    with torch.inference_mode():
+        found = model.test_step({'inputs': list(images), 'data_samples': samples})
+    return [dict(sample.pred_instances.items()) for sample in found]
+"""
+
+ALONE = f"""
+from slimclr_hub.detection.ops import install_ops  # mmcv-lite has none
+install_ops()
+{PREDICT}
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+
+register_all_modules()
+found = {{}}
+for name in sys.argv[1:]:
+    cfg = Config.fromfile(f'{{name}}.py')
+    model = MODELS.build(cfg.model).eval()
+    content = torch.load(f'{{name}}.pth')
+    model.load_state_dict(content['state_dict'])
+    assert content['meta']['dataset_meta'] == {{'classes': {CLASSES}}}
+    kinds = {{type(module) for module in model.modules()}}
+    assert 'MaskRCNN' in {{kind.__name__ for kind in kinds}}
+    assert not any(kind.__module__.startswith('slimclr_hub') for kind in kinds)
+    found[name] = predict(model, torch.load('images.pth'))
+assert 'slimclr_hub.detection.mmdetection' not in sys.modules
+torch.save(found, 'found.pth')
+"""
+
+
+def test_predictions_of_mmdetection_alone(mask_rcnn, checkpoint, tmp_path):
+    model, names = mask_rcnn[1], {'half': 0.5, 'quarter': 0.25}
+    for name, width in names.items():
+        target = tmp_path / f'{name}.pth'
+        done = run('extract', checkpoint, target, '--width', width, '--format', 'mmdet')
+        assert done.exit_code == 0, done
+        assert f'mim test mmdet {tmp_path}/{name}.py --checkpoint {target}\n' in done.output
+        linkable = install_ops() == 'torchvision' and not linked_ops().exists()
+        assert ('slimclr-hub doctor --link-ops' in done.output) == linkable
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['half.pth', 'half.py', 'quarter.pth', 'quarter.py']
+    images = torch.randint(256, (2, 3, 128, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    torch.save(images, tmp_path / 'images.pth')
+    subprocess.run([sys.executable, '-c', ALONE, *names], cwd=tmp_path, check=True)
+    found = torch.load(tmp_path / 'found.pth')
+    exec(PREDICT, scope := {})
+    for name, width in names.items():
+        with model.set_width(width):
+            expected = scope['predict'](model, images)
+        for image, wanted in zip(found[name], expected, strict=True):
+            assert image.keys() == wanted.keys() == {'bboxes', 'scores', 'labels', 'masks'}
+            assert len(wanted['scores']) > 20
+            assert len(set(wanted['labels'].tolist())) > 1
+            assert 0.01 < wanted['masks'].float().mean() < 0.99
+            for key in 'labels', 'masks':
+                assert torch.equal(image[key], wanted[key])
+            for key in 'bboxes', 'scores':
+                torch.testing.assert_close(image[key], wanted[key], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(*(found[name][0]['bboxes'][:20] for name in names))
+
+
+@pytest.mark.parametrize('width', [0.75, 0.25])
+@pytest.mark.parametrize(
+    ('kind', 'backbone'), [('FasterRCNN', {'overlap': False, 'widths': (1.0, 0.75, 0.25)}), ('RetinaNet', {})]
+)
+def test_other_detectors(kind, backbone, width):
+    """RetinaNet has a level of the pyramid that is made of the backbone's last map."""
+    cfg = config(kind, **backbone)
+    model = trained(cfg)
+    dense = build(dense_config(cfg, width))
+    assert type(dense).__name__ == kind
+    dense.load_state_dict(dense_state_dict(model.state_dict(), width))  # strictly
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode(), model.set_width(width):
+        expected, found = model.double().extract_feat(x.double()), dense.double().extract_feat(x.double())
+    assert len(expected) == 5
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+# The config
+
+
+def test_config():
+    cfg = config(frozen_stages=1, with_cp=True, out_indices=(0, 1, 2, 3))
+    cfg.custom_imports.imports.append('other.module')
+    before = copy.deepcopy(cfg.to_dict())
+    dense = dense_config(cfg, 0.25)
+    assert cfg.to_dict() == before
+    assert not re.search('slim', dense.pretty_text, re.IGNORECASE)
+    assert dense.model.backbone == {
+        'type': 'ResNet',
+        'depth': 50,
+        'base_channels': 16,
+        'stem_channels': 16,
+        'num_stages': 4,
+        'out_indices': (0, 1, 2, 3),
+        'frozen_stages': 1,
+        'with_cp': True,
+        'norm_eval': False,
+        'norm_cfg': {'type': 'BN', 'requires_grad': True},
+        'style': 'pytorch',
+    }
+    assert dense.model.neck == {'type': 'FPN', 'in_channels': [64, 128, 256, 512], 'out_channels': 32, 'num_outs': 5}
+    assert dense.val_cfg == {'type': 'ValLoop'}
+    assert dense.test_cfg == {'type': 'TestLoop'}
+    assert dense.custom_hooks == [{'type': 'NumClassCheckHook'}]
+    assert dense.custom_imports.imports == ['other.module']
+    assert 'model_wrapper_cfg' not in dense
+    assert not {'work_dir', 'load_from', 'resume'} & dense.keys()
+    train, val = dense.train_dataloader.dataset, dense.val_dataloader.dataset
+    assert (train.type, train.dataset.type, val.type) == ('RepeatDataset', 'CocoDataset', 'CocoDataset')
+    assert 'metainfo' not in train.dataset
+    assert val.metainfo['classes'] == ('coin',)
+    for same in 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_evaluator', 'default_hooks':
+        assert dense[same] == cfg[same]
+    assert dense.model.roi_head == cfg.model.roi_head
+
+
+def test_config_of_another_detector(mask_rcnn):
+    with pytest.raises(InputError, match='type ResNet, not SlimmableResNet'):
+        dense_config(get_config(STOCK['MaskRCNN']), 0.5)
+    for width in 0.3, 2:
+        with pytest.raises(InputError, match=rf'width {width} is not one of .*1\.0, 0\.75, 0\.5, 0\.25'):
+            dense_config(mask_rcnn[0], width)
+
+
+# Mistakes
+
+
+def test_tensors_that_do_not_fit(mask_rcnn):
+    tensors = mask_rcnn[1].state_dict()
+    with pytest.raises(InputError, match=r"width 0\.3 is not one of this network's widths"):
+        dense_state_dict(tensors, 0.3)
+    with pytest.raises(InputError, match=r'layer1\.0\.conv1\.weight is missing$'):
+        dense_state_dict({k: v for k, v in tensors.items() if k != 'backbone.network.layer1.0.conv1.weight'}, 0.5)
+    with pytest.raises(InputError, match='not a slimmable detector'):
+        dense_state_dict({k: v for k, v in tensors.items() if k.startswith('backbone.')}, 0.5)
+
+
+def test_both_files_or_none(checkpoint, tmp_path):
+    arguments = ['--width', 0.5, '--format', 'mmdet']
+    for there in 'half.pth', 'half.py':
+        (tmp_path / there).write_text('precious')
+        assert f'{there} is there already' in refused('extract', checkpoint, tmp_path / 'half.pth', *arguments)
+        assert [path.read_text() for path in tmp_path.iterdir()] == ['precious']
+        (tmp_path / there).unlink()
+    (tmp_path / 'half.py').write_text('precious')
+    assert run('extract', checkpoint, tmp_path / 'half.pth', *arguments, '--overwrite').exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['half.pth', 'half.py']
+    assert Config.fromfile(tmp_path / 'half.py').model.type == 'MaskRCNN'
+
+
+@pytest.mark.parametrize(
+    ('target', 'options', 'words'),
+    [
+        ('half.pth', [], 'is a detector, which --format timm has not; --format mmdet has it'),
+        ('half.pth', ['--format', 'torchvision'], 'is a detector, which --format torchvision has not'),
+        ('half.safetensors', ['--format', 'mmdet'], 'half.safetensors does not end in .pth'),
+        ('half.pth', ['--format', 'mmdet', '--width', 0.3], 'width 0.3 is not one of'),
+    ],
+)
+def test_extraction_that_cannot_be(checkpoint, tmp_path, target, options, words):
+    assert words in refused('extract', checkpoint, tmp_path / target, '--width', 0.5, *options)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ('old', 'new', 'words'),
+    [
+        (None, None, 'there is no config in its meta'),
+        ('', 'import os\n', 'line 1 assigns no value to a name'),
+        ('', "x = print('it was run')\n", 'holds more than values, and was not run'),
+        ('', "x = open('run', 'w')\n", 'holds more than values, and was not run'),
+        ('', 'x = (\n', 'holds more than values'),
+        ("type='StandardRoIHead'", "type='builtins.print'", 'names builtins.print, which MMDetection does not'),
+        ("type='StandardRoIHead'", "type='NoSuchHead'", 'builds no detector: '),
+        ('fc_out_channels=64', 'fc_out_channels=65', 'roi_head.bbox_head.fc_cls.weight has shape [4, 64], not [4, 65]'),
+        ('num_convs=1', 'num_convs=2', 'roi_head.mask_head.convs.1.conv.weight is missing'),
+    ],
+)
+def test_configs_that_do_not_fit(mask_rcnn, text, tmp_path, capfd, old, new, words):
+    meta = {}
+    if old is not None:
+        assert old in text
+        meta['cfg'] = text.replace(old, new) if old else new + text
+    detector = SlimmableDetectorFile(tmp_path / 'epoch_12.pth', mask_rcnn[1].state_dict(), meta)
+    with pytest.raises(InputError, match=f'^{tmp_path}/epoch_12.pth: .*{re.escape(words)}'):
+        extract_detector(detector, tmp_path / 'half.pth', 0.5)
+    assert 'it was run' not in capfd.readouterr().out
+    assert not [*tmp_path.iterdir()]
+
+
+def test_checkpoints_of_other_kinds(mask_rcnn, tmp_path):
+    torch.save({'state_dict': mask_rcnn[1].backbone.state_dict()}, tmp_path / 'backbone.pth')
+    assert read_detector(tmp_path / 'backbone.pth') is None
+    words = refused('extract', tmp_path / 'backbone.pth', tmp_path / 'half.pth', '--width', 0.5, '--format', 'mmdet')
+    assert 'is a PyTorch checkpoint, not safetensors' in words
