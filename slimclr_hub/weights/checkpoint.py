@@ -41,7 +41,9 @@ def _load(path: Path) -> Any:
     try:
         if not path.is_file():
             raise InputError(f'{path} does not exist or is not a file')
-        with torch.serialization.safe_globals(_numpy_scalars()):
+        # On leaving, torch takes out what was named, even where it had been allowed before.
+        allowed = torch.serialization.get_safe_globals()
+        with torch.serialization.safe_globals([entry for entry in _numpy_scalars() if entry not in allowed]):
             try:
                 return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
             except RuntimeError as error:

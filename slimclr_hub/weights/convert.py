@@ -14,8 +14,8 @@ ENCODERS = ('online', 'momentum')
 """Networks that a pre-training checkpoint holds: the one that was trained, and its moving average."""
 
 _PREFIXES = {
-    # MoCo v2, MoCo v3, and a detector's or this package's backbone; a bare network has none.
-    'online': ('encoder_q.', 'base_encoder.', 'backbone.', ''),
+    # MoCo v2, MoCo v3, this package's detectors, and others' or this package's backbone; a bare network has none.
+    'online': ('encoder_q.', 'base_encoder.', 'backbone.network.', 'backbone.', ''),
     'momentum': ('encoder_k.', 'momentum_encoder.'),
 }
 _FIRST = 'conv1.weight'

@@ -22,7 +22,7 @@ DefaultScope.get_instance('tests', scope_name='mmdet')
 
 
 def config(**changes: Any) -> ConfigDict:
-    """Configuration of a Mask R-CNN of two classes whose samplers take everything."""
+    """Configuration of a Mask R-CNN of one class whose samplers take everything."""
     assigner = dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0.2, ignore_iof_thr=-1)
     sampler = dict(type='RandomSampler', num=_ALL, pos_fraction=0.5, neg_pos_ub=-1)
     proposals = dict(nms_pre=60, max_per_img=20, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0)
@@ -48,14 +48,14 @@ def config(**changes: Any) -> ConfigDict:
                 in_channels=_CHANNELS,
                 fc_out_channels=16,
                 roi_feat_size=3,
-                num_classes=2,
+                num_classes=1,
                 bbox_coder=coder,
                 loss_cls=dict(type='CrossEntropyLoss'),
                 loss_bbox=dict(type='L1Loss'),
             ),
             mask_roi_extractor=dict(**extractor, roi_layer=dict(type='RoIAlign', output_size=4, sampling_ratio=1)),
             mask_head=dict(
-                type='FCNMaskHead', num_convs=1, in_channels=_CHANNELS, conv_out_channels=_CHANNELS, num_classes=2
+                type='FCNMaskHead', num_convs=1, in_channels=_CHANNELS, conv_out_channels=_CHANNELS, num_classes=1
             ),
         ),
         train_cfg=dict(
@@ -110,7 +110,7 @@ def batch(count: int = 2, seed: int = 0, size: int = SIZE) -> dict[str, Any]:
             metainfo=dict(img_id=i, img_shape=(size, size), ori_shape=(size, size), scale_factor=(1.0, 1.0))
         )
         sample.gt_instances = InstanceData(
-            bboxes=boxes, labels=torch.arange(len(boxes)) % 2, masks=BitmapMasks(masks.numpy(), size, size)
+            bboxes=boxes, labels=torch.zeros(len(boxes), dtype=torch.long), masks=BitmapMasks(masks.numpy(), size, size)
         )
         sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
         samples.append(sample)

@@ -55,8 +55,6 @@ def test_takes_a_step_at_every_width(name):
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     clip = config.optim_wrapper.get('clip_grad')
     data = batch(size=128)
-    for sample in data['data_samples']:
-        sample.gt_instances.labels.zero_()
     log = model.train_step(data, OptimWrapper(optimizer, clip_grad=None if clip is None else dict(clip)))
     assert all(value.isfinite().all() for value in log.values())
     assert [key for key in log if key.endswith('/loss')] == [f'width_{width:.2f}/loss' for width in model.widths]

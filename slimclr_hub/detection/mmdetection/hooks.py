@@ -108,9 +108,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _remedy(found: Container[str]) -> str:
     if 'backbone.conv1.weight' in found:
-        return (
-            ". A detector of the authors is brought over by `slimclr-hub convert`; one of MMDetection's has one width"
-        )
+        return ". `slimclr-hub convert` brings over a detector of the authors; one of MMDetection's has one width"
     if 'backbone.network.conv1.weight' in found:
         return '. Widths, classes and kind of the detector have to be those of the config that it was trained with'
     return '. What a backbone starts from goes into model.backbone.weights'
