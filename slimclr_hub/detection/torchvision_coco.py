@@ -1,0 +1,200 @@
+"""Data sets in COCO's format for torchvision's detectors, and average precision at every width."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+from torchvision import tv_tensors
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from slimclr_hub.detection.torchvision_backbone import slimmable_backbone, unwrapped
+from slimclr_hub.errors import InputError
+
+METRICS = ('AP', 'AP50', 'AP75')
+"""What is told of boxes and of masks: the first three numbers of COCO's summary."""
+
+_KINDS = ('bbox', 'segm')
+
+
+class CocoInstances(torch.utils.data.Dataset):
+    """Images and instances of `FOLDER/SPLIT/` and `FOLDER/annotations/SPLIT.json`.
+
+    An item is an image, [3, H, W] of 8 bits, and its target, all of it torchvision's `tv_tensors`: `boxes` [n, 4] as
+    x, y, x, y, `labels` [n] from 1 on in the order of COCO's ids, `masks` [n, H, W], `iscrowd` [n], `image_id`.
+
+    Args:
+        folder: The data set.
+        split: `train` or `val`.
+        transform: Called with image and target, such as one of torchvision's v2.
+        crowds: Whether to give crowds, too; evaluation takes note of them, training has no use for them.
+
+    Raises:
+        InputError: A file is missing, or is not in COCO's format.
+    """
+
+    def __init__(
+        self, folder: Path, split: str, transform: Callable[..., Any] | None = None, crowds: bool = False
+    ) -> None:
+        annotations = folder / 'annotations' / f'{split}.json'
+        if not annotations.is_file():
+            raise InputError(f'{annotations} does not exist; a data set has annotations/{split}.json and {split}/')
+        try:
+            with redirect_stdout(StringIO()):
+                self.coco = COCO(str(annotations))
+            self.image_ids = sorted(self.coco.imgs)
+            self.labels = {number: label for label, number in enumerate(sorted(self.coco.cats), start=1)}
+            self.names = tuple(self.coco.cats[number]['name'] for number in self.labels)
+        except (ValueError, KeyError, AssertionError) as error:
+            raise InputError(f"{annotations} is not in COCO's format: {error}") from error
+        if without := [number for number, a in self.coco.anns.items() if not a.get('segmentation')]:
+            raise InputError(f'{annotations} has no mask for annotation {without[0]}; Mask R-CNN needs one for each')
+        self.folder = folder / split
+        self.transform = transform
+        self.crowds = crowds
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        image_id = self.image_ids[index]
+        path = self.folder / self.coco.imgs[image_id]['file_name']
+        try:
+            with Image.open(path) as file:
+                image = tv_tensors.Image(pil_to_tensor(file.convert('RGB')))
+        except OSError as error:
+            raise InputError(f'{path} cannot be read: {error}') from error
+        size = tuple(image.shape[-2:])
+        known = [
+            a
+            for a in self.coco.imgToAnns[image_id]
+            # COCO has boxes without any area, which torchvision refuses.
+            if (self.crowds or not a.get('iscrowd')) and min(a['bbox'][2:]) >= 1
+        ]
+        boxes = torch.tensor([a['bbox'] for a in known]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        masks = np.stack([np.zeros(size, np.uint8), *(self.coco.annToMask(a) for a in known)])[1:]
+        target = {
+            'boxes': tv_tensors.BoundingBoxes(boxes, format='XYXY', canvas_size=size, dtype=torch.float32),
+            'labels': torch.tensor([self.labels[a['category_id']] for a in known], dtype=torch.int64),
+            'masks': tv_tensors.Mask(torch.from_numpy(masks)),
+            'iscrowd': torch.tensor([a.get('iscrowd', 0) for a in known], dtype=torch.int64),
+            'image_id': image_id,
+        }
+        return (image, target) if self.transform is None else self.transform(image, target)
+
+
+@torch.no_grad()
+def evaluate_widths(
+    model: nn.Module,
+    loader: Iterable[tuple[Sequence[torch.Tensor], Sequence[Mapping[str, Any]]]],
+    widths: Sequence[float] | None = None,
+) -> dict[float, dict[str, float]]:
+    """COCO's average precision of boxes and masks, at every width on the same images.
+
+    With several processes each may have a share of the images; all get the result. An image that comes twice, as at
+    the end of an uneven share, counts once.
+
+    Args:
+        model: What `slimmable_mask_rcnn` gave, itself or in DistributedDataParallel.
+        loader: Batches of images [3, H, W] in [0, 1], and of their targets as `CocoInstances` gives them.
+        widths: The widths to evaluate; all unless given.
+
+    Returns:
+        Width -> `bbox/AP`, `bbox/AP50`, `bbox/AP75` and the same of `segm`, from 0 to 1; nan without any instance.
+    """
+    backbone, detector = slimmable_backbone(model), unwrapped(model)
+    widths = backbone.widths if widths is None else widths
+    device = next(detector.parameters()).device
+    truth: dict[int, Any] = {}
+    found: dict[float, dict[int, Any]] = {width: {} for width in widths}
+    was_training = detector.training
+    detector.eval()
+    try:
+        for images, targets in loader:
+            images = [image.to(device) for image in images]
+            for image, target in zip(images, targets, strict=True):
+                truth[int(target['image_id'])] = tuple(image.shape[-2:]), _instances(target, target['masks'])
+            for width in widths:
+                with backbone.set_width(width):
+                    outputs = detector(images)
+                for target, output in zip(targets, outputs, strict=True):
+                    masks = output['masks'].squeeze(1) > 0.5
+                    found[width][int(target['image_id'])] = _instances(output, masks)
+    finally:
+        detector.train(was_training)
+    truth = _of_all_processes(truth)
+    return {width: _precision(truth, _of_all_processes(of_width)) for width, of_width in found.items()}
+
+
+def _instances(about: Mapping[str, torch.Tensor], masks: torch.Tensor) -> list[dict[str, Any]]:
+    """The instances of one image as COCO's annotations, but for the ids."""
+    scores = about.get('scores', torch.ones(len(about['labels'])))
+    crowds = about.get('iscrowd', torch.zeros(len(about['labels']), dtype=torch.int64))
+    boxes = about['boxes'].clone().float()
+    boxes[:, 2:] -= boxes[:, :2]
+    return [
+        {
+            'bbox': box,
+            'category_id': label,
+            'score': score,
+            'iscrowd': crowd,
+            'segmentation': (code := coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))),
+            'area': float(coco_mask.area(code)),
+        }
+        for box, label, score, crowd, mask in zip(
+            boxes.tolist(),
+            about['labels'].tolist(),
+            scores.tolist(),
+            crowds.tolist(),
+            masks.cpu().numpy(),
+            strict=True,
+        )
+    ]
+
+
+def _of_all_processes(by_image: dict[int, Any]) -> dict[int, Any]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return by_image
+    shares: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, by_image)
+    return {image_id: value for share in shares for image_id, value in share.items()}
+
+
+def _precision(truth: Mapping[int, Any], found: Mapping[int, Any]) -> dict[str, float]:
+    images = [{'id': image_id, 'height': size[0], 'width': size[1]} for image_id, (size, _) in truth.items()]
+    labels = {instance['category_id'] for _, instances in truth.values() for instance in instances}
+    with redirect_stdout(StringIO()):
+        annotated = _coco(images, labels, {image_id: instances for image_id, (_, instances) in truth.items()})
+        detected = _coco(images, labels, found)
+        precision: dict[str, float] = {}
+        for kind in _KINDS:
+            evaluation = COCOeval(annotated, detected, kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            values = (float(value) for value in evaluation.stats)
+            # COCO says -1 where there is nothing to be found.
+            numbers = (float('nan') if value < 0 else value for value in values)
+            precision |= {f'{kind}/{name}': value for name, value in zip(METRICS, numbers, strict=False)}
+    return precision
+
+
+def _coco(images: list[dict[str, int]], labels: Iterable[int], instances: Mapping[int, Any]) -> COCO:
+    every = [{'image_id': image_id, **instance} for image_id, several in instances.items() for instance in several]
+    coco = COCO()
+    coco.dataset = {
+        'images': images,
+        'categories': [{'id': label} for label in sorted(labels)],
+        'annotations': [{'id': number, **instance} for number, instance in enumerate(every, start=1)],
+    }
+    coco.createIndex()
+    return coco

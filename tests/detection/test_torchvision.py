@@ -1,0 +1,549 @@
+"""Slimmable backbones in torchvision's Mask R-CNN: the pyramid, gradients of all widths, extraction, precision."""
+
+import copy
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from slimclr_hub.detection.layers import InputSlicedConv2d
+from slimclr_hub.detection.torchvision_backbone import (
+    SlimmableBackboneWithFPN,
+    backward_widths,
+    extract_width,
+    slimmable_mask_rcnn,
+)
+from slimclr_hub.detection.torchvision_coco import CocoInstances, evaluate_widths
+from slimclr_hub.errors import InputError
+from slimclr_hub.models import DEFAULT_WIDTHS
+from slimclr_hub.models.layers import SlimmableConv2d, SwitchableBatchNorm2d
+from tests.hub.files import save_small, small_network
+from tests.networks import randomise_batchnorm
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / 'transfer' / 'torchvision_mask_rcnn.py'
+WIDTHS = DEFAULT_WIDTHS
+
+
+def images(count=2, size=48, channels=3):
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(count, channels, size, size, generator=generator, dtype=torch.float64)
+
+
+def make_backbone(name='slimclr_resnet20', **kwargs):
+    network = small_network(name, num_classes=0, **kwargs)
+    return SlimmableBackboneWithFPN(network, out_channels=8).double().eval()
+
+
+def make_detector(widths=WIDTHS, **kwargs):
+    """A detector of two classes with few channels, regions and hidden units, whose normalisations differ."""
+    backbone = SlimmableBackboneWithFPN(small_network(num_classes=0, widths=widths), out_channels=8)
+    levels = [str(i) for i in range(len(backbone.strides))]
+    model = MaskRCNN(
+        backbone,
+        min_size=48,
+        max_size=64,
+        rpn_anchor_generator=AnchorGenerator(((8,), (16,), (32,), (64,)), ((0.5, 1.0, 2.0),) * 4),
+        rpn_pre_nms_top_n_train=40,
+        rpn_post_nms_top_n_train=20,
+        rpn_post_nms_top_n_test=20,
+        box_roi_pool=MultiScaleRoIAlign(levels, 7, 2),
+        box_head=TwoMLPHead(8 * 7 * 7, 16),
+        box_predictor=FastRCNNPredictor(16, 2),
+        box_batch_size_per_image=8,
+        mask_roi_pool=MultiScaleRoIAlign(levels, 14, 2),
+        mask_head=MaskRCNNHeads(8, (8,), 1),
+        mask_predictor=MaskRCNNPredictor(8, 8, 2),
+        **kwargs,
+    )
+    return model.double()
+
+
+def targets(count=2, size=48):
+    """A rectangle in each image, elsewhere in each."""
+    made = []
+    for i in range(count):
+        box = [4.0 + 8 * i, 6.0, 28.0 + 8 * i, 40.0]
+        mask = torch.zeros(1, size, size, dtype=torch.uint8)
+        mask[0, 6:40, 4 + 8 * i : 28 + 8 * i] = 1
+        made.append({'boxes': torch.tensor([box]).double(), 'labels': torch.tensor([1]), 'masks': mask})
+    return made
+
+
+# The pyramid
+
+
+def padded_pyramid(backbone):
+    """torchvision's pyramid with the same weights."""
+    channels = [block[0].in_channels for block in backbone.fpn.inner_blocks]
+    pyramid = FeaturePyramidNetwork(channels, backbone.out_channels, LastLevelMaxPool()).double()
+    pyramid.load_state_dict(backbone.fpn.state_dict())
+    return pyramid
+
+
+def pad(x, channels):
+    """Filled up with zeros, as the reference code does."""
+    return torch.cat([x, x.new_zeros(x.shape[0], channels - x.shape[1], *x.shape[2:])], 1)
+
+
+@pytest.mark.parametrize('width', WIDTHS)
+def test_pyramid_equals_that_of_maps_filled_up_with_zeros(width):
+    backbone = make_backbone()
+    padded = padded_pyramid(backbone)
+    whole = [16, 32, 64]
+    maps = [torch.randn(2, int(c * width), s, s, dtype=torch.float64) for c, s in zip(whole, (12, 6, 3), strict=True)]
+    ours = [x.clone().requires_grad_() for x in maps]
+    theirs = [x.clone().requires_grad_() for x in maps]
+    out = backbone.fpn(OrderedDict(zip('012', ours, strict=True)))
+    expected = padded(OrderedDict((k, pad(x, c)) for k, x, c in zip('012', theirs, whole, strict=True)))
+    assert list(out) == list(expected) == ['0', '1', '2', 'pool']
+    for level, x in expected.items():
+        torch.testing.assert_close(out[level], x, rtol=1e-12, atol=1e-12)
+    weights = {level: torch.randn_like(x) for level, x in expected.items()}
+    sum((out[level] * w).sum() for level, w in weights.items()).backward()
+    sum((expected[level] * w).sum() for level, w in weights.items()).backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-12)
+    gradients = dict(padded.named_parameters())
+    for name, parameter in backbone.fpn.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('name', ['slimclr_resnet20', 'slimclr_resnet50'])
+@pytest.mark.parametrize('widths', [WIDTHS, (0.75, 0.5)])
+def test_maps_are_those_of_the_dense_network(name, widths):
+    """Of its stages without the stem, through the pyramid filled up with zeros; at every width and in this order."""
+    backbone = make_backbone(name, widths=widths)
+    padded = padded_pyramid(backbone)
+    x = images(1, size=64)
+    whole = [block[0].in_channels for block in backbone.fpn.inner_blocks]
+    assert whole[0] == int({'slimclr_resnet20': 16, 'slimclr_resnet50': 256}[name] * widths[0])
+    for width in widths:
+        with torch.inference_mode():
+            dense = backbone.body.extract(width)
+            maps = dense.forward_intermediates(x, intermediates_only=True)[1:]
+            filled = [pad(level, channels) for level, channels in zip(maps, whole, strict=True)]
+            expected = padded(OrderedDict((str(i), level) for i, level in enumerate(filled)))
+            with backbone.set_width(width):
+                assert backbone.width == width
+                out = backbone(x)
+        assert list(out) == [*map(str, range(len(whole))), 'pool']
+        for level, value in expected.items():
+            torch.testing.assert_close(out[level], value, rtol=1e-9, atol=1e-9)
+        assert backbone.width == widths[0]
+    assert backbone.widths == widths
+
+
+def test_pyramid_begins_as_torchvision_begins_it():
+    """Drawn from the same numbers, under the same names."""
+    network = small_network(num_classes=0)
+    torch.manual_seed(3)
+    ours = SlimmableBackboneWithFPN(network, 8).fpn
+    torch.manual_seed(3)
+    theirs = FeaturePyramidNetwork([16, 32, 64], 8, LastLevelMaxPool())
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert all(torch.equal(t, theirs.state_dict()[name]) for name, t in ours.state_dict().items())
+    assert all(isinstance(block[0], InputSlicedConv2d) for block in ours.inner_blocks)
+
+
+def test_unknown_width():
+    with pytest.raises(InputError, match=r'0\.3'):
+        make_backbone().set_width(0.3)
+
+
+# The detector
+
+
+def test_anchors_and_levels_of_resnet50_are_those_of_torchvision():
+    ours = slimmable_mask_rcnn(None, (1.0, 0.5), 2)
+    theirs = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=2)
+    assert ours.rpn.anchor_generator.sizes == theirs.rpn.anchor_generator.sizes
+    assert ours.rpn.anchor_generator.aspect_ratios == theirs.rpn.anchor_generator.aspect_ratios
+    for pool in 'box_roi_pool', 'mask_roi_pool':
+        a, b = getattr(ours.roi_heads, pool), getattr(theirs.roi_heads, pool)
+        assert (a.featmap_names, a.output_size, a.sampling_ratio) == (b.featmap_names, b.output_size, b.sampling_ratio)
+    assert list(ours.transform.image_mean) == theirs.transform.image_mean
+    assert list(ours.transform.image_std) == theirs.transform.image_std
+
+
+def test_backbone_starts_from_weights(tmp_path, caplog):
+    trained = save_small(tmp_path / 'network')
+    with caplog.at_level(logging.INFO):
+        model = slimmable_mask_rcnn(str(tmp_path / 'network'), (1.0, 0.25), 2, 'slimclr_resnet20')
+    assert f'Backbone weights from {tmp_path / "network"}: all' in caplog.text
+    tensors = trained.state_dict()
+    assert all(torch.equal(t, tensors[name]) for name, t in model.backbone.body.state_dict().items())
+
+
+def test_wrong_network_or_weights(tmp_path):
+    with pytest.raises(InputError, match="'resnet50' is none of the slimmable networks here, slimclr_resnet50"):
+        slimmable_mask_rcnn(None, WIDTHS, 2, 'resnet50')
+    with pytest.raises(InputError, match='does not exist'):
+        slimmable_mask_rcnn(str(tmp_path / 'nothing.pth'), WIDTHS, 2, 'slimclr_resnet20')
+
+
+# Training
+
+
+def seed_each_width(model):
+    """Regions are sampled alike each time; which widths ran is kept."""
+    ran = []
+
+    def seed(*_):
+        torch.manual_seed(5)
+        ran.append(model.backbone.width)
+
+    model.register_forward_pre_hook(seed)
+    return ran
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize('widths', [None, (0.5, 1.0)])
+def test_gradients_are_the_sum_over_widths(widths):
+    model = make_detector().train()
+    ran = seed_each_width(model)
+    expected, losses = {}, {}
+    for width in widths or WIDTHS:
+        model.zero_grad()
+        with model.backbone.set_width(width):
+            losses[width] = model([*images()], targets())
+            sum(losses[width].values()).backward()
+        for name, gradient in gradients(model).items():
+            expected[name] = expected.get(name, 0) + gradient
+    model.zero_grad()
+    ran.clear()
+    found = backward_widths(model, [*images()], targets(), widths)
+    assert ran == [*found] == sorted(widths or WIDTHS)
+    assert model.backbone.width == 1.0
+    for width, of_width in losses.items():
+        assert found[width].keys() == of_width.keys()
+        for name, loss in of_width.items():
+            assert not found[width][name].requires_grad
+            torch.testing.assert_close(found[width][name], loss, rtol=1e-12, atol=1e-12)
+    result = gradients(model)
+    assert result.keys() == expected.keys()
+    assert ('backbone.body.bn1.w075.weight' in result) == (widths is None)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(result[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_scale_and_backward_of_ones_own():
+    model = make_detector((1.0, 0.5)).train()
+    seed_each_width(model)
+    whole = backward_widths(model, [*images()], targets())
+    expected = gradients(model)
+    model.zero_grad()
+    passed = []
+
+    def backward(loss):
+        passed.append(loss.detach())
+        (2 * loss).backward()
+
+    backward_widths(model, [*images()], targets(), scale=0.25, backward=backward)
+    sums = [0.25 * sum(of_width.values()) for of_width in whole.values()]
+    torch.testing.assert_close(passed, sums)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name] / 2, rtol=1e-9, atol=1e-12)
+
+
+def test_training_needs_training_mode_and_a_slimmable_backbone():
+    model = make_detector((1.0, 0.5))
+    with pytest.raises(InputError, match=r'call model\.train\(\) first'):
+        backward_widths(model.eval(), [*images()], targets())
+    with pytest.raises(InputError, match=r'not one of this network'):
+        backward_widths(model.train(), [*images()], targets(), widths=(0.3,))
+    with pytest.raises(InputError, match='backbone of the model is a BackboneWithFPN'):
+        backward_widths(extract_width(model, 0.5), [*images()], targets())
+
+
+TWO = """
+import copy, torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from slimclr_hub.detection.torchvision_backbone import backward_widths
+from slimclr_hub.detection.torchvision_coco import evaluate_widths
+from tests.detection.test_torchvision import gradients, images, make_detector, seed_each_width, targets
+
+dist.init_process_group('gloo')
+rank = dist.get_rank()
+model = make_detector((1.0, 0.5, 0.25)).train()
+alone = copy.deepcopy(model)
+mine = [images()[rank]], [targets()[rank]]
+seed_each_width(alone)
+backward_widths(alone, *mine)
+expected = gradients(alone)
+for gradient in expected.values():
+    dist.all_reduce(gradient)
+    gradient /= 2
+seed_each_width(model)
+wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+backward_widths(wrapped, *mine)
+found = gradients(model)
+assert found.keys() == expected.keys()
+for name, gradient in expected.items():
+    torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+truth = [{**target, 'image_id': i} for i, target in enumerate(targets())]
+share = [([images()[0]], [truth[0]]), ([images()[rank]], [truth[rank]])]  # the first twice
+found = evaluate_widths(wrapped, share)
+dist.destroy_process_group()
+assert found == evaluate_widths(model, [([*images()], truth)])
+assert model.training
+print('equal')
+"""
+
+
+def test_two_processes(tmp_path):
+    """Gradients of all widths are the mean over processes, and precision is that of all images."""
+    (tmp_path / 'two.py').write_text(TWO)
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0']
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    finished = subprocess.run(
+        [*launcher, str(tmp_path / 'two.py')], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.split() == ['equal', 'equal']
+
+
+# One width as an ordinary detector
+
+
+def assert_equal_detections(model, other, x):
+    with torch.inference_mode():
+        ours, theirs = model([*x]), other([*x])
+    for a, b in zip(ours, theirs, strict=True):
+        assert len(a['boxes']) > 0
+        assert a.keys() == b.keys() == {'boxes', 'labels', 'scores', 'masks'}
+        for key, value in a.items():
+            torch.testing.assert_close(b[key], value, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize('width', WIDTHS)
+def test_extracted_detector(width):
+    model = make_detector(box_detections_per_img=4, box_score_thresh=-1.0).eval()
+    plain = extract_width(model, width)
+    with model.backbone.set_width(width):
+        assert_equal_detections(model, plain, images())
+    kinds = (SlimmableConv2d, SwitchableBatchNorm2d, InputSlicedConv2d, SlimmableBackboneWithFPN)
+    assert not any(isinstance(module, kinds) for module in plain.modules())
+    assert not plain.training
+    assert isinstance(model.backbone, SlimmableBackboneWithFPN)
+    with torch.no_grad():
+        before = copy.deepcopy(model.state_dict())
+        for parameter in plain.parameters():
+            parameter.fill_(0)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_extracted_resnet50_is_that_of_torchvision():
+    """Its state dict loads into torchvision's own detector, which then detects the same."""
+    about = {'min_size': 48, 'box_detections_per_img': 4, 'box_score_thresh': -1.0, 'num_classes': 3}
+    torch.manual_seed(0)
+    model = slimmable_mask_rcnn(None, (1.0, 0.5), **about).double().eval()
+    randomise_batchnorm(model)
+    with torch.no_grad():
+        for block in model.backbone.fpn.inner_blocks:
+            block[0].weight.mul_(0.01)  # maps of random weights are large, and all boxes would leave the image
+    theirs = torchvision.models.detection.maskrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, norm_layer=nn.BatchNorm2d, **about
+    )
+    theirs.double().eval().load_state_dict(extract_width(model, 1.0).state_dict())
+    assert_equal_detections(model, theirs, images(1))
+
+
+# Data and precision
+
+
+def write_set(folder, count=2, size=64):
+    """Grey squares on noise, in COCO's format, with gaps in the ids of its classes."""
+    generator = np.random.default_rng(0)
+    for split in 'train', 'val':
+        (folder / split).mkdir(parents=True)
+        pictures, annotations = [], []
+        for i in range(count):
+            pixels = generator.integers(0, 120, (size, size), dtype=np.uint8)
+            left = 8 + 4 * i
+            pixels[10:50, left : left + 30] = 220
+            Image.fromarray(pixels).save(folder / split / f'{i}.png')
+            pictures.append({'id': 10 + i, 'file_name': f'{i}.png', 'height': size, 'width': size})
+            corners = [left, 10, left + 30, 10, left + 30, 50, left, 50]
+            about = {'image_id': 10 + i, 'category_id': 7, 'area': 1200, 'segmentation': [corners]}
+            annotations.append({'id': 1 + 3 * i, 'bbox': [left, 10, 30, 40], 'iscrowd': 0, **about})
+            annotations.append({'id': 2 + 3 * i, 'bbox': [left, 10, 30, 40], 'iscrowd': 1, **about})
+            annotations.append({'id': 3 + 3 * i, 'bbox': [left, 10, 0, 40], 'iscrowd': 0, **about})
+        classes = [{'id': 7, 'name': 'square'}, {'id': 3, 'name': 'circle'}]
+        content = {'images': pictures, 'annotations': annotations, 'categories': classes}
+        (folder / 'annotations').mkdir(exist_ok=True)
+        (folder / 'annotations' / f'{split}.json').write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize('crowds', [False, True])
+def test_data_set(tmp_path, crowds):
+    data = CocoInstances(write_set(tmp_path), 'train', crowds=crowds)
+    assert len(data) == 2
+    assert data.names == ('circle', 'square')
+    image, target = data[1]
+    assert image.shape == (3, 64, 64)
+    assert image.dtype == torch.uint8
+    assert image[:, 20, 20].tolist() == [220] * 3
+    count = 2 if crowds else 1  # that without any area is left out
+    assert target['boxes'].tolist() == [[12, 10, 42, 50]] * count
+    assert target['labels'].tolist() == [2] * count
+    assert target['iscrowd'].tolist() == [0, 1][:count]
+    assert target['image_id'] == 11
+    expected = torch.zeros(64, 64, dtype=torch.uint8)
+    expected[10:50, 12:42] = 1
+    assert all(torch.equal(mask, expected) for mask in target['masks'].as_subclass(torch.Tensor))
+
+
+def test_data_set_that_is_not_one(tmp_path):
+    with pytest.raises(InputError, match=r'annotations/train\.json does not exist'):
+        CocoInstances(tmp_path, 'train')
+    folder = write_set(tmp_path / 'set')
+    (folder / 'train' / '0.png').unlink()
+    with pytest.raises(InputError, match=r'train/0\.png cannot be read'):
+        CocoInstances(folder, 'train')[0]
+    file = folder / 'annotations' / 'train.json'
+    content = json.loads(file.read_text())
+    del content['annotations'][1]['segmentation']
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match='has no mask for annotation 2'):
+        CocoInstances(folder, 'train')
+    file.write_text('[]')
+    with pytest.raises(InputError, match="is not in COCO's format"):
+        CocoInstances(folder, 'train')
+
+
+class Scripted(nn.Module):
+    """A detector that finds what it is told to at each width, whatever it sees."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.backbone = make_backbone()
+        self.found = found
+
+    def forward(self, images):
+        return [self.found[self.backbone.width][round(image.mean().item())] for image in images]
+
+
+def squares(*lefts):
+    """Squares of ten pixels as a detector gives them, the first with the highest score."""
+    masks = torch.zeros(len(lefts), 1, 32, 48)
+    for mask, left in zip(masks, lefts, strict=True):
+        mask[0, 5:15, left : left + 10] = 1
+    boxes = torch.tensor([[left, 5, left + 10, 15] for left in lefts], dtype=torch.float32).reshape(-1, 4)
+    scores = torch.linspace(0.9, 0.5, len(lefts))
+    return {'boxes': boxes, 'labels': torch.ones(len(lefts), dtype=torch.int64), 'scores': scores, 'masks': masks}
+
+
+def test_average_precision():
+    """In closed form: all found, one of two, all of them two pixels beside (IoU 2/3), and none."""
+    lefts = [(0, 30), (4, 20)]
+    found = {
+        1.0: [squares(*of_image) for of_image in lefts],
+        0.75: [squares(of_image[0]) for of_image in lefts],
+        0.5: [squares(*(left + 2 for left in of_image)) for of_image in lefts],
+        0.25: [squares() for _ in lefts],
+    }
+    batches = []
+    for i, of_image in enumerate(lefts):
+        truth = {**squares(*of_image), 'image_id': i}
+        del truth['scores']
+        batches.append(([torch.full((3, 32, 48), float(i))], [{**truth, 'masks': truth['masks'].squeeze(1)}]))
+    model = Scripted(found).train()
+    result = evaluate_widths(model, batches)
+    assert model.training
+    assert model.backbone.width == 1.0
+    assert [*result] == [1.0, 0.75, 0.5, 0.25]
+    for kind in 'bbox', 'segm':
+        values = {w: [of[f'{kind}/{name}'] for name in ('AP', 'AP50', 'AP75')] for w, of in result.items()}
+        assert values[1.0] == pytest.approx([1, 1, 1])
+        assert values[0.75] == pytest.approx([51 / 101] * 3)  # at 51 of 101 recalls
+        assert values[0.5] == pytest.approx([0.4, 1, 0])  # of the thresholds 0.5, 0.55, ..., 0.95 the first four
+        assert values[0.25] == pytest.approx([0, 0, 0])
+    assert [*evaluate_widths(model, batches, (0.25,))] == [0.25]
+
+
+def test_average_precision_leaves_crowds_out():
+    """Whether a crowd is found or not, and how often, says nothing."""
+    batch = [torch.zeros(3, 32, 48)]
+    truth = {**squares(0, 30), 'image_id': 4, 'iscrowd': torch.tensor([0, 1])}
+    truth['masks'] = truth['masks'].squeeze(1)
+    found = {width: [squares(0, *[30] * i)] for i, width in enumerate(WIDTHS)}
+    result = evaluate_widths(Scripted(found), [(batch, [truth])])
+    assert all(value == pytest.approx(1) for of_width in result.values() for value in of_width.values())
+
+
+# The script
+
+
+def launch(folder, *arguments):
+    environment = {
+        **os.environ,
+        'ACCELERATE_USE_CPU': 'true',
+        'CUDA_VISIBLE_DEVICES': '',
+        'HF_HOME': str(folder / 'hf'),
+        'OMP_NUM_THREADS': '1',
+        'PYTHONPATH': str(ROOT),
+    }
+    launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--num_processes', '1']
+    command = [*launcher, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+
+
+def test_script(tmp_path):
+    """Two steps by the real launcher, from weights to a table and a file that opens."""
+    folder = write_set(tmp_path / 'data')
+    trained = save_small(tmp_path / 'network')
+    options = {
+        'data': folder,
+        'weights': tmp_path / 'network',
+        'name': 'slimclr_resnet20',
+        'widths': '1.0,0.25',
+        'epochs': 2,
+        'min-size': 48,
+        'workers': 0,
+        'out': tmp_path / 'out',
+    }
+    finished = launch(tmp_path, *(word for name, value in options.items() for word in (f'--{name}', value)))
+    assert finished.returncode == 0, finished.stderr
+    assert 'Backbone weights from' in finished.stderr
+    assert '2/2' in finished.stderr
+    lines = [line.split() for line in finished.stdout.splitlines()]
+    table = lines[lines.index(['width', *(f'{kind}/AP{n}' for kind in ('bbox', 'segm') for n in ('', 50, 75))]) :]
+    assert [line[0] for line in table[1:3]] == ['1', '0.25']
+    assert all(0 <= float(number) <= 1 for line in table[1:3] for number in line[1:])
+    model = slimmable_mask_rcnn(None, (1.0, 0.25), 3, 'slimclr_resnet20')
+    model.load_state_dict(load_file(tmp_path / 'out' / 'model.safetensors'))
+    for key in 'w100', 'w025':
+        norm = model.backbone.body.layer3[2].bn2[key]
+        assert norm.num_batches_tracked == 9 + 2
+        assert not torch.equal(norm.weight, trained.layer3[2].bn2[key].weight)
+
+
+def test_script_says_what_is_missing(tmp_path):
+    finished = launch(tmp_path, '--data', tmp_path / 'nothing')
+    assert finished.returncode == 1
+    assert 'Error: ' in finished.stderr
+    assert 'nothing/annotations/train.json does not exist' in finished.stderr
