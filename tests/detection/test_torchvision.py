@@ -40,6 +40,7 @@ from tests.networks import randomise_batchnorm
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / 'transfer' / 'torchvision_mask_rcnn.py'
 WIDTHS = DEFAULT_WIDTHS
+TIMEOUT = 300
 
 
 def images(count=2, size=48, channels=3):
@@ -316,10 +317,15 @@ print('equal')
 def test_two_processes(tmp_path):
     """Gradients of all widths are the mean over processes, and precision is that of all images."""
     (tmp_path / 'two.py').write_text(TWO)
-    launcher = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0']
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
     finished = subprocess.run(
-        [*launcher, str(tmp_path / 'two.py')], env=environment, cwd=ROOT, capture_output=True, text=True
+        [*launcher, str(tmp_path / 'two.py')],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.split() == ['equal', 'equal']
@@ -509,7 +515,7 @@ def launch(folder, *arguments):
     }
     launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--num_processes', '1']
     command = [*launcher, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT)
 
 
 def test_script(tmp_path):
@@ -522,7 +528,7 @@ def test_script(tmp_path):
         'name': 'slimclr_resnet20',
         'widths': '1.0,0.25',
         'epochs': 2,
-        'min-size': 48,
+        'min-size': 32,
         'workers': 0,
         'out': tmp_path / 'out',
     }
