@@ -160,6 +160,9 @@ def extract(
     target: Annotated[Path, typer.Argument(help='A folder for timm; a .pth or .safetensors file for the others.')],
     width: Annotated[float, typer.Option(help='Width to take.')],
     format: Annotated[DenseFormat, typer.Option(help='Whose format.')] = DenseFormat.timm,
+    config: Annotated[
+        Path | None, typer.Option(help="Config of a detector, which is run; its checkpoint's unless given.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Take one width away as an ordinary network that opens without this package.
@@ -170,8 +173,10 @@ def extract(
     from slimclr_hub.hub.conversion import check_file, check_folder
     from slimclr_hub.hub.opening import open_network
 
-    if _extract_detector(Path(network), target, width, format, overwrite):
+    if _extract_detector(Path(network), target, width, format, config, overwrite):
         return
+    if config:
+        raise InputError(f'--config {config}: {network} is no slimmable detector; leave it out')
     if format is DenseFormat.timm:
         check_folder(target, overwrite)
     else:
@@ -194,9 +199,9 @@ def extract(
         dense.save_tensors(dense.torchvision_state_dict(model, width), target)
         _say(f'{target}: a state dict for torchvision')
     else:
-        config = dense.mmdet_config(model, width, str(target))
+        backbone = dense.mmdet_config(model, width, str(target))
         dense.save_tensors(dense.mmdet_state_dict(model, width), target)
-        _say(f'backbone = {config!r}')
+        _say(f'backbone = {backbone!r}')
         _say(f'neck in_channels: {[int(channels * width) for channels in (256, 512, 1024, 2048)]}')
 
 
@@ -392,12 +397,15 @@ def _convert_detector(source: Path, target: Path, overwrite: bool) -> bool:
     config = 'transfer/mask_rcnn_slim_reference.py'
     if done.has_masks and done.num_classes == 80:
         _say_evaluation(config, target)
+        _say(f'One width of it: slimclr-hub extract {target} half.pth --width 0.5 --format mmdet --config {config}')
     else:
         _say(f'A config for it has the box coders, anchors and RoIAlign of {config}')
     return True
 
 
-def _extract_detector(network: Path, target: Path, width: float, format: DenseFormat, overwrite: bool) -> bool:
+def _extract_detector(
+    network: Path, target: Path, width: float, format: DenseFormat, config: Path | None, overwrite: bool
+) -> bool:
     """Take one width of a slimmable detector, if the network is a checkpoint of one."""
     if network.suffix != '.pth' or not network.is_file():
         return False
@@ -408,9 +416,9 @@ def _extract_detector(network: Path, target: Path, width: float, format: DenseFo
         return False
     if format is not DenseFormat.mmdet:
         raise InputError(f'{network} is a detector, which --format {format.value} has not; --format mmdet has it')
-    config = extract_detector(detector, target, width, overwrite)
-    _say(f'{target}, {config}: a detector of MMDetection at width {width:g}')
-    _say_evaluation(config, target)
+    written = extract_detector(detector, target, width, overwrite, config)
+    _say(f'{target}, {written}: a detector of MMDetection at width {width:g}')
+    _say_evaluation(written, target)
     return True
 
 

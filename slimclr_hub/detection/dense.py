@@ -147,14 +147,15 @@ def read_detector(path: Path) -> SlimmableDetectorFile | None:
         ) from error
     if not is_slimmable_detector(tensors):
         return None
-    # A second look, at what is not tensors. What is allowed for one file is taken back after it, numpy's parts with it.
-    allow_mmengine_checkpoints()
+    # A second look, at what is not tensors.
     content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     meta = content.get('meta')
     return SlimmableDetectorFile(path, tensors, meta if isinstance(meta, Mapping) else {})
 
 
-def extract_detector(detector: SlimmableDetectorFile, target: Path, width: float, overwrite: bool = False) -> Path:
+def extract_detector(
+    detector: SlimmableDetectorFile, target: Path, width: float, overwrite: bool = False, config: Path | None = None
+) -> Path:
     """Write one width as `TARGET.pth` and `TARGET.py`, a checkpoint and a config of MMDetection, both or none.
 
     Before that, a detector is built from the config and compared with the checkpoint.
@@ -164,9 +165,10 @@ def extract_detector(detector: SlimmableDetectorFile, target: Path, width: float
         target: The file to write, in `.pth`.
         width: One of the detector's widths.
         overwrite: Replace files that are there.
+        config: Config of the detector, which is run; that in the checkpoint unless given.
 
     Returns:
-        The path of the config.
+        The path of the config of the width.
 
     Raises:
         InputError: The target is there already or does not end in `.pth`, the checkpoint holds no config, or as in
@@ -174,11 +176,12 @@ def extract_detector(detector: SlimmableDetectorFile, target: Path, width: float
     """
     if target.suffix != '.pth':
         raise InputError(f'{target} does not end in .pth, as checkpoints of MMDetection do')
-    config = target.with_suffix('.py')
-    for path in (target, config):
+    written = target.with_suffix('.py')
+    for path in (target, written):
         check_file(path, overwrite)
     try:
-        dense = dense_config(_read_config(detector.meta.get('cfg')), width)
+        cfg = _read_config(detector.meta.get('cfg')) if config is None else _run_config(config)
+        dense = dense_config(cfg, width)
         tensors = dense_state_dict(detector.tensors, width)
         _check_strictly(dense, tensors)
     except InputError as error:
@@ -190,8 +193,8 @@ def extract_detector(detector: SlimmableDetectorFile, target: Path, width: float
     content = {'meta': {**about, 'cfg': text}, 'state_dict': tensors}
     with written_whole(target.parent) as partial:
         torch.save(content, partial / target.name)
-        (partial / config.name).write_text(f'# {target.name}: width {width:g} of {detector.path.name}\n{text}')
-    return config
+        (partial / written.name).write_text(f'# {target.name}: width {width:g} of {detector.path.name}\n{text}')
+    return written
 
 
 def _without_memory(architecture: str, **kwargs: Any) -> SlimmableResNet:
@@ -287,7 +290,7 @@ def _read_config(text: object) -> 'Config':
     from mmengine.config import Config
 
     if not isinstance(text, str):
-        raise InputError('there is no config in its meta, as mmengine writes one into the checkpoints of a run')
+        raise InputError('there is no config in its meta, as in the checkpoints of a run of mmengine; add --config')
     try:
         values = {}
         for statement in ast.parse(text).body:
@@ -299,6 +302,14 @@ def _read_config(text: object) -> 'Config':
     except (SyntaxError, ValueError, TypeError) as error:
         raise InputError(f'the config in its meta holds more than values, and was not run: {error}') from error
     return Config(values)
+
+
+def _run_config(path: Path) -> 'Config':
+    from mmengine.config import Config
+
+    if not path.is_file():
+        raise InputError(f'{path} does not exist or is not a file')
+    return Config.fromfile(path)
 
 
 def _value(node: ast.expr) -> Any:

@@ -6,6 +6,7 @@ from mmdet.datasets import CocoDataset
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
@@ -185,6 +186,8 @@ def test_other_detectors(theirs, ours):
 
 # The command
 
+REFERENCE = ROOT / 'transfer' / 'mask_rcnn_slim_reference.py'
+
 
 def run(*argv):
     return CliRunner().invoke(app, [*map(str, argv)])
@@ -201,6 +204,15 @@ def test_command(theirs, ours, tmp_path):
     assert saved['state_dict'].keys() == ours.keys()
     assert all(torch.equal(value, ours[name]) for name, value in saved['state_dict'].items())
     assert [*target.parent.iterdir()] == [target]
+    # It has no config of its own to be extracted by.
+    half = target.with_name('half.pth')
+    extract = ['extract', target, half, '--width', 0.5, '--format', 'mmdet']
+    assert 'add --config' in str(run(*extract).exception)
+    assert run(*extract, '--config', REFERENCE).exit_code == 0
+    dense = torch.load(half, weights_only=True)['state_dict']
+    assert dense['backbone.layer4.2.bn3.weight'].shape == (1024,)
+    assert torch.equal(dense['neck.lateral_convs.3.conv.weight'], ours['neck.lateral_convs.3.conv.weight'][:, :1024])
+    assert "type='LegacyDeltaXYWHBBoxCoder'" in half.with_suffix('.py').read_text()
     again = run('convert', source, target)
     assert isinstance(again.exception, InputError)
     assert f'{target} is there already' in str(again.exception)
@@ -211,6 +223,11 @@ def test_command_with_another_target(theirs, ours, tmp_path):
     """A file for timm has the backbone alone, as ever; and what is no detector is not made one."""
     source = write(theirs, tmp_path / 'theirs.pth', MASK_RCNN)
     assert run('convert', source, tmp_path / 'backbone.safetensors').exit_code == 0
+    torch.save({'state_dict': ours}, tmp_path / 'ours.pth')  # as does the detector in our names
+    assert run('convert', tmp_path / 'ours.pth', tmp_path / 'ours.safetensors').exit_code == 0
+    tensors = [load_file(tmp_path / f'{name}.safetensors') for name in ('backbone', 'ours')]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
     backbone = {name: value for name, value in theirs.items() if name.startswith('module.backbone.')}
     torch.save(backbone, tmp_path / 'backbone.pth')
     refused = run('convert', tmp_path / 'backbone.pth', tmp_path / 'detector.pth')

@@ -247,3 +247,17 @@ def test_damaged_anywhere(tmp_path, write):
         else:
             assert all(isinstance(value, torch.Tensor) for value in tensors.values())
     assert refused > 50
+
+
+def test_what_others_allowed_stays_allowed(tmp_path):
+    """Torch takes back what was allowed for one file, also where it had been allowed before."""
+    mine = [np.dtype, type(np.dtype('float64'))]
+    torch.save({'state_dict': {'a': torch.ones(2)}}, tmp_path / 'c.pth')
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals(mine)
+    try:
+        read_checkpoint(tmp_path / 'c.pth')
+        assert {*mine} <= {entry for entry in torch.serialization.get_safe_globals() if isinstance(entry, type)}
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)

@@ -102,7 +102,7 @@ class CheckpointGuardHook(Hook):
             )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: nn.Module) -> Any:
     return model.module if is_model_wrapper(model) else model
 
 
