@@ -16,8 +16,9 @@ import torchvision.ops
 from slimclr_hub.errors import InputError
 
 NAME = 'mmcv._ext'
+# torch 2.15 wants C++20, for which the setup of mmcv 2.1.0 does not ask; with 2.12 it compiles.
 BUILD = (
-    'pip uninstall -y mmcv-lite; pip install "setuptools<81" wheel ninja psutil; '
+    'pip uninstall -y mmcv-lite; pip install "torch<2.13" torchvision "setuptools<81" wheel ninja psutil; '
     'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-binary mmcv mmcv==2.1.0'
 )
 _LINK = '''"""Operators of torchvision in place of compiled ones, by `slimclr-hub doctor --link-ops`; delete to undo."""
@@ -28,7 +29,7 @@ from slimclr_hub.detection.ops import StandIn
 
 sys.modules[__name__] = StandIn()
 '''
-_REMEDY = f'compile mmcv, which takes a C++ compiler and about half an hour ({BUILD})'
+_REMEDY = f'compile mmcv, which takes a C++ compiler, torch 2.12 or older and about half an hour ({BUILD})'
 
 _logger = logging.getLogger(__name__)
 
