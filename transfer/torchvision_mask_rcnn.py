@@ -54,7 +54,14 @@ def main(
     seed: int = 0,
     out: Annotated[Path, Option(help='Folder of the result.')] = Path('work_dirs/torchvision_mask_rcnn'),
 ) -> None:
-    """Train, evaluate at every width, and save the detector of all widths to OUT/model.safetensors."""
+    """Train, save the detector of all widths to OUT/model.safetensors, and evaluate it at every width."""
+    result = out / 'model.safetensors'
+    if result.exists():
+        raise InputError(f'{result} is there already; choose another --out')
+    try:
+        held = [float(width) for width in widths.split(',')]
+    except ValueError:
+        raise InputError(f'--widths {widths!r} are no numbers between commas, such as 1.0,0.5') from None
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.WARNING, format='%(message)s')
     set_seed(seed, device_specific=True)
@@ -65,7 +72,6 @@ def main(
         raise InputError(f'{data}: train has the classes {train_set.names}, val {val_set.names}')
     loading: dict[str, Any] = {'batch_size': batch_size, 'num_workers': workers, 'collate_fn': collate}
 
-    held = [float(width) for width in widths.split(',')]
     model = slimmable_mask_rcnn(weights, held, len(train_set.names) + 1, name, min_size=min_size)
     if accelerator.num_processes > 1 and accelerator.device.type == 'cuda':
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -89,14 +95,15 @@ def main(
                     bar.set_postfix({f'loss {w:g}': f'{float(sum(of.values())):.3f}' for w, of in losses.items()})
                 bar.update()
 
+    if accelerator.is_main_process:
+        save_tensors(accelerator.unwrap_model(model).state_dict(), result)
     results = evaluate_widths(model, val)
     if accelerator.is_main_process:
-        save_tensors(accelerator.unwrap_model(model).state_dict(), out / 'model.safetensors')
         columns = [f'{kind}/{metric}' for kind in ('bbox', 'segm') for metric in METRICS]
         print('width', *(f'{column:>10}' for column in columns))
         for width, precision in results.items():
             print(f'{width:<5g}', *(f'{precision[column]:10.3f}' for column in columns))
-        print(f'{out}/model.safetensors')
+        print(result)
     accelerator.end_training()
 
 

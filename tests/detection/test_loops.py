@@ -71,7 +71,12 @@ def training(coins):
             ann_file='annotations/train.json',
             data_prefix=dict(img='train'),
             indices=2,
-            pipeline=[*PIPELINE[:-1], dict(type='PackDetInputs')],
+            pipeline=[
+                PIPELINE[0],
+                PIPELINE[2],
+                PIPELINE[1],
+                dict(type='PackDetInputs'),
+            ],  # annotations too
         ),
     )
     return dict(

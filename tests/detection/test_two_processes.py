@@ -1,5 +1,8 @@
 """Two real processes: gradients are the mean of theirs at every width, and nobody trains one width by mistake."""
 
+import json
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,9 +10,11 @@ from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from torch import multiprocessing
 
+from slimclr_hub.detection.coins import write_coins
 from slimclr_hub.detection.mmdetection.detectors import SlimmableDistributedDataParallel
 from slimclr_hub.errors import InputError
 from tests.detection.small import WIDTHS, batch, detector, width_gradients
+from tests.detection.test_loops import runner, training, validation
 
 WORLD = 2
 
@@ -43,13 +48,39 @@ def worker(rank, folder):
         message = 'no error'
     except InputError as error:
         message = str(error)
-    torch.save({'steps': steps, 'message': message}, f'{folder}/{rank}.pt')
+    metrics = whole_run(rank, folder)
+    torch.save({'steps': steps, 'message': message, 'metrics': metrics}, f'{folder}/{rank}.pt')
     dist.destroy_process_group()
 
 
+def whole_run(rank, folder):
+    """An epoch and its evaluation by mmengine's runner; what each width's evaluation found."""
+    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(WORLD))
+    run = runner(
+        folder / 'coins',
+        folder / 'work_dir',
+        **training(folder / 'coins'),
+        **validation(folder / 'coins'),
+        val_cfg=dict(type='SlimmableValLoop'),
+        launcher='pytorch',
+        cfg=dict(model_wrapper_cfg=dict(type='SlimmableDistributedDataParallel')),
+    )
+    assert isinstance(run.model, SlimmableDistributedDataParallel)
+    assert run.world_size == WORLD
+    run.train()
+    return run.val_loop.run()
+
+
 @pytest.fixture(scope='module')
-def records(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('processes')
+def records_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp('processes')
+
+
+@pytest.fixture(scope='module')
+def records(records_folder):
+    folder = records_folder
+    write_coins(folder / 'coins')
+    (folder / 'work_dir').mkdir()
     multiprocessing.spawn(worker, args=(folder,), nprocs=WORLD)
     return [torch.load(folder / f'{rank}.pt', weights_only=True) for rank in range(WORLD)]
 
@@ -89,3 +120,13 @@ def test_stock_wrapper_is_refused(records):
     for record in records:
         assert 'would train one width only' in record['message']
         assert "model_wrapper_cfg=dict(type='SlimmableDistributedDataParallel')" in record['message']
+
+
+def test_run_evaluates_every_width_over_all_processes(records, records_folder):
+    """The two images of the test set lie on two processes; both know what was found on both."""
+    metrics = [record['metrics'] for record in records]
+    assert metrics[0] == metrics[1]
+    kept = json.loads((records_folder / 'work_dir' / 'ap_by_width.json').read_text())['1']
+    for width in '1.00', '0.75', '0.50', '0.25':
+        assert metrics[0][f'width_{width}/coco/bbox_mAP'] == kept[f'width_{width}/coco/bbox_mAP'] >= 0
+    assert (records_folder / 'work_dir' / 'epoch_1.pth').exists()

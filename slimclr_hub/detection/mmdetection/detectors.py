@@ -88,6 +88,8 @@ class SlimmableDistributedDataParallel(MMDistributedDataParallel):
     """
 
     def __init__(self, module: SlimmableDetector, **kwargs: Any) -> None:
+        if next(module.parameters()).device.type == 'cpu':
+            kwargs.pop('device_ids', None)  # mmengine gives one in any case
         super().__init__(module, **{'broadcast_buffers': False, **kwargs, 'find_unused_parameters': True})
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, torch.Tensor]:
