@@ -21,7 +21,7 @@ State = Literal['ok', 'too old', 'missing', 'broken']
 
 CONFIG = 'transfer/mask_rcnn_slim.py'
 EXTRA = 'pip install "slimclr-hub[transfer]"'
-FORK = 'pip install onedl-mim && mim install onedl-mmengine onedl-mmcv onedl-mmdetection'
+FORK = 'pip install onedl-mim "onedl-mmdetection[mminstall]"'  # the extra is onedl-mmengine and onedl-mmcv
 
 ANNOTATIONS = ('annotations/instances_train2017.json', 'annotations/instances_val2017.json')
 IMAGES = ('train2017', 'val2017')
@@ -186,7 +186,8 @@ def examine(data: Path | None) -> Report:
     parts['mmcv'] = _with_operators(parts['mmcv'], parts['torchvision'])
     parts['mim'] = _with_executable(parts['mim'])
     upstream = any(parts[name].distribution in ('mmengine', 'openmim') for name in ('mmengine', 'mim'))
-    return Report((_python(), *parts.values(), _setuptools(needed=upstream)), gpus, _examine_data(data))
+    setuptools = [_setuptools()] if upstream else []  # the fork does without
+    return Report((_python(), *parts.values(), *setuptools), gpus, _examine_data(data))
 
 
 def _named(parts: tuple[Part, ...], name: str) -> Part:
@@ -291,7 +292,7 @@ def _with_executable(mim: Part) -> Part:
     return _with_note(mim, _joined(mim.note, path))
 
 
-def _setuptools(needed: bool) -> Part:
+def _setuptools() -> Part:
     """Upstream's mmengine and openmim import `pkg_resources`, which setuptools 81 and later no longer has."""
     try:
         version = metadata.version('setuptools')
@@ -303,8 +304,8 @@ def _setuptools(needed: bool) -> Part:
             importlib.import_module('pkg_resources')
     except Exception as error:
         state: State = 'broken' if version else 'missing'
-        return Part('setuptools', 'setuptools' if version else '', version, state, needed, _first_line(error))
-    return Part('setuptools', 'setuptools' if version else '', version, 'ok', needed, 'has pkg_resources')
+        return Part('setuptools', 'setuptools' if version else '', version, state, note=_first_line(error))
+    return Part('setuptools', 'setuptools' if version else '', version, 'ok', note='has pkg_resources')
 
 
 def _examine_data(data: Path | None) -> Data:

@@ -1,10 +1,14 @@
-"""What mmcv-lite leaves out: a stand-in for the compiled `mmcv._ext`, with the operators that torchvision has too."""
+"""What mmcv-lite leaves out: a stand-in for the compiled `mmcv._ext`, with the operators that torchvision has too.
+
+The maintained fork's `onedl-mmcv` leaves them out as well where pip builds it apart from torch, which is its default.
+"""
 
 import importlib
 import importlib.util
 import logging
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -16,10 +20,14 @@ import torchvision.ops
 from slimclr_hub.errors import InputError
 
 NAME = 'mmcv._ext'
-# torch 2.15 wants C++20, for which the setup of mmcv 2.1.0 does not ask; with 2.12 it compiles.
-BUILD = (
+# torch 2.15 wants C++20, and both of these setups ask for C++17; with 2.12 mmcv 2.1.0 compiles.
+_BUILD = (
     'pip uninstall -y mmcv-lite; pip install "torch<2.13" torchvision "setuptools<81" wheel ninja psutil; '
     'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-binary mmcv mmcv==2.1.0'
+)
+_BUILD_FORK = (  # without the cache, where pip keeps what it has built without operators
+    'pip install "torch<2.13" torchvision setuptools wheel ninja psutil; '
+    'pip install --no-build-isolation --no-cache-dir --no-deps --force-reinstall --no-binary onedl-mmcv onedl-mmcv'
 )
 _LINK = '''"""Operators of torchvision in place of compiled ones, by `slimclr-hub doctor --link-ops`; delete to undo."""
 
@@ -29,7 +37,6 @@ from slimclr_hub.detection.ops import StandIn
 
 sys.modules[__name__] = StandIn()
 '''
-_REMEDY = f'compile mmcv, which takes a C++ compiler, torch 2.12 or older and about half an hour ({BUILD})'
 
 _logger = logging.getLogger(__name__)
 
@@ -55,7 +62,7 @@ def install_ops() -> str:
     try:
         extension = importlib.import_module(NAME)
     except ModuleNotFoundError:
-        pass  # mmcv-lite
+        pass  # mmcv-lite, or the fork's without operators
     except ImportError as error:  # compiled for another torch
         _logger.warning('the compiled operators of mmcv do not load (%s); those of torchvision stand in', error)
     else:
@@ -100,6 +107,19 @@ def linked_ops() -> Path:
     return Path(spec.origin).with_name('_ext.py')
 
 
+def build_command() -> str:
+    """What to type to have mmcv with its own operators: upstream's, or the fork's where that is installed."""
+    try:
+        metadata.distribution('onedl-mmcv')
+    except metadata.PackageNotFoundError:
+        return _BUILD
+    return _BUILD_FORK
+
+
+def _remedy() -> str:
+    return f'compile mmcv, which takes a C++ compiler, torch 2.12 or older and about half an hour ({build_command()})'
+
+
 # The functions below have the names and arguments of mmcv/ops/csrc/pytorch/pybind.cpp: mmcv.ops passes some by name,
 # and has the results of RoIAlign written into tensors that it has made.
 
@@ -117,7 +137,7 @@ def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float, offset:
         InputError: `offset` is not 0.
     """
     if offset != 0:
-        raise InputError(f"nms with offset={offset}: torchvision's has 0 only; leave it out or {_REMEDY}")
+        raise InputError(f"nms with offset={offset}: torchvision's has 0 only; leave it out or {_remedy()}")
     # mmcv takes the threshold in float32; an IoU of exactly 0.3 would be greater than 0.3 in float64.
     return torchvision.ops.nms(boxes, scores, torch.tensor(iou_threshold, dtype=torch.float32).item())
 
@@ -220,14 +240,14 @@ class StandIn(ModuleType):
             raise AttributeError(f'module {NAME!r} has no attribute {name!r}')
 
         def missing(*args: object, **kwargs: object) -> NoReturn:
-            raise InputError(f'the operator {name!r} is neither in mmcv-lite nor in torchvision: {_REMEDY}')
+            raise InputError(f'the operator {name!r} is neither in this mmcv nor in torchvision: {_remedy()}')
 
         return missing
 
 
 def _check_mean(pool_mode: int) -> None:
     if pool_mode != 1:
-        raise InputError(f"RoIAlign with pool_mode='max': torchvision's has 'avg' only; take this or {_REMEDY}")
+        raise InputError(f"RoIAlign with pool_mode='max': torchvision's has 'avg' only; take this or {_remedy()}")
 
 
 def _full(x: torch.Tensor) -> torch.Tensor:

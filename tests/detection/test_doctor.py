@@ -92,6 +92,7 @@ def install_fork(site: Path, mmengine: str) -> None:
     install(site, 'mmengine', 'onedl-mmengine', mmengine)
     install(site, 'mmcv', 'onedl-mmcv', '2.3.6')
     install(site, 'mmdet', 'onedl-mmdetection', '3.5.1')
+    install(site, 'mim', 'onedl-mim', '0.5.1')
 
 
 def test_the_fork(tmp_path):
@@ -103,6 +104,8 @@ def test_the_fork(tmp_path):
     assert row(ended.out, 'mmengine')[1:] == ['0.10.12', 'ok', 'onedl-mmengine']
     assert row(ended.out, 'mmcv')[1:] == ['2.3.6', 'ok', 'onedl-mmcv', 'ops: compiled']
     assert row(ended.out, 'mmdet')[1:] == ['3.5.1', 'ok', 'onedl-mmdetection']
+    assert row(ended.out, 'mim')[1:4] == ['0.5.1', 'ok', 'onedl-mim']
+    assert 'setuptools' not in ended.out  # only upstream's mmengine and openmim import pkg_resources
     assert 'To fine-tune with MMDetection: mim train onedl-mmdetection transfer/mask_rcnn_slim.py\n' in ended.out
     assert ended.out.endswith(f'{tmp_path}/coco/train2017: 3 images\n{tmp_path}/coco/val2017: 2 images\n')
 

@@ -31,7 +31,7 @@ def mmcv_ops():
 @pytest.fixture(scope='module')
 def compiled():
     if ops.install_ops() != 'compiled':
-        pytest.skip(f'mmcv is not compiled; to compile it: {ops.BUILD}')
+        pytest.skip(f'mmcv is not compiled; to compile it: {ops.build_command()}')
     return importlib.import_module('mmcv._ext')
 
 
@@ -279,7 +279,7 @@ def test_mmdet_without_compiled_operators():
     assert told['extractor'] == [[2, 2, 7, 7], [True, True]]
     for key, name in ('deform', 'deform_conv_forward'), ('soft', 'softnms'):
         assert f"'{name}'" in told[key]
-        assert ops.BUILD in told[key]
+        assert ops.build_command() in told[key]
 
 
 def test_operators_compiled_for_another_torch(tmp_path):
@@ -300,3 +300,15 @@ def test_mmcv_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, 'mmcv', None)
     with pytest.raises(InputError, match=r'needs mmcv, which .*pip install "slimclr-hub\[transfer\]"'):
         ops.install_ops()
+
+
+def test_how_to_compile_the_fork(monkeypatch, tmp_path):
+    """Upstream's mmcv over the fork's would break it."""
+    assert 'mmcv==2.1.0' in ops.build_command()
+    about = tmp_path / 'onedl_mmcv-2.3.6.dist-info'
+    about.mkdir()
+    (about / 'METADATA').write_text('Metadata-Version: 2.1\nName: onedl-mmcv\nVersion: 2.3.6\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r'compile mmcv.*--no-build-isolation.* onedl-mmcv\)$') as raised:
+        ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5, offset=1)
+    assert 'mmcv==' not in str(raised.value)
