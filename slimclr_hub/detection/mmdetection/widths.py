@@ -68,9 +68,9 @@ def train_widths(
             with optim_wrapper.optim_context(model):
                 loss, logs[widest] = detector.parse_losses(model(**data, mode='loss'))
             optim_wrapper.update_params(loss)
-    total = torch.stack([log['loss'] for log in logs.values()]).sum()
-    by_width = {f'{width_name(w)}/{key}': logs[w][key] for w in (widest, *reversed(narrow)) for key in logs[w]}
-    return {'loss': total, **by_width}
+    total = torch.stack([log['loss'].detach() for log in logs.values()]).sum()
+    widths = (widest, *reversed(narrow))
+    return {'loss': total, **{f'{width_name(w)}/{key}': logs[w][key].detach() for w in widths for key in logs[w]}}
 
 
 @contextmanager
