@@ -32,6 +32,7 @@ _BACKBONE = 'backbone.'
 _LATERAL = re.compile(r'^neck\.(?:\d+\.)?lateral_convs\.\d+\.conv\.weight$')
 _OUTPUT = re.compile(r'^neck\.(?:\d+\.)?fpn_convs\.\d+\.conv\.weight$')
 _DROPPED = object()
+_LAST_MAP = 2048  # channels at width 1.0 of each ResNet that MMDetection has
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -80,13 +81,15 @@ def dense_state_dict(tensors: Tensors, width: float) -> dict[str, torch.Tensor]:
     model = _without_memory(layout.architecture, widths=layout.widths, overlap=layout.overlap, in_chans=layout.in_chans)
     model.load_state_dict(network, assign=True)
     dense = {_BACKBONE + name: tensor for name, tensor in mmdet_state_dict(model, width).items()}
-    for name, tensor in tensors.items():
-        if name.startswith(NETWORK):
-            continue
-        # Among the convolutions after the lateral ones, only that of the backbone's map changes the channel count.
-        if _LATERAL.match(name) or (_OUTPUT.match(name) and tensor.shape[0] != tensor.shape[1]):
-            tensor = leading(tensor, (len(tensor), scale_channels(tensor.shape[1], width), *tensor.shape[2:]))
-        dense[name] = tensor
+    dense |= {name: tensor for name, tensor in tensors.items() if not name.startswith(NETWORK)}
+    # Among the convolutions after the lateral ones, only that of the backbone's map changes the channel count.
+    inputs = {
+        name: tensor.shape[1]
+        for name, tensor in dense.items()
+        if _LATERAL.match(name) or (_OUTPUT.match(name) and tensor.shape[0] != tensor.shape[1])
+    }
+    for name, channels in _used(inputs, layout.widths, width).items():
+        dense[name] = leading(dense[name], (len(dense[name]), channels, *dense[name].shape[2:]))
     return dense
 
 
@@ -121,7 +124,8 @@ def dense_config(cfg: 'Config', width: float) -> 'Config':
     necks = model.get('neck')
     for neck in necks if isinstance(necks, list) else [necks]:
         if neck and _last(neck.get('type')) in own and 'in_channels' in neck:
-            neck['in_channels'] = [scale_channels(channels, width) for channels in neck['in_channels']]
+            inputs = dict(enumerate(neck['in_channels']))
+            neck['in_channels'] = [*_used(inputs, backbone.get('widths', DEFAULT_WIDTHS), width).values()]
     if _last(plain.get('model_wrapper_cfg', {}).get('type')) in own:
         del plain['model_wrapper_cfg']
     _drop_own_imports(plain)
@@ -217,6 +221,13 @@ def _dense_backbone(backbone: Mapping[str, Any], width: float) -> dict[str, Any]
     kept = ('out_indices', 'frozen_stages', 'norm_eval', 'with_cp')
     # MMDetection keeps the statistics of normalisation unless told, SlimmableResNet does not.
     return {**dense, 'norm_eval': False, **{key: backbone[key] for key in kept if key in backbone}}
+
+
+def _used(inputs: Mapping[Any, int], widths: Iterable[float], width: float) -> dict[Any, int]:
+    """Channels that `width` uses of a neck's inputs, which are those of width 1.0 or of the largest width there is."""
+    largest = max(widths)
+    whole = largest if max(inputs.values(), default=0) <= scale_channels(_LAST_MAP, largest) else 1.0
+    return {key: scale_channels(channels, width / whole) for key, channels in inputs.items()}
 
 
 def _drop_own_imports(plain: dict[str, Any]) -> None:

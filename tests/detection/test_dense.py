@@ -55,7 +55,7 @@ def config(kind='MaskRCNN', **backbone):
         heads.mask_head.update(in_channels=narrow, conv_out_channels=narrow, num_convs=1, num_classes=len(CLASSES))
     cfg.custom_imports = {'imports': ['slimclr_hub.detection.mmdetection'], 'allow_failed_imports': False}
     cfg.val_cfg, cfg.test_cfg = {'type': 'SlimmableValLoop', 'widths': [0.5]}, {'type': 'SlimmableTestLoop'}
-    cfg.custom_hooks = [{'type': 'WidthReportHook'}, {'type': 'NumClassCheckHook'}, {'type': 'KeepCheckpointsHook'}]
+    cfg.custom_hooks = [{'type': 'WidthReportHook'}, {'type': 'NumClassCheckHook'}, {'type': 'CheckpointGuardHook'}]
     cfg.model_wrapper_cfg = {'type': 'SlimmableDistributedDataParallel'}
     cfg.train_dataloader.dataset = {'type': 'RepeatDataset', 'times': 4, 'dataset': cfg.train_dataloader.dataset}
     cfg.train_dataloader.dataset.dataset.type = 'CocoFolder'
@@ -200,6 +200,21 @@ def test_other_detectors(kind, backbone, width):
     with torch.inference_mode(), model.set_width(width):
         expected, found = model.double().extract_feat(x.double()), dense.double().extract_feat(x.double())
     assert len(expected) == 5
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('in_channels', [[128, 256, 512, 1024], [256, 512, 1024, 2048]])
+@pytest.mark.parametrize('width', [0.5, 0.25])
+def test_largest_width_below_one(in_channels, width):
+    """A neck as wide as the largest width, as in `mask_rcnn_slim_w050.py`, or as width 1.0 would need it."""
+    cfg = config('FasterRCNN', widths=(0.5, 0.25))
+    cfg.model.neck.in_channels = in_channels
+    model = trained(cfg)
+    dense = build(dense_config(cfg, width))
+    dense.load_state_dict(dense_state_dict(model.state_dict(), width))  # strictly
+    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode(), model.set_width(width):
+        expected, found = model.double().extract_feat(x.double()), dense.double().extract_feat(x.double())
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
