@@ -375,7 +375,7 @@ def doctor(
     else:
         _say('Fine-tuning with MMDetection cannot start: see the states that are not ok.')
     has = 'are there' if report.torchvision_ready else 'are not all there'
-    _say(f'To fine-tune with torchvision alone, torch, torchvision and timm are enough; they {has}.')
+    _say(f'For detectors of torchvision, torch, torchvision and timm are enough; they {has}.')
     for name, count in report.data.images.items():
         _say(f'{report.data.folder / name}: {count} images')
     for name in report.data.missing:

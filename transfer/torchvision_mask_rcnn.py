@@ -3,7 +3,7 @@
     python -m slimclr_hub.detection.coins data/coins
     accelerate launch transfer/torchvision_mask_rcnn.py --data data/coins --weights slimclr_resnet50.mocov2_800e_in1k
 
-The data set is in COCO's format: DATA/train/, DATA/val/, DATA/annotations/train.json and val.json.
+The data set is COCO 2017, or has DATA/train/, DATA/val/, DATA/annotations/train.json and val.json in its format.
 """
 
 import logging
@@ -85,16 +85,19 @@ def main(
     with tqdm(total=steps, disable=not accelerator.is_main_process, unit='step') as bar:
         for _ in range(epochs):
             model.train()
-            for images, targets in train:
+            for step, (images, targets) in enumerate(train):
                 losses = backward_widths(model, images, targets, backward=accelerator.backward)
                 accelerator.clip_grad_norm_(model.parameters(), MAX_NORM)
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
-                if bar.n % 10 == 0:  # reading them makes the host wait for the device
+                if step % 10 == 0 and accelerator.is_main_process:  # reading them makes the host wait for the device
                     bar.set_postfix({f'loss {w:g}': f'{float(sum(of.values())):.3f}' for w, of in losses.items()})
                 bar.update()
 
+    for name, buffer in accelerator.unwrap_model(model).named_buffers():
+        if name.endswith(('running_mean', 'running_var')):  # without SyncBN each process has its own
+            buffer.copy_(accelerator.reduce(buffer, 'mean'))
     if accelerator.is_main_process:
         save_tensors(accelerator.unwrap_model(model).state_dict(), result)
     results = evaluate_widths(model, val)

@@ -12,7 +12,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.hub.conversion import check_file
 from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.convert import convert
-from slimclr_hub.weights.layouts import Layout, layout_of, shorten
+from slimclr_hub.weights.layouts import Layout, differences, layout_of, shorten
 from slimclr_hub.weights.whole import written_whole
 
 NETWORK = 'backbone.network.'
@@ -94,14 +94,8 @@ def convert_detector(tensors: Tensors) -> dict[str, torch.Tensor]:
         problems.append(f'backbone: {error}')
     parts = {name: tensor for name, tensor in names.items() if name not in backbone}
     expected = _shapes(_num_classes(parts), any(name.startswith('mask_head.') for name in parts))
-    problems += [f'{name} is missing' for name in expected if name not in parts]
-    problems += [f'{name} is not expected' for name in parts if name not in expected]
+    problems += differences(expected, {name: tensor.shape for name, tensor in parts.items()})
     problems += [f'backbone.{name} is not expected' for name in network if name.startswith('fc.')]
-    problems += [
-        f'{name} has shape {list(parts[name].shape)}, not {list(shape)}'
-        for name, shape in expected.items()
-        if name in parts and tuple(parts[name].shape) != shape
-    ]
     if problems:
         raise InputError(f"not the authors' detector of MMDetection 0.6: {shorten(problems)}")
     return {

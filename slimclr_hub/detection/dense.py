@@ -1,6 +1,5 @@
 """One width of a trained slimmable detector, as a detector of MMDetection that needs nothing of this package."""
 
-import ast
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,13 +12,14 @@ import torch
 
 from slimclr_hub.detection.authors import NETWORK
 from slimclr_hub.detection.checkpoints import allow_mmengine_checkpoints
+from slimclr_hub.detection.config_text import read_config, run_config
 from slimclr_hub.errors import InputError
 from slimclr_hub.hub.conversion import check_file
 from slimclr_hub.hub.dense import mmdet_config, mmdet_state_dict
 from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
 from slimclr_hub.models.widths import check_width, scale_channels
 from slimclr_hub.weights.checkpoint import read_checkpoint
-from slimclr_hub.weights.layouts import check_complete, shorten
+from slimclr_hub.weights.layouts import check_complete, differences, shorten
 from slimclr_hub.weights.slices import leading
 from slimclr_hub.weights.whole import written_whole
 
@@ -32,7 +32,7 @@ _BACKBONE = 'backbone.'
 _LATERAL = re.compile(r'^neck\.(?:\d+\.)?lateral_convs\.\d+\.conv\.weight$')
 _OUTPUT = re.compile(r'^neck\.(?:\d+\.)?fpn_convs\.\d+\.conv\.weight$')
 _DROPPED = object()
-_LAST_MAP = 2048  # channels at width 1.0 of each ResNet that MMDetection has
+_MAPS = (256, 512, 1024, 2048)  # channels of the stages at width 1.0, of every ResNet that MMDetection has
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -124,8 +124,8 @@ def dense_config(cfg: 'Config', width: float) -> 'Config':
     necks = model.get('neck')
     for neck in necks if isinstance(necks, list) else [necks]:
         if neck and _last(neck.get('type')) in own and 'in_channels' in neck:
-            inputs = dict(enumerate(neck['in_channels']))
-            neck['in_channels'] = [*_used(inputs, backbone.get('widths', DEFAULT_WIDTHS), width).values()]
+            stages = backbone.get('out_indices', range(len(_MAPS)))
+            neck['in_channels'] = [scale_channels(_MAPS[stage], width) for stage in stages]
     if _last(plain.get('model_wrapper_cfg', {}).get('type')) in own:
         del plain['model_wrapper_cfg']
     _drop_own_imports(plain)
@@ -184,7 +184,7 @@ def extract_detector(
     for path in (target, written):
         check_file(path, overwrite)
     try:
-        cfg = _read_config(detector.meta.get('cfg')) if config is None else _run_config(config)
+        cfg = read_config(detector.meta.get('cfg')) if config is None else run_config(config)
         dense = dense_config(cfg, width)
         tensors = dense_state_dict(detector.tensors, width)
         _check_strictly(dense, tensors)
@@ -192,7 +192,7 @@ def extract_detector(
         raise InputError(f'{detector.path}: {error}') from error
     about = {key: detector.meta[key] for key in ('dataset_meta',) if key in detector.meta}
     text = dense.pretty_text
-    if _read_config(text).to_dict() != dense.to_dict():  # mmengine does not quote all that it prints
+    if read_config(text).to_dict() != dense.to_dict():  # mmengine does not quote all that it prints
         raise InputError(f'{detector.path}: the config in its meta cannot be written as a file')
     content = {'meta': {**about, 'cfg': text}, 'state_dict': tensors}
     with written_whole(target.parent) as partial:
@@ -224,9 +224,12 @@ def _dense_backbone(backbone: Mapping[str, Any], width: float) -> dict[str, Any]
 
 
 def _used(inputs: Mapping[Any, int], widths: Iterable[float], width: float) -> dict[Any, int]:
-    """Channels that `width` uses of a neck's inputs, which are those of width 1.0 or of the largest width there is."""
+    """Channels that `width` uses of a neck's inputs, which are those of width 1.0 or of the largest width there is.
+
+    Tensors do not tell which stages a neck sees; the config does, and what is made is compared with it.
+    """
     largest = max(widths)
-    whole = largest if max(inputs.values(), default=0) <= scale_channels(_LAST_MAP, largest) else 1.0
+    whole = largest if max(inputs.values(), default=0) <= scale_channels(_MAPS[-1], largest) else 1.0
     return {key: scale_channels(channels, width / whole) for key, channels in inputs.items()}
 
 
@@ -296,47 +299,6 @@ def _stock(value: Any, own: Mapping[str, type]) -> Any:
 # The config in a checkpoint
 
 
-def _read_config(text: object) -> 'Config':
-    """A config from its text in a checkpoint, which mmengine would run; here only values are read."""
-    from mmengine.config import Config
-
-    if not isinstance(text, str):
-        raise InputError('there is no config in its meta, as in the checkpoints of a run of mmengine; add --config')
-    try:
-        values = {}
-        for statement in ast.parse(text).body:
-            match statement:
-                case ast.Assign(targets=[ast.Name(id=name)]):
-                    values[name] = _value(statement.value)
-                case _:
-                    raise ValueError(f'line {statement.lineno} assigns no value to a name')
-    except (SyntaxError, ValueError, TypeError) as error:
-        raise InputError(f'the config in its meta holds more than values, and was not run: {error}') from error
-    return Config(values)
-
-
-def _run_config(path: Path) -> 'Config':
-    from mmengine.config import Config
-
-    if not path.is_file():
-        raise InputError(f'{path} does not exist or is not a file')
-    return Config.fromfile(path)
-
-
-def _value(node: ast.expr) -> Any:
-    match node:
-        case ast.Call(func=ast.Name(id='dict'), args=[], keywords=keywords) if all(k.arg for k in keywords):
-            return {keyword.arg: _value(keyword.value) for keyword in keywords}
-        case ast.Dict(keys=keys, values=values) if None not in keys:
-            return {_value(key): _value(value) for key, value in zip(keys, values, strict=True) if key}
-        case ast.List(elts=items):
-            return [_value(item) for item in items]
-        case ast.Tuple(elts=items):
-            return tuple(_value(item) for item in items)
-        case _:
-            return ast.literal_eval(node)
-
-
 def _check_strictly(cfg: 'Config', tensors: Tensors) -> None:
     """Build the detector and compare its tensors with these by name and shape."""
     from mmdet.registry import MODELS
@@ -355,14 +317,7 @@ def _check_strictly(cfg: 'Config', tensors: Tensors) -> None:
     except Exception as error:  # whatever a part of it asks for
         raise InputError(f'the config at this width builds no detector: {error}') from error
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    problems = [f'{name} is missing' for name in expected if name not in tensors]
-    problems += [f'{name} is not expected' for name in tensors if name not in expected]
-    problems += [
-        f'{name} has shape {list(tensors[name].shape)}, not {list(shape)}'
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if problems:
+    if problems := differences(expected, {name: tensor.shape for name, tensor in tensors.items()}):
         raise InputError(f'the tensors are not those of the config in it: {shorten(problems)}')
 
 

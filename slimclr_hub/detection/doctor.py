@@ -309,7 +309,8 @@ def _setuptools() -> Part:
 
 
 def _examine_data(data: Path | None) -> Data:
-    folder = Path(os.environ.get('COCO_ROOT') or 'data/coco') if data is None else data
+    named = data or os.environ.get('COCO_ROOT')
+    folder = Path(named or 'data/coco')
     missing = [name for name in ANNOTATIONS if not (folder / name).is_file()]
     images = {}
     for name in IMAGES:
@@ -320,4 +321,4 @@ def _examine_data(data: Path | None) -> Data:
             images[name] = sum(entry.name.lower().endswith(('.jpg', '.jpeg', '.png')) for entry in entries)
         if not images[name]:
             missing.append(f'images in {name}/')
-    return Data(folder, images, tuple(missing), asked=data is not None)
+    return Data(folder, images, tuple(missing), asked=bool(named))

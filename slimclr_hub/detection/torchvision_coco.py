@@ -26,7 +26,9 @@ _KINDS = ('bbox', 'segm')
 
 
 class CocoInstances(torch.utils.data.Dataset):
-    """Images and instances of `FOLDER/SPLIT/` and `FOLDER/annotations/SPLIT.json`.
+    """Images and instances of `FOLDER/SPLIT/` and `FOLDER/annotations/SPLIT.json`, or by the names of COCO 2017.
+
+    These are `FOLDER/SPLIT2017/` and `FOLDER/annotations/instances_SPLIT2017.json`.
 
     An item is an image, [3, H, W] of 8 bits, and its target, all of it torchvision's `tv_tensors`: `boxes` [n, 4] as
     x, y, x, y, `labels` [n] from 1 on in the order of COCO's ids, `masks` [n, H, W], `iscrowd` [n], `image_id`.
@@ -44,9 +46,12 @@ class CocoInstances(torch.utils.data.Dataset):
     def __init__(
         self, folder: Path, split: str, transform: Callable[..., Any] | None = None, crowds: bool = False
     ) -> None:
-        annotations = folder / 'annotations' / f'{split}.json'
+        annotations, images = folder / 'annotations' / f'{split}.json', folder / split
         if not annotations.is_file():
-            raise InputError(f'{annotations} does not exist; a data set has annotations/{split}.json and {split}/')
+            coco = annotations.with_name(f'instances_{split}2017.json')
+            if not coco.is_file():
+                raise InputError(f'{annotations} does not exist, nor {coco.name} beside it; it belongs to {split}/')
+            annotations, images = coco, folder / f'{split}2017'
         try:
             with redirect_stdout(StringIO()):
                 self.coco = COCO(str(annotations))
@@ -57,7 +62,7 @@ class CocoInstances(torch.utils.data.Dataset):
             raise InputError(f"{annotations} is not in COCO's format: {error}") from error
         if without := [number for number, a in self.coco.anns.items() if not a.get('segmentation')]:
             raise InputError(f'{annotations} has no mask for annotation {without[0]}; Mask R-CNN needs one for each')
-        self.folder = folder / split
+        self.folder = images
         self.transform = transform
         self.crowds = crowds
 

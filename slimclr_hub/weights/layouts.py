@@ -130,16 +130,22 @@ def check_complete(shapes: Shapes) -> Layout:
     """
     layout = layout_of(shapes)
     expected = {**_backbone_shapes(layout, shapes['conv1.weight']), **_head_shapes(layout, shapes)}
-    problems = [f'{name} is missing' for name in expected if name not in shapes]
-    problems += [f'{name} is not expected' for name in shapes if name not in expected]
-    problems += [
-        f'{name} has shape {list(shapes[name])}, not {list(shape)}'
-        for name, shape in expected.items()
-        if name in shapes and tuple(shapes[name]) != shape
-    ]
-    if problems:
+    if problems := differences(expected, shapes):
         raise InputError(f'not {layout}: {shorten(problems)}')
     return layout
+
+
+def differences(expected: Shapes, found: Shapes) -> list[str]:
+    """What is missing, not expected or misshapen, each a few words that name the tensor."""
+    return [
+        *(f'{name} is missing' for name in expected if name not in found),
+        *(f'{name} is not expected' for name in found if name not in expected),
+        *(
+            f'{name} has shape {list(found[name])}, not {list(shape)}'
+            for name, shape in expected.items()
+            if name in found and tuple(found[name]) != tuple(shape)
+        ),
+    ]
 
 
 def shorten(problems: Sequence[str], most: int = 5) -> str:

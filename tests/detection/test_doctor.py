@@ -79,7 +79,7 @@ def test_here(tmp_path):
     assert ('no GPU' in row(ended.out, 'torch')[-1]) == (gpus == 0)
     assert 'To fine-tune with MMDetection: mim train mmdet transfer/mask_rcnn_slim.py\n' in ended.out
     assert ('--launcher pytorch' in ended.out) == (gpus > 1)
-    assert 'torch, torchvision and timm are enough; they are there.\n' in ended.out
+    assert 'For detectors of torchvision, torch, torchvision and timm are enough; they are there.\n' in ended.out
     assert 'To install' not in ended.out
     assert ended.out.endswith(
         'data/coco: no annotations/instances_train2017.json\ndata/coco: no annotations/instances_val2017.json\n'
@@ -153,7 +153,7 @@ def test_without_mmdet(command, monkeypatch, tmp_path):
     assert row(ended.out, 'accelerate') == ['accelerate', 'missing (not needed)']
     assert f'To install what is missing: {EXTRA}\nTo install what is missing: {FORK}\n' in ended.out
     assert 'mim train' not in ended.out
-    assert 'torch, torchvision and timm are enough; they are there.\n' in ended.out
+    assert 'For detectors of torchvision, torch, torchvision and timm are enough; they are there.\n' in ended.out
 
 
 def test_without_mmcv_alone(command, monkeypatch):
@@ -187,7 +187,7 @@ def test_data_that_were_asked_for_count(command, tmp_path):
 
 def test_where_data_are_looked_for(monkeypatch, tmp_path):
     monkeypatch.setenv('COCO_ROOT', str(coco(tmp_path / 'set')))
-    assert examine(None).data == Data(tmp_path / 'set', {'train2017': 3, 'val2017': 2}, (), asked=False)
+    assert examine(None).data == Data(tmp_path / 'set', {'train2017': 3, 'val2017': 2}, (), asked=True)
     (tmp_path / 'other' / 'val2017').mkdir(parents=True)
     assert examine(tmp_path / 'other').data.missing == (
         'annotations/instances_train2017.json',
@@ -197,6 +197,7 @@ def test_where_data_are_looked_for(monkeypatch, tmp_path):
     )
     monkeypatch.setenv('COCO_ROOT', '')
     assert examine(None).data.folder == Path('data/coco')
+    assert not examine(None).data.asked
 
 
 def test_several_gpus():

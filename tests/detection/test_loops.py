@@ -5,10 +5,12 @@ import re
 
 import pytest
 import torch
+from mmdet.registry import DATASETS
 from mmengine.runner import Runner
+from PIL import Image
 
 from slimclr_hub.detection.coins import write_coins
-from slimclr_hub.detection.mmdetection.report import History, precision_table
+from slimclr_hub.detection.mmdetection.report import History, draw_history, precision_table
 from slimclr_hub.errors import InputError
 from tests.detection.small import MODELS, config, detector
 
@@ -18,7 +20,7 @@ PIPELINE = [
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
-HOOKS = [dict(type='WidthReportHook'), dict(type='CheckpointGuardHook')]
+HOOKS = [dict(type='WidthReportHook'), dict(type='CheckpointGuardHook'), dict(type='SyncBuffersHook')]
 
 
 @pytest.fixture(scope='module')
@@ -130,6 +132,39 @@ def test_chosen_widths(coins, tmp_path, widths):
     assert {key.partition('/')[0] for key in metrics} == {f'width_{width:.2f}' for width in several}
 
 
+def test_files_of_mim_test_are_of_one_width_each(coins, tmp_path):
+    """What its options --out and --show-dir add."""
+    test = runner(
+        coins,
+        tmp_path,
+        test_evaluator=dict(type='DumpDetResults', out_file_path=str(tmp_path / 'found.pkl')),
+        test_cfg=dict(type='SlimmableTestLoop', widths=(1.0, 0.5)),
+        default_hooks=dict(
+            logger=dict(type='LoggerHook'),
+            visualization=dict(type='DetVisualizationHook', draw=True, test_out_dir=str(tmp_path / 'drawn')),
+        ),
+        visualizer=dict(type='DetLocalVisualizer'),
+    )
+    test.test()
+    for name in 'width_1.00', 'width_0.50':
+        assert (tmp_path / f'found.{name}.pkl').exists()
+        assert sorted(path.name for path in (tmp_path / 'drawn' / name).iterdir()) == ['01.png', '02.png']
+    assert not (tmp_path / 'found.pkl').exists()
+
+
+def test_classes_are_known_without_data(tmp_path):
+    """As `init_detector` asks for them, where there is no COCO and no coins are to be written."""
+    for kind, classes in ('CocoFolder', 80), ('CoinsFolder', 1):
+        about = dict(data_root=str(tmp_path / 'no'), ann_file='a.json', data_prefix=dict(img='i'), lazy_init=True)
+        assert len(DATASETS.build(dict(type=kind, **about)).metainfo['classes']) == classes
+    assert not (tmp_path / 'no').exists()
+    (tmp_path / 'part' / 'i').mkdir(parents=True)
+    with pytest.raises(InputError, match=r'no a\.json in .*part; delete this folder'):
+        DATASETS.build(
+            dict(type='CoinsFolder', data_root=str(tmp_path / 'part'), ann_file='a.json', data_prefix=dict(img='i'))
+        )
+
+
 def test_wrong_width(coins, tmp_path):
     with pytest.raises(InputError, match=r"width 0\.6 is not one of this network's widths, 1\.0, 0\.75, 0\.5, 0\.25"):
         runner(coins, tmp_path, test_cfg=dict(type='SlimmableTestLoop', widths=0.6)).test_loop  # noqa: B018
@@ -179,9 +214,9 @@ def backbone_alone(tensors):
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (fewer_widths, r'missing backbone\.network\.bn1\.w075\.weight.*Widths, classes and kind'),
-        (other_classes, r'fc_cls\.weight has shape \[81, 16\] instead of \[2, 16\]'),
-        (of_the_authors, r'missing backbone\.network.*slimclr-hub convert'),
+        (fewer_widths, r'backbone\.network\.bn1\.w075\.weight is missing.*Widths, classes and kind'),
+        (other_classes, r'fc_cls\.weight has shape \[81, 16\], not \[2, 16\].*custom_hooks\.1\.other_heads=True'),
+        (of_the_authors, r'backbone\.network.* is missing.*slimclr-hub convert'),
         (backbone_alone, r'model\.backbone\.weights'),
     ],
 )
@@ -192,6 +227,36 @@ def test_checkpoint_of_another_detector(coins, tmp_path, change, message):
     with pytest.raises(InputError, match=f'the checkpoint is of another detector: .*{message}'):
         runner(coins, tmp_path, model, load_from=str(tmp_path / 'c.pth')).load_or_resume()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_heads_of_other_classes_where_asked_for(coins, tmp_path):
+    saved, model = detector(seed=1), detector()
+    torch.save({'state_dict': other_classes(saved.state_dict())}, tmp_path / 'c.pth')
+    hooks = [dict(type='CheckpointGuardHook', other_heads=True)]
+    runner(coins, tmp_path, model, load_from=str(tmp_path / 'c.pth'), custom_hooks=hooks).load_or_resume()
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert 'Not taken from the checkpoint: roi_head.bbox_head.fc_cls.weight has shape [81, 16], not [2, 16]' in log
+    ours, theirs = model.state_dict(), saved.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if name != 'roi_head.bbox_head.fc_cls.weight')
+    torch.save({'state_dict': fewer_widths(saved.state_dict())}, tmp_path / 'c.pth')
+    with pytest.raises(InputError, match='w075'):
+        runner(coins, tmp_path, load_from=str(tmp_path / 'c.pth'), custom_hooks=hooks).load_or_resume()
+
+
+def test_best_checkpoint_needs_a_width(coins, tmp_path):
+    best = dict(checkpoint=dict(type='CheckpointHook', save_best='coco/bbox_mAP', rule='greater'))
+    with pytest.raises(InputError, match=r"save_best 'coco/bbox_mAP' names no width; .* width_1\.00/coco/bbox_mAP"):
+        runner(coins, tmp_path, **training(coins), default_hooks=best).train()
+
+
+def test_iterations_are_counted_where_the_loop_does(coins, tmp_path):
+    changes = training(coins)
+    changes['train_dataloader']['sampler'] = dict(type='InfiniteSampler')
+    changes['train_cfg'] = dict(type='IterBasedTrainLoop', max_iters=2, val_interval=1)
+    val = dict(type='SlimmableValLoop', widths=0.25)
+    runner(coins, tmp_path, **changes, **validation(coins), val_cfg=val).train()
+    assert [*json.loads((tmp_path / 'ap_by_width.json').read_text())] == ['1', '2']
+    assert 'by width after iteration 2' in next(tmp_path.glob('*/*.log')).read_text()
 
 
 def test_checkpoints_of_another_run_are_kept(coins, tmp_path):
@@ -211,11 +276,11 @@ def test_history_goes_on_where_a_run_resumes(tmp_path):
     for epoch in 1, 2, 3:
         first.add(epoch, {'width_1.00/coco/bbox_mAP': epoch / 10, 'text': 'not a number'})
     resumed = History(path, resumed=True)
-    assert resumed.epochs == {e: {'width_1.00/coco/bbox_mAP': e / 10} for e in (1, 2, 3)}
+    assert resumed.metrics == {e: {'width_1.00/coco/bbox_mAP': e / 10} for e in (1, 2, 3)}
     resumed.add(2, {'width_1.00/coco/bbox_mAP': 0.9})  # gone on from the first epoch's checkpoint
-    assert [*History(path, resumed=True).epochs] == [1, 2]
+    assert [*History(path, resumed=True).metrics] == [1, 2]
     assert json.loads(path.read_text())['2'] == {'width_1.00/coco/bbox_mAP': 0.9}
-    assert History(path, resumed=False).epochs == {}
+    assert History(path, resumed=False).metrics == {}
 
 
 def test_table():
@@ -226,9 +291,19 @@ def test_table():
         'width_0.50/coco/bbox_mAP_50': -1.0,
     }
     table = precision_table(metrics, {1.0: 25_557_032, 0.75: 14_771_992, 0.5: 6_917_640})
-    rows = [line.split() for line in table.splitlines() if re.match(r' +\w', line)]
-    assert rows == [
-        ['width', 'backbone', 'box', 'AP', 'box', 'AP50'],
-        ['1', '25.6', 'M', '38.6', '60.1'],
-        ['0.5', '6.9', 'M', '35.8'],
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines()]
+    assert [row for row in rows if '---' not in row[0]] == [
+        ['width', 'backbone', 'box AP', 'box AP50'],
+        ['1', '25.6 M', '38.6', '60.1'],
+        ['0.5', '6.9 M', '35.8', ''],
     ]
+    assert precision_table({'width_1.00/lvis/bbox_AP': 0.3}, {1.0: 1}) == ''
+
+
+def test_figure(tmp_path):
+    steps = {e: {f'width_{w}/coco/{k}_mAP': e / 10 for w in ('1.00', '0.25') for k in ('bbox', 'segm')} for e in (1, 2)}
+    assert draw_history(steps, 'epoch', tmp_path / 'a.png')
+    with Image.open(tmp_path / 'a.png') as image:
+        assert image.size == (1200, 480)  # two panels
+    assert not draw_history({1: {'width_1.00/lvis/bbox_AP': 0.3}}, 'epoch', tmp_path / 'b.png')
+    assert not (tmp_path / 'b.png').exists()

@@ -20,6 +20,8 @@ WIDTHS = ('1.00', '0.75', '0.50', '0.25')
 SMALL = [
     'train_dataloader.dataset.times=1',
     'train_dataloader.dataset.dataset.indices=4',
+    'val_dataloader.dataset.indices=1',
+    'test_dataloader.dataset.indices=1',
     'train_cfg.val_interval=1',
     'default_hooks.checkpoint.interval=1',
     'default_hooks.logger.interval=1',
@@ -92,8 +94,8 @@ def test_evaluates_boxes_and_masks_of_every_width(trained, run):
             assert 0 <= metrics[key] <= 1
             assert kept[key] == metrics[key]
     table = trained[trained.index('Average precision (%) by width after epoch 1') :]
-    assert re.search(r'width +backbone +box AP +box AP50 +box AP75 +mask AP', table)
-    assert re.search(r'\n +0\.25 +1\.5 M +\d', table)
+    assert re.search(r'\| width \| backbone \| box AP \| box AP50 \| box AP75 \| mask AP', table)
+    assert re.search(r'\n\| +0\.25 \| +1\.5 M \| +\d', table)
     assert (run / 'ap_by_width.png').stat().st_size > 5000
 
 
@@ -129,7 +131,7 @@ def linked(tmp_path_factory):
 
 
 def test_one_width_of_a_checkpoint(place, run, resumed, linked):
-    options = ['--cfg-options', 'test_cfg.widths=0.5', *SMALL[-2:], 'test_evaluator.outfile_prefix=found']
+    options = ['--cfg-options', 'test_cfg.widths=0.5', *SMALL, 'test_evaluator.outfile_prefix=found']
     printed = mim(place, 'test', COINS, '--checkpoint', str(run / 'epoch_2.pth'), *options, **linked)
     before = json.loads((run / 'ap_by_width.json').read_text())['2']
     found = dict(re.findall(r'(width_[\d.]+/coco/\w+_mAP): (-?[\d.]+)', printed))

@@ -71,5 +71,7 @@ def test_initial_weights_are_distributed_as_the_stock_ones():
 def test_errors():
     with pytest.raises(InputError, match=r'norm_cfg .*BN.*: widths share the pyramid'):
         SlimmableFPN(CHANNELS, 8, num_outs=5, norm_cfg={'type': 'BN'})
+    with pytest.raises(InputError, match=r'conv_cfg .*DCNv2.*: the convolutions of SlimmableFPN are its own'):
+        SlimmableFPN(CHANNELS, 8, num_outs=5, conv_cfg={'type': 'DCNv2'})
     with pytest.raises(ValueError, match='the input has 5 channels, the layer at most 4'):
         InputSlicedConv2d(4, 2, 1)(torch.zeros(1, 5, 2, 2))

@@ -380,13 +380,13 @@ def test_extracted_resnet50_is_that_of_torchvision():
 # Data and precision
 
 
-def write_set(folder, count=2, size=64):
+def write_set(folder, count=2, size=64, val=2):
     """Grey squares on noise, in COCO's format, with gaps in the ids of its classes."""
     generator = np.random.default_rng(0)
     for split in 'train', 'val':
         (folder / split).mkdir(parents=True)
         pictures, annotations = [], []
-        for i in range(count):
+        for i in range(count if split == 'train' else val):
             pixels = generator.integers(0, 120, (size, size), dtype=np.uint8)
             left = 8 + 4 * i
             pixels[10:50, left : left + 30] = 220
@@ -402,6 +402,17 @@ def write_set(folder, count=2, size=64):
         (folder / 'annotations').mkdir(exist_ok=True)
         (folder / 'annotations' / f'{split}.json').write_text(json.dumps(content))
     return folder
+
+
+def test_data_set_by_the_names_of_coco(tmp_path):
+    expected = CocoInstances(write_set(tmp_path), 'val')
+    (tmp_path / 'val').rename(tmp_path / 'val2017')
+    (tmp_path / 'annotations' / 'val.json').rename(tmp_path / 'annotations' / 'instances_val2017.json')
+    data = CocoInstances(tmp_path, 'val')
+    assert len(data) == len(expected) == 2
+    assert data[1][0].shape == (3, 64, 64)
+    with pytest.raises(InputError, match=r'test\.json does not exist, nor instances_test2017\.json beside it'):
+        CocoInstances(tmp_path, 'test')
 
 
 @pytest.mark.parametrize('crowds', [False, True])
@@ -520,7 +531,7 @@ def launch(folder, *arguments):
 
 def test_script(tmp_path):
     """Two steps by the real launcher, from weights to a table and a file that opens."""
-    folder = write_set(tmp_path / 'data')
+    folder = write_set(tmp_path / 'data', val=1)
     trained = save_small(tmp_path / 'network')
     options = {
         'data': folder,

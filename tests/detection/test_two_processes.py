@@ -48,8 +48,8 @@ def worker(rank, folder):
         message = 'no error'
     except InputError as error:
         message = str(error)
-    metrics = whole_run(rank, folder)
-    torch.save({'steps': steps, 'message': message, 'metrics': metrics}, f'{folder}/{rank}.pt')
+    metrics, buffers = whole_run(rank, folder)
+    torch.save({'steps': steps, 'message': message, 'metrics': metrics, 'buffers': buffers}, f'{folder}/{rank}.pt')
     dist.destroy_process_group()
 
 
@@ -68,7 +68,7 @@ def whole_run(rank, folder):
     assert isinstance(run.model, SlimmableDistributedDataParallel)
     assert run.world_size == WORLD
     run.train()
-    return run.val_loop.run()
+    return run.val_loop.run(), dict(run.model.module.named_buffers())
 
 
 @pytest.fixture(scope='module')
@@ -130,3 +130,15 @@ def test_run_evaluates_every_width_over_all_processes(records, records_folder):
     for width in '1.00', '0.75', '0.50', '0.25':
         assert metrics[0][f'width_{width}/coco/bbox_mAP'] == kept[f'width_{width}/coco/bbox_mAP'] >= 0
     assert (records_folder / 'work_dir' / 'epoch_1.pth').exists()
+
+
+def test_statistics_are_those_of_all_processes(records):
+    """Without SyncBN each process normalises by itself; what is evaluated and saved is their mean."""
+    first, second = (record['buffers'] for record in records)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize('key', ['static_graph', 'detect_anomalous_params'])
+def test_what_the_wrapper_cannot(key):
+    with pytest.raises(InputError, match=f'{key} is not for training of several widths'):
+        SlimmableDistributedDataParallel(detector(), **{key: True})

@@ -7,4 +7,8 @@ model_wrapper_cfg = dict(type='SlimmableDistributedDataParallel')
 sync_bn = 'torch'  # over the GPUs; one process has ordinary normalisation
 val_cfg = dict(type='SlimmableValLoop')
 test_cfg = dict(type='SlimmableTestLoop')  # one width: --cfg-options test_cfg.widths=0.5
-custom_hooks = [dict(type='WidthReportHook'), dict(type='CheckpointGuardHook')]
+custom_hooks = [
+    dict(type='WidthReportHook'),
+    dict(type='CheckpointGuardHook'),
+    dict(type='SyncBuffersHook'),  # where there is no SyncBN, the mean of the processes' statistics
+]

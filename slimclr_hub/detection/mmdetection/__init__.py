@@ -1,5 +1,9 @@
 """Registers what a config of MMDetection names: `custom_imports = dict(imports=['slimclr_hub.detection.mmdetection'])`.
 
+It changes three things of the whole process: where mmcv has no compiled operators, torchvision's take their place
+(`ops`); `torch.load` may read the checkpoints of mmengine (`checkpoints`); and an `InputError` that nobody catches is
+printed as one line.
+
 Raises:
     InputError: MMDetection, mmengine or mmcv are not installed.
 """

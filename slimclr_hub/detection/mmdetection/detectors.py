@@ -14,6 +14,7 @@ from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODEL_WRAPPERS
 
+from slimclr_hub.detection.mmdetection.backbone import SlimmableResNet
 from slimclr_hub.detection.mmdetection.widths import train_widths
 from slimclr_hub.errors import InputError
 from slimclr_hub.models.slimmable_resnet import WidthSwitch
@@ -36,7 +37,7 @@ class SlimmableDetector(BaseDetector):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not hasattr(self.backbone, 'set_width'):
+        if not isinstance(self.backbone, SlimmableResNet):
             raise InputError(
                 f'the backbone of {type(self).__name__} is a {type(self.backbone).__name__} of one width; its type has '
                 'to be SlimmableResNet'
@@ -85,9 +86,15 @@ class SlimmableDistributedDataParallel(MMDistributedDataParallel):
     Args:
         module: The detector.
         kwargs: As in `MMDistributedDataParallel`; `find_unused_parameters` is on, since no width uses all parameters.
+
+    Raises:
+        InputError: A static graph is asked for, which widths are not, or the search for anomalous parameters.
     """
 
     def __init__(self, module: SlimmableDetector, **kwargs: Any) -> None:
+        for key in ('static_graph', 'detect_anomalous_params'):
+            if kwargs.get(key):
+                raise InputError(f'{key} is not for training of several widths; leave it out of model_wrapper_cfg')
         if next(module.parameters()).device.type == 'cpu':
             kwargs.pop('device_ids', None)  # mmengine gives one in any case
         super().__init__(module, **{'broadcast_buffers': False, **kwargs, 'find_unused_parameters': True})

@@ -1,16 +1,16 @@
 """Validation and test of every width in turn."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from mmengine.evaluator import Evaluator
-from mmengine.model import is_model_wrapper
 from mmengine.registry import LOOPS
 from mmengine.runner import BaseLoop, TestLoop, ValLoop
 
 from slimclr_hub.detection.mmdetection.names import width_name
-from slimclr_hub.detection.mmdetection.widths import Slimmable
+from slimclr_hub.detection.mmdetection.widths import unwrapped
 from slimclr_hub.errors import InputError
 from slimclr_hub.models.widths import check_width
 
@@ -18,7 +18,18 @@ from slimclr_hub.models.widths import check_width
 class _WidthLoop(BaseLoop):
     stage: str
     evaluator: Evaluator
-    asked: Sequence[float] | None
+
+    def __init__(self, *args: Any, widths: Sequence[float] | float | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        detector = unwrapped(self.runner.model)
+        if not hasattr(detector, 'set_width'):
+            raise InputError(
+                f'{type(detector).__name__} has no widths to evaluate; its type has to be one such as SlimmableMaskRCNN'
+            )
+        # A single value on the command line comes as a number.
+        several = [widths] if isinstance(widths, float | int) else widths
+        held = detector.widths
+        self.widths = held if several is None else tuple(check_width(width, held) for width in several)
 
     def run(self) -> dict[str, Any]:
         """Evaluate the widths one after the other.
@@ -26,15 +37,14 @@ class _WidthLoop(BaseLoop):
         Returns:
             `width_0.50/coco/bbox_mAP` and so on, of every width.
         """
-        detector = _detector(self.runner.model)
-        widths = _checked(self.asked, detector)
+        detector = unwrapped(self.runner.model)
         self.runner.call_hook(f'before_{self.stage}')
         self.runner.call_hook(f'before_{self.stage}_epoch')
         self.runner.model.eval()
         metrics = {}
-        for width in widths:
+        for width in self.widths:
             self.runner.logger.info(f'{self.stage} at width {width:g}')
-            with detector.set_width(width), _own_files(self.evaluator, width):
+            with detector.set_width(width), self._own_files(width):
                 for i, batch in enumerate(self.dataloader):
                     self.run_iter(i, batch)
                 found = self.evaluator.evaluate(len(self.dataloader.dataset))
@@ -43,6 +53,28 @@ class _WidthLoop(BaseLoop):
         self.runner.call_hook(f'after_{self.stage}_epoch', metrics=metrics)
         self.runner.call_hook(f'after_{self.stage}')
         return metrics
+
+    @contextmanager
+    def _own_files(self, width: float) -> Iterator[None]:
+        # Or each width would write its predictions and drawings over those of the one before.
+        before = []
+        for owner in (*self.evaluator.metrics, *self.runner.hooks):
+            for key, place in _FILES.items():
+                if isinstance(value := getattr(owner, key, None), str):
+                    before.append((owner, key, value))
+                    setattr(owner, key, place(value, width_name(width)))
+        try:
+            yield
+        finally:
+            for owner, key, value in before:
+                setattr(owner, key, value)
+
+
+_FILES: dict[str, Callable[[str, str], str]] = {
+    'outfile_prefix': lambda prefix, name: f'{prefix}.{name}',  # of CocoMetric
+    'out_file_path': lambda path, name: str(Path(path).with_suffix(f'.{name}{Path(path).suffix}')),  # of mim test --out
+    'test_out_dir': lambda folder, name: str(Path(folder) / name),  # of mim test --show-dir
+}
 
 
 @LOOPS.register_module()
@@ -60,11 +92,6 @@ class SlimmableValLoop(_WidthLoop, ValLoop):
 
     stage = 'val'
 
-    def __init__(self, *args: Any, widths: Sequence[float] | float | None = None, **kwargs: Any) -> None:
-        self.asked = _several(widths)
-        super().__init__(*args, **kwargs)
-        _checked(self.asked, _detector(self.runner.model))  # now, not after the first epoch
-
 
 @LOOPS.register_module()
 class SlimmableTestLoop(_WidthLoop, TestLoop):
@@ -80,39 +107,3 @@ class SlimmableTestLoop(_WidthLoop, TestLoop):
     """
 
     stage = 'test'
-
-    def __init__(self, *args: Any, widths: Sequence[float] | float | None = None, **kwargs: Any) -> None:
-        self.asked = _several(widths)
-        super().__init__(*args, **kwargs)
-        _checked(self.asked, _detector(self.runner.model))
-
-
-def _several(widths: Sequence[float] | float | None) -> Sequence[float] | None:
-    # A single value on the command line comes as a number.
-    return [widths] if isinstance(widths, float | int) else widths
-
-
-def _detector(model: Any) -> Slimmable:
-    detector = model.module if is_model_wrapper(model) else model
-    if not hasattr(detector, 'set_width'):
-        raise InputError(
-            f'{type(detector).__name__} has no widths to evaluate; its type has to be one such as SlimmableMaskRCNN'
-        )
-    return detector
-
-
-def _checked(asked: Sequence[float] | None, detector: Slimmable) -> tuple[float, ...]:
-    return detector.widths if asked is None else tuple(check_width(width, detector.widths) for width in asked)
-
-
-@contextmanager
-def _own_files(evaluator: Evaluator, width: float) -> Iterator[None]:
-    # Or each width would write its predictions over those of the one before.
-    before = {metric: prefix for metric in evaluator.metrics if (prefix := getattr(metric, 'outfile_prefix', None))}
-    for metric, prefix in before.items():
-        metric.outfile_prefix = f'{prefix}.{width_name(width)}'
-    try:
-        yield
-    finally:
-        for metric, prefix in before.items():
-            metric.outfile_prefix = prefix

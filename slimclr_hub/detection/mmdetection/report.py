@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slimclr_hub.detection.mmdetection.names import width_name
-from slimclr_hub.weights.whole import write_text
+from slimclr_hub.weights.whole import write_text, written_whole
 
 _COLUMNS = {'mAP': 'AP', 'mAP_50': 'AP50', 'mAP_75': 'AP75'}
 _KINDS = {'bbox': 'box', 'segm': 'mask'}
@@ -15,7 +15,7 @@ Metrics = Mapping[str, Any]
 
 
 class History:
-    """Metrics of each epoch, in a file that is whole at any time.
+    """Metrics of each evaluation, in a file that is whole at any time.
 
     Args:
         path: The file.
@@ -24,19 +24,19 @@ class History:
 
     def __init__(self, path: Path, resumed: bool) -> None:
         self._path = path
-        self.epochs: dict[int, dict[str, float]] = {}
+        self.metrics: dict[int, dict[str, float]] = {}
         if resumed and path.exists():
-            self.epochs = {int(epoch): metrics for epoch, metrics in json.loads(path.read_text()).items()}
+            self.metrics = {int(step): metrics for step, metrics in json.loads(path.read_text()).items()}
 
-    def add(self, epoch: int, metrics: Metrics) -> None:
-        """Note the metrics of an epoch; those of later epochs, of a run that was resumed before them, go."""
-        self.epochs = {e: kept for e, kept in self.epochs.items() if e < epoch}
-        self.epochs[epoch] = {key: float(value) for key, value in metrics.items() if isinstance(value, float | int)}
-        write_text(self._path, json.dumps(self.epochs, indent=1) + '\n')
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Note the metrics of an epoch or iteration; later ones, of a run that was resumed before them, go."""
+        self.metrics = {earlier: kept for earlier, kept in self.metrics.items() if earlier < step}
+        self.metrics[step] = {key: float(value) for key, value in metrics.items() if isinstance(value, float | int)}
+        write_text(self._path, json.dumps(self.metrics, indent=1) + '\n')
 
 
 def precision_table(metrics: Metrics, parameters: Mapping[float, int]) -> str:
-    """A table of the widths that were evaluated, in percent.
+    """A table of the widths that were evaluated, in percent and in Markdown; nothing where there is no AP of COCO.
 
     Args:
         metrics: `width_0.50/coco/bbox_mAP` and so on -> AP from 0 to 1.
@@ -52,7 +52,9 @@ def precision_table(metrics: Metrics, parameters: Mapping[float, int]) -> str:
         for key, title in _COLUMNS.items()
         if any(name.endswith(f'/coco/{kind}_{key}') for name in metrics)
     ]
-    table = Table(box=box.SIMPLE_HEAD)
+    if not columns:
+        return ''
+    table = Table(box=box.MARKDOWN)
     for header in ['width', 'backbone', *(title for _, title in columns)]:
         table.add_column(header, justify='right', no_wrap=True)
     for width, count in parameters.items():
@@ -64,25 +66,35 @@ def precision_table(metrics: Metrics, parameters: Mapping[float, int]) -> str:
     console = Console(width=160, no_color=True)
     with console.capture() as captured:
         console.print(table)
-    return captured.get().rstrip()
+    return captured.get().strip()
 
 
-def draw_history(epochs: Mapping[int, Metrics], path: Path) -> None:
-    """Draw AP over epochs, a curve for each width and a panel each for boxes and masks."""
-    import matplotlib.pyplot as plt
+def draw_history(metrics: Mapping[int, Metrics], unit: str, path: Path) -> bool:
+    """Draw AP over epochs or iterations, a curve for each width and a panel each for boxes and masks.
 
-    kinds = [kind for kind in _KINDS if any(f'coco/{kind}_mAP' in key for m in epochs.values() for key in m)]
-    figure, panels = plt.subplots(1, max(len(kinds), 1), figsize=(5 * max(len(kinds), 1), 4), squeeze=False)
-    for panel, kind in zip(panels[0], kinds, strict=False):
+    Args:
+        metrics: Epoch or iteration -> metrics of all widths.
+        unit: What it is.
+        path: Where to write a PNG file, whole or not at all.
+
+    Returns:
+        Whether there was any AP of COCO to draw.
+    """
+    from matplotlib.figure import Figure
+
+    kinds = [kind for kind in _KINDS if any(key.endswith(f'/coco/{kind}_mAP') for m in metrics.values() for key in m)]
+    if not kinds:
+        return False
+    figure = Figure(figsize=(5 * len(kinds), 4))
+    for panel, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         suffix = f'/coco/{kind}_mAP'
-        names = sorted({key.removesuffix(suffix) for m in epochs.values() for key in m if key.endswith(suffix)})
+        names = sorted({key.removesuffix(suffix) for m in metrics.values() for key in m if key.endswith(suffix)})
         for name in reversed(names):
-            points = [(epoch, 100 * m[name + suffix]) for epoch, m in epochs.items() if name + suffix in m]
+            points = [(step, 100 * m[name + suffix]) for step, m in metrics.items() if name + suffix in m]
             panel.plot(*zip(*points, strict=True), marker='.', label=name.replace('_', ' '))
-        panel.set(xlabel='epoch', ylabel=f'{_KINDS[kind]} AP (%)')
+        panel.set(xlabel=unit, ylabel=f'{_KINDS[kind]} AP (%)')
         panel.legend()
     figure.tight_layout()
-    partial = path.with_suffix('.partial.png')
-    figure.savefig(partial, dpi=120)
-    plt.close(figure)
-    partial.replace(path)
+    with written_whole(path.parent) as partial:
+        figure.savefig(partial / path.name, dpi=120)
+    return True

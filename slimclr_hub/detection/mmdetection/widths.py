@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
+from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from torch import nn
 
@@ -71,6 +72,11 @@ def train_widths(
     total = torch.stack([log['loss'].detach() for log in logs.values()]).sum()
     widths = (widest, *reversed(narrow))
     return {'loss': total, **{f'{width_name(w)}/{key}': logs[w][key].detach() for w in widths for key in logs[w]}}
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """A detector out of DDP."""
+    return model.module if is_model_wrapper(model) else model
 
 
 @contextmanager
