@@ -2,10 +2,12 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
 from mmdet.registry import DATASETS
+from mmengine.config import Config
 from mmengine.runner import Runner
 from PIL import Image
 
@@ -13,6 +15,7 @@ from slimclr_hub.detection.coins import write_coins
 from slimclr_hub.detection.mmdetection.report import History, draw_history, precision_table
 from slimclr_hub.errors import InputError
 from tests.detection.small import MODELS, config, detector
+from tests.hub.files import ROOT
 
 PIPELINE = [
     dict(type='LoadImageFromFile'),
@@ -163,6 +166,20 @@ def test_classes_are_known_without_data(tmp_path):
         DATASETS.build(
             dict(type='CoinsFolder', data_root=str(tmp_path / 'part'), ann_file='a.json', data_prefix=dict(img='i'))
         )
+
+
+def test_no_coco(tmp_path, monkeypatch, capsys):
+    """One line, also where MMDetection's scripts catch nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('COCO_ROOT', raising=False)
+    settings = Config.fromfile(ROOT / 'transfer' / 'mask_rcnn_slim.py').train_dataloader.dataset
+    with pytest.raises(InputError) as raised:
+        DATASETS.build(settings)
+    sys.excepthook(raised.type, raised.value, raised.tb)
+    error = capsys.readouterr().err
+    assert error.startswith('Error: no annotations/instances_train2017.json and no train2017/ in data/coco; the ')
+    assert 'COCO_ROOT' in error
+    assert error.count('\n') == 1
 
 
 def test_wrong_width(coins, tmp_path):

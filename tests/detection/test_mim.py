@@ -1,4 +1,4 @@
-"""MMDetection's own command on the coins: trains, evaluates every width, goes on, tests one width; what it refuses."""
+"""MMDetection's own command on the coins: trains, evaluates every width, goes on, tests one width."""
 
 import json
 import os
@@ -31,7 +31,7 @@ SMALL = [
 MIM = shutil.which('mim', path=str(Path(sys.executable).parent))
 
 
-def mim(place, command, config, *arguments, status=0, **environment):
+def mim(place, command, config, *arguments, **environment):
     """Everything that `mim COMMAND mmdet CONFIG ...` prints."""
     environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1', **environment}
     environment.pop('COCO_ROOT', None)
@@ -44,7 +44,7 @@ def mim(place, command, config, *arguments, status=0, **environment):
         text=True,
         timeout=500,
     )
-    assert (done.returncode == 0) == (status == 0), done.stdout[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
 
 
@@ -139,11 +139,3 @@ def test_one_width_of_a_checkpoint(place, run, resumed, linked):
     for key, value in found.items():
         assert float(value) == pytest.approx(before[key], abs=6e-4)
     assert (place / 'found.width_0.50.bbox.json').exists()
-
-
-def test_no_coco(place):
-    printed = mim(place, 'train', CONFIGS / 'mask_rcnn_slim.py', status=1)
-    line = next(line for line in printed.splitlines() if line.startswith('Error: '))
-    assert 'no annotations/instances_train2017.json and no train2017/ in data/coco;' in line
-    assert 'COCO_ROOT' in line
-    assert 'InputError' not in printed  # no traceback of the error itself

@@ -293,7 +293,7 @@ save_file(outputs, 'outputs.safetensors')
 
 def test_mmdet_computes_the_same_features(tmp_path):
     """The feature maps C2 to C5, by MMDetection's own ResNet, built and loaded from the config."""
-    widths = (1.0, 0.75, 0.5, 0.375, 0.25)
+    widths = (1.0, 0.375)
     model, expected, configs = make(widths=widths), {}, {}
     for width in widths:
         save_tensors(mmdet_state_dict(model, width), tmp_path / f'{width}.pth')
