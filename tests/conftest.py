@@ -22,6 +22,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.path.as_posix().endswith(_LONG))
 
 
+@pytest.fixture
+def nothing_allowed() -> Iterator[None]:
+    """`torch.load` allows no class, whatever other tests of this process have it allow; that comes back afterwards."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    yield
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(before)
+
+
 @pytest.fixture(scope='session')
 def hub() -> Iterator[HubServer]:
     with HubServer() as server:

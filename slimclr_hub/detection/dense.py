@@ -296,7 +296,7 @@ def _stock(value: Any, own: Mapping[str, type]) -> Any:
     return {key: part for key, item in value.items() if (part := _stock(item, own)) is not _DROPPED}
 
 
-# The config in a checkpoint
+# The check
 
 
 def _check_strictly(cfg: 'Config', tensors: Tensors) -> None:

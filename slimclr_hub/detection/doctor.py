@@ -10,7 +10,7 @@ import shutil
 import sys
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -25,7 +25,6 @@ FORK = 'pip install onedl-mim "onedl-mmdetection[mminstall]"'  # the extra is on
 
 ANNOTATIONS = ('annotations/instances_train2017.json', 'annotations/instances_val2017.json')
 IMAGES = ('train2017', 'val2017')
-
 
 FALLBACK = 'ops: torchvision (fallback)'
 LINKED = 'ops: torchvision (linked)'
@@ -195,7 +194,7 @@ def _named(parts: tuple[Part, ...], name: str) -> Part:
 
 
 def _with_note(part: Part, note: str, state: State | None = None) -> Part:
-    return Part(part.name, part.distribution, part.version, state or part.state, part.needed, note or part.note)
+    return replace(part, state=state or part.state, note=note or part.note)
 
 
 def _python() -> Part:

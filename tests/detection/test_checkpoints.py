@@ -90,14 +90,9 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def allowed():
+def allowed(nothing_allowed):
     """The allowed classes of this process are mmengine's and no others."""
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
     allow_mmengine_checkpoints()
-    yield
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(before)
 
 
 def test_resume_goes_on_with_what_is_refused_otherwise(allowed, trained, tmp_path):

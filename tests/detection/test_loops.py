@@ -33,21 +33,25 @@ def coins(tmp_path_factory):
     return folder
 
 
-def validation(coins, stage='val'):
-    loader = dict(
-        batch_size=1,
+def loader(coins, split, pipeline, batch_size=1, **changes):
+    return dict(
+        batch_size=batch_size,
         num_workers=0,
-        sampler=dict(type='DefaultSampler', shuffle=False),
+        sampler=dict(type='DefaultSampler', shuffle=split == 'train'),
         dataset=dict(
             type='CoinsFolder',
             data_root=str(coins),
-            ann_file='annotations/val.json',
-            data_prefix=dict(img='val'),
-            pipeline=PIPELINE,
+            ann_file=f'annotations/{split}.json',
+            data_prefix=dict(img=split),
+            pipeline=pipeline,
+            **changes,
         ),
     )
+
+
+def validation(coins, stage='val'):
     metric = dict(type='CocoMetric', ann_file=str(coins / 'annotations' / 'val.json'), metric=['bbox', 'segm'])
-    return {f'{stage}_dataloader': loader, f'{stage}_evaluator': metric}
+    return {f'{stage}_dataloader': loader(coins, 'val', PIPELINE), f'{stage}_evaluator': metric}
 
 
 def runner(coins, work_dir, model=None, **changes):
@@ -66,26 +70,10 @@ def runner(coins, work_dir, model=None, **changes):
 
 
 def training(coins):
-    loader = dict(
-        batch_size=2,
-        num_workers=0,
-        sampler=dict(type='DefaultSampler', shuffle=True),
-        dataset=dict(
-            type='CoinsFolder',
-            data_root=str(coins),
-            ann_file='annotations/train.json',
-            data_prefix=dict(img='train'),
-            indices=2,
-            pipeline=[
-                PIPELINE[0],
-                PIPELINE[2],
-                PIPELINE[1],
-                dict(type='PackDetInputs'),
-            ],  # annotations too
-        ),
-    )
+    read, resize, annotate, _ = PIPELINE
+    pipeline = [read, annotate, resize, dict(type='PackDetInputs')]  # annotations are resized, too
     return dict(
-        train_dataloader=loader,
+        train_dataloader=loader(coins, 'train', pipeline, batch_size=2, indices=2),
         train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=1),
         optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1e-3)),
     )

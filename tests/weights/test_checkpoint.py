@@ -22,15 +22,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:Detected pickle protocol', 'igno
 
 TENSORS = {'conv1.weight': torch.arange(24.0).reshape(2, 3, 2, 2), 'bn1.num_batches_tracked': torch.tensor(7)}
 
-
-@pytest.fixture(autouse=True)
-def nothing_allowed():
-    """What other tests of this process had `torch.load` allow is theirs."""
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    yield
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(before)
+pytestmark = pytest.mark.usefixtures('nothing_allowed')
 
 
 def assert_read(path):

@@ -1,6 +1,7 @@
 """Hooks of mmengine: the end of a run as a table and a picture, and checkpoints that are neither replaced nor mixed."""
 
 from collections.abc import Container
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,8 @@ class CheckpointGuardHook(Hook):
                 f'{runner.work_dir} holds the checkpoints of another run: add --resume to go on with it, or choose '
                 'another folder with --work-dir'
             )
-        chosen = [hook.save_best for hook in runner.hooks if isinstance(hook, CheckpointHook) and hook.save_best]
-        for metric in [name for several in chosen for name in (several if isinstance(several, list) else [several])]:
+        saving = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook) and hook.save_best]
+        for metric in chain.from_iterable(hook.key_indicators for hook in saving):
             if metric != 'auto' and not metric.startswith('width_'):
                 raise InputError(f'save_best {metric!r} names no width; give one, such as width_1.00/{metric}')
 
