@@ -1,16 +1,13 @@
 """Configuration from a recipe file and the command line."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import ArgumentParser
-
 from slimclr_hub.errors import InputError
+from slimclr_hub.train.command_line import early, make_parser, parse, plain
 from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.method_config import MethodConfig
 
@@ -47,7 +44,7 @@ def parse_pretrain(default: Path, argv: Sequence[str] | None = None) -> Command:
             was started with.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    folder = _early(argv, '--resume')
+    folder = early(argv, '--resume')
     if folder is not None and Path(folder) != AUTO:
         recorded = Path(folder) / RECIPE
         if not recorded.is_file():
@@ -55,7 +52,7 @@ def parse_pretrain(default: Path, argv: Sequence[str] | None = None) -> Command:
         command = _parse([f'--config={recorded}', *argv])
         check_unchanged(load_recipe(recorded), command)
         return command
-    if _early(argv, '--config') is None:
+    if early(argv, '--config') is None:
         argv = [f'--config={default}', *argv]
     return _parse(argv)
 
@@ -65,15 +62,10 @@ def load_recipe(path: Path) -> PretrainConfig:
     return _parse([f'--config={path}']).config
 
 
-def dump_recipe(config: PretrainConfig) -> str:
-    """The configuration as YAML that `--config` reads."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
-
-
 def flatten(config: PretrainConfig) -> dict[str, Any]:
     """The configuration as `section.key` -> value."""
     flat: dict[str, Any] = {}
-    for name, section in _plain(asdict(config)).items():
+    for name, section in plain(asdict(config)).items():
         flat |= {f'{name}.{key}': value for key, value in section.items()} if section is not None else {name: None}
     return flat
 
@@ -102,16 +94,10 @@ def check_unchanged(recorded: PretrainConfig, command: Command) -> None:
         )
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog='pretrain.py',
-        usage='accelerate launch recipes/pretrain.py [--config FILE] [--resume FOLDER] [--section.key VALUE ...]',
-        description='Pre-train a slimmable network.',
-        exit_on_error=False,
-        allow_abbrev=False,
+def _parse(argv: Sequence[str]) -> Command:
+    parser = make_parser(
+        PretrainConfig, 'pretrain.py', '[--config FILE] [--resume FOLDER]', 'Pre-train a slimmable network.'
     )
-    parser.add_argument('--config', action='config', help='a recipe, such as one of recipes/configs')
-    parser.add_argument('--base', type=str | None, default=None, help='in a recipe: the recipe that it derives from')
     parser.add_argument(
         '--resume',
         type=Path | None,
@@ -121,63 +107,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         '--allow_changes', type=bool, default=False, help='resume although the configuration is another one'
     )
-    parser.add_class_arguments(PretrainConfig, as_group=False)
     # A MethodConfig fills itself in with the values of its method, which are not those of another one.
     parser.set_defaults({f'method.{field.name}': field.default for field in fields(MethodConfig)})
-    return parser
-
-
-def _parse(argv: Sequence[str]) -> Command:
-    parser = _parser()
-    argv = _with_bases(argv)
-    try:
-        built = parser.instantiate(parser.parse_args(argv))
-    except argparse.ArgumentError as error:
-        message = ' '.join(str(error).split())
-        if message.startswith('Problems parsing config'):
-            message = f'{_early(argv, "--config")}: {message}'
-        raise InputError(message) from error
+    built = parse(parser, argv)
     config = PretrainConfig(**{name: built[name] for name in PretrainConfig.__dataclass_fields__})
     return Command(config, built.resume, built.allow_changes)
-
-
-def _with_bases(argv: Sequence[str]) -> list[str]:
-    """Let each recipe be read after the one that it derives from."""
-    expanded: list[str] = []
-    for argument, following in zip(argv, [*argv[1:], ''], strict=True):
-        recipe = following if argument == '--config' else argument.removeprefix('--config=')
-        if argument.startswith('--config') and recipe:
-            expanded += [f'--config={base}' for base in reversed(_bases(Path(recipe)))]
-        expanded.append(argument)
-    return expanded
-
-
-def _bases(path: Path) -> list[Path]:
-    found: list[Path] = []
-    while True:
-        try:
-            content = yaml.safe_load(path.read_text()) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            return found  # the parser says it better
-        base = content.get('base') if isinstance(content, dict) else None
-        if base is None:
-            return found
-        origin, path = path, path.parent / str(base)
-        if not path.is_file():
-            raise InputError(f'{origin}: base {base} is not there; it is a path from the folder of this recipe')
-        if path in found or len(found) > 9:
-            raise InputError(f'{origin}: base {base} derives from itself; let it derive from another recipe')
-        found.append(path)
-
-
-def _early(argv: Sequence[str], option: str) -> str | None:
-    # Which recipe lies underneath has to be known before the real parser reads the values on top of it.
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument(option, dest='value', nargs='?')
-    return early.parse_known_args(argv)[0].value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

@@ -14,8 +14,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from slimclr_hub.errors import InputError
+from slimclr_hub.train.command_line import dump
 from slimclr_hub.train.config import PretrainConfig
-from slimclr_hub.train.parse import RECIPE, changes_of, dump_recipe, load_recipe
+from slimclr_hub.train.parse import RECIPE, changes_of, load_recipe
 from slimclr_hub.weights.whole import write_text
 
 
@@ -48,7 +49,7 @@ class RunFolder:
         if accelerator.is_main_process:
             try:
                 chosen[0] = _make_folder(config)
-                write_text(chosen[0] / RECIPE, dump_recipe(config))
+                write_text(chosen[0] / RECIPE, dump(config))
             except (InputError, OSError) as error:
                 chosen[0] = InputError(f'run.output {config.run.output}, run.name {config.run.name}: {error}')
         return cls(_agree(chosen), accelerator)
@@ -57,7 +58,7 @@ class RunFolder:
         """Let the recipe be `config` from `step` on; the one until then stays beside it."""
         if self._accelerator.is_main_process and load_recipe(self.path / RECIPE) != config:
             write_text(self.path / f'recipe-until-step-{step}.yaml', (self.path / RECIPE).read_text())
-            write_text(self.path / RECIPE, dump_recipe(config))
+            write_text(self.path / RECIPE, dump(config))
         self._accelerator.wait_for_everyone()
 
     def write_metrics(self, record: dict[str, Any]) -> None:

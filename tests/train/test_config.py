@@ -9,8 +9,9 @@ import yaml
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.errors import InputError
+from slimclr_hub.train.command_line import dump
 from slimclr_hub.train.config import MethodConfig, ModelConfig, OptimConfig, PretrainConfig, RunConfig
-from slimclr_hub.train.parse import RECIPE, dump_recipe, flatten, load_recipe, parse_pretrain
+from slimclr_hub.train.parse import RECIPE, flatten, load_recipe, parse_pretrain
 from slimclr_hub.train.setup import make_backbone, make_method, make_optimizer
 
 RECIPES = Path(__file__).parents[2] / 'recipes'
@@ -173,7 +174,7 @@ def test_option_without_its_value(option, capsys):
 def test_options_are_not_abbreviated(tmp_path, option):
     """An abbreviation would reach the parser but not the choice of the recipe underneath."""
     path = tmp_path / RECIPE
-    path.write_text(dump_recipe(PretrainConfig()))
+    path.write_text(dump(PretrainConfig()))
     assert option in refusal(option, str(tmp_path if option == '--resum' else path))
 
 
@@ -293,11 +294,11 @@ def test_round_trip(tmp_path):
         '--optim.weight_decay', '1e-5', '--model.args', '{drop_path_rate: 0.1}', '--data.num_samples', '12',
     )  # fmt: skip
     path = tmp_path / RECIPE
-    path.write_text(dump_recipe(config))
+    path.write_text(dump(config))
     assert flatten(load_recipe(path)) == flatten(config)
     assert load_recipe(path) == config
     default = PretrainConfig()
-    path.write_text(dump_recipe(default))
+    path.write_text(dump(default))
     assert load_recipe(path) == default
 
 
@@ -335,7 +336,7 @@ def test_default_recipe_trains_on_a_normal_device():
 
 @pytest.fixture
 def run_folder(tmp_path):
-    (tmp_path / RECIPE).write_text(dump_recipe(replace(PretrainConfig(), data=DataConfig(root='/old'))))
+    (tmp_path / RECIPE).write_text(dump(replace(PretrainConfig(), data=DataConfig(root='/old'))))
     return tmp_path
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from slimclr_hub.methods import METHODS
+from slimclr_hub.train.command_line import dump
 from slimclr_hub.train.config import PretrainConfig
-from slimclr_hub.train.parse import dump_recipe, load_recipe
+from slimclr_hub.train.parse import load_recipe
 from slimclr_hub.train.setup import make_method, make_optimizer, make_schedule
 
 CONFIGS = Path(__file__).parents[2] / 'recipes' / 'configs'
@@ -25,7 +26,7 @@ def small(config: PretrainConfig) -> PretrainConfig:
 @pytest.mark.parametrize('path', RECIPES, ids=[path.stem for path in RECIPES])
 def test_recipe_trains(path, tmp_path):
     config = load_recipe(path)
-    (tmp_path / 'recipe.yaml').write_text(dump_recipe(config))
+    (tmp_path / 'recipe.yaml').write_text(dump(config))
     assert load_recipe(tmp_path / 'recipe.yaml') == config
     method = make_method(small(config)).train()
     assert isinstance(method, METHODS[config.method.name])
