@@ -23,7 +23,7 @@ def main(default: Path) -> None:
 def _pretrain(default: Path) -> None:
     result = pretrain(parse_pretrain(default), online_evaluation)
     if PartialState().is_main_process:
-        draw_figure(result.metrics, [fact.width for fact in result.facts], result.folder / 'training.png')
+        draw_figure(result.metrics, [fact.width for fact in result.facts], result.folder / 'training')
         print_table(result.facts, title=f'{result.folder.name}: accuracies (%) by width')
         narrowest = result.facts[-1].width
         print(

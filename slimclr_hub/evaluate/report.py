@@ -7,10 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from slimclr_hub.evaluate.figures import line_style, new_figure, save_figure
 from slimclr_hub.hub.card import WidthFacts
-
-_STYLES = ('-', '--', '-.', ':')
-_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')  # Okabe & Ito's, for all eyes
 
 
 def print_table(facts: Sequence[WidthFacts], title: str) -> None:
@@ -33,13 +31,8 @@ def draw_figure(metrics: Sequence[dict[str, Any]], widths: Sequence[float], path
     Args:
         metrics: Lines of metrics.jsonl.
         widths: The widths.
-        path: PNG file to write.
+        path: Files to write, without suffix: a PNG and a PDF.
     """
-    import matplotlib
-
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-
     training = [record for record in metrics if record['kind'] == 'train']
     evaluations = [record for record in metrics if record['kind'] == 'eval']
     steps_per_epoch = training[-1]['step'] / training[-1]['epoch']
@@ -54,22 +47,18 @@ def draw_figure(metrics: Sequence[dict[str, Any]], widths: Sequence[float], path
         )
         if any(f'{name}/{widths[0]:g}' in record for record in records)
     ]
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
-    for axis, (records, name, label) in zip(axes[0], panels, strict=True):
+    figure, axes = new_figure(len(panels))
+    for axis, (records, name, label) in zip(axes, panels, strict=True):
         for i, width in enumerate(widths):
             key = f'{name}/{width:g}'
             points = [(record['step'] / steps_per_epoch, record[key]) for record in records if key in record]
             axis.plot(
                 *zip(*points, strict=True),
                 label=f'width {width:g}',
-                color=_COLOURS[i % len(_COLOURS)],
-                linestyle=_STYLES[i % len(_STYLES)],
                 marker='o' if records is evaluations else None,
+                **line_style(i),
             )
         axis.set_xlabel('epoch')
         axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
         axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -44,7 +44,7 @@ def read_png(path) -> np.ndarray:
 @pytest.mark.parametrize(('evaluated', 'width'), [(True, 1500), (False, 750)], ids=['with k-NN', 'without'])
 def test_figure(tmp_path, evaluated, width):
     path = tmp_path / 'training.png'
-    draw_figure(metrics(evaluated), WIDTHS, path)
+    draw_figure(metrics(evaluated), WIDTHS, path.with_suffix(''))
     pixels = read_png(path)
     assert pixels.shape == (600, width, 3)
     # A line in the colour of each width, on paper that is mostly white.
@@ -55,13 +55,13 @@ def test_figure(tmp_path, evaluated, width):
 
 def test_figure_of_a_single_width(tmp_path):
     records = [{'kind': 'train', 'epoch': 1, 'step': 4, 'info_nce/0.5': 3.0}]
-    draw_figure(records, [0.5], tmp_path / 'training.png')
+    draw_figure(records, [0.5], tmp_path / 'training')
     assert read_png(tmp_path / 'training.png').shape == (600, 750, 3)
 
 
 def test_figure_of_slow_start_alone(tmp_path):
     """Narrower widths have no loss at all where slow start takes all epochs, which a configuration may ask for."""
-    draw_figure(metrics(slow_epochs=4), WIDTHS, tmp_path / 'training.png')
+    draw_figure(metrics(slow_epochs=4), WIDTHS, tmp_path / 'training')
     assert read_png(tmp_path / 'training.png').shape == (600, 1500, 3)
 
 

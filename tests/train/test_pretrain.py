@@ -57,7 +57,15 @@ def full(place):
 def test_folder_holds_the_result_and_what_resuming_needs(full):
     folder, _ = full
     names = {path.name for path in folder.iterdir() if not path.name.startswith('.')}
-    expected = {'config.json', 'model.safetensors', 'README.md', 'metrics.jsonl', 'recipe.yaml', 'training.png'}
+    expected = {
+        'config.json',
+        'model.safetensors',
+        'README.md',
+        'metrics.jsonl',
+        'recipe.yaml',
+        'training.png',
+        'training.pdf',
+    }
     assert expected | {'checkpoints'} <= names
     assert not list(folder.rglob('*partial*'))
     # run.keep_checkpoints is 2.

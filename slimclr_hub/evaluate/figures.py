@@ -1,0 +1,58 @@
+"""How the figures of this package look: the same colours and lines everywhere, for all eyes, as PNG and as PDF."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_STYLES = ('-', '--', '-.', ':')
+_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')  # Okabe & Ito's, for all eyes
+_MARKERS = ('o', 's', '^', 'D', 'v', 'P')
+
+
+def new_figure(columns: int = 1, rows: int = 1, width: float = 5, height: float = 4) -> 'tuple[Figure, list[Axes]]':
+    """A figure and its panels, row by row.
+
+    Args:
+        columns: Panels beside each other.
+        rows: Panels above each other.
+        width: Width of a panel in inches.
+        height: Height of a panel in inches.
+    """
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    return figure, list(axes.flat)
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """Colour and line of the `number`-th series, which differ in both so that neither has to be seen."""
+    return {'color': _COLOURS[number % len(_COLOURS)], 'linestyle': _STYLES[number % len(_STYLES)]}
+
+
+def marker(number: int) -> str:
+    """Marker of the `number`-th series."""
+    return _MARKERS[number % len(_MARKERS)]
+
+
+def save_figure(figure: 'Figure', path: Path) -> None:
+    """Write a figure as `path`.png and `path`.pdf, and let go of it.
+
+    Args:
+        figure: From `new_figure`.
+        path: Without suffix; its folder is made if it is not there.
+    """
+    from matplotlib import pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    for suffix in 'png', 'pdf':
+        figure.savefig(path.parent / f'{path.name}.{suffix}', dpi=150)
+    plt.close(figure)
