@@ -141,14 +141,15 @@ def training_card(facts: Sequence[WidthFacts], about: Mapping[str, str]) -> str:
         plural='' if len(facts) == 1 else 's',
         smallest=facts[-1].width,
         largest=facts[0].width,
-        table=_table(facts),
+        table=card_table(facts),
         how='with labels' if about['method'] == 'supervised' else f'without labels by SlimCLR on {about["method"]}',
         explained=''.join(f' {text}' for text in explained),
         **about,
     )
 
 
-def _table(facts: Sequence[WidthFacts]) -> str:
+def card_table(facts: Sequence[WidthFacts]) -> str:
+    """The widths as a table in Markdown."""
     titles = list(facts[0].cells)
     rows = [titles, ['---:'] * len(titles), *([fact.cells[title] for title in titles] for fact in facts)]
     return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
@@ -176,7 +177,7 @@ def converted_card(
         plural='' if len(facts) == 1 else 's',
         smallest=facts[-1].width,
         largest=facts[0].width,
-        table=_table(facts),
+        table=card_table(facts),
         size=size,
         uncalibrated='' if calibrated else _UNCALIBRATED.format(architecture=architecture),
     )

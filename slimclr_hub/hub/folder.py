@@ -1,7 +1,7 @@
 """A network as a folder that timm opens: config.json, model.safetensors and a model card."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ def save_folder(
     std: tuple[float, ...],
     crop_pct: float,
     card: str,
+    label_names: Sequence[str] | None = None,
 ) -> None:
     """Write `config.json`, `model.safetensors` and `README.md`, each whole or not at all.
 
@@ -40,6 +41,7 @@ def save_folder(
         std: Standard deviation of each channel that images are normalised by.
         crop_pct: Share of the image that evaluation crops.
         card: Text of the model card.
+        label_names: Names of the classes in their order, where they are known.
     """
     if isinstance(model, LazySlimmableResNet):
         model.hold()
@@ -49,7 +51,15 @@ def save_folder(
     if not model.overlap:
         model_args['overlap'] = False
     data_config = {'input_size': (model.in_chans, size, size), 'mean': mean, 'std': std, 'crop_pct': crop_pct}
-    write_folder(model, model.state_dict(), folder, model_args=model_args, data_config=data_config, card=card)
+    write_folder(
+        model,
+        model.state_dict(),
+        folder,
+        model_args=model_args,
+        data_config=data_config,
+        card=card,
+        label_names=label_names,
+    )
 
 
 def write_folder(
@@ -60,6 +70,7 @@ def write_folder(
     model_args: dict[str, object],
     data_config: dict[str, object],
     card: str,
+    label_names: Sequence[str] | None = None,
     tagged: bool = False,
 ) -> None:
     """Write the three files of a network, each whole or not at all.
@@ -71,10 +82,17 @@ def write_folder(
         model_args: Arguments of the model that timm has not noted by itself.
         data_config: `input_size`, `mean`, `std` and `crop_pct`, as in timm.
         card: Text of the model card.
+        label_names: Names of the classes in their order, where they are known.
         tagged: Whether these are the weights of the tag that the network was built with.
     """
     with written_whole(folder) as partial:
-        save_config_for_hf(model, str(partial / 'config.json'), model_args=model_args, data_config=data_config)
+        save_config_for_hf(
+            model,
+            str(partial / 'config.json'),
+            model_config={'label_names': list(label_names)} if label_names else None,
+            model_args=model_args,
+            data_config=data_config,
+        )
         config = json.loads((partial / 'config.json').read_text())
         save_tensors(tensors, partial / 'model.safetensors')
         # It stands at the top of the file already; transformers passes both, and a repeated keyword is an error there.

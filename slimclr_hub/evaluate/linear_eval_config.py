@@ -1,0 +1,200 @@
+"""What `recipes/linear_eval.py` is told: frozen dataclasses that check themselves on construction."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+from slimclr_hub.data import DataConfig, ViewConfig
+from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.subject import data_defaults
+from slimclr_hub.train.checks import above, at_least, one_of, share
+from slimclr_hub.train.command_line import make_parser, parse
+from slimclr_hub.train.config import PRECISIONS
+
+BATCH_SIZE = 256
+HEADS = ('switchable', 'slimmable')
+SCHEDULES = ('cosine', 'step')
+MODES = ('cached', 'augmented')
+
+
+def _plain_views() -> ViewConfig:
+    return ViewConfig(crop_min=0.08, jitter_prob=0, gray_prob=0, blur_prob=0)
+
+
+@dataclass(frozen=True)
+class LinearProbeConfig:
+    """The linear layers that learn.
+
+    Args:
+        head: `switchable`, a linear layer for each width (the paper's), or `slimmable`, one layer that all widths share
+            (the ablation of its Table 3a).
+        distillation: Let narrower widths learn from the labels and from the outputs of the full width, half each, as
+            in the paper; from the labels alone without.
+        num_classes: Classes; found out where the data set tells.
+    """
+
+    head: str = 'switchable'
+    distillation: bool = True
+    num_classes: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of('probe.head', self.head, HEADS)
+        if self.num_classes is not None:
+            at_least('probe.num_classes', self.num_classes, 2)
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Stochastic gradient descent with momentum, at one learning rate or at several side by side.
+
+    Args:
+        lr: Learning rate, or several. Each has a probe of its own, all of which learn in one pass over the images; the
+            one with the highest mean top-1 accuracy over the widths on the validation split is kept.
+        schedule: `cosine`, to zero, or `step`, to a tenth at each milestone.
+        milestones: Epochs after which the learning rate of `step` falls; 60 % and 80 % of all where null.
+        momentum: Momentum.
+        weight_decay: Weight decay.
+        epochs: Epochs.
+    """
+
+    lr: float | tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
+    schedule: str = 'cosine'
+    milestones: tuple[float, ...] | None = None
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    epochs: int = 100
+
+    def __post_init__(self) -> None:
+        if not self.rates:
+            raise InputError('optim.lr is empty; give one learning rate or several, such as [0.1, 1.0]')
+        for rate in self.rates:
+            above('optim.lr', rate, 0)
+        if len(set(self.rates)) < len(self.rates):
+            raise InputError(f'optim.lr {list(self.rates)} names a learning rate twice; give each once')
+        one_of('optim.schedule', self.schedule, SCHEDULES)
+        share('optim.momentum', self.momentum)
+        at_least('optim.weight_decay', self.weight_decay, 0)
+        at_least('optim.epochs', self.epochs, 1)
+        if self.milestones is not None and self.schedule != 'step':
+            raise InputError(f'optim.milestones are for optim.schedule step, and it is {self.schedule}; drop them')
+        for milestone in self.milestones or ():
+            if not 0 < milestone < self.epochs:
+                raise InputError(f'optim.milestones: {milestone:g} is not between 0 and optim.epochs {self.epochs}')
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates."""
+        return self.lr if isinstance(self.lr, tuple) else (self.lr,)
+
+    @property
+    def falls(self) -> tuple[float, ...]:
+        """The milestones in epochs."""
+        return (0.6 * self.epochs, 0.8 * self.epochs) if self.milestones is None else self.milestones
+
+
+@dataclass(frozen=True)
+class FeaturesConfig:
+    """What the probe learns from.
+
+    Args:
+        mode: `augmented`, random crops of each epoch through the frozen network (the paper's), or `cached`, features of
+            centre crops that are computed once, at all widths, and kept on disk. These are two protocols, whose
+            accuracies differ.
+        standardise: Divide features by their standard deviation over the training images, and with the switchable head
+            subtract their mean, so that learning rates mean the same for all networks. It is worked into the saved
+            layers, which take features as they are. Where null, as `mode` is `cached`, which it needs.
+        cache: Folder of the features on disk; beside the results where null.
+    """
+
+    mode: str = 'cached'
+    standardise: bool | None = None
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        one_of('features.mode', self.mode, MODES)
+        if self.standardise and self.mode != 'cached':
+            raise InputError(f'features.standardise needs features.mode cached, and it is {self.mode}; set it to null')
+
+    @property
+    def standardised(self) -> bool:
+        """Whether features are standardised."""
+        return self.mode == 'cached' if self.standardise is None else self.standardise
+
+
+@dataclass(frozen=True)
+class LinearRunConfig:
+    """Where and how to run.
+
+    Args:
+        output: Folder of the results; `linear_eval` in the folder of the network where null, or `linear_eval-2` and so
+            on where that has the results of other settings.
+        seed: Seed of initialisation, order and views.
+        precision: Of the frozen network: no for float32, bf16 or fp16; what accelerate was told where null. The probe
+            is always in float32.
+        channels_last: Memory layout of convolutions in which the channels of a pixel lie together.
+    """
+
+    output: str | None = None
+    seed: int = 0
+    precision: str | None = None
+    channels_last: bool = True
+
+    def __post_init__(self) -> None:
+        if self.precision is not None:
+            one_of('run.precision', self.precision, PRECISIONS)
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f'run.seed is {self.seed}; give 0 to 2**32 - 1')
+
+
+@dataclass(frozen=True)
+class LinearEvalConfig:
+    """A linear evaluation.
+
+    Args:
+        network: The network to judge: the folder of a run, a tag such as slimclr_resnet50.mocov2_200e_in1k,
+            hf-hub:USER/NAME, or a file.
+        data: The images; those that a run has trained on, and ImageNet for other networks, unless given.
+        views: Views that the probe learns from with features.mode augmented; random crops and flips unless given.
+        probe: The linear layers.
+        optim: Learning rates and their course.
+        features: What the probe learns from.
+        run: Where and how to run.
+        save_to: Folder to write the network to with the probe as its head, for `slimclr-hub predict` and timm.
+    """
+
+    network: str = ''
+    data: DataConfig = field(default_factory=lambda: DataConfig(batch_size=BATCH_SIZE))
+    views: ViewConfig = field(default_factory=_plain_views)
+    probe: LinearProbeConfig = field(default_factory=LinearProbeConfig)
+    optim: SweepConfig = field(default_factory=SweepConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    run: LinearRunConfig = field(default_factory=LinearRunConfig)
+    save_to: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.network:
+            raise InputError('no network to judge; give --network with the folder of a run, or a tag')
+
+    @property
+    def protocol(self) -> str:
+        """How it is measured, in a few words."""
+        words = [self.probe.head, self.features.mode]
+        return ', '.join(words if self.probe.distillation else [*words, 'without distillation'])
+
+
+def parse_linear_eval(argv: Sequence[str] | None = None) -> LinearEvalConfig:
+    """Read the command line.
+
+    Raises:
+        InputError: A key or value is wrong, or a file is not there.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv) or ['--network=']
+    parser = make_parser(
+        LinearEvalConfig,
+        'linear_eval.py',
+        '--network NETWORK [--config FILE] [--save_to FOLDER]',
+        'Train linear classifiers on a frozen network, at all of its widths.',
+    )
+    parser.set_defaults({**data_defaults(argv), 'data.batch_size': BATCH_SIZE})
+    built = parse(parser, argv)
+    return LinearEvalConfig(**{part.name: built[part.name] for part in fields(LinearEvalConfig)})

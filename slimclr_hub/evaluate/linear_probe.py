@@ -1,0 +1,172 @@
+"""The linear probe (paper, section 4.1): a layer for each width or one for all, at several learning rates at once."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimclr_hub.data.seeding import drawing
+from slimclr_hub.evaluate.linear_eval_config import SweepConfig
+from slimclr_hub.methods.losses import full_precision
+from slimclr_hub.methods.objective import Objective
+from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.layers import SlimmableLinear, SwitchableLinear
+from slimclr_hub.models.widths import width_key
+from slimclr_hub.train.schedule import warmup_cosine
+
+Head = SwitchableLinear | SlimmableLinear
+Scaling = Mapping[float, tuple[torch.Tensor, torch.Tensor]]
+"""Width -> (shift [D], scale [D]); a feature x enters the probe as (x - shift) * scale."""
+
+
+def make_head(backbone: SlimmableResNet, kind: str, num_classes: int, seed: int) -> Head:
+    """A new head for a network, as the network itself would make it: N(0, 0.01) for the weights, zero for the biases.
+
+    Args:
+        backbone: The network; it is left without a head.
+        kind: `switchable` or `slimmable`.
+        num_classes: Classes.
+        seed: Seed of the weights.
+    """
+    with drawing(seed):
+        backbone.reset_classifier(num_classes, head=kind)
+    head = backbone.fc
+    assert isinstance(head, SwitchableLinear | SlimmableLinear)
+    backbone.reset_classifier(0)
+    return head
+
+
+class ProbeSweep(nn.Module):
+    """Copies of a head that learn side by side, each for itself.
+
+    The full width learns from the labels; narrower ones half from them and half from the full width's detached outputs
+    by cross-entropy at tau_2 = 1, where distillation is on; widths are summed (paper, sections 3.2 and 4.1).
+
+    Args:
+        head: The head that all start from.
+        widths: Widths of the network, in descending order.
+        copies: How many.
+        distillation: Whether narrower widths learn from the full one.
+    """
+
+    def __init__(self, head: Head, widths: Sequence[float], copies: int, distillation: bool) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(copy.deepcopy(head) for _ in range(copies))
+        self.widths = tuple(widths)
+        self.objective = Objective(
+            widths,
+            distillation='kd' if distillation else 'none',
+            temperature=1.0,
+            weights='none',
+            name='cross_entropy',
+        )
+
+    def forward(self, features: Mapping[float, torch.Tensor], labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Losses of a batch.
+
+        Args:
+            features: Width -> features [B, D]; in float32 whatever autocast says.
+            labels: Classes [B].
+
+        Returns:
+            `loss`, the sum over the copies, to be differentiated; and `loss/i` of each copy, detached.
+        """
+        losses = []
+        with torch.autocast(labels.device.type, enabled=False):
+            inputs = {width: full_precision(features[width]) for width in self.widths}
+            for head in self.heads:
+                losses.append(self.objective({w: head(x, w) for w, x in inputs.items()}, labels)['loss'])
+        return {
+            'loss': torch.stack(losses).sum(),
+            **{f'loss/{i}': loss.detach() for i, loss in enumerate(losses)},
+        }
+
+
+def make_optimizer(sweep: ProbeSweep, config: SweepConfig) -> torch.optim.SGD:
+    """Plain SGD with a group of parameters for each learning rate."""
+    groups: list[dict[str, Any]] = [
+        {'params': list(head.parameters()), 'lr': lr, 'peak': lr}
+        for head, lr in zip(sweep.heads, config.rates, strict=True)
+    ]
+    return torch.optim.SGD(groups, lr=config.rates[0], momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def lr_factor(config: SweepConfig, step: int, steps_per_epoch: int) -> float:
+    """What learning rates are multiplied by at a step (paper, section 4.1): a half cosine, or a tenth by milestone."""
+    if config.schedule == 'cosine':
+        return warmup_cosine(step, config.epochs * steps_per_epoch, 0, 1.0)
+    return 0.1 ** sum(step >= milestone * steps_per_epoch for milestone in config.falls)
+
+
+def standardisation(head: Head, features: Mapping[float, torch.Tensor]) -> Scaling:
+    """How features of training images are brought to unit variance, so that a head can take it up.
+
+    Layers of their own subtract the mean, too. A layer that all widths share can only do what is the same for all of
+    them: it divides by the root of the mean variance over the widths that have the feature.
+
+    Args:
+        head: The head that they are for.
+        features: Width -> features [N, D].
+    """
+    variances = {width: x.var(0, correction=0) for width, x in features.items()}
+    if isinstance(head, SwitchableLinear):
+        return {width: (x.mean(0), _inverse_root(variances[width])) for width, x in features.items()}
+    spans = {width: head.spans(width)[1] for width in features}
+    any_width = next(iter(variances.values()))
+    total, count = any_width.new_zeros(head.in_features), any_width.new_zeros(head.in_features)
+    for width, (start, stop) in spans.items():
+        total[start:stop] += variances[width]
+        count[start:stop] += 1
+    scale = _inverse_root(total / count.clamp(min=1))
+    return {width: (torch.zeros_like(scale[slice(*span)]), scale[slice(*span)]) for width, span in spans.items()}
+
+
+def _inverse_root(variance: torch.Tensor) -> torch.Tensor:
+    # A feature that never moves would be divided by zero; it has nothing to say.
+    return torch.where(variance > 0, variance.rsqrt(), torch.zeros_like(variance))
+
+
+@torch.no_grad()
+def folded(head: Head, scaling: Scaling | None) -> Head:
+    """A copy of a head that does to features as they are what `head` does to standardised ones."""
+    head = copy.deepcopy(head)
+    if scaling is None:
+        return head
+    if isinstance(head, SlimmableLinear):
+        whole = head.weight.new_zeros(head.in_features)
+        for width, (_, scale) in scaling.items():
+            whole[slice(*head.spans(width)[1])] = scale
+        head.weight.mul_(whole)
+        return head
+    for width, (shift, scale) in scaling.items():
+        linear: Any = head[width_key(width)]
+        linear.weight.mul_(scale)
+        linear.bias.sub_(linear.weight @ shift)
+    return head
+
+
+@torch.no_grad()
+def accuracies(
+    head: Head, features: Mapping[float, torch.Tensor], labels: torch.Tensor, k: int, chunk: int = 8192
+) -> dict[float, float]:
+    """Share of images in percent whose class is among the k most probable, by width; logits that are not finite miss.
+
+    Args:
+        head: The head.
+        features: Width -> features [N, D] as they are.
+        labels: Classes [N].
+        k: As in top-k.
+        chunk: Images at a time, which bounds the memory by chunk x classes.
+    """
+    counts = []
+    for width, x in features.items():
+        hits = torch.zeros((), dtype=torch.int64, device=labels.device)
+        for part, truth in zip(x.split(chunk), labels.split(chunk), strict=True):
+            logits = head(part, width)
+            found = (logits.topk(k, dim=1).indices == truth[:, None]).any(1)
+            hits += (found & logits.isfinite().all(1)).sum()
+        counts.append(hits)
+    # One answer for all widths, for which the device is waited for once.
+    return {width: 100 * hit / len(labels) for width, hit in zip(features, torch.stack(counts).tolist(), strict=True)}
