@@ -52,16 +52,10 @@ def linear_eval(config: LinearEvalConfig) -> EvalResult:
         RuntimeError: The frozen network has moved.
     """
     check_save_to(config)
-    if not has_validation(config.data):
-        raise InputError(f'data.val_split {config.data.val_split} is not apart from the training images; give another')
     accelerator = _accelerator(config)
     subject = open_subject(config.network)
     backbone = subject.model
-    if backbone.in_chans != config.data.channels:
-        raise InputError(
-            f'{config.network} takes images of {backbone.in_chans} channels, and data.channels is '
-            f'{config.data.channels}; give --data.channels {backbone.in_chans}, with data.mean and data.std to fit'
-        )
+    _check_data(config, backbone)
     backbone.reset_classifier(0)
     backbone.eval().requires_grad_(False).to(accelerator.device)
     if config.run.channels_last:
@@ -181,6 +175,19 @@ class _Evaluation:
         draw_accuracies(history, result, self.folder / 'accuracy')
         result.save(self.folder)
         shutil.rmtree(self.folder / 'checkpoints', ignore_errors=True)
+
+
+def _check_data(config: LinearEvalConfig, backbone: SlimmableResNet) -> None:
+    data = config.data
+    if data.name == 'folder' and data.root is not None and not Path(data.root).exists():
+        raise InputError(f'data.root {data.root} does not exist; give the folder of the images by --data.root')
+    if not has_validation(data):
+        raise InputError(f'data.val_split {data.val_split} is not apart from the training images; give another')
+    if backbone.in_chans != data.channels:
+        raise InputError(
+            f'{config.network} takes images of {backbone.in_chans} channels, and data.channels is '
+            f'{data.channels}; give --data.channels {backbone.in_chans}, with data.mean and data.std to fit'
+        )
 
 
 def _accelerator(config: LinearEvalConfig) -> Accelerator:

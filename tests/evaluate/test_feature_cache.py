@@ -1,0 +1,156 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from slimclr_hub.data import DataConfig
+from slimclr_hub.data.loaders import eval_loader
+from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.feature_cache import FeatureCache, state_hash
+from slimclr_hub.evaluate.linear_eval_classes import GARMENTS, check_labels, class_names
+from tests.data_room.files import some_images, write_classes, write_idx, write_idx_set
+from tests.networks import randomise_batchnorm
+from tests.train.runs import contents
+
+IMAGES = 50
+
+
+@pytest.fixture(scope='module')
+def accelerator():
+    AcceleratorState._reset_state(True)
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    root = write_idx_set(tmp_path_factory.mktemp('idx'), IMAGES, 20)
+    return DataConfig(name='fashion-mnist', root=str(root), size=8, batch_size=16, num_workers=0)
+
+
+@pytest.fixture
+def backbone():
+    torch.manual_seed(0)
+    model = timm.create_model('slimclr_resnet20', num_classes=0, in_chans=1, widths=(1.0, 0.25))
+    randomise_batchnorm(model)
+    return model.eval()
+
+
+def test_features_are_those_of_the_network(tmp_path, accelerator, data, backbone):
+    found = FeatureCache(tmp_path, accelerator, backbone, data).features('train')
+    with torch.no_grad():
+        batches = [(backbone.forward_widths(images), labels) for images, labels in eval_loader(data, 'train', None, 0)]
+    for width in backbone.widths:
+        torch.testing.assert_close(found.by_width[width], torch.cat([features[width] for features, _ in batches]))
+    assert found.labels.equal(torch.cat([labels for _, labels in batches]))
+    assert found.labels.tolist() == some_images('train', IMAGES)[1].tolist()
+    assert found.class_names == list(GARMENTS)
+    assert not any(features.is_inference() for features in found.by_width.values())
+
+
+def test_features_are_computed_once(tmp_path, accelerator, data, backbone):
+    """And read again by whoever asks for the same, however the images are loaded."""
+    first = FeatureCache(tmp_path, accelerator, backbone, data).features('train')
+    before = contents(tmp_path)
+    assert len(before) == 1
+    # Were the network run, its statistics of nonsense would show: as it was, it is only where the hash is taken.
+    cache = FeatureCache(tmp_path, accelerator, backbone, replace(data, batch_size=7, max_corrupt=3))
+    torch.nn.init.zeros_(backbone.conv1.weight)
+    again = cache.features('train')
+    assert contents(tmp_path) == before
+    assert all(again.by_width[width].equal(features) for width, features in first.by_width.items())
+
+
+def weights(backbone, data):
+    with torch.no_grad():
+        backbone.conv1.weight[0, 0, 0, 0] += 1
+    return data
+
+
+def statistics(backbone, data):
+    backbone.layer3[2].bn2['w025'].running_var[3] += 1
+    return data
+
+
+def size(backbone, data):
+    return replace(data, size=9)
+
+
+def normalisation(backbone, data):
+    return replace(data, mean=(0.5,))
+
+
+def crop(backbone, data):
+    return replace(data, crop_pct=0.5)
+
+
+def images(backbone, data):
+    """Others, as many, under the same path."""
+    pixels, labels = some_images('train', IMAGES)
+    write_idx(Path(data.root), 'train', pixels[::-1], labels)
+    return data
+
+
+@pytest.mark.parametrize('change', [weights, statistics, size, normalisation, crop, images])
+def test_features_of_something_else_are_computed_anew(tmp_path, accelerator, data, backbone, change):
+    root = write_idx_set(tmp_path / 'idx', IMAGES, 20)
+    data = replace(data, root=str(root))
+    folder = tmp_path / 'features'
+    first = FeatureCache(folder, accelerator, backbone, data).features('train')
+    data = change(backbone, data)
+    other = FeatureCache(folder, accelerator, backbone, data).features('train')
+    assert len(list(folder.iterdir())) == 2
+    assert not first.by_width[0.25].equal(other.by_width[0.25])
+
+
+def test_splits_lie_beside_each_other(tmp_path, accelerator, data, backbone):
+    cache = FeatureCache(tmp_path, accelerator, backbone, data)
+    assert len(cache.features('train').labels) == IMAGES
+    assert len(cache.features('validation').labels) == 20
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_damaged_file_is_written_again(tmp_path, accelerator, data, backbone, capsys):
+    cache = FeatureCache(tmp_path, accelerator, backbone, data)
+    first = cache.features('train')
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    again = cache.features('train')
+    assert path.read_bytes() == whole
+    assert again.by_width[1.0].equal(first.by_width[1.0])
+    assert 'computed again' in capsys.readouterr().out
+
+
+def test_no_place_for_them(tmp_path, accelerator, data, backbone):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(InputError, match=r'features cannot be kept in .*file.* give another features\.cache'):
+        FeatureCache(tmp_path / 'file', accelerator, backbone, data).features('validation')
+
+
+def test_hash_of_a_network(backbone):
+    before = state_hash(backbone)
+    assert state_hash(backbone.to(memory_format=torch.channels_last)) == before
+    backbone.bn1['w100'].num_batches_tracked += 1
+    assert state_hash(backbone) != before
+
+
+def test_names_of_classes(tmp_path):
+    pixels, labels = some_images('train', 30)
+    write_classes(tmp_path / 'train', pixels, labels % 3)
+    data = DataConfig(name='folder', root=str(tmp_path))
+    dataset = eval_loader(data, 'train', None, 0).dataset
+    assert class_names('folder', dataset) == ['class0', 'class1', 'class2']
+    assert class_names('hfds/x', [1, 2]) is None
+
+
+def test_labels_are_checked():
+    check_labels(torch.tensor([0, 9]), 10, 'train')
+    with pytest.raises(InputError, match='split train has images without a label'):
+        check_labels(torch.tensor([0, -1]), 10, 'train')
+    with pytest.raises(InputError, match=r'split val has class 10, and there are 10; give --probe\.num_classes 11'):
+        check_labels(torch.tensor([0, 10]), 10, 'val')

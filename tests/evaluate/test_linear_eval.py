@@ -1,0 +1,330 @@
+"""Linear evaluation as a whole, on real images and untrained networks."""
+
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from slimclr_hub.data import DataConfig
+from slimclr_hub.data.loaders import eval_loader
+from slimclr_hub.data.sources import EMBEDDED
+from slimclr_hub.data.training import TrainData
+from slimclr_hub.errors import DivergedError, InputError, PreemptedError
+from slimclr_hub.evaluate.feature_cache import FeatureCache, state_hash
+from slimclr_hub.evaluate.linear_eval import check_frozen, linear_eval
+from slimclr_hub.evaluate.linear_eval_classes import GARMENTS
+from slimclr_hub.evaluate.linear_eval_config import LinearEvalConfig, parse_linear_eval
+from slimclr_hub.evaluate.linear_eval_data import AugmentedBatches, CachedBatches
+from slimclr_hub.evaluate.linear_eval_training import ProbeTraining
+from slimclr_hub.evaluate.linear_probe import make_head, standardisation
+from slimclr_hub.evaluate.predict import predict
+from slimclr_hub.evaluate.results import load_result, results_in
+from slimclr_hub.hub.folder import save_folder
+from slimclr_hub.models.calibrate import calibrate_batchnorm
+from slimclr_hub.train.signals import StopSignals
+from tests.data_room.files import write_idx_set
+from tests.train.runs import TIMEOUT, contents, environment
+
+WIDTHS = (1.0, 0.5, 0.25)
+TRAIN, VALIDATION = 96, 37  # the second of which no batch and no number of processes divides
+SCRIPT = Path(__file__).parents[2] / 'recipes' / 'linear_eval.py'
+
+
+@pytest.fixture(scope='module', autouse=True)
+def on_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('ACCELERATE_USE_CPU', 'true')
+        AcceleratorState._reset_state(True)
+        yield
+        AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory) -> Path:
+    """A folder with a data set, and an untrained network whose normalisations have seen images."""
+    place = tmp_path_factory.mktemp('place')
+    write_idx_set(place / 'idx', TRAIN, VALIDATION)
+    torch.manual_seed(0)
+    model = timm.create_model('slimclr_resnet20', num_classes=0, in_chans=1, widths=WIDTHS, zero_init_last=False)
+    data = DataConfig(size=8, num_workers=0)
+    images = next(iter(eval_loader(data, 'train', 128, 0)))[0]
+    for width in WIDTHS:
+        calibrate_batchnorm(model, width, [images])
+    save_folder(model, place / 'network', size=8, mean=data.mean, std=data.std, crop_pct=1.0, card='')
+    return place
+
+
+@pytest.fixture
+def network(place, tmp_path) -> Path:
+    return shutil.copytree(place / 'network', tmp_path / 'network')
+
+
+def arguments(place: Path, network: Path, *more: str) -> list[str]:
+    data = {'name': 'fashion-mnist', 'root': place / 'idx', 'size': 8, 'channels': 1, 'batch_size': 16}
+    data |= {'mean': [0.286], 'std': [0.353], 'crop_pct': 1.0, 'num_workers': 0}
+    listed = [f'--data.{key}={value}' for key, value in data.items()]
+    return ['--network', str(network), *listed, '--optim.epochs=4', '--optim.lr=[0.1,0.5]', *more]
+
+
+def configured(place: Path, network: Path, *more: str) -> LinearEvalConfig:
+    return parse_linear_eval(arguments(place, network, *more))
+
+
+def test_probe_is_as_good_as_scikit_learns(place, network):
+    """Logistic regression on the very features that were cached, of real images, at every width."""
+    config = configured(place, network, '--probe.distillation=false', '--optim.epochs=30', '--optim.lr=0.1')
+    config = replace(config, data=replace(config.data, name=EMBEDDED, root=None, batch_size=256))
+    result = linear_eval(config)
+    train, validation = (load_file(next((network / 'features').glob(f'{name}-*'))) for name in ('train', 'validation'))
+    assert (len(train['labels']), len(validation['labels'])) == (6000, 1000)
+    for width, key in zip(WIDTHS, ('w100', 'w050', 'w025'), strict=True):
+        reference = make_pipeline(StandardScaler(), LogisticRegression(C=1e3, max_iter=300))
+        reference.fit(train[key].numpy(), train['labels'].numpy())
+        accuracy = 100 * reference.score(validation[key].numpy(), validation['labels'].numpy())
+        assert accuracy > 30
+        assert result.top1[width] == pytest.approx(accuracy, abs=1)
+
+
+# What it leaves
+
+
+@pytest.mark.parametrize('head', ['switchable', 'slimmable'])
+def test_saved_network_reaches_what_the_table_says(place, network, tmp_path, head, capsys):
+    saved = tmp_path / 'saved'
+    config = configured(place, network, f'--probe.head={head}', '--save_to', str(saved))
+    result = linear_eval(config)
+    assert results_in(network) == [result]
+    assert (result.kind, result.protocol) == ('linear', f'{head}, cached')
+    assert {path.name for path in (network / 'linear_eval').iterdir()} == {
+        'settings.json',
+        'metrics.jsonl',
+        'probe.safetensors',
+        'accuracy.png',
+        'accuracy.pdf',
+        'result.json',
+    }
+    printed = capsys.readouterr().out
+    assert all(f'{accuracy:.1f}' in printed for accuracy in (*result.top1.values(), *result.top5.values()))
+    assert f'Cached features, {head} head, with distillation, 4 epochs, {VALIDATION} images.' in printed
+    assert f'Learning rate {result.settings["chosen_lr"]:g} of 2' in printed
+
+    model = timm.create_model(f'local-dir:{saved}', pretrained=True).eval()
+    assert (model.head, model.num_classes, model.widths) == (head, 10, WIDTHS)
+    images, labels = map(torch.cat, zip(*eval_loader(config.data, 'validation', None, 0), strict=True))
+    for width in WIDTHS:
+        with torch.no_grad():
+            logits = model.forward_at(images, width)
+        hits = [(logits.topk(k).indices == labels[:, None]).any(1).float().mean().item() for k in (1, 5)]
+        assert [result.top1[width], result.top5[width]] == pytest.approx([100 * hit for hit in hits], rel=1e-6)
+    before, after = (load_file(folder / 'model.safetensors') for folder in (network, saved))
+    assert all(after[name].equal(tensor) for name, tensor in before.items())
+    dataset = eval_loader(config.data, 'validation', None, 0).dataset
+    dataset.transform = None
+    (prediction,) = predict(model, [dataset[0][0]], top=10)
+    assert {guess.label for guess in prediction.classes} == set(GARMENTS)
+    assert json.loads((saved / 'config.json').read_text())['label_names'] == list(GARMENTS)
+    assert f'{result.top1[0.5]:.1f}' in (saved / 'README.md').read_text()
+
+
+def test_the_best_learning_rate_is_kept_and_the_others_are_told(place, network):
+    result = linear_eval(configured(place, network, '--optim.lr=[0.0001,0.3]'))
+    poor, good = result.settings['sweep']
+    assert (poor['lr'], good['lr'], result.settings['chosen_lr']) == (0.0001, 0.3, 0.3)
+    assert sum(poor['top1'].values()) < sum(good['top1'].values())
+    assert good['top1'] == {f'{width:g}': value for width, value in result.top1.items()}
+    assert 'validation split' in result.settings['chosen_by']
+    (alone,) = linear_eval(configured(place, network, '--optim.lr=0.3')).settings['sweep']
+    assert alone == good
+    heads = [load_file(network / name / 'probe.safetensors') for name in ('linear_eval', 'linear_eval-2')]
+    assert all(heads[0][name].equal(heads[1][name]) for name in heads[0])
+
+
+def test_finished_is_shown_and_other_settings_lie_beside(place, network, tmp_path, capsys):
+    first = linear_eval(configured(place, network))
+    before = contents(network / 'linear_eval')
+    features = contents(network / 'features')
+    saved = tmp_path / 'saved'
+    # Loaded otherwise, and now to be saved: the same evaluation.
+    again = linear_eval(configured(place, network, '--data.max_corrupt=3', '--save_to', str(saved)))
+    assert again == first
+    assert 'finished already' in capsys.readouterr().out
+    assert (saved / 'model.safetensors').is_file()
+    linear_eval(configured(place, network, '--probe.head=slimmable'))
+    assert contents(network / 'linear_eval') == before
+    assert contents(network / 'features') == features
+    assert [result.protocol for result in results_in(network)] == ['switchable, cached', 'slimmable, cached']
+
+
+@pytest.mark.parametrize(
+    ('more', 'message'),
+    [
+        (['--network', 'nowhere'], r"'nowhere' is not a tag such as"),
+        (['--data.root', 'nowhere'], 'nowhere'),
+        (['--data.val_split=null'], r'data\.val_split None is not apart'),
+        (['--data.channels=3', '--data.mean=[0,0,0]', '--data.std=[1,1,1]'], r'takes images of 1 channels.*--data\.ch'),
+        (['--data.batch_size=97'], r'data\.batch_size 97 is larger than the data set of 96 images'),
+        (['--data.batch_size=97', '--features.mode=augmented'], r'data\.batch_size 97 is larger than the data set'),
+        (['--probe.num_classes=4'], r'has class 9, and there are 4; give --probe\.num_classes 10'),
+        (['--save_to', str(SCRIPT.parent)], r'save_to .*recipes is there already; give the name of a new folder'),
+        (['--save_to', '/proc/nowhere'], r'save_to /proc/nowhere: /proc is not a folder that can be written to'),
+        (['--run.output', str(SCRIPT.parent)], r'has no linear evaluation, but other files; give another run\.output'),
+    ],
+)
+def test_a_mistake_is_named(place, network, more, message):
+    if '/proc/nowhere' in more and os.access('/proc', os.W_OK):
+        more, message = ['--save_to', f'{SCRIPT}/x'], r'save_to .*is not a folder that can be written to'
+    with pytest.raises(InputError, match=message) as raised:
+        linear_eval(configured(place, network, *more))
+    assert '\n' not in str(raised.value)
+
+
+def test_output_of_other_settings_is_refused(place, network, tmp_path):
+    output = ['--run.output', str(tmp_path / 'output')]
+    linear_eval(configured(place, network, *output))
+    before = contents(tmp_path / 'output')
+    with pytest.raises(InputError, match=r'has optim\.epochs 4, not 3; give another run\.output, or these values'):
+        linear_eval(configured(place, network, *output, '--optim.epochs=3'))
+    assert contents(tmp_path / 'output') == before
+
+
+def test_a_network_that_has_moved_is_not_judged_by_an_old_result(place, network):
+    linear_eval(configured(place, network))
+    model = timm.create_model(f'local-dir:{network}', pretrained=True)
+    with torch.no_grad():
+        model.conv1.weight.mul_(1.5)
+    save_folder(model, network, size=8, mean=(0.286,), std=(0.353,), crop_pct=1.0, card='')
+    linear_eval(configured(place, network))
+    assert {path.name for path in network.glob('linear_eval*')} == {'linear_eval', 'linear_eval-2'}
+    assert len(list((network / 'features').iterdir())) == 4
+
+
+def test_no_learning_rate_converges(place, network):
+    with pytest.raises(DivergedError, match=r'not finite at any of optim\.lr \[1e\+38, 3e\+38\]; lower them'):
+        linear_eval(configured(place, network, '--optim.lr=[1e38,3e38]'))
+
+
+# The frozen network
+
+
+def test_the_network_does_not_move(place, network, tmp_path):
+    before = contents(network)
+    output = ['--run.output', str(tmp_path / 'out')]
+    linear_eval(configured(place, network, '--features.mode=augmented', '--optim.epochs=1', *output))
+    assert {name: value for name, value in contents(network).items() if not name.startswith('features')} == before
+
+
+@pytest.mark.parametrize('moved', ['conv1.weight', 'bn1.w025.running_mean', 'bn1.w100.num_batches_tracked'])
+def test_a_network_that_moves_is_noticed(network, moved):
+    model = timm.create_model(f'local-dir:{network}', pretrained=True).eval()
+    before = state_hash(model)
+    with torch.no_grad():
+        model.forward_widths(torch.randn(4, 1, 8, 8))
+    check_frozen(model, before)
+    model.state_dict()[moved].add_(1)
+    with pytest.raises(RuntimeError, match='frozen network has moved'):
+        check_frozen(model, before)
+
+
+# Going on
+
+
+class Interrupting:
+    """Batches in the middle of which the process is asked to stop."""
+
+    notes = ()
+
+    def __init__(self, batches, after: int) -> None:
+        self.batches, self.after, self.count = batches, after, 0
+        self.steps_per_epoch = batches.steps_per_epoch
+
+    def epoch(self, epoch, start=0, position=None):
+        for batch in self.batches.epoch(epoch, start, position):
+            self.count += 1
+            yield batch
+            if self.count == self.after:  # the next one is asked for, so this one's step is under way
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize('after', [9, 12], ids=['within an epoch', 'at its end'])
+@pytest.mark.parametrize('mode', ['cached', 'augmented'])
+def test_interrupted_is_as_uninterrupted(place, network, tmp_path, mode, after):
+    """Bit for bit, in the middle of an epoch of six steps."""
+    config = configured(place, network, f'--features.mode={mode}')
+    accelerator = Accelerator()
+    backbone = timm.create_model(f'local-dir:{network}', pretrained=True).eval().requires_grad_(False)
+    cache = FeatureCache(tmp_path / 'features', accelerator, backbone, config.data)
+    head = make_head(backbone, 'switchable', 10, 0)
+    scaling = standardisation(head, cache.features('train').by_width) if mode == 'cached' else None
+
+    def training(folder: Path, after: int = 0) -> ProbeTraining:
+        if mode == 'cached':
+            batches = CachedBatches(cache.features('train'), 16, 0)
+        else:
+            batches = AugmentedBatches(
+                TrainData(config.data, config.views, seed=0, view_count=1), backbone, accelerator
+            )
+        assert batches.steps_per_epoch == 6
+        signals.received = None
+        batches = Interrupting(batches, after)
+        validation = cache.features('validation')
+        # An accelerator of its own, as a new process has.
+        return ProbeTraining(config, Accelerator(), copy.deepcopy(head), batches, validation, scaling, folder, signals)
+
+    with StopSignals() as signals:
+        whole = training(tmp_path / 'whole')
+        history = whole.run()
+        assert [record['epoch'] for record in history] == [1, 2, 3, 4]
+        with pytest.raises(PreemptedError, match=f'SIGTERM after step {after} of 24.* same command') as stopped:
+            training(tmp_path / 'parts', after).run()
+        assert stopped.value.status == 75
+        rest = training(tmp_path / 'parts')
+        assert rest.run() == history
+        assert rest.step == 24
+        assert rest.batches.count == 24 - after
+    for i in range(2):
+        expected = whole.head(i).state_dict()
+        assert all(expected[name].equal(tensor) for name, tensor in rest.head(i).state_dict().items())
+
+
+# Through the script
+
+
+def test_two_processes_are_as_one(place, network, tmp_path):
+    more = ('--features.mode=augmented', '--optim.epochs=2')
+    alone = linear_eval(configured(place, network, *more, '--run.output', str(tmp_path / 'one')))
+    launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes=2']
+    command = [*launcher, '--main_process_port=0', str(SCRIPT)]
+    # Features of its own, which two processes have to gather.
+    command += arguments(place, network, *more, '--run.output', str(tmp_path / 'two'))
+    command += ['--features.cache', str(tmp_path / 'features')]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, env=environment(tmp_path), timeout=TIMEOUT, cwd=tmp_path
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count('accuracies by width') == 1
+    together = load_result(tmp_path / 'two' / 'result.json')
+    assert together.top1 == alone.top1
+    assert together.top5 == alone.top5
+    heads = [load_file(tmp_path / name / 'probe.safetensors') for name in ('one', 'two')]
+    for name, tensor in heads[0].items():
+        torch.testing.assert_close(heads[1][name], tensor, rtol=1e-4, atol=1e-5)
+    (features,) = (tmp_path / 'features').iterdir()
+    expected = load_file(next((network / 'features').glob('validation-*')))
+    assert len(expected['labels']) == VALIDATION
+    for name, tensor in load_file(features).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
