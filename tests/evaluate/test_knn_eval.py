@@ -1,0 +1,325 @@
+"""The k-NN evaluation: its search in shares, and the script on one process and by the real launcher on two."""
+
+import contextlib
+import io
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+
+from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.features import extract_features
+from slimclr_hub.evaluate.knn import knn_predict, nearest, vote
+from slimclr_hub.evaluate.knn_eval import KNNEvalConfig, _knn_eval, classes_of, rank_of
+from slimclr_hub.evaluate.knn_eval_report import Accuracy, best_of
+from slimclr_hub.evaluate.knn_eval_shares import neighbours_in_all
+from slimclr_hub.evaluate.results import load_result
+from slimclr_hub.hub.folder import save_folder
+from slimclr_hub.models.calibrate import calibrate_width
+from tests.data_room.files import some_images, write_idx_set
+from tests.evaluate.test_knn import classify_by_loops, features
+from tests.train.runs import TIMEOUT, environment
+
+SCRIPT = Path(__file__).parents[2] / 'recipes' / 'knn_eval.py'
+WIDTHS = (1.0, 0.25)
+BANK, QUERIES = 95, 37  # which two processes do not divide
+KS = (1, 5, 40)
+
+
+def normalised(images: np.ndarray) -> torch.Tensor:
+    """As the evaluation gives them to the network."""
+    resized = [Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR) for image in images]
+    return (torch.tensor(np.stack([np.asarray(image) for image in resized]))[:, None] / 255 - 0.286) / 0.353
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    """A network, and images with labels."""
+    place = tmp_path_factory.mktemp('knn')
+    torch.manual_seed(0)
+    model = timm.create_model('slimclr_resnet20', num_classes=0, in_chans=1, widths=WIDTHS, zero_init_last=False)
+    images = normalised(some_images('train', 64)[0])
+    for width in WIDTHS:
+        calibrate_width(model, width, [images])  # else features would all look alike
+    save_folder(model, place / 'network', size=16, mean=(0.286,), std=(0.353,), crop_pct=1.0, card='')
+    write_idx_set(place / 'idx', BANK, QUERIES)
+    return place
+
+
+def arguments(place: Path, *more: str, output: str = 'out') -> list[str]:
+    options = {
+        'network': place / 'network', 'output': place / output, 'k': list(KS), 'temperature': '[0.1, null]',
+        'data.name': 'fashion-mnist', 'data.root': place / 'idx', 'data.size': 16, 'data.channels': 1,
+        'data.mean': [0.286], 'data.std': [0.353], 'data.crop_pct': 1.0, 'data.num_workers': 0,
+    }  # fmt: skip
+    return [argument for name, value in options.items() for argument in (f'--{name}', str(value))] + list(more)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Nothing left of accelerate from another run in this process, and the CPU."""
+    monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def accuracies_in(folder: Path) -> dict[tuple[int, float | None], dict]:
+    records = json.loads((folder / 'accuracies.json').read_text())
+    return {(record['k'], record['temperature']): record for record in records}
+
+
+# The search
+
+
+@pytest.mark.parametrize('metric', ['unweighted', 'weighted'])
+def test_one_search_serves_all_k(metric):
+    (queries, _), (bank, labels) = features(100, 6, 1), features(150, 6, 2)
+    temperature = None if metric == 'unweighted' else 0.1
+    neighbours = nearest(F.normalize(queries, dim=1), F.normalize(bank, dim=1), labels, 40, bank_chunk=37)
+    found = {k: votes.argmax(1).tolist() for k, votes in vote(neighbours, [40, 1, 7], temperature, 6)}
+    assert sorted(found) == [1, 7, 40]
+    for k, predictions in found.items():
+        if temperature is None:
+            # Of classes with equal votes both take the first.
+            reference = KNeighborsClassifier(k, algorithm='brute', metric='cosine').fit(bank.numpy(), labels.numpy())
+            expected = reference.predict(queries.numpy()).tolist()
+        else:
+            expected = classify_by_loops(queries[:20].tolist(), bank.tolist(), labels.tolist(), k, temperature)
+        assert predictions[: len(expected)] == expected
+    assert found[1] != found[40]
+
+
+@pytest.mark.parametrize('bank_chunk', [1, 7, 64, 1000])
+def test_chunks_of_the_bank_change_nothing(bank_chunk):
+    (queries, _), (bank, labels) = features(30, 6, 1), features(64, 6, 2)
+    whole, parts = (nearest(queries, bank, labels, 20, chunk) for chunk in (len(bank), bank_chunk))
+    torch.testing.assert_close(parts.similarity, whole.similarity)
+    assert parts.labels.equal(whole.labels)
+
+
+@pytest.mark.parametrize('chunk', [1, 7, 1000])
+def test_chunks_of_queries_change_nothing(alone, chunk):
+    (queries, _), (bank, labels) = (
+        (F.normalize(points, dim=1), of) for points, of in (features(30, 6, 1), features(64, 6, 2))
+    )
+    parts = list(neighbours_in_all(Accelerator(), queries, bank, labels, 20, chunk))
+    assert len(parts) == -(-30 // chunk)
+    found = torch.cat([part.labels for part in parts])
+    assert found.equal(nearest(queries, bank, labels, 20).labels)
+
+
+def test_rank_of_the_true_class():
+    votes = torch.tensor([[0.0, 3.0, 1.0, 0.0], [2.0, 2.0, 0.0, 1.0], [2.0, 2.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
+    # Equal votes are in the order of the classes, as argmax has it; a class without a vote is no hit among any number.
+    assert rank_of(votes, torch.tensor([2, 0, 1, 1])).tolist() == [1, 0, 1, 4]
+    (queries, truth), (bank, labels) = features(100, 6, 1), features(150, 6, 2)
+    ((_, votes),) = vote(nearest(queries, bank, labels, 30), [30], None, 6)
+    assert (rank_of(votes, truth) == 0).equal(votes.argmax(1) == truth)
+    order = votes.sort(dim=1, descending=True, stable=True).indices
+    in_five = (order[:, :5] == truth[:, None]).any(1) & (votes.gather(1, truth[:, None])[:, 0] > 0)
+    assert (rank_of(votes, truth) < 5).equal(in_five)
+
+
+def test_the_best_is_that_of_the_mean_over_widths():
+    listed = [Accuracy(k, 0.1, {1.0: high, 0.5: low}, {}) for k, high, low in ((1, 90, 10), (2, 60, 60), (3, 60, 60))]
+    assert best_of(listed).k == 2
+
+
+# The script
+
+
+@pytest.fixture(scope='module')
+def result(place):
+    """The evaluation on one process, and what it printed."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setenv('ACCELERATE_USE_CPU', 'true')
+        AcceleratorState._reset_state(True)
+        _knn_eval(arguments(place))
+        AcceleratorState._reset_state(True)
+    return place / 'out', printed.getvalue()
+
+
+def test_accuracies_are_those_of_the_features(place, result, alone):
+    """Of the whole bank at once, by the other function for it and features from the other pass."""
+    model = timm.create_model(f'local-dir:{place / "network"}', pretrained=True).eval()
+
+    def batches(split: str, count: int) -> list:
+        images, labels = some_images(split, count)
+        return [(normalised(images), torch.tensor(labels).long())]
+
+    accelerator = Accelerator()
+    bank, labels = extract_features(accelerator, model, batches('train', BANK), WIDTHS)
+    queries, truth = extract_features(accelerator, model, batches('test', QUERIES), WIDTHS)
+    found = accuracies_in(result[0])
+    assert found.keys() == {(k, t) for k in KS for t in (0.1, None)}
+    for (k, temperature), record in found.items():
+        for width in WIDTHS:
+            predictions = knn_predict(queries[width], bank[width], labels, k, temperature)
+            expected = 100 * (predictions == truth).double().mean().item()
+            assert record['top1'][str(width)] == pytest.approx(expected)
+            assert record['top5'][str(width)] >= record['top1'][str(width)]
+    assert len({record['top1']['1.0'] for record in found.values()}) > 1
+
+
+def test_result_is_that_of_the_best(place, result):
+    folder, printed = result
+    saved = load_result(folder / 'result.json')
+    values = accuracies_in(folder)
+    assert saved.kind == 'knn'
+    assert saved.network == str(place / 'network')
+    (k, temperature), best = max(values.items(), key=lambda item: sum(item[1]['top1'].values()))
+    assert saved.protocol == f'k-NN, k={k}, ' + ('unweighted' if temperature is None else f'tau={temperature:g}')
+    assert saved.top1 == {float(width): value for width, value in best['top1'].items()}
+    assert saved.top5 == {float(width): value for width, value in best['top5'].items()}
+    rows = [re.split(r'\s*[│┃]\s*', line.strip(' │┃')) for line in printed.splitlines()]
+    for (k, temperature), record in values.items():
+        cells = [f'{record["top1"][str(width)]:.1f} / {record["top5"][str(width)]:.1f}' for width in WIDTHS]
+        row = next(row for row in rows if row[:2] == [str(k), '-' if temperature is None else f'{temperature:g}'])
+        assert row[2:4] == cells
+        assert ('best' in row) == (record == best)
+    assert 'chosen on the very images' in printed
+
+
+def test_figure(result):
+    assert (result[0] / 'knn.pdf').read_bytes()[:5] == b'%PDF-'
+    with Image.open(result[0] / 'knn.png') as image:
+        assert image.size == (1500, 600)  # a panel for each tau
+
+
+PROGRAM = """
+import sys
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from slimclr_hub.evaluate.knn import vote
+from slimclr_hub.evaluate.knn_eval_shares import neighbours_in_all
+from tests.evaluate.test_knn import features
+
+accelerator = Accelerator()
+rank, world = accelerator.process_index, accelerator.num_processes
+assert world == 2
+(queries, _), (bank, labels) = features(37, 6, 1), features({bank}, 6, 2)
+mine = slice(rank, None, world)
+found = []
+for part in neighbours_in_all(
+    accelerator, F.normalize(queries[mine], dim=1), F.normalize(bank[mine], dim=1), labels[mine], {k}, 8
+):
+    votes = {{k: of.clone() for k, of in vote(part, [1, {k}], 0.1, 6)}}
+    found.append(torch.stack([votes[k].argmax(1) for k in (1, {k})]))
+torch.save(torch.cat(found, 1), '{folder}/predictions-{bank}-' + str(rank))
+"""
+
+
+@pytest.fixture(scope='module')
+def two_processes(place):
+    """Searches in a larger and a smaller bank, then the script, each on the same two processes."""
+    parts = [PROGRAM.format(folder=place, bank=bank, k=k) for bank, k in ((151, 20), (5, 5))]
+    script = f'import runpy, sys\nsys.argv[0] = {str(SCRIPT)!r}\nrunpy.run_path({str(SCRIPT)!r}, run_name="__main__")\n'
+    (place / 'program.py').write_text('\n'.join([*parts, script]))
+    launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2']
+    command = [*launcher, '--main_process_port', '0', 'program.py', *arguments(place, '--chunk', '9', output='two')]
+    variables = {**environment(place), 'PYTHONPATH': str(Path(__file__).parents[2])}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, cwd=place, env=variables)
+    assert run.returncode == 0, run.stderr
+    return place, run
+
+
+@pytest.mark.parametrize(('size', 'k'), [(151, 20), (5, 5)])
+def test_two_processes_predict_as_one(two_processes, size, k):
+    """In float64; the shares of five images are smaller than k."""
+    (queries, _), (bank, labels) = features(37, 6, 1), features(size, 6, 2)
+    shares = [torch.load(two_processes[0] / f'predictions-{size}-{rank}') for rank in range(2)]
+    assert [share.shape[1] for share in shares] == [19, 18]
+    for row, neighbours in enumerate((1, k)):
+        expected = knn_predict(queries, bank, labels, neighbours)
+        for rank, share in enumerate(shares):
+            assert share[row].equal(expected[rank::2])
+
+
+def test_two_processes_have_the_accuracies_of_one(two_processes, result):
+    assert accuracies_in(two_processes[0] / 'two') == accuracies_in(result[0])
+    assert two_processes[1].stdout.count('Result:') == 1
+
+
+# Mistakes
+
+
+MISTAKES = {
+    'no network': ([], ['--network'], 'network'),
+    'network that is not there': (['--network', 'nowhere'], [], 'nowhere'),
+    'k of zero': (['--k', '[10, 0]'], [], 'k is 0; give 1 or more'),
+    'no k': (['--k', '[]'], [], 'k is []'),
+    'temperature of zero': (['--temperature', '[0.0]'], [], 'temperature is 0.0; give more than 0'),
+    'temperature twice': (['--temperature', '[0.1, 0.1]'], [], 'several different'),
+    'more neighbours than images': (['--k', '[200]'], [], f'at most {BANK}'),
+    'fewer images asked for': (['--bank', '20'], [], 'at most 20'),
+    'width that is none of its': (['--widths', '[0.5]'], [], '0.5'),
+    'precision': (['--precision', 'fp8'], [], 'fp8'),
+    'no validation images': (['--data.val_split', 'null'], [], 'data.val_split'),
+    'chunk': (['--chunk', '0'], [], 'chunk is 0'),
+}
+
+
+@pytest.mark.parametrize('mistake', MISTAKES)
+def test_mistake(place, mistake, alone, monkeypatch):
+    changed, dropped, named = MISTAKES[mistake]
+    argv = arguments(place, *changed, output='never')
+    for option in dropped:
+        index = argv.index(option)
+        del argv[index : index + 2]
+    monkeypatch.chdir(place)
+    with pytest.raises(InputError) as error:
+        _knn_eval(argv)
+    assert named in str(error.value)
+    assert '\n' not in str(error.value)
+    assert not (place / 'never').exists()
+
+
+def test_result_by_other_settings_is_not_overwritten(place, result, alone):
+    before = {path.name: path.read_bytes() for path in result[0].iterdir()}
+    with pytest.raises(InputError, match=r'by other settings \(bank\).*--output .*out-2') as error:
+        _knn_eval(arguments(place, '--bank', '90'))
+    assert '\n' not in str(error.value)
+    assert {path.name: path.read_bytes() for path in result[0].iterdir()} == before
+
+
+def test_script_ends_in_one_line(place, alone, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', [str(SCRIPT), *arguments(place, '--bank', '90', '--k', '[91]', output='never')])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name='__main__')
+    assert end.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line)
+    assert line == 'error: k 91 is more than the 90 training images to search; give at most 90'
+
+
+def test_a_width_that_never_trained_is_refused(place, alone):
+    model = timm.create_model('slimclr_resnet20', num_classes=0, in_chans=1, widths=WIDTHS)
+    save_folder(model, place / 'untrained', size=16, mean=(0.286,), std=(0.353,), crop_pct=1.0, card='')
+    with pytest.raises(InputError, match='never been trained at width 1'):
+        _knn_eval(arguments(place, '--network', str(place / 'untrained'), output='never'))
+
+
+def test_images_without_labels_are_refused(alone):
+    assert classes_of(Accelerator(), torch.tensor([2, 0, 6]), 'folder') == 7
+    assert classes_of(Accelerator(), torch.tensor([], dtype=torch.long), 'folder') == 1  # of this process's share
+    with pytest.raises(InputError, match=r'label for every image.*folder'):
+        classes_of(Accelerator(), torch.tensor([2, -1, 6]), 'folder')
+
+
+def test_precision_is_checked_without_a_command_line():
+    with pytest.raises(InputError, match='precision'):
+        KNNEvalConfig(network='x', precision='double')
