@@ -300,6 +300,36 @@ def predict(
 
 
 @app.command()
+def compare(
+    networks: Annotated[
+        list[str] | None, typer.Argument(metavar='RUN...', help='Folders of runs and networks, and published tags.')
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help='Write the tables as Markdown, too; - prints them so instead.')
+    ] = None,
+    figure: Annotated[Path | None, typer.Option(help='Draw accuracy over multiply-adds, as PNG and PDF.')] = None,
+    reported: Annotated[bool, typer.Option('--reported', help="Add the rows of the paper's tables 1 and 2.")] = False,
+    speed: Annotated[bool, typer.Option(help='Measure images/s, here and now.')] = True,
+    batch_size: BatchSize = 32,
+) -> None:
+    """Compare runs and networks: accuracy by width, parameters, multiply-adds and images/s."""
+    try:
+        from slimclr_hub.evaluate.comparison_command import compare_networks
+    except ModuleNotFoundError as error:
+        raise InputError(f'comparing needs {error.name}; pip install "slimclr-hub[train]"') from error
+
+    written = compare_networks(
+        networks or [],
+        markdown=markdown,
+        figure=figure,
+        reported=reported,
+        batch_size=batch_size if speed else None,
+    )
+    for path in written:
+        _say(f'Written: {path}')
+
+
+@app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help='A folder that training, convert or extract wrote.')],
     repo: Annotated[str, typer.Argument(help='Repository on the Hub, account/name.')],

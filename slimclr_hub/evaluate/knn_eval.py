@@ -1,6 +1,5 @@
 """Weighted k-NN of a network at every width, for several k and tau: what `recipes/knn_eval.py` runs."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +14,7 @@ from slimclr_hub.data import DataConfig
 from slimclr_hub.data.sources import has_validation
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.knn import vote
-from slimclr_hub.evaluate.knn_eval_report import Accuracy, best_of, draw_accuracies, print_accuracies, protocol
+from slimclr_hub.evaluate.knn_eval_report import Accuracy, best_of, draw_accuracies, print_accuracies, write_accuracies
 from slimclr_hub.evaluate.knn_eval_shares import neighbours_in_all, share_features, share_loader
 from slimclr_hub.evaluate.progress import progress_bar
 from slimclr_hub.evaluate.results import RESULT, EvalResult, environment, load_result
@@ -26,10 +25,6 @@ from slimclr_hub.models.widths import check_width, check_widths
 from slimclr_hub.train.checks import above, at_least, one_of
 from slimclr_hub.train.command_line import make_parser, parse, plain, run_script
 from slimclr_hub.train.config import PRECISIONS
-from slimclr_hub.weights.whole import write_text
-
-ACCURACIES = 'accuracies.json'
-"""File beside the result that holds the accuracies of every k and tau."""
 
 _TOP = 5
 _NO_EFFECT = ('output', 'chunk')
@@ -110,11 +105,10 @@ def _knn_eval(argv: Sequence[str]) -> None:
     if accelerator.is_main_process:
         best = best_of(accuracies)
         # What lies beside the result is there before it is.
-        config.folder.mkdir(parents=True, exist_ok=True)
-        write_text(config.folder / ACCURACIES, json.dumps([asdict(one) for one in accuracies], indent=2) + '\n')
+        write_accuracies(accuracies, config.folder)
         draw_accuracies(accuracies, config.folder / 'knn')
         result = EvalResult(
-            'knn', protocol(best), config.network, best.top1, best.top5, plain(asdict(config)), environment()
+            'knn', best.protocol, config.network, best.top1, best.top5, plain(asdict(config)), environment()
         )
         result.save(config.folder)
         print_accuracies(accuracies, config.network)
@@ -167,6 +161,7 @@ def evaluate(config: KNNEvalConfig, model: SlimmableResNet, accelerator: Acceler
         Accuracy(
             k=k,
             temperature=temperature,
+            bank=size if config.bank is not None else None,
             top1={width: 100 * hits[width][k, temperature][0] / count for width in widths},
             top5={width: 100 * hits[width][k, temperature][1] / count for width in widths} if classes > _TOP else {},
         )

@@ -1,14 +1,20 @@
 """What the k-NN evaluation ends with: a table over k and tau, and a figure."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
 from rich.console import Console
 from rich.table import Table
 
+from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.figures import line_style, marker, new_figure, save_figure
+from slimclr_hub.weights.whole import write_text
+
+ACCURACIES = 'accuracies.json'
+"""File beside the result of a k-NN evaluation that holds the accuracies of every k and tau."""
 
 
 @dataclass(frozen=True)
@@ -18,24 +24,50 @@ class Accuracy:
     Args:
         k: Neighbours.
         temperature: tau; None for votes without weights.
+        bank: Training images that were searched, where these are not all.
         top1: Width -> top-1 accuracy in percent.
         top5: Width -> top-5 accuracy in percent; empty where there are no more than five classes.
     """
 
     k: int
     temperature: float | None
+    bank: int | None
     top1: Mapping[float, float]
     top5: Mapping[float, float]
+
+    @property
+    def protocol(self) -> str:
+        """How it was measured, in a few words."""
+        images = '' if self.bank is None else f', {self.bank} training images'
+        return f'k-NN, k={self.k}, {_weights(self.temperature)}{images}'
+
+
+def write_accuracies(accuracies: Sequence[Accuracy], folder: Path) -> None:
+    """Write `accuracies.json` into a folder, which is made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / ACCURACIES, json.dumps([asdict(accuracy) for accuracy in accuracies], indent=2) + '\n')
+
+
+def read_accuracies(file: Path) -> dict[str, Accuracy]:
+    """Read what `write_accuracies` wrote, by protocol.
+
+    Raises:
+        InputError: It is not such a file.
+    """
+    try:
+        records = json.loads(file.read_text())
+        for record in records:
+            for name in 'top1', 'top5':
+                record[name] = {float(width): value for width, value in record[name].items()}
+        accuracies = [Accuracy(**record) for record in records]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f'{file} does not hold accuracies of a k-NN evaluation ({error!r})') from error
+    return {accuracy.protocol: accuracy for accuracy in accuracies}
 
 
 def best_of(accuracies: Sequence[Accuracy]) -> Accuracy:
     """Those of the highest top-1 accuracy in the mean over widths; the first of equal ones."""
     return max(accuracies, key=lambda accuracy: mean(accuracy.top1.values()))
-
-
-def protocol(accuracy: Accuracy) -> str:
-    """How it was measured, in a few words."""
-    return f'k-NN, k={accuracy.k}, {_weights(accuracy.temperature)}'
 
 
 def print_accuracies(accuracies: Sequence[Accuracy], name: str) -> None:

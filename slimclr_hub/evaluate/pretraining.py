@@ -5,7 +5,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from slimclr_hub.evaluate.online import online_evaluation
-from slimclr_hub.evaluate.report import draw_figure, print_table
+from slimclr_hub.evaluate.report import compare_with_itself, draw_figure
 from slimclr_hub.train.command_line import run_script
 from slimclr_hub.train.loop import pretrain
 from slimclr_hub.train.parse import parse_pretrain
@@ -24,9 +24,9 @@ def _pretrain(default: Path) -> None:
     result = pretrain(parse_pretrain(default), online_evaluation)
     if PartialState().is_main_process:
         draw_figure(result.metrics, [fact.width for fact in result.facts], result.folder / 'training')
-        print_table(result.facts, title=f'{result.folder.name}: accuracies (%) by width')
+        figures = [result.folder / 'training', *compare_with_itself(result.folder)]
         narrowest = result.facts[-1].width
         print(
-            f'Figure: {result.folder / "training.png"}\n'
+            f'Figures: {", ".join(f"{figure}.png" for figure in figures)}\n'
             f"Open it: timm.create_model('local-dir:{result.folder}', pretrained=True, width={narrowest})"
         )

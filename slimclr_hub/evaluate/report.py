@@ -1,28 +1,38 @@
 """What a run ends with: a table by width and a figure over epochs."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.comparison import read_entry
+from slimclr_hub.evaluate.comparison_figure import draw_pareto
+from slimclr_hub.evaluate.comparison_speed import measure_speed
+from slimclr_hub.evaluate.comparison_table import comparison_tables
 from slimclr_hub.evaluate.figures import line_style, new_figure, save_figure
-from slimclr_hub.hub.card import WidthFacts
+from slimclr_hub.evaluate.results import environment
+
+_BATCH = 32
+_SECONDS = 1.5
 
 
-def print_table(facts: Sequence[WidthFacts], title: str) -> None:
-    """Print cost and accuracy of each width."""
-    table = Table(title=title)
-    rows = [fact.cells for fact in facts]
-    for row, fact in zip(rows, facts, strict=True):
-        if fact.start is not None and fact.end is not None:
-            row['gain'] = f'{fact.end - fact.start:+.1f}'
-    for title in rows[0]:
-        table.add_column(title, justify='right', no_wrap=True)
-    for row in rows:
-        table.add_row(*row.values())
-    Console().print(table)
+def compare_with_itself(folder: Path) -> list[Path]:
+    """Print the comparison of a run with itself before training, and draw it: cost, speed and accuracy by width.
+
+    Args:
+        folder: The run's, with its result.
+
+    Returns:
+        The figure's path without suffix, if there was an accuracy to draw.
+    """
+    entries = [read_entry(str(folder), folder.name)]
+    # Training may still hold the memory; a run that is done does not fail for its speed.
+    with suppress(InputError):
+        entries = measure_speed(entries, _BATCH, _SECONDS)
+    for table in comparison_tables(entries, _BATCH, environment()['hardware']):
+        table.print()
+    return [folder / 'pareto'] if draw_pareto(entries, folder / 'pareto') else []
 
 
 def draw_figure(metrics: Sequence[dict[str, Any]], widths: Sequence[float], path: Path) -> None:

@@ -134,7 +134,9 @@ def test_rank_of_the_true_class():
 
 
 def test_the_best_is_that_of_the_mean_over_widths():
-    listed = [Accuracy(k, 0.1, {1.0: high, 0.5: low}, {}) for k, high, low in ((1, 90, 10), (2, 60, 60), (3, 60, 60))]
+    listed = [
+        Accuracy(k, 0.1, None, {1.0: high, 0.5: low}, {}) for k, high, low in ((1, 90, 10), (2, 60, 60), (3, 60, 60))
+    ]
     assert best_of(listed).k == 2
 
 

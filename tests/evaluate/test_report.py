@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from slimclr_hub.evaluate.report import draw_figure, print_table
+from slimclr_hub.evaluate.report import draw_figure
 from slimclr_hub.hub.card import WidthFacts, human, training_card
 
 WIDTHS = (1.0, 0.5)
@@ -63,35 +63,6 @@ def test_figure_of_slow_start_alone(tmp_path):
     """Narrower widths have no loss at all where slow start takes all epochs, which a configuration may ask for."""
     draw_figure(metrics(slow_epochs=4), WIDTHS, tmp_path / 'training')
     assert read_png(tmp_path / 'training.png').shape == (600, 1500, 3)
-
-
-def test_table(capsys, monkeypatch):
-    monkeypatch.setenv('COLUMNS', '120')
-    print_table(FACTS, 'my-run')
-    shown = capsys.readouterr().out
-    rows = [line.split() for line in shown.replace('│', ' ').splitlines()]
-    assert ['1', '272', 'k', '10.1', 'M', '37.5', '73.4', '+35.9'] in rows
-    assert ['0.5', '68.3', 'k', '2.54', 'M', '40.0', '68.0', '+28.0'] in rows
-    assert 'my-run' in shown
-    for title in 'width', 'parameters', 'multiply-adds', 'k-NN at start', 'k-NN', 'gain':
-        assert title in shown
-
-
-def test_table_without_accuracies(capsys, monkeypatch):
-    monkeypatch.setenv('COLUMNS', '120')
-    print_table(UNMEASURED, 'my-run')
-    shown = capsys.readouterr().out
-    assert 'k-NN' not in shown
-    assert '272 k' in shown
-
-
-def test_table_keeps_its_columns_in_a_narrow_terminal(capsys, monkeypatch):
-    """Also where the output is a pipe, which counts as 80 columns."""
-    monkeypatch.setenv('COLUMNS', '80')
-    print_table(FACTS, 'my-run')
-    shown = capsys.readouterr().out
-    assert '…' not in shown
-    assert '+35.9' in shown
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,140 @@
+"""The Pareto figure of a comparison: accuracy over multiply-adds."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING
+
+from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.comparison import IMAGENET, Entry, Measure
+from slimclr_hub.evaluate.figures import line_style, marker, new_figure, save_figure
+from slimclr_hub.evaluate.reported import REPORTED, TABLE_1
+from slimclr_hub.weights.published import PUBLISHED
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_GREY = '#888888'
+_MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '*', '<', '>', 'p', 'h', 'd')  # one for each series of the paper's
+_COLUMNS = 3
+_PAPER = (IMAGENET, 'linear, reported', TABLE_1)
+
+
+def draw_pareto(entries: Sequence[Entry], path: Path, reported: bool = False) -> bool:
+    """Draw accuracy over multiply-adds, a panel for each data set and protocol, as only those compare.
+
+    The widths of a network are joined by a line; a network of one width is a point.
+
+    Args:
+        entries: The networks.
+        path: Files to write, without suffix: a PNG and a PDF.
+        reported: Whether to add the rows of the paper's table 1, in grey, to linear evaluations on ImageNet, or in a
+            panel of their own where there is none.
+
+    Returns:
+        Whether there was any accuracy to draw.
+    """
+    panels = list(dict.fromkeys(measure.key for entry in entries for measure in entry.measures))
+    if reported and not any(_is_like_the_papers(key) for key in panels):
+        panels.append(_PAPER)
+    if not panels:
+        return False
+    columns = min(len(panels), _COLUMNS)
+    width, height = (8.5, 5.5) if reported else (5, 4)
+    figure, axes = new_figure(columns, -(-len(panels) // columns), width, height)
+    for axis, key in zip(axes, panels, strict=False):
+        for i, entry in enumerate(entries):
+            for measure in (measure for measure in entry.measures if measure.key == key):
+                _draw(axis, entry, measure, i, alone=len(entries) == 1)
+        if reported and _is_like_the_papers(key):
+            _draw_paper(axis, {entry.name for entry in entries})
+        _finish(axis, key, outside=reported)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    save_figure(figure, path)
+    return True
+
+
+def figure_path(path: Path) -> Path:
+    """Where a figure that was asked for as `path` goes, without its suffix.
+
+    Raises:
+        InputError: The suffix is of another format, or it is a folder.
+    """
+    if path.suffix not in ('', '.png', '.pdf'):
+        raise InputError(f'--figure {path}: figures are written as PNG and PDF; give a name in .png or without suffix')
+    if path.is_dir():
+        raise InputError(f'--figure {path} is a folder; give the name of a file in it')
+    return path.with_suffix('')
+
+
+def _draw(axis: 'Axes', entry: Entry, measure: Measure, number: int, alone: bool) -> None:
+    points = [
+        (fact.multiply_adds, measure.top1[fact.width], fact.width) for fact in entry.facts if fact.width in measure.top1
+    ]
+    style = line_style(number) if len(points) > 1 else {**line_style(number), 'linestyle': 'none'}
+    xs, ys = zip(*(point[:2] for point in points), strict=True)
+    axis.plot(xs, ys, label=entry.name, marker=marker(number), zorder=3, **style)
+    if not alone:
+        return
+    for x, y, width in points:
+        axis.annotate(f'{width:g}', (x, y), textcoords='offset points', xytext=(0, 7), ha='center', fontsize='small')
+    if measure.start:
+        began = [(x, measure.start[width]) for x, _, width in points if width in measure.start]
+        axis.plot(*zip(*began, strict=True), label='before training', marker='x', color=_GREY, linestyle=':')
+
+
+def _draw_paper(axis: 'Axes', shown: set[str]) -> None:
+    series = list(dict.fromkeys(row.series for row in REPORTED))
+    # Those that are there in colour already are the same numbers.
+    theirs = {f'SlimCLR-{of.method}, {of.epochs} epochs' for of in PUBLISHED.values() if of.name in shown}
+    for i, name in enumerate(series):
+        if name in theirs:
+            continue
+        rows = [row for row in REPORTED if row.series == name]
+        axis.plot(
+            [row.multiply_adds for row in rows],
+            [row.top1 for row in rows],
+            label=f'{name} (reported)',
+            marker=_MARKERS[i],
+            markersize=5,
+            markerfacecolor='none' if rows[0].teacher else _GREY,
+            color=_GREY,
+            linestyle='-' if rows[0].slimmable else 'none',
+            linewidth=0.8,
+            zorder=2,
+        )
+
+
+def _finish(axis: 'Axes', key: tuple[str, str, str], outside: bool) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    data, _, protocol = key
+    axis.set_xscale('log')
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.margins(x=0.1, y=0.12)
+    axis.set_xlabel('multiply-adds for one image')
+    axis.set_ylabel('top-1 accuracy (%)')
+    axis.set_title(f'{data}\n{_folded(protocol)}', fontsize='medium')
+    if outside:
+        axis.legend(loc='center left', bbox_to_anchor=(1.01, 0.5), fontsize='small')
+    else:
+        axis.legend(fontsize='small')
+
+
+def _folded(text: str) -> str:
+    return '\n'.join(wrap(text, 60))
+
+
+def _short(value: float) -> str:
+    for unit, factor in ('G', 1e9), ('M', 1e6), ('k', 1e3):
+        if value >= factor:
+            return f'{value / factor:g} {unit}'
+    return f'{value:g}'
+
+
+def _is_like_the_papers(key: tuple[str, str, str]) -> bool:
+    data, label, _ = key
+    return data == IMAGENET and label.startswith('linear') and label != 'linear'  # which is the quick one of training

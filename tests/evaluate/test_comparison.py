@@ -1,0 +1,372 @@
+"""Networks side by side: what is read of them, tables, Markdown, figure, and the table that a run ends with."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from slimclr_hub.cli import app
+from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.comparison import data_name, read_entries, read_entry
+from slimclr_hub.evaluate.comparison_command import compare_networks
+from slimclr_hub.evaluate.comparison_figure import draw_pareto
+from slimclr_hub.evaluate.comparison_speed import measure_speed
+from slimclr_hub.evaluate.comparison_table import TextTable, comparison_tables
+from slimclr_hub.evaluate.knn_eval_report import Accuracy, best_of, write_accuracies
+from slimclr_hub.evaluate.report import compare_with_itself
+from slimclr_hub.evaluate.reported import REPORTED, REPORTED_DETECTION
+from slimclr_hub.evaluate.results import EvalResult
+from slimclr_hub.hub.card import human
+from slimclr_hub.hub.folder import save_folder
+from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.cost import cost
+from slimclr_hub.weights.published import PUBLISHED, WIDTHS
+
+TAG = 'slimclr_resnet50.mocov2_800e_in1k'
+DATA = {'name': 'fashion-mnist', 'root': '/data/fashion', 'size': 12}
+
+
+def save_network(folder: Path, widths: tuple[float, ...]) -> Path:
+    model = timm.create_model('slimclr_resnet20', num_classes=0, in_chans=1, widths=widths)
+    assert isinstance(model, SlimmableResNet)
+    save_folder(model, folder, size=12, mean=(0.286,), std=(0.353,), crop_pct=1.0, card='')
+    return folder
+
+
+def save_run(folder: Path, widths: tuple[float, ...], accuracies: list[float], name: str = 'fashion-mnist') -> Path:
+    """A run whose k-NN accuracy was measured thrice: `accuracies` at the full width, and less at narrower ones."""
+    save_network(folder, widths)
+    recipe = {
+        'model': {'name': 'slimclr_resnet20', 'widths': list(widths)},
+        'data': {'name': name, 'root': '/data/fashion', 'size': 12},
+        'knn': {'k': 20, 'every': 1},
+    }
+    (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
+    records = [
+        {'kind': 'eval', 'epoch': i, 'step': i, **{f'knn/{width:g}': accuracy - 10 * (1 - width) for width in widths}}
+        for i, accuracy in enumerate(accuracies)
+    ]
+    records.insert(1, {'kind': 'train', 'epoch': 1, 'step': 1, 'loss': 1.0})
+    lines = [json.dumps(record) for record in records]
+    (folder / 'metrics.jsonl').write_text('\n'.join([*lines, '{"kind": "ev']) + '\n')  # cut off by a kill
+    return folder
+
+
+def save_linear(folder: Path, top1: dict[float, float], data: dict = DATA) -> None:
+    top5 = {width: value + 9 for width, value in top1.items()}
+    EvalResult('linear', 'switchable probe, cached', str(folder), top1, top5, {'data': data}).save(
+        folder / 'linear_eval'
+    )
+
+
+def save_knn(folder: Path, values: dict[int, float]) -> None:
+    """k -> accuracy, the same at both widths."""
+    accuracies = [Accuracy(k, 0.1, None, {1.0: value, 0.5: value}, {}) for k, value in values.items()]
+    best = best_of(accuracies)
+    EvalResult('knn', best.protocol, str(folder), best.top1, {}, {'data': DATA}).save(folder / 'knn_eval')
+    write_accuracies(accuracies, folder / 'knn_eval')
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    """A run with a linear evaluation, one of an individual network, one on other images, and what is none of these."""
+    place = tmp_path_factory.mktemp('comparison')
+    save_run(place / 'slim', (1.0, 0.5), [30, 60, 71.26])
+    save_linear(place / 'slim', {1.0: 80.04, 0.5: 75.0})
+    save_run(place / 'alone', (0.5,), [25, 68.0])
+    save_run(place / 'other', (1.0, 0.5), [30, 50], name='fashion-mnist-6k')
+    save_network(place / 'bare', (1.0, 0.5))
+    (place / 'nothing').mkdir()
+    (place / 'unfinished').mkdir()
+    (place / 'unfinished' / 'recipe.yaml').write_text((place / 'slim' / 'recipe.yaml').read_text())
+    return place
+
+
+def parse_markdown(text: str) -> list[list[dict[str, str]]]:
+    """Rows of each table, by title of the column."""
+    tables = re.findall(r'(?:^\|.*\|\n)+', text, re.MULTILINE)
+    parsed = []
+    for table in tables:
+        headers, _, *rows = ([cell.strip() for cell in line.strip('|').split(' | ')] for line in table.splitlines())
+        assert {len(row) for row in rows} == {len(headers)}
+        parsed.append([dict(zip(headers, row, strict=True)) for row in rows])
+    return parsed
+
+
+def measures_by_label(network: Path) -> dict:
+    return {measure.label: measure for measure in read_entry(str(network), network.name).measures}
+
+
+# What is read
+
+
+def test_first_and_last_accuracies_of_a_run(place):
+    measure = measures_by_label(place / 'slim')['k-NN']
+    assert measure.start == {1.0: 30, 0.5: 25}
+    assert measure.top1 == {1.0: 71.26, 0.5: 66.26}
+    assert measure.data == 'fashion-mnist'
+    assert measure.protocol.startswith('k-NN, k=20, tau=0.1')
+
+
+def test_results_of_evaluations(place):
+    measure = measures_by_label(place / 'slim')['linear eval']
+    assert measure.top1 == {1.0: 80.04, 0.5: 75.0}
+    assert measure.top5 == {1.0: 89.04, 0.5: 84.0}
+    assert measure.protocol == 'switchable probe, cached'
+
+
+def test_cost_is_that_of_the_network(place):
+    entry = read_entry(str(place / 'slim'), 'slim')
+    assert [(of.parameters, of.multiply_adds) for of in entry.facts] == [cost(entry.model, w, 12) for w in (1.0, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ('data', 'name'),
+    [
+        ({'name': 'folder', 'root': '/data/photos/'}, 'photos'),
+        ({'name': 'folder', 'root': '/data/imagenet'}, 'ImageNet'),
+        ({'name': 'hfds/ILSVRC/imagenet-1k', 'root': None}, 'ImageNet'),
+        ({'name': 'folder', 'root': '/data/imagenet100'}, 'imagenet100'),
+        ({'name': 'torch/cifar10', 'root': '/data'}, 'torch/cifar10'),
+    ],
+)
+def test_name_of_a_data_set(data, name):
+    assert data_name(data) == name
+
+
+def test_one_k_for_all_that_have_it(tmp_path):
+    """The first network is best at 10, the second at 50, both together at 20; only the second has 5."""
+    first, second = (save_network(tmp_path / name, (1.0, 0.5)) for name in ('first', 'second'))
+    save_knn(first, {10: 70, 20: 68, 50: 55})
+    save_knn(second, {5: 90, 10: 50, 20: 65, 50: 66})
+    entries = read_entries([str(first), str(second)])
+    assert [entry.measures[0].protocol for entry in entries] == ['k-NN, k=20, tau=0.1'] * 2
+    assert [entry.measures[0].top1 for entry in entries] == [{1.0: 68, 0.5: 68}, {1.0: 65, 0.5: 65}]
+    (alone,) = read_entries([str(second)])
+    assert alone.measures[0].protocol == 'k-NN, k=5, tau=0.1'
+
+
+# Reported
+
+
+def test_published_tag_has_what_the_paper_reports(place):
+    (entry,) = read_entries([TAG])
+    (measure,) = entry.measures
+    reported = PUBLISHED['mocov2_800e_in1k'].reported
+    assert measure.top1 == {width: of.top1 for width, of in reported.items()}
+    assert 'reported' in measure.label
+    assert [human(fact.multiply_adds) for fact in entry.facts] == ['4.09 G', '2.32 G', '1.05 G', '278 M']
+
+
+@pytest.mark.parametrize('tag', ['mocov2_200e_in1k', 'mocov2_800e_in1k', 'mocov3_300e_in1k'])
+def test_table_1_has_the_published_networks(tag):
+    published = PUBLISHED[tag]
+    rows = [row for row in REPORTED if row.series == f'SlimCLR-{published.method}, {published.epochs} epochs']
+    assert {row.width: (row.top1, row.top5) for row in rows} == {
+        width: (of.top1, of.top5) for width, of in published.reported.items()
+    }
+
+
+def test_table_1_has_the_differences_that_the_paper_names():
+    """The arrows: by how much the full width falls behind its own baseline."""
+    for series, baseline, arrow in (
+        ('supervised slimmable (Yu et al. 2019)', 'supervised', 0.6),
+        ('SlimCLR-MoCo v2, 200 epochs', 'MoCo v2, individual networks', 0.1),
+        ('SlimCLR-MoCo v2, 800 epochs', 'MoCo v2', 0.7),
+        ('SlimCLR-MoCo v3, 300 epochs', 'MoCo v3', 0.5),
+    ):
+        (full,) = (row for row in REPORTED if row.series == series and row.width == 1.0)
+        (reference,) = (row for row in REPORTED if (row.method, row.backbone, row.width) == (baseline, 'R-50', None))
+        assert reference.top1 - full.top1 == pytest.approx(arrow)
+        assert reference.epochs == full.epochs
+
+
+def test_reported_costs_and_teachers():
+    assert len(REPORTED) == 3 + 4 + 5 + 2 + 12 + 6 + 7
+    assert {row.backbone: (row.parameters, row.multiply_adds) for row in REPORTED if row.width is None} == {
+        'R-50': (25.6e6, 4.1e9), 'R-34': (21.8e6, 3.7e9), 'R-18': (11.9e6, 1.8e9),
+    }  # fmt: skip
+    # A teacher in all rows of a small network trained without labels, and in no other.
+    assert all((row.teacher is not None) == (row.method in ('SEED', 'DisCo', 'BINGO', 'CompRess')) for row in REPORTED)
+
+
+def test_table_2_has_the_published_network():
+    rows = {row.width: (row.box_ap, row.mask_ap) for row in REPORTED_DETECTION if row.method.startswith('SlimCLR')}
+    assert rows == {w: (of.box_ap, of.mask_ap) for w, of in PUBLISHED['mocov2_800e_in1k'].reported.items()}
+    baseline = {
+        row.width: (row.box_ap, row.mask_ap) for row in REPORTED_DETECTION if row.method.startswith('supervised')
+    }
+    assert all(baseline[width] < rows[width] for width in WIDTHS)
+
+
+# Tables
+
+
+def test_markdown_parsed_back(place, tmp_path, capsys):
+    networks = [str(place / name) for name in ('slim', 'alone')]
+    file = tmp_path / 'tables' / 'table.md'
+    assert compare_networks(networks, markdown=file, batch_size=None) == [file]
+    (rows,) = parse_markdown(file.read_text())
+    entry = read_entry(networks[0], 'slim')
+    assert rows == [
+        {
+            'network': name, 'width': f'{width:g}', 'parameters': human(cost(entry.model, width, 12)[0]),
+            'multiply-adds': human(cost(entry.model, width, 12)[1]), 'k-NN': knn, 'linear eval': linear,
+        }
+        for name, width, knn, linear in (
+            ('slim', 1.0, '71.3', '80.0 / 89.0'), ('slim', 0.5, '66.3', '75.0 / 84.0'), ('alone', 0.5, '63.0', '')
+        )
+    ]  # fmt: skip
+    printed = capsys.readouterr().out
+    assert '80.0 / 89.0' in printed
+    for note in 'k-NN: k-NN, k=20, tau=0.1', 'linear eval: switchable probe, cached (top-1 / top-5)', 'do not compare':
+        assert note in printed
+        assert f'- {note}' in file.read_text() or note == 'do not compare'
+
+
+def test_data_sets_stand_apart(place, capsys):
+    compare_networks([str(place / name) for name in ('slim', 'other')], markdown=Path('-'), batch_size=None)
+    text = capsys.readouterr().out
+    first, second = parse_markdown(text)
+    assert {row['network'] for row in first} == {'slim'}
+    assert {row['network'] for row in second} == {'other'}
+    assert '**accuracies (%) by width on fashion-mnist-6k**' in text
+    assert 'Accuracies on different data sets do not compare.' in text
+    assert '┃' not in text
+
+
+def test_protocols_stand_apart(place, tmp_path, capsys):
+    """Of another k, the same name is not enough."""
+    other = save_run(tmp_path / 'k', (1.0, 0.5), [10, 20])
+    recipe = other / 'recipe.yaml'
+    recipe.write_text(recipe.read_text().replace('k: 20', 'k: 5'))
+    compare_networks([str(place / 'alone'), str(other)], markdown=Path('-'), batch_size=None)
+    (rows,) = parse_markdown(capsys.readouterr().out)
+    ours, theirs = (next(title for title in rows[0] if title.startswith(f'k-NN, k={k}')) for k in (20, 5))
+    assert [(row[ours], row[theirs]) for row in rows] == [('63.0', ''), ('', '20.0'), ('', '15.0')]
+
+
+def test_cells_with_a_bar():
+    table = TextTable('title', ['network', 'k-NN'], [['a|b', '1.0']])
+    assert r'| a\|b | 1.0 |' in table.markdown()
+
+
+def test_reported_rows(place, tmp_path):
+    file = tmp_path / 'table.md'
+    compare_networks([str(place / 'slim')], markdown=file, reported=True, batch_size=None)
+    ours, first, second = parse_markdown(file.read_text())
+    assert len(ours) == 2
+    assert len(first) == len(REPORTED)
+    assert {
+        'method': 'BINGO', 'backbone': 'R-34', 'width': '-', 'teacher': 'R-50x2 (77.3)', 'epochs': '200',
+        'parameters': '21.8 M', 'multiply-adds': '3.7 G', 'top-1': '68.9', 'top-5': '88.9',
+    } in first  # fmt: skip
+    assert {row['multiply-adds'] for row in first if row['width'] == '0.25'} == {'278 M'}
+    assert len(second) == len(REPORTED_DETECTION)
+    assert file.read_text().count('Reported by the paper') == 2
+
+
+# Speed
+
+
+def test_speed_of_every_width(place, capsys):
+    entries = measure_speed(read_entries([str(place / name) for name in ('slim', 'alone')]), 4, seconds=0)
+    assert [list(entry.speed) for entry in entries] == [[1.0, 0.5], [0.5]]
+    assert all(speed > 0 for entry in entries for speed in entry.speed.values())
+    (table,) = comparison_tables([replace(entries[0], speed={1.0: 1234.4, 0.5: 5678.0})], 4, 'two cores')
+    column = table.headers.index('images/s')
+    assert [row[column] for row in table.rows] == ['1,234', '5,678']
+    assert any('batch of 4' in note and 'two cores' in note for note in table.notes)
+
+
+# Figure
+
+
+@pytest.mark.parametrize(
+    ('names', 'reported', 'size'),
+    [(('slim', 'alone'), False, (1500, 600)), (('slim', 'other'), False, (2250, 600)), ((), True, (1275, 825))],
+    ids=['two protocols', 'two data sets', 'reported alone'],
+)
+def test_figure(place, tmp_path, names, reported, size):
+    entries = read_entries([str(place / name) for name in names])
+    assert draw_pareto(entries, tmp_path / 'pareto', reported)
+    assert (tmp_path / 'pareto.pdf').read_bytes()[:5] == b'%PDF-'
+    with Image.open(tmp_path / 'pareto.png') as image:
+        assert image.size == size
+        colours = {colour: count for count, colour in image.convert('RGB').getcolors(1 << 24)}
+    assert (colours.get((0x00, 0x72, 0xB2), 0) > 100) == bool(names)
+    assert (colours.get((0x88, 0x88, 0x88), 0) > 100) == reported
+
+
+def test_no_accuracy_to_draw(place, tmp_path):
+    assert not draw_pareto([read_entry(str(place / 'bare'), 'bare')], tmp_path / 'pareto')
+    assert not (tmp_path / 'pareto.png').exists()
+
+
+# The end of a run
+
+
+def test_a_run_ends_with_its_own_comparison(place, capsys, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '80')  # a pipe, in which no column may be cut
+    assert compare_with_itself(place / 'other') == [place / 'other' / 'pareto']
+    printed = capsys.readouterr().out
+    assert '…' not in printed
+    rows = [re.split(r'\s*[│┃]\s*', line.strip(' │┃')) for line in printed.splitlines()]
+    assert [row[-3:] for row in rows if row[0] in ('1', '0.5')] == [
+        ['30.0', '50.0', '+20.0'], ['25.0', '45.0', '+20.0'],
+    ]  # fmt: skip
+    for title in 'other: accuracies (%)', 'parameters', 'multiply-adds', 'images/s', 'k-NN at start', 'gain':
+        assert title in printed
+    with Image.open(place / 'other' / 'pareto.png') as image:
+        assert image.size == (750, 600)
+
+
+def test_a_run_without_accuracies_tells_its_cost(place, capsys):
+    assert compare_with_itself(place / 'bare') == []
+    printed = capsys.readouterr().out
+    assert 'bare: cost by width' in printed
+    assert 'k-NN' not in printed
+
+
+# Mistakes
+
+
+MISTAKES = {
+    'no run': (['nothing'], {}, 'neither a run'),
+    'no result': (['slim', 'unfinished'], {}, 'without a result yet'),
+    'no accuracy': (['bare'], {}, 'recipes/knn_eval.py --network'),
+    'not there': (['nowhere'], {}, 'does not exist|is not a tag'),
+    'twice': (['slim', 'slim'], {}, 'once'),
+    'nothing at all': ([], {}, '--reported'),
+    'figure in another format': (['slim'], {'figure': Path('a.jpg')}, 'PNG and PDF'),
+    'figure that is a folder': (['slim'], {'figure': Path('nothing')}, 'is a folder'),
+    'Markdown that is a folder': (['slim'], {'markdown': Path('nothing')}, 'is a folder'),
+    'no batch': (['slim'], {'batch_size': 0}, '--batch-size is 0'),
+}
+
+
+@pytest.mark.parametrize('mistake', MISTAKES)
+def test_mistake(place, mistake, monkeypatch):
+    networks, options, named = MISTAKES[mistake]
+    monkeypatch.chdir(place)
+    with pytest.raises(InputError, match=named) as error:
+        compare_networks(networks, **{'batch_size': None, **options})
+    assert '\n' not in str(error.value)
+
+
+def test_command(place, tmp_path):
+    torch.manual_seed(0)
+    arguments = ['compare', str(place / 'slim'), '--figure', str(tmp_path / 'pareto.png'), '--batch-size', '2']
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    for text in '80.0 / 89.0', 'images/s', f'Written: {tmp_path / "pareto.png"}', f'Written: {tmp_path / "pareto.pdf"}':
+        assert text in result.output
+    assert (tmp_path / 'pareto.pdf').exists()
+    assert 'images/s' not in CliRunner().invoke(app, ['compare', str(place / 'slim'), '--no-speed']).output
