@@ -18,6 +18,7 @@ from slimclr_hub.evaluate.linear_probe import (
     make_optimizer,
     standardisation,
 )
+from slimclr_hub.methods.objective import Objective
 
 WIDTHS = (1.0, 0.5, 0.25)
 CLASSES = 7
@@ -75,7 +76,10 @@ def test_loss_is_the_papers(backbone, kind, distillation):
     features, labels = some_features()
     head = a_head(backbone, kind)
     output = ProbeSweep(head, WIDTHS, 2, distillation)(features, labels)
-    expected = by_hand({w: head(x, w).tolist() for w, x in features.items()}, labels.tolist(), distillation)
+    logits = {width: head(x, width) for width, x in features.items()}
+    objective = Objective(WIDTHS, distillation='kd' if distillation else 'none', temperature=1.0, weights='none')
+    assert output['loss/0'].item() == pytest.approx(objective(logits, labels)['loss'].item(), rel=1e-12)
+    expected = by_hand({width: rows.tolist() for width, rows in logits.items()}, labels.tolist(), distillation)
     assert output['loss/0'].item() == pytest.approx(expected, rel=1e-12)
     assert output['loss'].item() == pytest.approx(2 * expected, rel=1e-12)
 
