@@ -55,7 +55,7 @@ def newest(folder: Path) -> Found:
         if path.suffix in (_PARTIAL, _DAMAGED):
             continue
         try:
-            return Found(path, _verified(path), tuple(skipped))
+            return Found(path, verified(path), tuple(skipped))
         except (OSError, ValueError) as error:
             skipped.append((path, str(error)))
     return Found(skipped=tuple(skipped))
@@ -166,7 +166,13 @@ def _settled(path: Path) -> str:
     return file_hash(path, 'sha256')
 
 
-def _verified(path: Path) -> dict[str, Any]:
+def verified(path: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint every file of which is what was written.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: One is missing or changed.
+    """
     if not (path / STATE).is_file():
         raise ValueError(f'it has no {STATE}')
     state = json.loads((path / STATE).read_text())

@@ -1,0 +1,96 @@
+"""Analyses of finished or running training: what `recipes/analyze.py` runs, one sub-command each."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from slimclr_hub.analysis.replay import recipe_of
+from slimclr_hub.errors import InputError
+from slimclr_hub.train.command_line import make_parser, parse, run_script
+
+_SCRIPT = 'analyze.py'
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """An analysis of runs.
+
+    Args:
+        config: Frozen dataclass of its options, which become `--key value`.
+        work: Does it, for what stands after its name and the options; prints its table, and where its figure lies.
+        what: What comes after its name, as the usage shows it.
+        about: What it does, in a sentence.
+    """
+
+    config: type
+    work: Callable[[Sequence[str], Any], None]
+    what: str
+    about: str
+
+
+def _gradients() -> Analysis:
+    from slimclr_hub.analysis.gradients import GRADIENTS
+
+    return GRADIENTS
+
+
+# Each is imported when it is asked for.
+_ANALYSES: dict[str, tuple[str, Callable[[], Analysis]]] = {
+    'gradients': ('gradient imbalance (Fig. 3) and gradient direction divergence (Fig. 4)', _gradients),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line and do the analysis that it names."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    run_script(lambda: _analyse(arguments))
+
+
+def _analyse(argv: list[str]) -> None:
+    listed = '\n'.join(f'  {name:<10} {about}' for name, (about, _) in _ANALYSES.items())
+    if argv[:1] in (['-h'], ['--help']):
+        print(
+            f'usage: accelerate launch recipes/{_SCRIPT} ANALYSIS ... [--key VALUE ...]\n\n{listed}\n\n'
+            f'{_SCRIPT} ANALYSIS --help explains its options.'
+        )
+        return
+    if not argv or argv[0] not in _ANALYSES:
+        given = f'{argv[0]!r} is not an analysis' if argv else 'no analysis is named'
+        raise InputError(f'{given}; the first argument is one of {", ".join(_ANALYSES)}')
+    name, *rest = argv
+    if not rest:
+        raise InputError(f'{name} of what? Give the folder of a run: {_SCRIPT} {name} runs/NAME')
+    analysis = _ANALYSES[name][1]()
+    parser = make_parser(analysis.config, f'{_SCRIPT} {name}', analysis.what, analysis.about)
+    parser.add_argument('subjects', nargs='+', type=str, help=analysis.what)
+    built = parse(parser, rest)
+    options = {key: built[key] for key in analysis.config.__dataclass_fields__}  # type: ignore[attr-defined]
+    analysis.work(built.subjects, analysis.config(**options))
+
+
+def folders_of(runs: Sequence[str]) -> list[Path]:
+    """The folders of runs.
+
+    Raises:
+        InputError: One is not the folder of a run, or its recipe cannot be read, or it is given twice.
+    """
+    folders = [Path(run) for run in runs]
+    for folder in folders:
+        recipe_of(folder)
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise InputError(f'a run is given twice: {" ".join(runs)}; drop one')
+    return folders
+
+
+def on_one_process() -> None:
+    """Refuse several processes, which an analysis has no use for.
+
+    Raises:
+        InputError: There are several.
+    """
+    if (processes := PartialState().num_processes) > 1:
+        raise InputError(f'{processes} processes were launched, and this analysis runs on one; give --num_processes 1')
