@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
+from slimclr_hub.analysis.gradient_hook import observe
 from slimclr_hub.evaluate.pretraining import main
 
 if __name__ == '__main__':
-    main(Path(__file__).parent / 'configs' / 'mocov2_resnet20_fashionmnist6k.yaml')
+    main(Path(__file__).parent / 'configs' / 'mocov2_resnet20_fashionmnist6k.yaml', observe)

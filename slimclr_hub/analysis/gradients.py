@@ -1,9 +1,25 @@
 """Gradient imbalance and gradient direction divergence of runs (paper, section 3.2, figures 3 and 4)."""
 
+import csv
+import io
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
 
 from slimclr_hub.analysis.entry import Analysis, folders_of, on_one_process
+from slimclr_hub.analysis.gradient_data import RunGradients, gradients_of
+from slimclr_hub.analysis.gradient_figures import draw_divergence, draw_imbalance
+from slimclr_hub.analysis.gradient_summary import directions, phases
+from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.results import environment
+from slimclr_hub.models.widths import check_widths
+from slimclr_hub.train.checks import at_least
+from slimclr_hub.weights.whole import write_text
+
+_DATA = 'gradients'
 
 
 @dataclass(frozen=True)
@@ -12,17 +28,137 @@ class GradientsConfig:
 
     Args:
         output: Folder of figures and data; `analysis` in the folder of the first run where null.
-        batches: Batches to average over at each checkpoint of a run that kept no records.
+        from_checkpoints: Use the next step of every checkpoint even where the run has recorded its gradients.
+        batches: Batches to average the gradient of a checkpoint over.
+        smallest: Width whose share of the gradient is measured; diagnostics.smallest of the run where null.
     """
 
     output: str | None = None
+    from_checkpoints: bool = False
     batches: int = 1
+    smallest: float | None = None
+
+    def __post_init__(self) -> None:
+        at_least('batches', self.batches, 1)
+        if self.smallest is not None:
+            check_widths([self.smallest])
 
 
 def analyse_gradients(runs: Sequence[str], config: GradientsConfig) -> None:
-    """Not yet."""
+    """Measure, write gradients.csv, gradients.json and two figures, and print a table.
+
+    Raises:
+        InputError: A run has nothing to measure, or there are results of another analysis.
+    """
     on_one_process()
-    print(folders_of(runs), config)
+    folders = folders_of(runs)
+    output = Path(config.output) if config.output is not None else folders[0] / 'analysis'
+    settings = {'runs': [str(folder.resolve()) for folder in folders], **asdict(config), 'output': None}
+    _check_output(output, settings)
+    found = [
+        gradients_of(
+            folder,
+            smallest=config.smallest,
+            batches=config.batches,
+            from_checkpoints=config.from_checkpoints,
+        )
+        for folder in folders
+    ]
+    output.mkdir(parents=True, exist_ok=True)
+    draw_imbalance(found, output / 'gradient_imbalance')
+    draw_divergence(found, output / 'gradient_divergence')
+    write_text(output / f'{_DATA}.csv', _rows(found))
+    summary = {'settings': settings, 'environment': environment(), 'runs': [_summary(run) for run in found]}
+    write_text(output / f'{_DATA}.json', json.dumps(summary, indent=2) + '\n')
+    _print_table(found)
+    for note in dict.fromkeys(note for run in found for note in run.notes):
+        print(f'Note: {note}')
+    print(f'Figures: {output / "gradient_imbalance.png"}, {output / "gradient_divergence.png"}')
 
 
-GRADIENTS = Analysis(GradientsConfig, analyse_gradients, 'RUN [RUN ...]', 'Gradient imbalance and divergence of runs.')
+def _check_output(output: Path, settings: dict[str, Any]) -> None:
+    path = output / f'{_DATA}.json'
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text())['settings']
+        except (ValueError, KeyError, TypeError):
+            before = None
+        if before != settings:
+            raise InputError(f'{path} is of other runs or options; give another folder by --output')
+
+
+def _rows(runs: Sequence[RunGradients]) -> str:
+    """A line for each run and step: norms, ratios, and the projections of the last layer's gradient."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(
+        ['run', 'step', 'epoch', 'slow_start', 'smallest', 'all', 'rest', 'all_ratio', 'rest_ratio', 'pc1', 'pc2']
+    )
+    for run in runs:
+        norms = {record.step: record for record in run.norms}
+        places = dict(zip(run.steps.tolist(), directions(run).projections.tolist(), strict=True))
+        for step in sorted({*norms, *places}):
+            record = norms.get(step)
+            values = (record.smallest, record.all, record.rest, record.all_ratio, record.rest_ratio) if record else ()
+            writer.writerow(
+                [
+                    run.name,
+                    step,
+                    f'{step / run.steps_per_epoch:.6g}',
+                    int(run.starts_slowly(step)),
+                    *(values or [''] * 5),
+                    *places.get(step, [''] * 2),
+                ]
+            )
+    return text.getvalue()
+
+
+def _summary(run: RunGradients) -> dict[str, Any]:
+    return {
+        'name': run.name,
+        'smallest': run.norms[0].width,
+        'norms_from': run.norms_from,
+        'gradients_from': run.gradients_from,
+        'slow_start_epochs': run.slow_start,
+        'explained': directions(run).ratios.tolist(),
+        'phases': [{key: _plain(value) for key, value in asdict(phase).items()} for phase in phases(run)],
+        'notes': run.notes,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """None in the place of nan, which JSON does not have."""
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def _print_table(runs: Sequence[RunGradients]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title='Gradients: mean ratios of norms (Fig. 3), cosines of the last layer (Fig. 4)')
+    table.add_column('run', no_wrap=True)
+    table.add_column('phase', no_wrap=True)
+    for title in 'steps', 'all / small', 'rest / small', 'cos. next', 'cos. pairs', '2 PCs (%)':
+        table.add_column(title, justify='right')
+    for run in runs:
+        for phase in phases(run):
+            table.add_row(
+                run.name,
+                phase.name,
+                str(phase.norms),
+                f'{phase.all_ratio:.2f}',
+                f'{phase.rest_ratio:.2f}',
+                f'{phase.consecutive:.2f}',
+                f'{phase.pairwise:.2f}',
+                f'{100 * sum(phase.explained):.0f}',
+            )
+    Console().print(table)
+
+
+GRADIENTS = Analysis(
+    GradientsConfig,
+    analyse_gradients,
+    'RUN [RUN ...]',
+    'Gradient imbalance and gradient direction divergence of runs, from what they recorded (`diagnostics:` in the '
+    'recipe) or from their checkpoints.',
+)

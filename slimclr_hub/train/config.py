@@ -8,6 +8,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.methods.loss_weights import loss_weights
 from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_widths, disjoint_widths
 from slimclr_hub.train.checks import above, at_least, one_of, share
+from slimclr_hub.train.diagnostics_config import DiagnosticsConfig
 from slimclr_hub.train.method_config import MethodConfig
 
 TRACKERS = ('none', 'tensorboard', 'wandb', 'trackio', 'mlflow', 'comet_ml', 'aim', 'clearml', 'swanlab')
@@ -181,6 +182,7 @@ class PretrainConfig:
         optim: Optimizer and learning rate.
         knn: k-NN accuracy while training.
         probe: Accuracy of a linear classifier while training.
+        diagnostics: What is recorded of gradients and weights.
         run: Where and how to run.
     """
 
@@ -192,6 +194,7 @@ class PretrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     knn: KNNConfig = field(default_factory=KNNConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -224,6 +227,8 @@ class PretrainConfig:
                 f'method.slow_start_epochs {self.slow_start:g} exceeds optim.epochs {self.optim.epochs}; '
                 'sub-networks would never train. Lower it'
             )
+        if self.diagnostics.on:
+            self.diagnostics.smallest_of(self.model.widths, self.model.overlap)
         if self.second_views is not None and method.name == 'supervised':
             raise InputError('second_views is given, and method.name supervised has one view; set second_views to null')
         if self.second_views is not None and self.second_views.size not in (None, self.views.size):

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
@@ -53,6 +54,27 @@ class EvaluatorFactory(Protocol):
         """The evaluator that the configuration asks for."""
 
 
+class Observer(Protocol):
+    """Looks at the gradients of a run, on the main process alone."""
+
+    def __call__(self, method: nn.Module, step: int, widths: Sequence[float]) -> None:
+        """Look at a method after `step` steps, with the gradients of the next one; wait for nothing."""
+
+    def write(self, everything: bool) -> list[tuple[int, dict[str, float]]]:
+        """Keep what has been seen; `everything` before a checkpoint, since the run may go on from there.
+
+        Returns:
+            What the tracker shall show, by the number of steps that it came after.
+        """
+
+
+class ObserverFactory(Protocol):
+    """Makes the observer of a run, if it has one."""
+
+    def __call__(self, config: PretrainConfig, method: nn.Module, folder: Path, step: int) -> Observer | None:
+        """The observer that the configuration asks for, of a run that goes on from `step`."""
+
+
 @dataclass(frozen=True)
 class Result:
     """What a run leaves.
@@ -68,12 +90,17 @@ class Result:
     metrics: list[dict[str, Any]]
 
 
-def pretrain(command: Command, make_evaluator: EvaluatorFactory | None = None) -> Result:
+def pretrain(
+    command: Command,
+    make_evaluator: EvaluatorFactory | None = None,
+    make_observer: ObserverFactory | None = None,
+) -> Result:
     """Pre-train a network as configured, on the processes and devices that accelerate was launched with.
 
     Args:
         command: The configuration, and the folder of a run to resume if any.
         make_evaluator: What to measure between epochs; nothing unless given.
+        make_observer: What to record of gradients and weights; nothing unless given.
 
     Raises:
         InputError: Something in the configuration or the folder does not fit, found before training starts.
@@ -91,7 +118,7 @@ def pretrain(command: Command, make_evaluator: EvaluatorFactory | None = None) -
         # The checkpoint replaces them, and they may be gone by now.
         config = replace(config, model=replace(config.model, weights=None))
     with StopSignals() as signals:
-        trainer = _Trainer(config, accelerator, make_evaluator, signals)
+        trainer = _Trainer(config, accelerator, make_evaluator, make_observer, signals)
         return trainer.run(resume, command.config)
 
 
@@ -101,6 +128,7 @@ class _Trainer:
         config: PretrainConfig,
         accelerator: Accelerator,
         make_evaluator: EvaluatorFactory | None,
+        make_observer: ObserverFactory | None,
         signals: StopSignals,
     ) -> None:
         self.config = config
@@ -130,6 +158,8 @@ class _Trainer:
         self.inner: Any = accelerator.unwrap_model(self.method)
         self.trained = [parameter for parameter in self.inner.parameters() if parameter.requires_grad]
         self.evaluate = make_evaluator(config, accelerator) if make_evaluator else None
+        self.make_observer = make_observer if accelerator.is_main_process else None
+        self.observe: Observer | None = None
         self.agreement = Agreement(accelerator.num_processes)
         self.finite = FiniteLoss()
         self.meter = Meter()
@@ -146,6 +176,8 @@ class _Trainer:
         for note in self._notes():
             accelerator.print(note)
         start_tracker(config, accelerator, self.folder.path, self.step)
+        if self.make_observer is not None:
+            self.observe = self.make_observer(config, self.inner, self.folder.path, self.step)
         first, start = divmod(self.step, self.schedule.steps_per_epoch)
         if start == 0 and not evaluated:
             self._evaluate(first)
@@ -283,6 +315,8 @@ class _Trainer:
         self.accelerator.unscale_gradients(self.optimizer)
         gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
         self.meter.add({'grad_norm': torch.nn.utils.get_total_norm(gradients)})
+        if self.observe is not None:
+            self.observe(self.inner, self.step, widths)
         self.optimizer.step()
         # To none rather than to zero: widths that do not train must stay untouched by weight decay and momentum.
         self.optimizer.zero_grad(set_to_none=True)
@@ -297,6 +331,7 @@ class _Trainer:
         return every is not None and self.step % every == 0
 
     def _save(self, evaluated: bool = True) -> Path:
+        self._write_observed(everything=True)
         return self.checkpoints.save(
             {'step': self.step, 'steps_per_epoch': self.schedule.steps_per_epoch, 'evaluated': evaluated}, self._own()
         )
@@ -376,6 +411,7 @@ class _Trainer:
     # Between steps
 
     def _log(self, epoch: int) -> None:
+        self._write_observed()
         values = self.meter.means(lambda totals: self.accelerator.reduce(totals, 'sum'))
         self.meter.reset()
         if not values:
@@ -397,6 +433,12 @@ class _Trainer:
         )
         self.folder.write_metrics({'kind': 'train', 'epoch': epoch + 1, 'step': self.step, **values})
         self.accelerator.log({f'train/{name}': value for name, value in values.items()}, step=self.step)
+
+    def _write_observed(self, everything: bool = False) -> None:
+        if self.observe is not None:
+            for step, values in self.observe.write(everything):
+                # As other lines of the log, under the step that these gradients make.
+                self.accelerator.log({f'diagnostics/{name}': value for name, value in values.items()}, step=step + 1)
 
     def _evaluate(self, epoch: int) -> None:
         accuracies = self.evaluate(self.inner.backbone, epoch) if self.evaluate is not None else {}

@@ -17,7 +17,16 @@ RECIPE = 'recipe.yaml'
 AUTO = Path('auto')
 """As `--resume auto`: the newest run of this recipe, or a new one."""
 
-_FREE_ON_RESUME = ('data.root', 'data.num_workers', 'data.download', 'data.max_corrupt', 'knn.', 'probe.', 'run.')
+_FREE_ON_RESUME = (
+    'data.root',
+    'data.num_workers',
+    'data.download',
+    'data.max_corrupt',
+    'knn.',
+    'probe.',
+    'diagnostics.',
+    'run.',
+)
 _FIXED_ON_RESUME = ('run.seed', 'run.precision', 'run.channels_last')
 
 

@@ -2,6 +2,7 @@
 
 runs/NAME/recipe.yaml           the configuration
           metrics.jsonl         one JSON object a line: training every few steps, evaluation by epoch
+          diagnostics/          gradients and weights over training, where `diagnostics:` asks for them
           checkpoints/step-N/   the state after step N, to go on from
           config.json, model.safetensors, README.md, ...   the result
 """
