@@ -1,12 +1,11 @@
 """Analyses of finished or running training: what `recipes/analyze.py` runs, one sub-command each."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from accelerate import PartialState
 
 from slimclr_hub.analysis.replay import recipe_of
 from slimclr_hub.errors import InputError
@@ -92,5 +91,5 @@ def on_one_process() -> None:
     Raises:
         InputError: There are several.
     """
-    if (processes := PartialState().num_processes) > 1:
+    if (processes := int(os.environ.get('WORLD_SIZE', '1'))) > 1:
         raise InputError(f'{processes} processes were launched, and this analysis runs on one; give --num_processes 1')

@@ -1,0 +1,67 @@
+"""Closed forms of what is said of directions, and phases of runs."""
+
+from math import isnan, sqrt
+
+import pytest
+import torch
+
+from slimclr_hub.analysis.gradient_data import RunGradients
+from slimclr_hub.analysis.gradient_records import NormRecord
+from slimclr_hub.analysis.gradient_summary import directions, mean_cosines, phases
+from slimclr_hub.train.config import MethodConfig, ModelConfig, OptimConfig, PretrainConfig
+
+
+def make_run(gradients, slow_start=1.0, widths=(1.0, 0.5), ratios=(4.0, 4.0, 0.5, 1.5)):
+    """Two epochs of two steps."""
+    config = PretrainConfig(
+        model=ModelConfig(widths=widths),
+        method=MethodConfig(slow_start_epochs=slow_start),
+        optim=OptimConfig(epochs=2),
+    )
+    norms = [NormRecord(step, 0.5, 2.0, 2 * sqrt(1 + r**2), 2 * r, len(widths)) for step, r in enumerate(ratios)]
+    rows = torch.tensor(gradients)
+    return RunGradients('run', config, 2, norms, 'records', torch.arange(len(rows)), rows, 'records')
+
+
+def test_cosines_of_neighbours_and_of_pairs():
+    """Directions at 0, 90 and 180 degrees, of any length."""
+    consecutive, pairwise = mean_cosines(torch.tensor([[2.0, 0.0], [0.0, 5.0], [-1.0, 0.0]]))
+    assert consecutive == pytest.approx(0, abs=1e-12)
+    assert pairwise == pytest.approx(-1 / 3)
+    assert mean_cosines(torch.ones(4, 3)) == pytest.approx((1, 1))
+    assert all(isnan(value) for value in mean_cosines(torch.ones(1, 3)))
+
+
+def test_directions_are_arrows_from_no_gradient():
+    """Three of one direction and one across it: the plane holds all of them, and length does not matter."""
+    found = directions(make_run([[3.0, 0, 0], [1.0, 0, 0], [7.0, 0, 0], [0, 0, 9.0]]))
+    expected = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1]], dtype=torch.float64)
+    torch.testing.assert_close(found.projections, expected)
+    torch.testing.assert_close(found.ratios, torch.tensor([0.75, 0.25], dtype=torch.float64))
+
+
+def test_phases_before_and_after_the_slow_start_point():
+    before, after = phases(make_run([[1.0, 0, 0], [2.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]]))
+    assert (before.name, after.name) == ('before S', 'after S')
+    assert (before.norms, after.norms, before.gradients, after.gradients) == (2, 2, 2, 2)
+    assert (before.rest_ratio, after.rest_ratio) == pytest.approx((4, 1))
+    assert before.all_ratio == pytest.approx(sqrt(17))
+    assert (before.consecutive, after.consecutive) == pytest.approx((1, 0))
+    assert before.explained == pytest.approx((1, 0), abs=1e-12)
+    assert after.explained == pytest.approx((0.5, 0.5))
+
+
+@pytest.mark.parametrize(('slow_start', 'widths'), [(0.0, (1.0, 0.5)), (2.0, (1.0, 0.5)), (1.0, (1.0,))])
+def test_run_without_such_a_point_has_one_phase(slow_start, widths):
+    (phase,) = phases(make_run([[1.0, 0], [0, 1.0], [1.0, 0], [0, 1.0]], slow_start, widths))
+    assert (phase.name, phase.norms, phase.gradients) == ('all', 4, 4)
+    assert phase.rest_ratio == pytest.approx(2.5)
+
+
+def test_no_gradient_in_the_smallest_width_leaves_no_ratio():
+    """As fp16 may leave none at all in a step: such a step is left out of the means."""
+    run = make_run([[1.0, 0], [0, 1.0], [1.0, 0]], 0.0)
+    run.norms[0] = NormRecord(0, 0.5, 0.0, 0.0, 0.0, 2)
+    run.norms[1] = NormRecord(1, 0.5, float('inf'), float('inf'), float('inf'), 2)
+    (phase,) = phases(run)
+    assert phase.rest_ratio == pytest.approx((0.5 + 1.5) / 2)
