@@ -66,6 +66,7 @@ class Entry:
         facts: Parameters and multiply-adds of each width, in descending order.
         measures: Its accuracies.
         speed: Width -> images per second, if measured.
+        spread: Interquartile range of the repetitions as a share of their median, for the width where it is largest.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Entry:
     facts: Sequence[WidthFacts]
     measures: Sequence[Measure]
     speed: Mapping[float, float] = field(default_factory=dict)
+    spread: float = 0.0
 
 
 def read_entries(networks: Sequence[str]) -> list[Entry]:
@@ -104,6 +106,7 @@ def read_entry(network: str, name: str) -> Entry:
     Raises:
         InputError: As in `read_entries`.
     """
+    network = network.removeprefix('local-dir:')
     folder = Path(network)
     if folder.is_dir() and not any((folder / file).is_file() for file in (RECIPE, 'config.json')):
         raise InputError(f'{network} is neither a run, it has no {RECIPE}, nor a network, it has no config.json')

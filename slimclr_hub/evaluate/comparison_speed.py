@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import median
+from statistics import quantiles
 from time import perf_counter
 
 import torch
@@ -55,9 +55,15 @@ def measure_speed(entries: Sequence[Entry], batch_size: int, seconds: float = 20
     except torch.OutOfMemoryError as error:
         raise InputError(f'a batch of {batch_size} does not fit in memory; give a smaller --batch-size') from error
     speeds: list[dict[float, float]] = [{} for _ in entries]
+    spreads = [0.0 for _ in entries]
     for (i, width, _), found in zip(turns, measured, strict=True):
-        speeds[i][width] = batch_size / median(found)
-    return [replace(entry, speed=speed) for entry, speed in zip(entries, speeds, strict=True)]
+        first, middle, third = quantiles(found, n=4, method='inclusive')
+        speeds[i][width] = batch_size / middle
+        spreads[i] = max(spreads[i], (third - first) / middle)
+    return [
+        replace(entry, speed=speed, spread=spread)
+        for entry, speed, spread in zip(entries, speeds, spreads, strict=True)
+    ]
 
 
 def _time(model: SlimmableResNet, images: torch.Tensor, width: float, count: int) -> float:

@@ -7,6 +7,8 @@ from slimclr_hub.evaluate.comparison import Entry, Measure
 from slimclr_hub.evaluate.reported import REPORTED, REPORTED_DETECTION, TABLE_1, TABLE_2
 from slimclr_hub.hub.card import human
 
+_STEADY = 0.2  # spread of repetitions from which on a speed is not to be relied on
+
 
 @dataclass(frozen=True)
 class TextTable:
@@ -137,6 +139,8 @@ def _table(entries: Sequence[Entry], data: str | None, batch_size: int, hardware
         notes.append('Accuracies by different protocols do not compare: look along a column.')
     if shown[0].speed:
         notes.append(f'images/s: a batch of {batch_size} at a time, in float32, measured now on {hardware}')
+        if (spread := max(entry.spread for entry in shown)) > _STEADY:
+            notes.append(f'The machine was busy: repetitions of images/s differ by {100 * spread:.0f} %.')
     rows = []
     for entry in shown:
         measures = {of.key: of for of in entry.measures}

@@ -280,10 +280,13 @@ def test_speed_of_every_width(place, capsys):
     entries = measure_speed(read_entries([str(place / name) for name in ('slim', 'alone')]), 4, seconds=0)
     assert [list(entry.speed) for entry in entries] == [[1.0, 0.5], [0.5]]
     assert all(speed > 0 for entry in entries for speed in entry.speed.values())
-    (table,) = comparison_tables([replace(entries[0], speed={1.0: 1234.4, 0.5: 5678.0})], 4, 'two cores')
+    steady = replace(entries[0], speed={1.0: 1234.4, 0.5: 5678.0}, spread=0.1)
+    (table,) = comparison_tables([steady], 4, 'two cores')
     column = table.headers.index('images/s')
     assert [row[column] for row in table.rows] == ['1,234', '5,678']
     assert any('batch of 4' in note and 'two cores' in note for note in table.notes)
+    (busy,) = comparison_tables([replace(steady, spread=0.5)], 4, 'two cores')
+    assert busy.notes == [*table.notes, 'The machine was busy: repetitions of images/s differ by 50 %.']
 
 
 # Figure

@@ -65,6 +65,8 @@ def test_folder_holds_the_result_and_what_resuming_needs(full):
         'recipe.yaml',
         'training.png',
         'training.pdf',
+        'pareto.png',
+        'pareto.pdf',
     }
     assert expected | {'checkpoints'} <= names
     assert not list(folder.rglob('*partial*'))
@@ -147,7 +149,7 @@ def test_table_and_how_to_open_it_are_printed(full):
         row = next(row for row in rows if row and row[0] == f'{width:g}')
         assert row[-3:-1] == [f'{start:.1f}', f'{end:.1f}']
         assert float(row[-1]) == pytest.approx(end - start, abs=0.06)
-    for title in 'parameters', 'multiply-adds', 'k-NN at start', 'accuracies (%)':
+    for title in 'parameters', 'multiply-adds', 'images/s', 'k-NN at start', 'gain', 'accuracies (%)', 'pareto.png':
         assert title in printed
     assert f"timm.create_model('local-dir:{folder}', pretrained=True, width=0.25)" in printed
     assert f'Run: {folder}' in printed
