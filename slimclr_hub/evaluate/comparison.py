@@ -87,6 +87,7 @@ def read_entries(networks: Sequence[str]) -> list[Entry]:
     Raises:
         InputError: One of them is none of these, a run has no result yet, or there is no accuracy to compare it by.
     """
+    networks = [network.removeprefix('local-dir:') for network in networks]
     if len(set(networks)) != len(networks):
         raise InputError(f'{", ".join(networks)}: one network is there twice; name each once')
     last = [Path(network).name if Path(network).is_dir() else network for network in networks]
