@@ -67,8 +67,7 @@ def linear_eval(config: LinearEvalConfig) -> EvalResult:
         accelerator.print(f'{folder} is finished already; remove it to begin anew')
     else:
         accelerator.print(f'Linear evaluation ({config.protocol}): {folder}')
-        with StopSignals() as signals:
-            evaluation.run(signals)
+        evaluation.run()
     return evaluation.finish()
 
 
@@ -105,7 +104,7 @@ class _Evaluation:
             config.data,
         )
 
-    def run(self, signals: StopSignals) -> None:
+    def run(self) -> None:
         """Train, and write what came of it into the folder, the result last."""
         config, accelerator = self.config, self.accelerator
         assert config.data.val_split is not None
@@ -121,8 +120,9 @@ class _Evaluation:
         head = make_head(self.backbone, config.probe.head, classes, config.run.seed)
         scaling = standardisation(head, train.by_width) if train is not None and config.features.standardised else None
         batches = self._batches(train, scaling)
-        training = ProbeTraining(config, accelerator, head, batches, validation, scaling, self.folder, signals)
-        history = training.run()
+        with StopSignals() as signals:  # not before: until the features are there, there is no state to keep
+            training = ProbeTraining(config, accelerator, head, batches, validation, scaling, self.folder, signals)
+            history = training.run()
         check_frozen(self.backbone, self.weights)
         if accelerator.is_main_process:
             self._write(history, training.head(best_rate(history[-1])), classes, len(validation.labels))
