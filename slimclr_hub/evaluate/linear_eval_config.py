@@ -62,7 +62,7 @@ class SweepConfig:
     milestones: tuple[float, ...] | None = None
     momentum: float = 0.9
     weight_decay: float = 0.0
-    epochs: int = 100
+    epochs: int = 50
 
     def __post_init__(self) -> None:
         if not self.rates:
