@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,18 +37,20 @@ def draw_imbalance(runs: Sequence[RunGradients], path: Path) -> None:
         axis.axhline(1, color='0.3', linewidth=0.9)
         if run.slow_start is not None:
             axis.axvline(run.slow_start, color='0.3', linestyle=':', label=f'slow start ends ({run.slow_start:g})')
-        axis.set_ylim(0, 1.1 * highest)  # one scale, so that panels compare
+        axis.set_ylim(0, 1.35 * highest)  # one scale, so that panels compare, with room for the legend
+        axis.set_xlim(left=0)
         axis.set_xlabel('epoch')
         axis.set_ylabel('ratio of gradient norms')
         axis.set_title(run.name, fontsize='medium')
-        axis.legend(fontsize='small')
+        axis.legend(fontsize='small', loc='upper right')
     save_figure(figure, path)
 
 
 def draw_divergence(runs: Sequence[RunGradients], path: Path) -> None:
     """Directions of the last linear layer's gradients in the plane that shows most of them (paper, Fig. 4).
 
-    An arrow for each recorded step, the later the darker; it would reach the circle if its direction lay in the plane.
+    An arrow for each step, the later the darker; it would reach the circle if its direction lay in the plane. Many are
+    points alone.
 
     Args:
         runs: The runs, each with gradients.
@@ -60,33 +62,35 @@ def draw_divergence(runs: Sequence[RunGradients], path: Path) -> None:
         points, steps = components.projections.numpy(), run.steps.numpy()
         darkness = _FAINTEST + (1 - _FAINTEST) * np.linspace(0, 1, len(steps))
         slowly = np.array([run.starts_slowly(step) for step in steps.tolist()])
-        names = ('all epochs',) if run.slow_start is None else (f'from epoch {run.slow_start:g} on', 'slow start')
-        for i, (name, chosen) in enumerate(zip(names, (~slowly, slowly), strict=False)):
-            colour, (x, y) = line_style(i)['color'], points[chosen].T
-            axis.quiver(
-                *np.zeros((2, len(x))),
-                x,
-                y,
-                angles='xy',
-                scale_units='xy',
-                scale=1,
-                width=0.004,
-                color=colour,
-                alpha=darkness[chosen],
-            )
-            axis.scatter(x, y, s=22, marker=marker(i), color=colour, alpha=darkness[chosen])
-            axis.scatter([], [], s=22, marker=marker(i), color=colour, label=name)
+        names = ('all epochs', '') if run.slow_start is None else (f'from epoch {run.slow_start:g} on', 'slow start')
+        for i, (name, chosen) in reversed([*enumerate(zip(names, (~slowly, slowly), strict=True))]):
+            if chosen.any():
+                _draw_arrows(axis, points[chosen], darkness[chosen], name, i, heads_only=len(steps) >= _MANY)
         turn = np.linspace(0, 2 * np.pi, 200)
         axis.plot(np.cos(turn), np.sin(turn), color='0.6', linewidth=0.8)
         axis.set_aspect('equal')
         axis.set_xlim(-1.1, 1.1)
-        axis.set_ylim(-1.45 if len(names) > 1 else -1.3, 1.1)  # room for the legend
+        axis.set_ylim(-1.45, 1.1)  # room for the legend
         first, second = (f'{100 * ratio:.0f} %' for ratio in components.ratios.tolist())
         axis.set_xlabel(f'first principal component ({first})')
         axis.set_ylabel(f'second principal component ({second})')
         axis.set_title(run.name, fontsize='medium')
         axis.legend(fontsize='small', loc='lower center')
+    figure.suptitle(
+        'direction of each gradient, the later the darker; on the circle: all in this plane', fontsize='small'
+    )
     save_figure(figure, path)
+
+
+def _draw_arrows(
+    axis: 'Axes', points: np.ndarray, darkness: np.ndarray, name: str, number: int, heads_only: bool
+) -> None:
+    (x, y), colour = points.T, line_style(number)['color']
+    if not heads_only:
+        scale: dict[str, Any] = {'angles': 'xy', 'scale_units': 'xy', 'scale': 1, 'width': 0.004}
+        axis.quiver(*np.zeros((2, len(x))), x, y, color=colour, alpha=darkness, **scale)
+    axis.scatter(x, y, s=10 if heads_only else 22, marker=marker(number), color=colour, alpha=darkness)
+    axis.scatter([], [], s=22, marker=marker(number), color=colour, label=name)
 
 
 def _draw_ratio(axis: 'Axes', epochs: Sequence[float], values: Sequence[float], label: str, number: int) -> None:
