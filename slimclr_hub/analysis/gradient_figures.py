@@ -85,11 +85,14 @@ def draw_divergence(runs: Sequence[RunGradients], path: Path) -> None:
 def _draw_arrows(
     axis: 'Axes', points: np.ndarray, darkness: np.ndarray, name: str, number: int, heads_only: bool
 ) -> None:
+    from matplotlib.colors import to_rgba_array
+
     (x, y), colour = points.T, line_style(number)['color']
+    colours = to_rgba_array([colour] * len(x), darkness)
     if not heads_only:
         scale: dict[str, Any] = {'angles': 'xy', 'scale_units': 'xy', 'scale': 1, 'width': 0.004}
-        axis.quiver(*np.zeros((2, len(x))), x, y, color=colour, alpha=darkness, **scale)
-    axis.scatter(x, y, s=10 if heads_only else 22, marker=marker(number), color=colour, alpha=darkness)
+        axis.quiver(*np.zeros((2, len(x))), x, y, color=colours, **scale)
+    axis.scatter(x, y, s=10 if heads_only else 22, marker=marker(number), color=colours)
     axis.scatter([], [], s=22, marker=marker(number), color=colour, label=name)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from slimclr_hub.data.batches import Batch
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import InputError
+from slimclr_hub.methods.split_batchnorm import split_batchnorm
 from slimclr_hub.train.checkpoints import verified
 from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.parse import RECIPE, load_recipe
@@ -36,8 +37,9 @@ class Replay:
     """The training of a run, at one of its checkpoints, on one process.
 
     The next step has the images, views, widths, weights, momentum encoder, queue and random numbers that it had in the
-    run, so its loss and gradients are those of the run: exactly on the same kind of device with as many threads. A
-    run on several processes normalised each part of a batch by itself, which one process does not; `notes` says so.
+    run, so its loss and gradients are those of the run: exactly on the same kind of device with as many threads, and
+    but for rounding where several processes trained, whose parts of a batch are normalised apart here, too. `notes`
+    says where that does not hold.
 
     Args:
         folder: Folder of the run.
@@ -109,14 +111,29 @@ class Replay:
             self.method.load_state_dict(own['statistics'], strict=False)
         except RuntimeError as error:
             raise InputError(f'{path} does not fit its recipe: {" ".join(str(error).split())[:300]}') from error
-        self.notes = ()
-        if state['processes'] > 1:
-            self.notes = (
-                f'{self.folder} was trained on {state["processes"]} processes, each of which normalised its own part '
-                'of a batch; here a batch is normalised as one process does.',
-            )
+        self._be_processes(state['processes'])
         self._position = own['position'] if state['processes'] == 1 else None
         self.step = step
+
+    def _be_processes(self, processes: int) -> None:
+        """Normalise in as many parts as processes did; what cannot be as it was goes into the notes."""
+        config, notes = self.config, []
+        apart = 1 if config.method.sync_bn else processes
+        splits = apart * (config.method.bn_splits or 1)
+        split_batchnorm(self.method, splits)
+        if config.method.name == 'mocov2':
+            self.method.bn_splits = splits  # by which keys are shuffled
+        if apart > 1 and config.method.name in ('mocov3', 'simclr'):
+            notes.append(
+                f'{self.folder} was trained on {processes} processes without method.sync_bn; here the heads normalise '
+                'a batch as one process does.'
+            )
+        if processes > 1 and config.data.streams:
+            notes.append(
+                f'{self.folder} was trained on {processes} processes, each with its share of a stream; here an epoch '
+                'is entered with other images of it.'
+            )
+        self.notes = tuple(notes)
 
     def next_steps(self, count: int = 1) -> list[list[Batch]]:
         """The parts of the next `count` steps of the training, on the device.

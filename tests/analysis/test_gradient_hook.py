@@ -105,6 +105,22 @@ def test_gradient_of_several_batches_is_that_of_their_mean_loss(replay):
     assert torch.nn.functional.cosine_similarity(both.flatten(), weight.grad.flatten(), dim=0) > 0.5
 
 
+def test_processes_are_parts_of_a_batch(run, replay, tmp_path):
+    """Two processes normalise and shuffle as one does that splits its batch in two."""
+    copy = Path(shutil.copytree(run, tmp_path / 'copy'))
+    state = copy / 'checkpoints' / 'step-00000010' / 'state.json'
+    state.write_text(json.dumps({**json.loads(state.read_text()), 'processes': 2}))
+    recipe = (copy / 'recipe.yaml').read_text()
+    (copy / 'recipe.yaml').write_text(recipe.replace('bn_splits: 2', 'bn_splits: 1'))
+    divided = Replay(copy, 'cpu')
+    divided.load(10)
+    replay.load(10)
+    torch.testing.assert_close(divided.losses(divided.next_steps()), replay.losses(replay.next_steps()), rtol=0, atol=0)
+    divided.load(12)
+    assert divided.method.bn_splits == 1
+    assert divided.notes == ()
+
+
 def test_after_the_last_epoch_comes_a_further_one(replay):
     replay.load(12)
     (step,) = replay.next_steps()
