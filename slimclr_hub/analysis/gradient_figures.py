@@ -46,19 +46,20 @@ def draw_imbalance(runs: Sequence[RunGradients], path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_divergence(runs: Sequence[RunGradients], path: Path) -> None:
-    """Directions of the last linear layer's gradients in the plane that shows most of them (paper, Fig. 4).
+def draw_divergence(runs: Sequence[RunGradients], path: Path, unit_length: bool = True) -> None:
+    """The last linear layer's gradients in the plane that shows most of them (paper, Fig. 4).
 
-    An arrow for each step, the later the darker; it would reach the circle if its direction lay in the plane. Many are
-    points alone.
+    An arrow for each step, the later the darker; many are points alone. At unit length one would reach the circle if
+    its direction lay in the plane.
 
     Args:
         runs: The runs, each with gradients.
         path: Files to write, without suffix: a PNG and a PDF.
+        unit_length: Draw directions alone, as `directions` has them.
     """
     figure, axes = _panels(len(runs), width=4.2, height=4.4)
     for axis, run in zip(axes, runs, strict=True):
-        components = directions(run)
+        components = directions(run, unit_length)
         points, steps = components.projections.numpy(), run.steps.numpy()
         darkness = _FAINTEST + (1 - _FAINTEST) * np.linspace(0, 1, len(steps))
         slowly = np.array([run.starts_slowly(step) for step in steps.tolist()])
@@ -66,19 +67,20 @@ def draw_divergence(runs: Sequence[RunGradients], path: Path) -> None:
         for i, (name, chosen) in reversed([*enumerate(zip(names, (~slowly, slowly), strict=True))]):
             if chosen.any():
                 _draw_arrows(axis, points[chosen], darkness[chosen], name, i, heads_only=len(steps) >= _MANY)
-        turn = np.linspace(0, 2 * np.pi, 200)
-        axis.plot(np.cos(turn), np.sin(turn), color='0.6', linewidth=0.8)
+        reach = 1 if unit_length else np.abs(points).max() or 1
+        if unit_length:
+            turn = np.linspace(0, 2 * np.pi, 200)
+            axis.plot(np.cos(turn), np.sin(turn), color='0.6', linewidth=0.8)
         axis.set_aspect('equal')
-        axis.set_xlim(-1.1, 1.1)
-        axis.set_ylim(-1.45, 1.1)  # room for the legend
+        axis.set_xlim(-1.1 * reach, 1.1 * reach)
+        axis.set_ylim(-1.45 * reach, 1.1 * reach)  # room for the legend
         first, second = (f'{100 * ratio:.0f} %' for ratio in components.ratios.tolist())
         axis.set_xlabel(f'first principal component ({first})')
         axis.set_ylabel(f'second principal component ({second})')
         axis.set_title(run.name, fontsize='medium')
         axis.legend(fontsize='small', loc='lower center')
-    figure.suptitle(
-        'direction of each gradient, the later the darker; on the circle: all in this plane', fontsize='small'
-    )
+    what = 'directions of gradients, the later the darker;\non the circle: all of it in this plane'
+    figure.suptitle(what if unit_length else 'gradients, the later the darker', fontsize='small')
     save_figure(figure, path)
 
 

@@ -68,14 +68,17 @@ def phases(run: RunGradients) -> list[Phase]:
     return [phase for phase in found if phase.norms or phase.gradients]
 
 
-def directions(run: RunGradients) -> Components:
-    """First two principal components of the directions of a run's gradients (paper, Fig. 4).
+def directions(run: RunGradients, unit_length: bool = True) -> Components:
+    """First two principal components of a run's gradients (paper, Fig. 4), about the origin, which is no gradient.
 
-    Each gradient has unit length, so that a step counts as much as any other however large its gradient is, and the
-    origin is no gradient at all: a projection is an arrow from there, as long as the share of the direction that the
-    plane shows.
+    Args:
+        run: With gradients.
+        unit_length: Take each gradient at unit length, so that a step counts as much as any other however large its
+            gradient is, and a projection is as long as the share of the direction that the plane shows. Without, as the
+            paper has it, large gradients decide on the plane.
     """
-    rows = F.normalize(run.gradients.double(), dim=1)
+    rows = run.gradients.double()
+    rows = F.normalize(rows, dim=1) if unit_length else rows
     return principal_components(rows, 2, rows.new_zeros(rows.shape[1]))
 
 

@@ -31,12 +31,15 @@ class GradientsConfig:
         from_checkpoints: Use the next step of every checkpoint even where the run has recorded its gradients.
         batches: Batches to average the gradient of a checkpoint over.
         smallest: Width whose share of the gradient is measured; diagnostics.smallest of the run where null.
+        unit_length: Look for the plane of Fig. 4 among directions; without, among gradients as they are, of which
+            large ones count more.
     """
 
     output: str | None = None
     from_checkpoints: bool = False
     batches: int = 1
     smallest: float | None = None
+    unit_length: bool = True
 
     def __post_init__(self) -> None:
         at_least('batches', self.batches, 1)
@@ -66,9 +69,13 @@ def analyse_gradients(runs: Sequence[str], config: GradientsConfig) -> None:
     ]
     output.mkdir(parents=True, exist_ok=True)
     draw_imbalance(found, output / 'gradient_imbalance')
-    draw_divergence(found, output / 'gradient_divergence')
-    write_text(output / f'{_DATA}.csv', _rows(found))
-    summary = {'settings': settings, 'environment': environment(), 'runs': [_summary(run) for run in found]}
+    draw_divergence(found, output / 'gradient_divergence', config.unit_length)
+    write_text(output / f'{_DATA}.csv', _rows(found, config.unit_length))
+    summary = {
+        'settings': settings,
+        'environment': environment(),
+        'runs': [_summary(run, config.unit_length) for run in found],
+    }
     write_text(output / f'{_DATA}.json', json.dumps(summary, indent=2) + '\n')
     _print_table(found)
     for note in dict.fromkeys(note for run in found for note in run.notes):
@@ -87,7 +94,7 @@ def _check_output(output: Path, settings: dict[str, Any]) -> None:
             raise InputError(f'{path} is of other runs or options; give another folder by --output')
 
 
-def _rows(runs: Sequence[RunGradients]) -> str:
+def _rows(runs: Sequence[RunGradients], unit_length: bool) -> str:
     """A line for each run and step: norms, ratios, and the projections of the last layer's gradient."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
@@ -96,7 +103,7 @@ def _rows(runs: Sequence[RunGradients]) -> str:
     )
     for run in runs:
         norms = {record.step: record for record in run.norms}
-        places = dict(zip(run.steps.tolist(), directions(run).projections.tolist(), strict=True))
+        places = dict(zip(run.steps.tolist(), directions(run, unit_length).projections.tolist(), strict=True))
         for step in sorted({*norms, *places}):
             record = norms.get(step)
             values = (record.smallest, record.all, record.rest, record.all_ratio, record.rest_ratio) if record else ()
@@ -113,14 +120,14 @@ def _rows(runs: Sequence[RunGradients]) -> str:
     return text.getvalue()
 
 
-def _summary(run: RunGradients) -> dict[str, Any]:
+def _summary(run: RunGradients, unit_length: bool) -> dict[str, Any]:
     return {
         'name': run.name,
         'smallest': run.norms[0].width,
         'norms_from': run.norms_from,
         'gradients_from': run.gradients_from,
         'slow_start_epochs': run.slow_start,
-        'explained': directions(run).ratios.tolist(),
+        'explained': directions(run, unit_length).ratios.tolist(),
         'phases': [{key: _plain(value) for key, value in asdict(phase).items()} for phase in phases(run)],
         'notes': run.notes,
     }

@@ -40,6 +40,13 @@ def test_directions_are_arrows_from_no_gradient():
     torch.testing.assert_close(found.ratios, torch.tensor([0.75, 0.25], dtype=torch.float64))
 
 
+def test_gradients_as_they_are_count_by_their_squared_length():
+    found = directions(make_run([[3.0, 0, 0], [1.0, 0, 0], [7.0, 0, 0], [0, 0, 9.0]]), unit_length=False)
+    expected = torch.tensor([[0.0, 3], [0, 1], [0, 7], [9, 0]], dtype=torch.float64)
+    torch.testing.assert_close(found.projections, expected)
+    torch.testing.assert_close(found.ratios, torch.tensor([81 / 140, 59 / 140], dtype=torch.float64))
+
+
 def test_phases_before_and_after_the_slow_start_point():
     before, after = phases(make_run([[1.0, 0, 0], [2.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]]))
     assert (before.name, after.name) == ('before S', 'after S')
