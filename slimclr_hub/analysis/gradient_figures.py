@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slimclr_hub.analysis.gradient_data import RunGradients
-from slimclr_hub.analysis.gradient_summary import directions
+from slimclr_hub.analysis.gradient_summary import components
 from slimclr_hub.evaluate.figures import line_style, marker, new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def draw_imbalance(runs: Sequence[RunGradients], path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_divergence(runs: Sequence[RunGradients], path: Path, unit_length: bool = True) -> None:
+def draw_divergence(runs: Sequence[RunGradients], path: Path, unit_length: bool = False) -> None:
     """The last linear layer's gradients in the plane that shows most of them (paper, Fig. 4).
 
     An arrow for each step, the later the darker; many are points alone. At unit length one would reach the circle if
@@ -55,12 +55,12 @@ def draw_divergence(runs: Sequence[RunGradients], path: Path, unit_length: bool 
     Args:
         runs: The runs, each with gradients.
         path: Files to write, without suffix: a PNG and a PDF.
-        unit_length: Draw directions alone, as `directions` has them.
+        unit_length: Draw directions alone, as `components` has them.
     """
     figure, axes = _panels(len(runs), width=4.2, height=4.4)
     for axis, run in zip(axes, runs, strict=True):
-        components = directions(run, unit_length)
-        points, steps = components.projections.numpy(), run.steps.numpy()
+        found = components(run, unit_length)
+        points, steps = found.projections.numpy(), run.steps.numpy()
         darkness = _FAINTEST + (1 - _FAINTEST) * np.linspace(0, 1, len(steps))
         slowly = np.array([run.starts_slowly(step) for step in steps.tolist()])
         names = ('all epochs', '') if run.slow_start is None else (f'from epoch {run.slow_start:g} on', 'slow start')
@@ -74,7 +74,7 @@ def draw_divergence(runs: Sequence[RunGradients], path: Path, unit_length: bool 
         axis.set_aspect('equal')
         axis.set_xlim(-1.1 * reach, 1.1 * reach)
         axis.set_ylim(-1.45 * reach, 1.1 * reach)  # room for the legend
-        first, second = (f'{100 * ratio:.0f} %' for ratio in components.ratios.tolist())
+        first, second = (f'{100 * ratio:.0f} %' for ratio in found.ratios.tolist())
         axis.set_xlabel(f'first principal component ({first})')
         axis.set_ylabel(f'second principal component ({second})')
         axis.set_title(run.name, fontsize='medium')

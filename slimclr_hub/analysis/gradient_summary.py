@@ -22,6 +22,7 @@ class Phase:
         all_ratio: Mean over them of the norm of all gradients over that of the smallest width's slice (Fig. 3).
         rest_ratio: Mean of that of the rest over that of the smallest width's slice (Fig. 3).
         gradients: Steps at which the last layer's gradient is known.
+        length: Mean norm of the last layer's gradient.
         consecutive: Mean cosine of each and the next.
         pairwise: Mean cosine of all pairs: 1 where all have one direction, 0 where they have none in common.
         explained: Share of the squared length of these gradients, each of unit length, along their first principal
@@ -33,6 +34,7 @@ class Phase:
     all_ratio: float
     rest_ratio: float
     gradients: int
+    length: float
     consecutive: float
     pairwise: float
     explained: tuple[float, float]
@@ -60,6 +62,7 @@ def phases(run: RunGradients) -> list[Phase]:
                 all_ratio=_mean([record.all_ratio for record in chosen]),
                 rest_ratio=_mean([record.rest_ratio for record in chosen]),
                 gradients=len(rows),
+                length=_mean(gradients.norm(dim=1).tolist()),
                 consecutive=consecutive,
                 pairwise=pairwise,
                 explained=_explained(gradients),
@@ -68,14 +71,14 @@ def phases(run: RunGradients) -> list[Phase]:
     return [phase for phase in found if phase.norms or phase.gradients]
 
 
-def directions(run: RunGradients, unit_length: bool = True) -> Components:
+def components(run: RunGradients, unit_length: bool = False) -> Components:
     """First two principal components of a run's gradients (paper, Fig. 4), about the origin, which is no gradient.
 
     Args:
         run: With gradients.
         unit_length: Take each gradient at unit length, so that a step counts as much as any other however large its
             gradient is, and a projection is as long as the share of the direction that the plane shows. Without, as the
-            paper has it, large gradients decide on the plane.
+            paper has it, large gradients decide on the plane, and projections tell sizes as well as directions.
     """
     rows = run.gradients.double()
     rows = F.normalize(rows, dim=1) if unit_length else rows

@@ -9,10 +9,12 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slimclr_hub.analysis.entry import Analysis, folders_of, on_one_process
 from slimclr_hub.analysis.gradient_data import RunGradients, gradients_of
 from slimclr_hub.analysis.gradient_figures import draw_divergence, draw_imbalance
-from slimclr_hub.analysis.gradient_summary import directions, phases
+from slimclr_hub.analysis.gradient_summary import components, phases
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.results import environment
 from slimclr_hub.models.widths import check_widths
@@ -20,6 +22,11 @@ from slimclr_hub.train.checks import at_least
 from slimclr_hub.weights.whole import write_text
 
 _DATA = 'gradients'
+_COLUMNS = (
+    *('run', 'step', 'epoch', 'slow_start'),
+    *('smallest', 'all', 'rest', 'all_ratio', 'rest_ratio'),
+    *('pc1', 'pc2', 'direction1', 'direction2'),
+)
 
 
 @dataclass(frozen=True)
@@ -31,15 +38,12 @@ class GradientsConfig:
         from_checkpoints: Use the next step of every checkpoint even where the run has recorded its gradients.
         batches: Batches to average the gradient of a checkpoint over.
         smallest: Width whose share of the gradient is measured; diagnostics.smallest of the run where null.
-        unit_length: Look for the plane of Fig. 4 among directions; without, among gradients as they are, of which
-            large ones count more.
     """
 
     output: str | None = None
     from_checkpoints: bool = False
     batches: int = 1
     smallest: float | None = None
-    unit_length: bool = True
 
     def __post_init__(self) -> None:
         at_least('batches', self.batches, 1)
@@ -48,7 +52,7 @@ class GradientsConfig:
 
 
 def analyse_gradients(runs: Sequence[str], config: GradientsConfig) -> None:
-    """Measure, write gradients.csv, gradients.json and two figures, and print a table.
+    """Measure, write gradients.csv, gradients.json and three figures, and print a table.
 
     Raises:
         InputError: A run has nothing to measure, or there are results of another analysis.
@@ -69,18 +73,20 @@ def analyse_gradients(runs: Sequence[str], config: GradientsConfig) -> None:
     ]
     output.mkdir(parents=True, exist_ok=True)
     draw_imbalance(found, output / 'gradient_imbalance')
-    draw_divergence(found, output / 'gradient_divergence', config.unit_length)
-    write_text(output / f'{_DATA}.csv', _rows(found, config.unit_length))
+    draw_divergence(found, output / 'gradient_divergence')
+    draw_divergence(found, output / 'gradient_directions', unit_length=True)
+    write_text(output / f'{_DATA}.csv', _rows(found))
     summary = {
         'settings': settings,
         'environment': environment(),
-        'runs': [_summary(run, config.unit_length) for run in found],
+        'runs': [_summary(run) for run in found],
     }
     write_text(output / f'{_DATA}.json', json.dumps(summary, indent=2) + '\n')
     _print_table(found)
     for note in dict.fromkeys(note for run in found for note in run.notes):
         print(f'Note: {note}')
-    print(f'Figures: {output / "gradient_imbalance.png"}, {output / "gradient_divergence.png"}')
+    names = ('gradient_imbalance', 'gradient_divergence', 'gradient_directions')
+    print(f'Figures: {", ".join(str(output / f"{name}.png") for name in names)}')
 
 
 def _check_output(output: Path, settings: dict[str, Any]) -> None:
@@ -94,16 +100,15 @@ def _check_output(output: Path, settings: dict[str, Any]) -> None:
             raise InputError(f'{path} is of other runs or options; give another folder by --output')
 
 
-def _rows(runs: Sequence[RunGradients], unit_length: bool) -> str:
-    """A line for each run and step: norms, ratios, and the projections of the last layer's gradient."""
+def _rows(runs: Sequence[RunGradients]) -> str:
+    """A line for each run and step: norms, ratios, and projections of the last layer's gradient and its direction."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(
-        ['run', 'step', 'epoch', 'slow_start', 'smallest', 'all', 'rest', 'all_ratio', 'rest_ratio', 'pc1', 'pc2']
-    )
+    writer.writerow(_COLUMNS)
     for run in runs:
         norms = {record.step: record for record in run.norms}
-        places = dict(zip(run.steps.tolist(), directions(run, unit_length).projections.tolist(), strict=True))
+        planes = components(run).projections, components(run, unit_length=True).projections
+        places = dict(zip(run.steps.tolist(), torch.cat(planes, 1).tolist(), strict=True))
         for step in sorted({*norms, *places}):
             record = norms.get(step)
             values = (record.smallest, record.all, record.rest, record.all_ratio, record.rest_ratio) if record else ()
@@ -114,20 +119,21 @@ def _rows(runs: Sequence[RunGradients], unit_length: bool) -> str:
                     f'{step / run.steps_per_epoch:.6g}',
                     int(run.starts_slowly(step)),
                     *(values or [''] * 5),
-                    *places.get(step, [''] * 2),
+                    *places.get(step, [''] * 4),
                 ]
             )
     return text.getvalue()
 
 
-def _summary(run: RunGradients, unit_length: bool) -> dict[str, Any]:
+def _summary(run: RunGradients) -> dict[str, Any]:
     return {
         'name': run.name,
         'smallest': run.norms[0].width,
         'norms_from': run.norms_from,
         'gradients_from': run.gradients_from,
         'slow_start_epochs': run.slow_start,
-        'explained': directions(run, unit_length).ratios.tolist(),
+        'explained': components(run).ratios.tolist(),
+        'explained_directions': components(run, unit_length=True).ratios.tolist(),
         'phases': [{key: _plain(value) for key, value in asdict(phase).items()} for phase in phases(run)],
         'notes': run.notes,
     }
@@ -142,10 +148,10 @@ def _print_table(runs: Sequence[RunGradients]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title='Gradients: mean ratios of norms (Fig. 3), cosines of the last layer (Fig. 4)')
+    table = Table(title='Gradients: ratios of norms (Fig. 3); norm and cosines of the last layer (Fig. 4)')
     table.add_column('run', no_wrap=True)
     table.add_column('phase', no_wrap=True)
-    for title in 'steps', 'all / small', 'rest / small', 'cos. next', 'cos. pairs', '2 PCs (%)':
+    for title in 'steps', 'all / small', 'rest / small', 'norm of last', 'cos. next', 'cos. pairs':
         table.add_column(title, justify='right')
     for run in runs:
         for phase in phases(run):
@@ -155,9 +161,9 @@ def _print_table(runs: Sequence[RunGradients]) -> None:
                 str(phase.norms),
                 f'{phase.all_ratio:.2f}',
                 f'{phase.rest_ratio:.2f}',
+                f'{phase.length:.2g}',
                 f'{phase.consecutive:.2f}',
                 f'{phase.pairwise:.2f}',
-                f'{100 * sum(phase.explained):.0f}',
             )
     Console().print(table)
 

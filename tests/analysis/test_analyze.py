@@ -54,7 +54,9 @@ def test_gradients_leave_figures_data_and_a_table(place, capsys):
     assert 'before S' in printed
     assert '3.50' in printed
     names = {path.name for path in (place / 'found').iterdir()}
-    figures = {f'gradient_{kind}.{suffix}' for kind in ('imbalance', 'divergence') for suffix in ('png', 'pdf')}
+    figures = {
+        f'gradient_{kind}.{suffix}' for kind in ('imbalance', 'divergence', 'directions') for suffix in ('png', 'pdf')
+    }
     assert names == figures | {'gradients.csv', 'gradients.json'}
     with Image.open(place / 'found' / 'gradient_imbalance.png') as image:
         assert image.size == (1380, 540)  # two panels of 4.6 x 3.6 inches
@@ -66,7 +68,7 @@ def test_gradients_leave_figures_data_and_a_table(place, capsys):
     assert [float(row['epoch']) for row in rows[:3]] == pytest.approx([0, 1 / 6, 2 / 6], abs=1e-5)
     assert [row['slow_start'] for row in rows[5:7]] == ['1', '0']
     assert float(rows[0]['rest_ratio']) == 3.5
-    assert all(float(row['pc1']) ** 2 + float(row['pc2']) ** 2 <= 1 + 1e-9 for row in rows)
+    assert all(float(row['direction1']) ** 2 + float(row['direction2']) ** 2 <= 1 + 1e-9 for row in rows)
     summary = json.loads((place / 'found' / 'gradients.json').read_text())
     assert [phase['rest_ratio'] for phase in summary['runs'][0]['phases']] == [3.5, 1]
     assert summary['runs'][0]['norms_from'] == 'records'

@@ -7,7 +7,7 @@ import torch
 
 from slimclr_hub.analysis.gradient_data import RunGradients
 from slimclr_hub.analysis.gradient_records import NormRecord
-from slimclr_hub.analysis.gradient_summary import directions, mean_cosines, phases
+from slimclr_hub.analysis.gradient_summary import components, mean_cosines, phases
 from slimclr_hub.train.config import MethodConfig, ModelConfig, OptimConfig, PretrainConfig
 
 
@@ -34,14 +34,14 @@ def test_cosines_of_neighbours_and_of_pairs():
 
 def test_directions_are_arrows_from_no_gradient():
     """Three of one direction and one across it: the plane holds all of them, and length does not matter."""
-    found = directions(make_run([[3.0, 0, 0], [1.0, 0, 0], [7.0, 0, 0], [0, 0, 9.0]]))
+    found = components(make_run([[3.0, 0, 0], [1.0, 0, 0], [7.0, 0, 0], [0, 0, 9.0]]), unit_length=True)
     expected = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1]], dtype=torch.float64)
     torch.testing.assert_close(found.projections, expected)
     torch.testing.assert_close(found.ratios, torch.tensor([0.75, 0.25], dtype=torch.float64))
 
 
 def test_gradients_as_they_are_count_by_their_squared_length():
-    found = directions(make_run([[3.0, 0, 0], [1.0, 0, 0], [7.0, 0, 0], [0, 0, 9.0]]), unit_length=False)
+    found = components(make_run([[3.0, 0, 0], [1.0, 0, 0], [7.0, 0, 0], [0, 0, 9.0]]))
     expected = torch.tensor([[0.0, 3], [0, 1], [0, 7], [9, 0]], dtype=torch.float64)
     torch.testing.assert_close(found.projections, expected)
     torch.testing.assert_close(found.ratios, torch.tensor([81 / 140, 59 / 140], dtype=torch.float64))
@@ -53,6 +53,7 @@ def test_phases_before_and_after_the_slow_start_point():
     assert (before.norms, after.norms, before.gradients, after.gradients) == (2, 2, 2, 2)
     assert (before.rest_ratio, after.rest_ratio) == pytest.approx((4, 1))
     assert before.all_ratio == pytest.approx(sqrt(17))
+    assert (before.length, after.length) == pytest.approx((1.5, 1))
     assert (before.consecutive, after.consecutive) == pytest.approx((1, 0))
     assert before.explained == pytest.approx((1, 0), abs=1e-12)
     assert after.explained == pytest.approx((0.5, 0.5))
