@@ -1,0 +1,183 @@
+import pytest
+import torch
+
+from slimclr_hub.analysis.linear_condition import least_squares, linear_condition, narrower, sides
+from slimclr_hub.errors import InputError
+
+N, D, D1, C = 60, 12, 5, 4
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def one_hot(seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.randint(0, C, (N,), generator=torch.Generator().manual_seed(seed))
+    labels[:C] = torch.arange(C)
+    return torch.nn.functional.one_hot(labels, C).double(), labels
+
+
+def written_out(X: torch.Tensor, X1: torch.Tensor, T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eq. (23) to the letter, with the inverse of (21)."""
+    d1 = X1.shape[1]
+    X11, X12 = X[:, :d1], X[:, d1:]
+    inner = X11.T @ X12 @ torch.inverse(X12.T @ X12)
+    B11 = torch.inverse(X11.T @ X11 - inner @ X12.T @ X11)
+    return B11 @ (X11.T - inner @ X12.T) @ T, torch.inverse(X1.T @ X1) @ X1.T @ T
+
+
+def test_sides_are_those_of_equation_23():
+    X, X1, (T, _) = random(N, D), random(N, D1, seed=1), one_hot()
+    left, right = sides(X, X1, T)
+    expected_left, expected_right = written_out(X, X1, T)
+    assert left.shape == right.shape == (D1, C)
+    torch.testing.assert_close(left, expected_left, rtol=0, atol=1e-12)
+    torch.testing.assert_close(right, expected_right, rtol=0, atol=1e-12)
+
+
+def test_blocks_are_those_of_the_inverse():
+    """B11 of Eq. (21) is the corner of (X^T X)^-1, so that the left side is the corner of theta in (9)."""
+    X, X1, (T, _) = random(N, D), random(N, D1, seed=1), one_hot()
+    theta = torch.inverse(X.T @ X) @ X.T @ T
+    torch.testing.assert_close(sides(X, X1, T)[0], theta[:D1], rtol=0, atol=1e-12)
+
+
+def test_least_squares_against_the_pseudo_inverse():
+    X, (T, _) = random(N, D), one_hot()
+    torch.testing.assert_close(least_squares(X, T), torch.linalg.pinv(X) @ T, rtol=0, atol=1e-12)
+
+
+def orthogonal() -> tuple[torch.Tensor, torch.Tensor]:
+    """Features whose narrower width shows the full one's first columns, with the others at right angles to them."""
+    basis, _ = torch.linalg.qr(random(N, D))
+    X = torch.cat([basis[:, :D1] @ random(D1, D1, seed=5), basis[:, D1:] @ random(D - D1, D - D1, seed=6)], 1)
+    return X, X[:, :D1].clone()
+
+
+def test_condition_holds_where_the_other_features_are_orthogonal():
+    (X, X1), (T, labels) = orthogonal(), one_hot()
+    left, right = sides(X, X1, T)
+    assert (left - right).abs().max() < 1e-6
+    assert right.abs().mean() > 1e-3
+    result = linear_condition(X, X1, labels)
+    assert result.relative < 1e-6
+    assert result.mean < 1e-6
+    assert result.own == result.shared
+
+
+def test_condition_holds_where_the_first_features_explain_everything():
+    X = random(N, D)
+    weights = random(D1, C, seed=9)
+    left, right = sides(X, X[:, :D1], X[:, :D1] @ weights)
+    torch.testing.assert_close(left, weights, rtol=0, atol=1e-12)
+    torch.testing.assert_close(right, weights, rtol=0, atol=1e-12)
+
+
+def test_condition_does_not_hold_for_correlated_features():
+    """The difference is the bias of omitted variables, (X11^T X11)^-1 X11^T X12 theta2, and it is not small."""
+    X, (T, labels) = random(N, D) + random(N, 1, seed=4), one_hot()
+    X1 = X[:, :D1]
+    theta = least_squares(X, T)
+    left, right = sides(X, X1, T)
+    bias = torch.linalg.pinv(X1) @ X[:, D1:] @ theta[D1:]
+    torch.testing.assert_close(right - left, bias, rtol=0, atol=1e-12)
+    assert linear_condition(X, X1, labels).relative > 0.1
+
+
+def test_figures_by_loop():
+    X, X1, (T, labels) = random(N, D), random(N, D1, seed=1), one_hot()
+    left, right = sides(X, X1, T)
+    result = linear_condition(X, X1, labels)
+    differences = [abs(float(left[i, j] - right[i, j])) for i in range(D1) for j in range(C)]
+    assert result.total == pytest.approx(sum(differences))
+    assert result.mean == pytest.approx(sum(differences) / (D1 * C))
+    assert result.features == (D, D1)
+    assert result.images == N
+    hits = {'own': 0, 'shared': 0}
+    for n in range(N):
+        hits['own'] += int((X1[n] @ right).argmax()) == int(labels[n])
+        hits['shared'] += int((X1[n] @ left).argmax()) == int(labels[n])
+    assert result.own == pytest.approx(100 * hits['own'] / N)
+    assert result.shared == pytest.approx(100 * hits['shared'] / N)
+    eigenvalues = torch.linalg.eigvalsh(X.T @ X)
+    assert result.condition_number == pytest.approx(float(eigenvalues[-1] / eigenvalues[0]) ** 0.5)
+
+
+def test_invariances():
+    X, X1, (T, _) = random(N, D), random(N, D1, seed=1), one_hot()
+    left, right = sides(X, X1, T)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(8))
+    rotation, _ = torch.linalg.qr(random(N, N, seed=2))
+    mixed = torch.cat([X[:, :D1], X[:, D1:] @ random(D - D1, D - D1, seed=7)], 1)
+    for other, factor in (
+        (sides(X[order], X1[order], T[order]), 1),
+        (sides(rotation @ X, rotation @ X1, rotation @ T), 1),
+        (sides(mixed, X1, T), 1),  # what the other features span matters, not which they are
+        (sides(X, X1, 3 * T), 3),
+        (sides(2 * X, 2 * X1, T), 0.5),
+    ):
+        torch.testing.assert_close(other[0], factor * left, rtol=0, atol=1e-10)
+        torch.testing.assert_close(other[1], factor * right, rtol=0, atol=1e-10)
+
+
+def test_ridge_by_normal_equations():
+    X, X1, (T, _) = random(N, D), random(N, D1, seed=1), one_hot()
+    left, right = sides(X, X1, T, ridge=0.3)
+    for found, features in (left, X), (right, X1):
+        strength = 0.3 * features.square().sum(0).mean()
+        gram = features.T @ features + strength * torch.eye(features.shape[1], dtype=torch.float64)
+        torch.testing.assert_close(found, torch.linalg.solve(gram, features.T @ T)[:D1], rtol=0, atol=1e-12)
+
+
+def test_a_small_ridge_hardly_moves_independent_features():
+    X, X1, (T, _) = random(N, D), random(N, D1, seed=1), one_hot()
+    torch.testing.assert_close(sides(X, X1, T, ridge=1e-9), sides(X, X1, T), rtol=0, atol=1e-8)
+
+
+def spoil(X: torch.Tensor, how: str) -> torch.Tensor:
+    X = X.float()
+    if how == 'dead':
+        X[:, 2] = 0
+    elif how == 'sum':
+        X[:, 2] = X[:, 0] + X[:, 1]  # up to the rounding of float32
+    return X[: D - 3] if how == 'few' else X
+
+
+@pytest.mark.parametrize(
+    ('how', 'words'),
+    [
+        ('dead', '12 features of 60 images have rank 11 (1 are zero for every image)'),
+        ('sum', '12 features of 60 images have rank 11,'),
+        ('few', '12 features of 9 images have rank 9,'),
+    ],
+)
+def test_dependent_features_are_refused_and_a_ridge_takes_them(how, words):
+    X, (T, _) = spoil(random(N, D), how), one_hot()
+    X1, T = random(N, D1, seed=1)[: len(X)], T[: len(X)]
+    with pytest.raises(InputError) as caught:
+        sides(X, X1, T)
+    assert words in str(caught.value)
+    assert '--ridge' in str(caught.value)
+    assert all(side.isfinite().all() for side in sides(X, X1, T, ridge=1e-6))
+
+
+def test_shapes_and_labels_are_checked():
+    X, X1, (T, labels) = random(N, D), random(N, D1, seed=1), one_hot()
+    for wrong in ((X[1:], X1, T), (X1, X, T), (X, X1, T[1:])):
+        with pytest.raises(InputError, match='belong together'):
+            sides(*wrong)
+    labels[3] = -1
+    with pytest.raises(InputError, match='label'):
+        linear_condition(X, X1, labels)
+
+
+def test_narrower_widths():
+    widths = (1.0, 0.5, 0.25)
+    assert narrower(widths, None) == [0.5, 0.25]
+    assert narrower(widths, [0.25]) == [0.25]
+    with pytest.raises(InputError, match=r'width 0\.75 is not one of 0\.5, 0\.25'):
+        narrower(widths, [0.75])
+    with pytest.raises(InputError, match=r'width 1 is not one of'):
+        narrower(widths, [1.0])
+    with pytest.raises(InputError, match='alone'):
+        narrower((0.5,), None)
