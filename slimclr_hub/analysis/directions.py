@@ -1,0 +1,155 @@
+"""Directions in the space of weights, along which an error surface is drawn.
+
+Li et al. 2018, Visualizing the Loss Landscape of Neural Nets, sections 4 and 7, https://arxiv.org/abs/1712.09913. A point
+or direction is a mapping from the names of tensors to tensors; biases and batch normalisation, whose tensors have one
+dimension, stay at their final values in all of it (their option `biasbn`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from slimclr_hub.errors import InputError
+
+Weights = Mapping[str, torch.Tensor]
+"""Name -> tensor."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Two directions from a point, and where other points lie in their plane.
+
+    Args:
+        first: First direction, float64 tensors.
+        second: Second direction, as the first.
+        explained: Share of the points' squared distances from the origin that lies along each principal component.
+        coordinates: Coordinates of the points, float64 [T, 2], by least squares.
+        captured: Share of the squared distances that lies in the plane.
+    """
+
+    first: Weights
+    second: Weights
+    explained: tuple[float, float]
+    coordinates: torch.Tensor
+    captured: float
+
+    @property
+    def offsets(self) -> tuple[float, float]:
+        """Largest distance from the origin along each direction, which the paper tells of the second (section 4.4)."""
+        largest = self.coordinates.abs().amax(0)
+        return largest[0].item(), largest[1].item()
+
+
+def find_directions(points: Sequence[Weights], origin: Weights, filter_normalised: bool) -> Directions:
+    """Principal components of a trajectory, scaled if asked for, and its path along them.
+
+    Args:
+        points: The weights at several times; two of them at least apart from the origin.
+        origin: The final weights.
+        filter_normalised: Scale each filter of a component to the norm of the same filter of `origin`. A coordinate
+            then counts lengths of the weights; else it is a distance in the space of weights.
+
+    Raises:
+        InputError: Fewer than two points that differ from the origin and each other.
+    """
+    offsets = [offset(point, origin) for point in points]
+    first, second, explained = principal_components(offsets)
+    if filter_normalised:
+        first, second = filter_normalise(first, origin), filter_normalise(second, origin)
+    coordinates = project(offsets, first, second)
+    total = sum(_dot(each, each) for each in offsets)
+    rest = 0.0
+    for each, (a, b) in zip(offsets, coordinates.tolist(), strict=True):
+        left = {name: tensor - a * first[name] - b * second[name] for name, tensor in each.items()}
+        rest += _dot(left, left)
+    return Directions(first, second, explained, coordinates, 1 - rest / total)
+
+
+def moves(tensor: torch.Tensor) -> bool:
+    """Whether a tensor takes part in directions: a convolution's or linear layer's weight, no bias, no normalisation."""
+    return tensor.ndim > 1
+
+
+def offset(point: Weights, origin: Weights) -> dict[str, torch.Tensor]:
+    """`point` - `origin` in the tensors that take part, float64."""
+    return {name: point[name].double() - tensor.double() for name, tensor in origin.items() if moves(tensor)}
+
+
+def filter_normalise(direction: Weights, weights: Weights) -> dict[str, torch.Tensor]:
+    """Scale each filter of a direction to the norm of the same filter of the weights: d <- d / |d| |w| (section 4).
+
+    Args:
+        direction: Any direction. A filter of it that is zero stays so.
+        weights: The point that it starts from. A filter is what makes one output channel, `weight[i]`.
+
+    Returns:
+        The tensors of more than one dimension; without others, which counts as zero.
+    """
+    scaled = {}
+    for name, d in direction.items():
+        if not moves(d):
+            continue
+        w = weights[name].to(d)
+        axes = tuple(range(1, d.ndim))
+        norms = torch.linalg.vector_norm(d, dim=axes, keepdim=True)
+        scale = torch.where(norms > 0, torch.linalg.vector_norm(w, dim=axes, keepdim=True) / norms, 0.0)
+        scaled[name] = d * scale
+    return scaled
+
+
+def principal_components(
+    offsets: Sequence[Weights],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], tuple[float, float]]:
+    """First two principal components of the matrix [theta_1 - theta_n; ...; theta_{n-1} - theta_n] (section 7).
+
+    The origin is the final point, not the mean of the rows, which a PCA such as scikit-learn's (and so the code of the
+    authors of that paper) would subtract first: with it the plane need not go along the way to the minimum, and
+    offsets would not be offsets from the minimum. Signs are such that the first row has no negative coordinate.
+
+    Args:
+        offsets: Rows, as `offset` gives them; the final point's own, which is zero, changes nothing.
+
+    Returns:
+        Both components, each of norm 1 over all tensors, and their shares of the sum of squares.
+
+    Raises:
+        InputError: The rows do not span a plane.
+    """
+    # By the small matrix of dot products: the other way would hold all rows twice.
+    gram = torch.stack([torch.stack([_dot_tensor(a, b) for b in offsets]) for a in offsets]) if offsets else None
+    if gram is None or torch.linalg.matrix_rank(gram, hermitian=True, rtol=1e-12) < 2:
+        raise InputError(
+            f'{len(offsets)} points of a trajectory do not span a plane; keep more checkpoints '
+            '(--run.keep_checkpoints, --run.checkpoint_steps)'
+        )
+    values, vectors = torch.linalg.eigh(gram)
+    total = values.clamp(min=0).sum()
+    components, shares = [], []
+    for i in (-1, -2):
+        length, u = values[i].sqrt(), vectors[:, i]
+        if next((x for x in u.tolist() if abs(x) > 1e-9), 1.0) < 0:
+            u = -u
+        component = {
+            name: sum((u[t] * row[name] for t, row in enumerate(offsets)), torch.zeros(())) / length
+            for name in offsets[0]
+        }
+        components.append(component)
+        shares.append((values[i] / total).item())
+    return components[0], components[1], (shares[0], shares[1])
+
+
+def project(offsets: Sequence[Weights], first: Weights, second: Weights) -> torch.Tensor:
+    """Coordinates [T, 2] of the points of a plane that are nearest to `offsets`; its directions need not be orthogonal."""
+    ab = _dot(first, second)
+    gram = torch.tensor([[_dot(first, first), ab], [ab, _dot(second, second)]], dtype=torch.float64)
+    right = torch.tensor([[_dot(row, first), _dot(row, second)] for row in offsets], dtype=torch.float64)
+    return torch.linalg.solve(gram, right.T).T
+
+
+def _dot_tensor(a: Weights, b: Weights) -> torch.Tensor:
+    return torch.stack([torch.vdot(a[name].flatten(), b[name].flatten()) for name in a]).sum()
+
+
+def _dot(a: Weights, b: Weights) -> float:
+    return _dot_tensor(a, b).item()
