@@ -10,10 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from slimclr_hub.analysis.pca import principal_components
 from slimclr_hub.errors import InputError
 
 Weights = Mapping[str, torch.Tensor]
 """Name -> tensor."""
+
+_NOTHING = 1e-9  # of the largest coordinate
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def find_directions(points: Sequence[Weights], origin: Weights, filter_normalise
         InputError: Fewer than two points that differ from the origin and each other.
     """
     offsets = [offset(point, origin) for point in points]
-    first, second, explained = principal_components(offsets)
+    (first, second), explained = principal_directions(offsets)
     if filter_normalised:
         first, second = filter_normalise(first, origin), filter_normalise(second, origin)
     coordinates = project(offsets, first, second)
@@ -98,14 +101,13 @@ def filter_normalise(direction: Weights, weights: Weights) -> dict[str, torch.Te
     return scaled
 
 
-def principal_components(
-    offsets: Sequence[Weights],
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], tuple[float, float]]:
+def principal_directions(offsets: Sequence[Weights]) -> tuple[list[dict[str, torch.Tensor]], tuple[float, float]]:
     """First two principal components of the matrix [theta_1 - theta_n; ...; theta_{n-1} - theta_n] (section 7).
 
     The origin is the final point, not the mean of the rows, which a PCA such as scikit-learn's (and so the code of the
     authors of that paper) would subtract first: with it the plane need not go along the way to the minimum, and
-    offsets would not be offsets from the minimum. Signs are such that the first row has no negative coordinate.
+    offsets would not be offsets from the minimum. The first row that is not at zero along a component has a positive
+    coordinate, so that all runs begin on the same side.
 
     Args:
         offsets: Rows, as `offset` gives them; the final point's own, which is zero, changes nothing.
@@ -116,27 +118,21 @@ def principal_components(
     Raises:
         InputError: The rows do not span a plane.
     """
-    # By the small matrix of dot products: the other way would hold all rows twice.
-    gram = torch.stack([torch.stack([_dot_tensor(a, b) for b in offsets]) for a in offsets]) if offsets else None
-    if gram is None or torch.linalg.matrix_rank(gram, hermitian=True, rtol=1e-12) < 2:
+    rows = torch.stack([_flat(row) for row in offsets]) if offsets else torch.zeros(0, 1)
+    found = principal_components(rows, 2, torch.zeros(rows.shape[1])) if len(rows) > 1 else None
+    if found is None or found.ratios[1] == 0:
         raise InputError(
             f'{len(offsets)} points of a trajectory do not span a plane; keep more checkpoints '
             '(--run.keep_checkpoints, --run.checkpoint_steps)'
         )
-    values, vectors = torch.linalg.eigh(gram)
-    total = values.clamp(min=0).sum()
-    components, shares = [], []
-    for i in (-1, -2):
-        length, u = values[i].sqrt(), vectors[:, i]
-        if next((x for x in u.tolist() if abs(x) > 1e-9), 1.0) < 0:
-            u = -u
-        component = {
-            name: sum((u[t] * row[name] for t, row in enumerate(offsets)), torch.zeros(())) / length
-            for name in offsets[0]
-        }
-        components.append(component)
-        shares.append((values[i] / total).item())
-    return components[0], components[1], (shares[0], shares[1])
+    components = []
+    for direction, path in zip(found.directions, found.projections.T, strict=True):
+        sign = torch.sign(path[path.abs() > _NOTHING * path.abs().max()][0])
+        parts = (sign * direction).split([tensor.numel() for tensor in offsets[0].values()])
+        components.append(
+            {name: part.reshape(tensor.shape) for part, (name, tensor) in zip(parts, offsets[0].items(), strict=True)}
+        )
+    return components, (found.ratios[0].item(), found.ratios[1].item())
 
 
 def project(offsets: Sequence[Weights], first: Weights, second: Weights) -> torch.Tensor:
@@ -147,9 +143,9 @@ def project(offsets: Sequence[Weights], first: Weights, second: Weights) -> torc
     return torch.linalg.solve(gram, right.T).T
 
 
-def _dot_tensor(a: Weights, b: Weights) -> torch.Tensor:
-    return torch.stack([torch.vdot(a[name].flatten(), b[name].flatten()) for name in a]).sum()
+def _flat(point: Weights) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in point.values()])
 
 
 def _dot(a: Weights, b: Weights) -> float:
-    return _dot_tensor(a, b).item()
+    return torch.dot(_flat(a), _flat(b)).item()

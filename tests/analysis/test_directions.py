@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from slimclr_hub.analysis.directions import filter_normalise, find_directions, offset, principal_components, project
+from slimclr_hub.analysis.directions import filter_normalise, find_directions, offset, principal_directions, project
 from slimclr_hub.errors import InputError
 
 SHAPES = {'conv': (6, 3, 3, 3), 'fc': (5, 6), 'norm': (6,), 'bias': (5,)}
@@ -90,7 +90,7 @@ def test_components_are_those_of_sklearn_around_the_origin():
     origin = weights(0)
     points = [weights(seed) for seed in range(1, 8)]
     offsets = [offset(point, origin) for point in points]
-    first, second, explained = principal_components(offsets)
+    (first, second), explained = principal_directions(offsets)
     matrix = torch.stack([flat(each) for each in offsets]).numpy()
     reference = TruncatedSVD(2, algorithm='arpack').fit(matrix)
     for component, expected in zip((first, second), reference.components_, strict=True):
