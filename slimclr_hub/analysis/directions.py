@@ -1,8 +1,8 @@
 """Directions in the space of weights, along which an error surface is drawn.
 
-Li et al. 2018, Visualizing the Loss Landscape of Neural Nets, sections 4 and 7, https://arxiv.org/abs/1712.09913. A point
-or direction is a mapping from the names of tensors to tensors; biases and batch normalisation, whose tensors have one
-dimension, stay at their final values in all of it (their option `biasbn`).
+Li et al. 2018, Visualizing the Loss Landscape of Neural Nets, sections 4 and 7, https://arxiv.org/abs/1712.09913. A
+point or direction is a mapping from the names of tensors to tensors; biases and batch normalisation, whose tensors have
+one dimension, stay at their final values in all of it (their option `biasbn`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -70,7 +70,7 @@ def find_directions(points: Sequence[Weights], origin: Weights, filter_normalise
 
 
 def moves(tensor: torch.Tensor) -> bool:
-    """Whether a tensor takes part in directions: a convolution's or linear layer's weight, no bias, no normalisation."""
+    """Whether a tensor takes part: the weight of a convolution or linear layer; no bias, no normalisation."""
     return tensor.ndim > 1
 
 
@@ -136,7 +136,7 @@ def principal_directions(offsets: Sequence[Weights]) -> tuple[list[dict[str, tor
 
 
 def project(offsets: Sequence[Weights], first: Weights, second: Weights) -> torch.Tensor:
-    """Coordinates [T, 2] of the points of a plane that are nearest to `offsets`; its directions need not be orthogonal."""
+    """Coordinates [T, 2] of the nearest points of a plane, whose directions need not be orthogonal."""
     ab = _dot(first, second)
     gram = torch.tensor([[_dot(first, first), ab], [ab, _dot(second, second)]], dtype=torch.float64)
     right = torch.tensor([[_dot(row, first), _dot(row, second)] for row in offsets], dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,14 @@ class Analysis:
         work: Does it, for what stands after its name and the options; prints its table, and where its figure lies.
         what: What comes after its name, as the usage shows it.
         about: What it does, in a sentence.
+        defaults: Defaults of options, for the arguments after its name.
     """
 
     config: type
     work: Callable[[Sequence[str], Any], None]
     what: str
     about: str
+    defaults: Callable[[Sequence[str]], Mapping[str, Any]] = lambda argv: {}
 
 
 def _gradients() -> Analysis:
@@ -37,9 +39,30 @@ def _gradients() -> Analysis:
     return GRADIENTS
 
 
+def _trajectory() -> Analysis:
+    from slimclr_hub.analysis.trajectory_command import TRAJECTORY
+
+    return TRAJECTORY
+
+
+def _surface() -> Analysis:
+    from slimclr_hub.analysis.surface_command import SURFACE
+
+    return SURFACE
+
+
+def _condition() -> Analysis:
+    from slimclr_hub.analysis.condition_command import CONDITION
+
+    return CONDITION
+
+
 # Each is imported when it is asked for.
 _ANALYSES: dict[str, tuple[str, Callable[[], Analysis]]] = {
     'gradients': ('gradient imbalance (Fig. 3) and gradient direction divergence (Fig. 4)', _gradients),
+    'trajectory': ('optimization trajectory, and its offsets from the end (Fig. 5)', _trajectory),
+    'surface': ('error surface, with the trajectory (Fig. 5)', _surface),
+    'condition': ('the linear-probe condition (Appendix A, Eq. 23)', _condition),
 }
 
 
@@ -66,6 +89,7 @@ def _analyse(argv: list[str]) -> None:
     analysis = _ANALYSES[name][1]()
     parser = make_parser(analysis.config, f'{_SCRIPT} {name}', analysis.what, analysis.about)
     parser.add_argument('subjects', nargs='+', type=str, help=analysis.what)
+    parser.set_defaults(dict(analysis.defaults(rest)))
     built = parse(parser, rest)
     options = {key: built[key] for key in analysis.config.__dataclass_fields__}  # type: ignore[attr-defined]
     analysis.work(built.subjects, analysis.config(**options))

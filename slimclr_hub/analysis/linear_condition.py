@@ -2,8 +2,8 @@
 
 X [N, d] are features of the full width, X1 [N, d1] those of a narrower one, T [N, C] one-hot labels. X11 and X12 are
 the first d1 columns of X and the others. A linear layer of its own for each width solves theta = argmin |X theta - T|
-(8) and R = (X1^T X1)^-1 X1^T T (10). If the narrower width is to use the first d1 rows of theta instead, they have to be
-the same, which is Eq. (23):
+(8) and R = (X1^T X1)^-1 X1^T T (10). If the narrower width is to use the first d1 rows of theta instead, they have to
+be the same, which is Eq. (23):
 
     L = B11 (X11^T - X11^T X12 (X12^T X12)^-1 X12^T) T = R,    B11 = (X11^T X11 - X11^T X12 (X12^T X12)^-1 X12^T X11)^-1
 
@@ -11,7 +11,7 @@ L is by construction nothing other than those rows of theta, so that two least-s
 decomposition of the features rather than by inverses of their Gram matrices, which square the condition number.
 
 Remark on the numbers of the paper. It names X of 2048 x 1024 and X1 of 2048 x 512, and for ImageNet's 1000 classes a
-mean of 1.07 and a total of 1,096,665.50, which makes 1.02 million entries of |L - R| (0.88 and 903,094.19 make as many).
+mean of 1.07 and a total of 1,096,665.50, which makes 1.02 million entries of |L - R|; 0.88 and 903,094.19 make as many.
 512 x 1000 entries would be half of them, 1024 x 1000 fit both: X1 is of 2048 x 1024, which is what width 0.5 of a
 ResNet-50 has, and X of 2048 x 2048. With as many images as features the full width reproduces T exactly, and theta is
 as large as X is badly conditioned; how far L is from R then depends much on the number of images.
@@ -56,9 +56,7 @@ class Condition:
     full: float
 
 
-def sides(
-    X: torch.Tensor, X1: torch.Tensor, T: torch.Tensor, ridge: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def sides(X: torch.Tensor, X1: torch.Tensor, T: torch.Tensor, ridge: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """L and R of Eq. (23), float64 [d1, C] each.
 
     Args:
@@ -168,5 +166,7 @@ def narrower(widths: Sequence[float], asked: Sequence[float] | None) -> list[flo
     if not below:
         raise InputError(f'the network has width {widths[0]:g} alone; the condition compares it with a narrower one')
     if unknown := [width for width in asked or () if width not in below]:
-        raise InputError(f'width {unknown[0]:g} is not one of {", ".join(f"{w:g}" for w in below)}, the narrower widths')
+        raise InputError(
+            f'width {unknown[0]:g} is not one of {", ".join(f"{w:g}" for w in below)}, the narrower widths'
+        )
     return sorted(asked, reverse=True) if asked else below

@@ -1,0 +1,160 @@
+"""Figures of surfaces and trajectories: runs beside each other, on the same axes and the same colours."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimclr_hub.analysis.trajectory import Path2D
+from slimclr_hub.evaluate.figures import marker, new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLOURS = 'cividis'  # made to be read alike with and without red-green blindness
+_PATH = '#D55E00'
+_LEVELS = 20
+_MARGIN = 1.1
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One run in its plane.
+
+    Args:
+        title: Above the panel.
+        path: The trajectory.
+        axes: Coordinates of the surface along both directions, [A] and [B]; none without a surface.
+        values: The surface, [B][A].
+    """
+
+    title: str
+    path: Path2D
+    axes: tuple[Sequence[float], Sequence[float]] | None = None
+    values: Sequence[Sequence[float | None]] | None = None
+
+
+def reach_of(paths: Sequence[Path2D]) -> tuple[float, float]:
+    """Largest coordinates of several trajectories along each direction, and a margin."""
+    first, second = (max(path.offsets[i] for path in paths) * _MARGIN for i in (0, 1))
+    return first, second
+
+
+def draw_planes(panels: Sequence[Panel], quantity: str, file: Path) -> None:
+    """Draw trajectories; with surfaces over their contours, and the surfaces in perspective above.
+
+    Args:
+        panels: The runs; all with a surface, or it is drawn where there is one.
+        quantity: What the height of a surface is, with its unit.
+        file: Files to write, without suffix: a PNG and a PDF.
+    """
+    raised = all(panel.values is not None for panel in panels)
+    columns = len(panels)
+    figure, axes = new_figure(columns, 1 + raised, width=5.4, height=4.4)
+    lows, highs = zip(*(_span(panel) for panel in panels), strict=True)
+    levels = _levels(min(lows), max(highs))
+    reach = reach_of([panel.path for panel in panels])
+    for i, panel in enumerate(panels):
+        if raised:
+            _draw_raised(figure, axes[i], i, 1 + raised, columns, panel, levels, quantity)
+        axis = axes[columns * raised + i]
+        if panel.values is not None:
+            assert panel.axes is not None
+            axis.grid(False)
+            values = _array(panel)
+            filled = axis.contourf(*panel.axes, values, levels=levels, cmap=_COLOURS, extend='both')
+            axis.contour(*panel.axes, values, levels=levels, colors='white', linewidths=0.4, alpha=0.6)
+            figure.colorbar(filled, ax=axis, label=quantity)
+            axis.set_xlim(min(panel.axes[0]), max(panel.axes[0]))
+            axis.set_ylim(min(panel.axes[1]), max(panel.axes[1]))
+        else:
+            axis.set_xlim(-reach[0], reach[0])
+            axis.set_ylim(-reach[1], reach[1])
+        _draw_path(axis, panel.path)
+        if panel.values is None:
+            along, across = zip(*panel.path.coordinates, strict=True)
+            dots = axis.scatter(along, across, c=panel.path.epochs, cmap=_COLOURS, s=36, zorder=2.5, edgecolor='black')
+            figure.colorbar(dots, ax=axis, label='epoch')
+        if not raised:
+            axis.set_title(panel.title)
+        axis.set_xlabel(_label(panel.path, 0))
+        axis.set_ylabel(_label(panel.path, 1))
+        axis.legend(loc='upper left', fontsize='small', framealpha=0.9)
+    save_figure(figure, file)
+
+
+def _draw_path(axis: 'Axes', path: Path2D) -> None:
+    along, across = zip(*path.coordinates, strict=True)
+    axis.plot(along, across, color='white', linewidth=3.5, solid_capstyle='round')
+    axis.plot(along, across, color=_PATH, linewidth=1.5, marker='o', markersize=4, markeredgecolor='white')
+    axis.plot(
+        along[:1],
+        across[:1],
+        color=_PATH,
+        linestyle='none',
+        marker=marker(1),
+        markersize=9,
+        markeredgecolor='black',
+        label=f'epoch {path.epochs[0]:.3g}',
+    )
+    axis.plot(
+        [0],
+        [0],
+        color='white',
+        linestyle='none',
+        marker='*',
+        markersize=15,
+        markeredgecolor='black',
+        label=f'epoch {path.epochs[-1]:.3g}, the origin',
+    )
+
+
+def _draw_raised(
+    figure: Any, flat: 'Axes', i: int, rows: int, columns: int, panel: Panel, levels: Any, quantity: str
+) -> None:
+    import numpy as np
+
+    assert panel.axes is not None
+    flat.remove()
+    axis = figure.add_subplot(rows, columns, i + 1, projection='3d')
+    along, across = np.meshgrid(*panel.axes)
+    low, high = levels[0], levels[-1]
+    values = np.clip(np.ma.filled(_array(panel), high), low, high)
+    axis.plot_surface(
+        along, across, values, cmap=_COLOURS, vmin=low, vmax=high, rstride=1, cstride=1, linewidth=0.1, edgecolor='k'
+    )
+    axis.set_zlim(low, high)
+    axis.view_init(elev=35, azim=-60)
+    axis.set_title(panel.title)
+    axis.set_xlabel('1st direction')
+    axis.set_ylabel('2nd direction')
+    axis.set_zlabel(quantity)
+
+
+def _label(path: Path2D, i: int) -> str:
+    scale = 'filter-normalised' if path.normalise == 'filter' else 'distance of weights'
+    return f'{("1st", "2nd")[i]} PCA component, {100 * path.explained[i]:.1f} % explained\n({scale})'
+
+
+def _array(panel: Panel) -> Any:
+    import numpy as np
+
+    return np.ma.masked_invalid(np.array(panel.values, dtype=float))
+
+
+def _span(panel: Panel) -> tuple[float, float]:
+    """Lowest and highest value of a surface; steep corners, a twentieth of it, may go beyond the colours."""
+    if panel.values is None:
+        return float('inf'), float('-inf')
+    import numpy as np
+
+    values = _array(panel).compressed()
+    return float(values.min()), float(np.percentile(values, 95))
+
+
+def _levels(low: float, high: float) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    if not low < high:  # no surface, or a flat one
+        low, high = (low - 0.5, low + 0.5) if low == high else (0.0, 1.0)
+    return MaxNLocator(_LEVELS).tick_values(low, high)
