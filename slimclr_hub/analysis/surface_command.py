@@ -64,9 +64,8 @@ def analyse_surface(runs: Sequence[str], config: SurfaceConfig) -> None:
     folders = folders_of(runs)
     methods = [recipe_of(folder).method.name for folder in folders]
     if config.quantity != 'error' and len(set(methods)) > 1:
-        raise InputError(
-            f'losses of {" and ".join(methods)} do not compare; give runs of one method, or --quantity error'
-        )
+        named = ' and '.join(sorted(set(methods)))
+        raise InputError(f'losses of {named} do not compare; give runs of one method, or --quantity error')
     trajectories = [load_trajectory(folder) for folder in folders]
     directions = [trajectory.directions(config.normalise) for trajectory in trajectories]
     paths = [

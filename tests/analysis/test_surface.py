@@ -1,0 +1,276 @@
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from slimclr_hub.analysis.directions import find_directions
+from slimclr_hub.analysis.entry import main
+from slimclr_hub.analysis.replay import Replay
+from slimclr_hub.analysis.surface import ErrorMeasure, LossMeasure, grid, measure_surface
+from slimclr_hub.analysis.trajectory import load_trajectory
+from slimclr_hub.data.loaders import eval_loader
+from slimclr_hub.errors import InputError
+from tests.analysis.finished_runs import make_runs
+
+SETTINGS = {'run': 'x', 'resolution': 3}
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """`earlier` is the one of MoCo v2 without its last step."""
+    found = make_runs(tmp_path_factory.mktemp('surface'), 'mocov2', 'supervised')
+    found['earlier'] = Path(shutil.copytree(found['mocov2'], found['mocov2'].with_name('earlier')))
+    shutil.rmtree(found['earlier'] / 'checkpoints' / 'step-00000006')
+    return found
+
+
+def at_the_end(folder: Path) -> Replay:
+    replay = Replay(folder, 'cpu')
+    replay.load(replay.steps[-1])
+    return replay
+
+
+def plane_of(folder: Path):
+    found = load_trajectory(folder).directions('filter')
+    return found.first, found.second
+
+
+def state_of(replay: Replay) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in replay.method.state_dict().items()}
+
+
+AXES = ([-0.05, 0.0, 0.05], [-0.02, 0.0, 0.02])
+
+
+def test_grid():
+    for resolution in 3, 21, 51:
+        points = grid(0.1318, resolution)
+        assert len(points) == resolution
+        assert points[resolution // 2] == 0.0
+        np.testing.assert_allclose(points, np.linspace(-0.1318, 0.1318, resolution), atol=1e-15)
+        assert [-point for point in reversed(points)] == points
+
+
+@pytest.mark.parametrize('method', ['mocov2', 'supervised'])
+def test_surface_by_loop(runs, tmp_path, method):
+    """At the origin exactly the loss of the checkpoint; elsewhere that of a network whose weights were written over."""
+    replay, plane = at_the_end(runs[method]), plane_of(runs[method])
+    before = state_of(replay)
+    values = measure_surface(LossMeasure(replay, 2), plane, AXES, tmp_path / 'points.jsonl', SETTINGS)
+    # Neither weights nor statistics, queue or momentum encoder have moved.
+    torch.testing.assert_close(state_of(replay), before, rtol=0, atol=0)
+
+    fresh = at_the_end(runs[method])
+    steps = fresh.next_steps(2)
+    for j, i in (0, 0), (0, 2), (2, 1), (1, 1):
+        moved = dict(before)
+        for name in plane[0]:
+            weight, (a, b) = before[f'backbone.{name}'], (AXES[0][i], AXES[1][j])
+            moved[f'backbone.{name}'] = weight + a * plane[0][name].float() + b * plane[1][name].float()
+        fresh.method.load_state_dict(moved)
+        losses = fresh.losses(steps, momentum=False)
+        assert {name: values[name][j][i] for name in values} == {n: loss.item() for n, loss in losses.items()}
+    replayed = at_the_end(runs[method])
+    assert values['loss'][1][1] == replayed.losses(replayed.next_steps(2), momentum=False)['loss'].item()
+    assert len({value for row in values['loss'] for value in row}) == 9
+    assert {f'{"info_nce" if method == "mocov2" else "cross_entropy"}/{w:g}' for w in (1, 0.25)} < set(values)
+
+
+class Cut:
+    """A measure that is interrupted before its `last`-th point."""
+
+    def __init__(self, measure: LossMeasure, last: int) -> None:
+        self.backbone = measure.backbone
+        self.measure = measure
+        self.left = last
+
+    def __call__(self):
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left -= 1
+        return self.measure()
+
+
+def test_interrupted_surface_goes_on(runs, tmp_path):
+    replay, plane = at_the_end(runs['supervised']), plane_of(runs['supervised'])
+    measure, partial, seen = LossMeasure(replay, 1), tmp_path / 'points.jsonl', []
+    whole = measure_surface(measure, plane, AXES, tmp_path / 'whole.jsonl', SETTINGS)
+    before = state_of(replay)
+    with pytest.raises(KeyboardInterrupt):
+        measure_surface(Cut(measure, 4), plane, AXES, partial, SETTINGS)
+    torch.testing.assert_close(state_of(replay), before, rtol=0, atol=0)  # the weights are back all the same
+    with partial.open('a') as file:
+        file.write('[1, 1, {"lo')  # as a kill leaves it
+    rest = Cut(measure, 5)
+    assert measure_surface(rest, plane, AXES, partial, SETTINGS, seen.append) == whole
+    assert rest.left == 0
+    assert seen == [4, 1, 1, 1, 1, 1]
+    # And with nothing left to measure.
+    assert measure_surface(Cut(measure, 0), plane, AXES, partial, SETTINGS) == whole
+    with pytest.raises(InputError, match='other settings'):
+        measure_surface(measure, plane, AXES, partial, {**SETTINGS, 'resolution': 5})
+
+
+def test_what_is_not_finite_is_left_out(runs, tmp_path):
+    replay, (first, second) = at_the_end(runs['supervised']), plane_of(runs['supervised'])
+    first = {name: tensor.clone() for name, tensor in first.items()}
+    first['conv1.weight'][0, 0, 0, 0] = 1e38
+    values = measure_surface(
+        LossMeasure(replay, 1), (first, second), ([-9.0, 0.0, 9.0], [-0.1, 0.0, 0.1]), tmp_path / 'p.jsonl', SETTINGS
+    )
+    assert [[value is None for value in row] for row in values['loss']] == [[True, False, True]] * 3
+
+
+def images(replay: Replay, split: str, batches: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    loader = eval_loader(replay.config.data, split, None, replay.config.run.seed)
+    found = [batch for batch, _ in zip(loader, range(batches), strict=False)]
+    return [views for views, _ in found], torch.cat([labels for _, labels in found])
+
+
+def test_error_of_a_classifier(runs):
+    """By hand: batches of 16 normalised by their own statistics; the last one of the 37 images is not whole."""
+    replay = at_the_end(runs['supervised'])
+    before = state_of(replay)
+    found = ErrorMeasure(replay, 37)()
+    backbone = copy.deepcopy(replay.method.backbone).train().requires_grad_(False)
+    views, labels = images(replay, 'validation', 2)
+    for width in backbone.widths:
+        predicted = torch.cat([backbone.forward_at(batch, width).argmax(1) for batch in views])
+        assert found[f'error/{width:g}'].item() == pytest.approx(100 * (predicted != labels).double().mean().item())
+    torch.testing.assert_close(state_of(replay), before, rtol=0, atol=0)
+
+
+def test_error_by_k_nn(runs):
+    replay = at_the_end(runs['mocov2'])
+    measure = ErrorMeasure(replay, 32)
+    found = {name: value.item() for name, value in measure().items()}
+    backbone = copy.deepcopy(replay.method.backbone).train().requires_grad_(False)
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.splits = 1
+    bank, labels = chosen(replay, 'train')
+    queries, truth = chosen(replay, 'validation')
+    for width in backbone.widths:
+        keys, asked = (torch.cat([backbone.forward_at(batch, width) for batch in x]) for x in (bank, queries))
+        similar = F.normalize(asked) @ F.normalize(keys).T
+        wrong = 0
+        for row, label in zip(similar, truth, strict=True):
+            votes = [0.0] * 10
+            for n in row.argsort(descending=True)[: replay.config.knn.k]:
+                votes[int(labels[n])] += float((row[n] / replay.config.knn.temperature).exp())
+            wrong += max(range(10), key=votes.__getitem__) != int(label)
+        assert found[f'error/{width:g}'] == pytest.approx(100 * wrong / 32)
+    with torch.no_grad():
+        for parameter in measure.backbone.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    assert {name: value.item() for name, value in measure().items()} != found
+
+
+def chosen(replay: Replay, split: str) -> tuple[list[torch.Tensor], torch.Tensor]:
+    loader = eval_loader(replay.config.data, split, 32, replay.config.run.seed)
+    found = list(loader)
+    return [views for views, _ in found], torch.cat([labels for _, labels in found])
+
+
+def test_error_needs_images(runs):
+    with pytest.raises(InputError, match='5 images of validation make no batch of 16'):
+        ErrorMeasure(at_the_end(runs['mocov2']), 5)
+
+
+def analyse(*arguments: object) -> None:
+    main([str(argument) for argument in arguments])
+
+
+def test_command(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '80')
+    arguments = ['surface', runs['mocov2'], runs['earlier'], '--resolution', 3, '--batches', 1, '--output', tmp_path]
+    analyse(*arguments)
+    shown = capsys.readouterr()
+    assert 'earlier: the last checkpoint is after step 5 of 6' in shown.err + shown.out
+    stem = tmp_path / 'loss-surface+mocov2+earlier'
+    content = json.loads(stem.with_suffix('.json').read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f'{stem.name}.{s}' for s in ('json', 'pdf', 'png')]
+    origins = []
+    for run, name in zip(content['runs'], ('mocov2', 'earlier'), strict=True):
+        replay = at_the_end(runs[name])
+        losses = replay.losses(replay.next_steps(1), momentum=False)
+        origins.append(run['values']['info_nce/1'][1][1])
+        assert origins[-1] == losses['info_nce/1'].item()
+        row = next(line for line in shown.out.splitlines() if f' {name} ' in line)
+        assert f' {origins[-1]:.3f} ' in row
+        # The same range for both, which holds both trajectories.
+        assert run['axes'] == content['runs'][0]['axes']
+        for point in run['path']['coordinates']:
+            assert all(abs(x) < axis[-1] for x, axis in zip(point, run['axes'], strict=True))
+    assert origins[0] != origins[1]
+    with Image.open(stem.with_suffix('.png')) as image:
+        assert image.size == (1620, 1320)
+        pixels = np.asarray(image.convert('RGB'))
+    assert (pixels == (0xD5, 0x5E, 0x00)).all(2).sum() > 500  # the way
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100  # the heights
+
+    before = stem.with_suffix('.json').read_bytes()
+    with pytest.raises(SystemExit):
+        analyse(*arguments, '--batches', 2)
+    assert 'is by other settings (batches 1); give another --output' in capsys.readouterr().err
+    assert stem.with_suffix('.json').read_bytes() == before
+
+
+def test_another_quantity_of_what_is_there_is_drawn_at_once(runs, tmp_path, capsys):
+    arguments = ['surface', runs['supervised'], '--resolution', 3, '--batches', 1, '--output', tmp_path]
+    analyse(*arguments)
+    file = tmp_path / 'loss-surface+supervised.json'
+    changed = json.loads(file.read_text())
+    changed['runs'][0]['values']['loss'][1][1] = 123.0  # shows that it is read
+    file.write_text(json.dumps(changed))
+    capsys.readouterr()
+    analyse(*arguments, '--quantity', 'total')
+    assert ' 123.000 ' in capsys.readouterr().out
+    assert (tmp_path / 'loss-surface+supervised-total.png').is_file()
+
+
+def test_errors_of_different_methods_compare(runs, tmp_path, capsys):
+    folders = [runs['supervised'], runs['mocov2']]
+    options = ['--resolution', 3, '--output', tmp_path]
+    with pytest.raises(SystemExit):
+        analyse('surface', *folders, *options)
+    assert 'losses of mocov2 and supervised do not compare' in capsys.readouterr().err
+    analyse('surface', *folders, *options, '--quantity', 'error', '--images', 32)
+    content = json.loads((tmp_path / 'error-surface+supervised+mocov2.json').read_text())
+    for run in content['runs']:
+        assert set(run['values']) == {'error/1', 'error/0.25'}
+        assert all(0 <= value <= 100 for rows in run['values'].values() for row in rows for value in row)
+
+
+@pytest.mark.parametrize(
+    ('option', 'value', 'words'),
+    [
+        ('resolution', 10, 'resolution is 10, which has no point at the origin; give 11'),
+        ('resolution', 1, 'resolution is 1; give 3 or more'),
+        ('batches', 0, 'batches is 0; give 1 or more'),
+        ('quantity', 'height', "quantity 'height' is not one of full, total, error"),
+        ('reach', '[0.1, 0]', 'reach is 0.0; give more than 0'),
+    ],
+)
+def test_mistakes_end_in_one_line(runs, capsys, option, value, words):
+    with pytest.raises(SystemExit) as caught:
+        analyse('surface', runs['mocov2'], f'--{option}', value)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count('\n') == 1
+
+
+def test_directions_are_those_of_the_backbone(runs):
+    """All convolutions of all blocks, and with labels the classifier; no head, no momentum encoder."""
+    for name, extra in ('mocov2', set()), ('supervised', {'fc.w100.weight', 'fc.w025.weight'}):
+        replay, trajectory = at_the_end(runs[name]), load_trajectory(runs[name])
+        expected = {n for n, p in replay.method.backbone.named_parameters() if p.ndim == 4} | extra
+        found = find_directions(trajectory.points, trajectory.origin, filter_normalised=False)
+        assert set(found.first) == expected

@@ -1,0 +1,158 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from slimclr_hub.analysis.entry import main
+from slimclr_hub.analysis.files import labels_of
+from slimclr_hub.analysis.trajectory import load_trajectory
+from slimclr_hub.errors import InputError
+from slimclr_hub.train.command_line import dump
+from slimclr_hub.train.config import PretrainConfig
+
+SHAPES = {'backbone.conv1.weight': (4, 1, 3, 3), 'backbone.layer1.weight': (6, 4, 3, 3)}
+OTHERS = {'backbone.bn1.w100.weight': (4,), 'head.fc1.weight': (8, 6), 'key_backbone.conv1.weight': (4, 1, 3, 3)}
+ALONE = {10: (4.0, 1.0), 20: (4.0, -1.0), 30: (3.0, 0.0), 40: (0.0, 0.0)}
+SLIMMABLE = {10: (5.0, 1.5), 20: (5.0, -1.5), 30: (1.0, 0.0), 40: (0.0, 0.0)}
+
+
+def plane() -> torch.Tensor:
+    """Two orthonormal directions of all the weights."""
+    columns = torch.randn(sum(torch.Size(s).numel() for s in SHAPES.values()), 2, generator=torch.manual_seed(1))
+    return torch.linalg.qr(columns.double())[0]
+
+
+def tensors(at: tuple[float, float], seed: int) -> dict[str, torch.Tensor]:
+    """Weights at a point of the plane, and tensors that are elsewhere every time."""
+    flat = plane() @ torch.tensor(at, dtype=torch.float64) + torch.linspace(-1, 1, len(plane()))
+    parts = flat.split([torch.Size(shape).numel() for shape in SHAPES.values()])
+    generator = torch.Generator().manual_seed(seed)
+    found = {name: part.reshape(shape).clone() for (name, shape), part in zip(SHAPES.items(), parts, strict=True)}
+    return found | {name: torch.randn(shape, generator=generator) for name, shape in OTHERS.items()}
+
+
+def write_run(folder: Path, path: dict[int, tuple[float, float]]) -> Path:
+    """A run that went along a path; `load_trajectory` looks at no more than this of it."""
+    for step, at in path.items():
+        checkpoint = folder / 'checkpoints' / f'step-{step:08d}'
+        checkpoint.mkdir(parents=True)
+        save_file(tensors(at, step), checkpoint / 'model.safetensors')
+        (checkpoint / 'state.json').write_text(json.dumps({'step': step, 'steps_per_epoch': 20}))
+    (folder / 'recipe.yaml').write_text(dump(PretrainConfig()))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory) -> tuple[Path, Path]:
+    place = tmp_path_factory.mktemp('runs')
+    return write_run(place / 'alone', ALONE), write_run(place / 'slimmable', SLIMMABLE)
+
+
+@pytest.fixture
+def own(runs, tmp_path) -> Path:
+    return Path(shutil.copytree(runs[0], tmp_path / 'alone'))
+
+
+def test_path_is_that_of_the_checkpoints(runs):
+    trajectory = load_trajectory(runs[0])
+    assert trajectory.steps == (10, 20, 30, 40)
+    assert set(trajectory.origin) == {'conv1.weight', 'layer1.weight'}
+    found = trajectory.directions('none')
+    expected = torch.tensor(list(ALONE.values()), dtype=torch.float64)
+    torch.testing.assert_close(found.coordinates, expected, rtol=0, atol=1e-9)
+    assert found.offsets == pytest.approx((4.0, 1.0))
+    squares = expected.square().sum(0)
+    assert found.explained == pytest.approx((squares / squares.sum()).tolist())
+
+
+def test_snapshots_lie_between_checkpoints(own):
+    """A snapshot after the last checkpoint belongs to a part of the run that was lost."""
+    (own / 'diagnostics').mkdir()
+    for step, at in {15: (2.0, 9.0), 20: (8.0, 8.0), 45: (7.0, 7.0)}.items():
+        save_file(tensors(at, step), own / 'diagnostics' / f'weights-{step:08d}.safetensors')
+    trajectory = load_trajectory(own)
+    assert trajectory.steps == (10, 15, 20, 30, 40)
+    flat = torch.cat([(trajectory.points[1][n] - trajectory.origin[n]).flatten() for n in trajectory.origin])
+    torch.testing.assert_close(plane().T @ flat, torch.tensor([2.0, 9.0], dtype=torch.float64))
+    assert trajectory.directions('none').offsets[0] == pytest.approx(9.2, abs=0.3)  # mostly along the 2nd column now
+
+
+def test_runs_that_cannot_be_read(own, tmp_path):
+    file = own / 'checkpoints' / 'step-00000020' / 'model.safetensors'
+    save_file({'backbone.conv1.weight': torch.zeros(4, 3, 3, 3)}, file)
+    with pytest.raises(InputError, match=r'step-00000020.*does not hold the network that'):
+        load_trajectory(own)
+    file.write_bytes(b'broken')
+    with pytest.raises(InputError, match=r'step-00000020.*cannot be read'):
+        load_trajectory(own)
+    with pytest.raises(InputError, match='has no checkpoint'):
+        load_trajectory(tmp_path)
+
+
+def test_labels():
+    names = labels_of([Path('a/x'), Path('b/x'), Path('b/y')])
+    assert names == ['a-x', 'b-x', 'y']
+
+
+def analyse(*arguments: object) -> None:
+    main([str(argument) for argument in arguments])
+
+
+def test_command(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '80')
+    analyse('trajectory', *runs, '--output', tmp_path)
+    shown = capsys.readouterr().out
+    assert '…' not in shown
+    rows = [line.split() for line in shown.replace('│', ' ').splitlines()]
+    assert ['alone', '4', '95.3,', '4.7', '4,', '1'] in rows
+    assert ['slimmable', '4', '91.9,', '8.1', '5,', '1.5', '+50.0', '%'] in rows
+    stem = tmp_path / 'trajectory+alone+slimmable'
+    content = json.loads(stem.with_suffix('.json').read_text())
+    alone, slimmable = (each['none'] for each in content['trajectories'])
+    assert alone['offsets'] == pytest.approx([4, 1])
+    assert slimmable['offsets'] == pytest.approx([5, 1.5])
+    assert alone['epochs'] == [0.5, 1, 1.5, 2]
+    np.testing.assert_allclose(slimmable['coordinates'], list(SLIMMABLE.values()), atol=1e-9)
+    assert content['trajectories'][0]['filter']['normalise'] == 'filter'
+    assert stem.with_suffix('.pdf').read_bytes()[:5] == b'%PDF-'
+    with Image.open(stem.with_suffix('.png')) as image:
+        assert image.size == (1620, 660)
+        pixels = np.asarray(image.convert('RGB'))
+    assert (pixels == (0xD5, 0x5E, 0x00)).all(2).sum() > 500  # the way
+    assert (pixels == 255).all(2).mean() > 0.6
+
+
+def test_other_settings_do_not_replace_data(own, capsys):
+    analyse('trajectory', own)
+    capsys.readouterr()
+    file = own / 'analysis' / 'trajectory.json'
+    before = file.read_bytes()
+    with pytest.raises(SystemExit):
+        analyse('trajectory', own, '--normalise', 'filter')
+    error = capsys.readouterr().err
+    assert 'is by other settings (normalise none); give another --output' in error
+    assert file.read_bytes() == before
+    analyse('trajectory', own)  # the same again is no harm
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        (['--normalise', 'layer'], "normalise 'layer' is not one of filter, none"),
+        (['nowhere'], 'nowhere is not the folder of a run'),
+        (['{run}'], 'a run is given twice'),
+    ],
+)
+def test_mistakes_end_in_one_line(runs, capsys, arguments, words):
+    with pytest.raises(SystemExit) as caught:
+        analyse('trajectory', runs[0], *(argument.format(run=runs[0]) for argument in arguments))
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count('\n') == 1
