@@ -30,10 +30,20 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     return found
 
 
-def at_the_end(folder: Path) -> Replay:
-    replay = Replay(folder, 'cpu')
-    replay.load(replay.steps[-1])
-    return replay
+@pytest.fixture(scope='module')
+def replays(runs) -> dict[str, Replay]:
+    return {kind: Replay(folder, 'cpu') for kind, folder in runs.items()}
+
+
+@pytest.fixture
+def at_the_end(replays):
+    """What gives the run of a kind at its last checkpoint."""
+
+    def load(kind: str) -> Replay:
+        replays[kind].load(replays[kind].steps[-1])
+        return replays[kind]
+
+    return load
 
 
 def plane_of(folder: Path):
@@ -58,15 +68,16 @@ def test_grid():
 
 
 @pytest.mark.parametrize('method', ['mocov2', 'supervised'])
-def test_surface_by_loop(runs, tmp_path, method):
+def test_surface_by_loop(runs, at_the_end, tmp_path, method):
     """At the origin exactly the loss of the checkpoint; elsewhere that of a network whose weights were written over."""
-    replay, plane = at_the_end(runs[method]), plane_of(runs[method])
+    replay, plane = at_the_end(method), plane_of(runs[method])
     before = state_of(replay)
     values = measure_surface(LossMeasure(replay, 2), plane, AXES, tmp_path / 'points.jsonl', SETTINGS)
     # Neither weights nor statistics, queue or momentum encoder have moved.
     torch.testing.assert_close(state_of(replay), before, rtol=0, atol=0)
 
-    fresh = at_the_end(runs[method])
+    fresh = Replay(runs[method], 'cpu')
+    fresh.load(6)
     steps = fresh.next_steps(2)
     for j, i in (0, 0), (0, 2), (2, 1), (1, 1):
         moved = dict(before)
@@ -76,8 +87,8 @@ def test_surface_by_loop(runs, tmp_path, method):
         fresh.method.load_state_dict(moved)
         losses = fresh.losses(steps, momentum=False)
         assert {name: values[name][j][i] for name in values} == {n: loss.item() for n, loss in losses.items()}
-    replayed = at_the_end(runs[method])
-    assert values['loss'][1][1] == replayed.losses(replayed.next_steps(2), momentum=False)['loss'].item()
+    fresh.load(6)
+    assert values['loss'][1][1] == fresh.losses(fresh.next_steps(2), momentum=False)['loss'].item()
     assert len({value for row in values['loss'] for value in row}) == 9
     assert {f'{"info_nce" if method == "mocov2" else "cross_entropy"}/{w:g}' for w in (1, 0.25)} < set(values)
 
@@ -97,8 +108,8 @@ class Cut:
         return self.measure()
 
 
-def test_interrupted_surface_goes_on(runs, tmp_path):
-    replay, plane = at_the_end(runs['supervised']), plane_of(runs['supervised'])
+def test_interrupted_surface_goes_on(runs, at_the_end, tmp_path):
+    replay, plane = at_the_end('supervised'), plane_of(runs['supervised'])
     measure, partial, seen = LossMeasure(replay, 1), tmp_path / 'points.jsonl', []
     whole = measure_surface(measure, plane, AXES, tmp_path / 'whole.jsonl', SETTINGS)
     before = state_of(replay)
@@ -117,8 +128,8 @@ def test_interrupted_surface_goes_on(runs, tmp_path):
         measure_surface(measure, plane, AXES, partial, {**SETTINGS, 'resolution': 5})
 
 
-def test_what_is_not_finite_is_left_out(runs, tmp_path):
-    replay, (first, second) = at_the_end(runs['supervised']), plane_of(runs['supervised'])
+def test_what_is_not_finite_is_left_out(runs, at_the_end, tmp_path):
+    replay, (first, second) = at_the_end('supervised'), plane_of(runs['supervised'])
     first = {name: tensor.clone() for name, tensor in first.items()}
     first['conv1.weight'][0, 0, 0, 0] = 1e38
     values = measure_surface(
@@ -133,9 +144,9 @@ def images(replay: Replay, split: str, batches: int) -> tuple[list[torch.Tensor]
     return [views for views, _ in found], torch.cat([labels for _, labels in found])
 
 
-def test_error_of_a_classifier(runs):
+def test_error_of_a_classifier(at_the_end):
     """By hand: batches of 16 normalised by their own statistics; the last one of the 37 images is not whole."""
-    replay = at_the_end(runs['supervised'])
+    replay = at_the_end('supervised')
     before = state_of(replay)
     found = ErrorMeasure(replay, 37)()
     backbone = copy.deepcopy(replay.method.backbone).train().requires_grad_(False)
@@ -146,8 +157,8 @@ def test_error_of_a_classifier(runs):
     torch.testing.assert_close(state_of(replay), before, rtol=0, atol=0)
 
 
-def test_error_by_k_nn(runs):
-    replay = at_the_end(runs['mocov2'])
+def test_error_by_k_nn(at_the_end):
+    replay = at_the_end('mocov2')
     measure = ErrorMeasure(replay, 32)
     found = {name: value.item() for name, value in measure().items()}
     backbone = copy.deepcopy(replay.method.backbone).train().requires_grad_(False)
@@ -178,16 +189,16 @@ def chosen(replay: Replay, split: str) -> tuple[list[torch.Tensor], torch.Tensor
     return [views for views, _ in found], torch.cat([labels for _, labels in found])
 
 
-def test_error_needs_images(runs):
+def test_error_needs_images(at_the_end):
     with pytest.raises(InputError, match='5 images of validation make no batch of 16'):
-        ErrorMeasure(at_the_end(runs['mocov2']), 5)
+        ErrorMeasure(at_the_end('mocov2'), 5)
 
 
 def analyse(*arguments: object) -> None:
     main([str(argument) for argument in arguments])
 
 
-def test_command(runs, tmp_path, capsys, monkeypatch):
+def test_command(runs, at_the_end, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv('COLUMNS', '80')
     arguments = ['surface', runs['mocov2'], runs['earlier'], '--resolution', 3, '--batches', 1, '--output', tmp_path]
     analyse(*arguments)
@@ -198,7 +209,7 @@ def test_command(runs, tmp_path, capsys, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f'{stem.name}.{s}' for s in ('json', 'pdf', 'png')]
     origins = []
     for run, name in zip(content['runs'], ('mocov2', 'earlier'), strict=True):
-        replay = at_the_end(runs[name])
+        replay = at_the_end(name)
         losses = replay.losses(replay.next_steps(1), momentum=False)
         origins.append(run['values']['info_nce/1'][1][1])
         assert origins[-1] == losses['info_nce/1'].item()
@@ -267,10 +278,10 @@ def test_mistakes_end_in_one_line(runs, capsys, option, value, words):
     assert error.count('\n') == 1
 
 
-def test_directions_are_those_of_the_backbone(runs):
+def test_directions_are_those_of_the_backbone(runs, at_the_end):
     """All convolutions of all blocks, and with labels the classifier; no head, no momentum encoder."""
     for name, extra in ('mocov2', set()), ('supervised', {'fc.w100.weight', 'fc.w025.weight'}):
-        replay, trajectory = at_the_end(runs[name]), load_trajectory(runs[name])
+        replay, trajectory = at_the_end(name), load_trajectory(runs[name])
         expected = {n for n, p in replay.method.backbone.named_parameters() if p.ndim == 4} | extra
         found = find_directions(trajectory.points, trajectory.origin, filter_normalised=False)
         assert set(found.first) == expected
