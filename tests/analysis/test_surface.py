@@ -232,31 +232,26 @@ def test_command(runs, at_the_end, tmp_path, capsys, monkeypatch):
     assert 'is by other settings (batches 1); give another --output' in capsys.readouterr().err
     assert stem.with_suffix('.json').read_bytes() == before
 
-
-def test_another_quantity_of_what_is_there_is_drawn_at_once(runs, tmp_path, capsys):
-    arguments = ['surface', runs['supervised'], '--resolution', 3, '--batches', 1, '--output', tmp_path]
-    analyse(*arguments)
-    file = tmp_path / 'loss-surface+supervised.json'
-    changed = json.loads(file.read_text())
-    changed['runs'][0]['values']['loss'][1][1] = 123.0  # shows that it is read
-    file.write_text(json.dumps(changed))
-    capsys.readouterr()
+    # Another quantity of what has been measured is drawn at once.
+    content['runs'][0]['values']['loss'][1][1] = 123.0  # which shows that it is read
+    stem.with_suffix('.json').write_text(json.dumps(content))
     analyse(*arguments, '--quantity', 'total')
     assert ' 123.000 ' in capsys.readouterr().out
-    assert (tmp_path / 'loss-surface+supervised-total.png').is_file()
+    assert (tmp_path / f'{stem.name}-total.png').is_file()
 
 
-def test_errors_of_different_methods_compare(runs, tmp_path, capsys):
-    folders = [runs['supervised'], runs['mocov2']]
+def test_errors_of_different_methods_compare_and_losses_do_not(runs, tmp_path, capsys):
     options = ['--resolution', 3, '--output', tmp_path]
     with pytest.raises(SystemExit):
-        analyse('surface', *folders, *options)
+        analyse('surface', runs['supervised'], runs['mocov2'], *options)
     assert 'losses of mocov2 and supervised do not compare' in capsys.readouterr().err
-    analyse('surface', *folders, *options, '--quantity', 'error', '--images', 32)
-    content = json.loads((tmp_path / 'error-surface+supervised+mocov2.json').read_text())
-    for run in content['runs']:
-        assert set(run['values']) == {'error/1', 'error/0.25'}
-        assert all(0 <= value <= 100 for rows in run['values'].values() for row in rows for value in row)
+    with pytest.raises(SystemExit):
+        analyse('surface', runs['supervised'], runs['mocov2'], *options, '--quantity', 'error', '--images', 5)
+    assert '5 images of validation make no batch of 16' in capsys.readouterr().err
+    analyse('surface', runs['mocov2'], *options, '--quantity', 'error', '--images', 32)
+    (run,) = json.loads((tmp_path / 'error-surface+mocov2.json').read_text())['runs']
+    assert set(run['values']) == {'error/1', 'error/0.25'}
+    assert all(0 <= value <= 100 for rows in run['values'].values() for row in rows for value in row)
 
 
 @pytest.mark.parametrize(
