@@ -95,6 +95,7 @@ def _draw_path(axis: 'Axes', path: Path2D) -> None:
         marker=marker(1),
         markersize=9,
         markeredgecolor='black',
+        zorder=3,
         label=f'epoch {path.epochs[0]:.3g}',
     )
     axis.plot(
@@ -105,6 +106,7 @@ def _draw_path(axis: 'Axes', path: Path2D) -> None:
         marker='*',
         markersize=15,
         markeredgecolor='black',
+        zorder=3,
         label=f'epoch {path.epochs[-1]:.3g}, the origin',
     )
 
@@ -126,8 +128,8 @@ def _draw_raised(
     axis.set_zlim(low, high)
     axis.view_init(elev=35, azim=-60)
     axis.set_title(panel.title)
-    axis.set_xlabel('1st direction')
-    axis.set_ylabel('2nd direction')
+    axis.set_xlabel('1st direction', labelpad=6)
+    axis.set_ylabel('2nd direction', labelpad=10)
     axis.set_zlabel(quantity)
 
 
