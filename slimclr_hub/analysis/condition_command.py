@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from slimclr_hub.analysis.entry import Analysis, on_one_process
-from slimclr_hub.analysis.files import check_settings
+from slimclr_hub.analysis.files import check_settings, data_file
 from slimclr_hub.analysis.linear_condition import Condition, linear_condition, narrower
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
@@ -85,12 +85,12 @@ def analyse_condition(networks: Sequence[str], config: ConditionConfig) -> None:
     network = networks[0]
     stem = (Path(config.output) if config.output else default_output(network, 'analysis')) / 'condition'
     settings = _settings(network, config)
-    check_settings(stem.with_suffix('.json'), settings)
+    check_settings(data_file(stem), settings)
     results = measure_condition(network, config)
     stem.parent.mkdir(parents=True, exist_ok=True)
     found = {split: {f'{w:g}': asdict(each) for w, each in widths.items()} for split, widths in results.items()}
     content = {'settings': settings, 'condition': found, 'environment': environment()}
-    write_text(stem.with_suffix('.json'), json.dumps(content, indent=1) + '\n')
+    write_text(data_file(stem), json.dumps(content, indent=1) + '\n')
     draw_condition(results, stem)
     print_condition(results, network)
     print(f'Figure: {stem}.png\nData: {stem}.json')

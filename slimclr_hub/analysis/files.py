@@ -25,6 +25,11 @@ def stem_of(kind: str, folders: Sequence[Path], output: str | None) -> Path:
     return folder / '+'.join([kind, *(labels if output is not None else labels[1:])])
 
 
+def data_file(stem: Path) -> Path:
+    """The JSON file of a stem, in which a dot, as in `alone-0.5`, begins no suffix."""
+    return stem.with_name(f'{stem.name}.json')
+
+
 def check_settings(file: Path, settings: dict[str, Any]) -> Any:
     """What a file holds already, if it is of the same settings.
 

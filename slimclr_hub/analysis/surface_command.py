@@ -8,7 +8,7 @@ from typing import Any
 
 from slimclr_hub.analysis.directions import Directions
 from slimclr_hub.analysis.entry import Analysis, folders_of, on_one_process
-from slimclr_hub.analysis.files import check_settings, labels_of, stem_of
+from slimclr_hub.analysis.files import check_settings, data_file, labels_of, stem_of
 from slimclr_hub.analysis.plane_figure import Panel, draw_planes, reach_of
 from slimclr_hub.analysis.replay import Replay, recipe_of
 from slimclr_hub.analysis.surface import ErrorMeasure, LossMeasure, Measure, grid, measure_surface, point_bar
@@ -76,10 +76,10 @@ def analyse_surface(runs: Sequence[str], config: SurfaceConfig) -> None:
     kind = 'error-surface' if config.quantity == 'error' else 'loss-surface'
     stem = stem_of(kind, folders, config.output)
     settings = _settings(config, paths, reach)
-    known = check_settings(stem.with_suffix('.json'), settings)
+    known = check_settings(data_file(stem), settings)
     if known is None:
         known = {'settings': settings, 'runs': _measure_all(config, paths, directions, reach, stem, settings)}
-        write_text(stem.with_suffix('.json'), json.dumps(known, indent=1) + '\n')
+        write_text(data_file(stem), json.dumps(known, indent=1) + '\n')
         for partial in _partials(stem, len(folders)):
             partial.unlink()
     key, label = _height(config, methods[0], known['runs'])

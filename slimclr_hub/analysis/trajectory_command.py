@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slimclr_hub.analysis.entry import Analysis, folders_of, on_one_process
-from slimclr_hub.analysis.files import check_settings, labels_of, stem_of
+from slimclr_hub.analysis.files import check_settings, data_file, labels_of, stem_of
 from slimclr_hub.analysis.plane_figure import Panel, draw_planes
 from slimclr_hub.analysis.trajectory import NORMALISATIONS, Path2D, load_trajectory, path_of
 from slimclr_hub.train.checks import one_of
@@ -35,14 +35,14 @@ def analyse_trajectory(runs: Sequence[str], config: TrajectoryConfig) -> None:
     folders = folders_of(runs)
     stem = stem_of('trajectory', folders, config.output)
     settings = {'runs': [str(folder) for folder in folders], 'normalise': config.normalise}
-    check_settings(stem.with_suffix('.json'), settings)
+    check_settings(data_file(stem), settings)
     paths: list[dict[str, Path2D]] = []
     for folder in folders:
         trajectory = load_trajectory(folder)
         paths.append({how: path_of(str(folder), trajectory, trajectory.directions(how), how) for how in NORMALISATIONS})
     stem.parent.mkdir(parents=True, exist_ok=True)
     found = [{how: path.as_json() for how, path in both.items()} for both in paths]
-    write_text(stem.with_suffix('.json'), json.dumps({'settings': settings, 'trajectories': found}, indent=1) + '\n')
+    write_text(data_file(stem), json.dumps({'settings': settings, 'trajectories': found}, indent=1) + '\n')
     labels = labels_of(folders)
     panels = [Panel(label, both[config.normalise]) for label, both in zip(labels, paths, strict=True)]
     draw_planes(panels, '', stem)

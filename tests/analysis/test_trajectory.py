@@ -50,7 +50,7 @@ def write_run(folder: Path, path: dict[int, tuple[float, float]]) -> Path:
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory) -> tuple[Path, Path]:
     place = tmp_path_factory.mktemp('runs')
-    return write_run(place / 'alone', ALONE), write_run(place / 'slimmable', SLIMMABLE)
+    return write_run(place / 'alone-1.0-0', ALONE), write_run(place / 'slimmable-0.5', SLIMMABLE)
 
 
 @pytest.fixture
@@ -109,18 +109,19 @@ def test_command(runs, tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert '…' not in shown
     rows = [line.split() for line in shown.replace('│', ' ').splitlines()]
-    assert ['alone', '4', '95.3,', '4.7', '4,', '1'] in rows
-    assert ['slimmable', '4', '91.9,', '8.1', '5,', '1.5', '+50.0', '%'] in rows
-    stem = tmp_path / 'trajectory+alone+slimmable'
-    content = json.loads(stem.with_suffix('.json').read_text())
+    assert ['alone-1.0-0', '4', '95.3,', '4.7', '4,', '1'] in rows
+    assert ['slimmable-0.5', '4', '91.9,', '8.1', '5,', '1.5', '+50.0', '%'] in rows
+    stem = tmp_path / 'trajectory+alone-1.0-0+slimmable-0.5'
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f'{stem.name}.{s}' for s in ('json', 'pdf', 'png')]
+    content = json.loads(Path(f'{stem}.json').read_text())
     alone, slimmable = (each['none'] for each in content['trajectories'])
     assert alone['offsets'] == pytest.approx([4, 1])
     assert slimmable['offsets'] == pytest.approx([5, 1.5])
     assert alone['epochs'] == [0.5, 1, 1.5, 2]
     np.testing.assert_allclose(slimmable['coordinates'], list(SLIMMABLE.values()), atol=1e-9)
     assert content['trajectories'][0]['filter']['normalise'] == 'filter'
-    assert stem.with_suffix('.pdf').read_bytes()[:5] == b'%PDF-'
-    with Image.open(stem.with_suffix('.png')) as image:
+    assert Path(f'{stem}.pdf').read_bytes()[:5] == b'%PDF-'
+    with Image.open(Path(f'{stem}.png')) as image:
         assert image.size == (1620, 660)
         pixels = np.asarray(image.convert('RGB'))
     assert (pixels == (0xD5, 0x5E, 0x00)).all(2).sum() > 500  # the way
