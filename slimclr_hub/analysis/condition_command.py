@@ -187,7 +187,7 @@ def print_condition(results: Results, network: str) -> None:
     from rich.table import Table
 
     table = Table(title=f'Eq. (23), L: shared linear layer, R: own ({network})')
-    for title in 'split', 'width', '|L-R|', 'total', '|R|', 'relative', 'own (%)', 'shared (%)':
+    for title in 'split', 'width', '|L-R|', 'total', '|R|', 'rel.', 'own (%)', 'shared (%)':
         table.add_column(title, justify='left' if title == 'split' else 'right', no_wrap=True)
     for split, by_width in results.items():
         for width, each in by_width.items():
