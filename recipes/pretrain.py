@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from slimclr_hub.analysis.gradient_hook import observe
+from slimclr_hub.analysis.gradients.hook import observe
 from slimclr_hub.evaluate.pretraining import main
 
 if __name__ == '__main__':

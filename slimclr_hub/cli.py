@@ -314,7 +314,7 @@ def compare(
 ) -> None:
     """Compare runs and networks: accuracy by width, parameters, multiply-adds and images/s."""
     try:
-        from slimclr_hub.evaluate.comparison_command import compare_networks
+        from slimclr_hub.evaluate.comparison.compare import compare_networks
     except ModuleNotFoundError as error:
         raise InputError(f'comparing needs {error.name}; pip install "slimclr-hub[train]"') from error
 

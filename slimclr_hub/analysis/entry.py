@@ -34,19 +34,19 @@ class Analysis:
 
 
 def _gradients() -> Analysis:
-    from slimclr_hub.analysis.gradients import GRADIENTS
+    from slimclr_hub.analysis.gradients.command import GRADIENTS
 
     return GRADIENTS
 
 
 def _trajectory() -> Analysis:
-    from slimclr_hub.analysis.trajectory_command import TRAJECTORY
+    from slimclr_hub.analysis.landscape.trajectory_command import TRAJECTORY
 
     return TRAJECTORY
 
 
 def _surface() -> Analysis:
-    from slimclr_hub.analysis.surface_command import SURFACE
+    from slimclr_hub.analysis.landscape.surface_command import SURFACE
 
     return SURFACE
 

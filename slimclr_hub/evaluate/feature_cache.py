@@ -19,7 +19,7 @@ from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import ArrayImages
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import extract_features
-from slimclr_hub.evaluate.linear_eval_classes import class_names
+from slimclr_hub.evaluate.linear_eval.classes import class_names
 from slimclr_hub.evaluate.progress import progress_bar
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.widths import width_key

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.comparison import read_entry
-from slimclr_hub.evaluate.comparison_figure import draw_pareto
-from slimclr_hub.evaluate.comparison_speed import measure_speed
-from slimclr_hub.evaluate.comparison_table import comparison_tables
+from slimclr_hub.evaluate.comparison.entries import read_entry
+from slimclr_hub.evaluate.comparison.figure import draw_pareto
+from slimclr_hub.evaluate.comparison.speed import measure_speed
+from slimclr_hub.evaluate.comparison.tables import comparison_tables
 from slimclr_hub.evaluate.figures import line_style, new_figure, save_figure
 from slimclr_hub.evaluate.results import environment
 

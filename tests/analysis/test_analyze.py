@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from slimclr_hub.analysis.gradient_records import NormRecord, Records
+from slimclr_hub.analysis.gradients.records import NormRecord, Records
 from slimclr_hub.train.command_line import dump
 from slimclr_hub.train.config import OptimConfig, PretrainConfig
 from slimclr_hub.train.parse import RECIPE

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from slimclr_hub.analysis.directions import filter_normalise, find_directions, offset, principal_directions, project
+from slimclr_hub.analysis.landscape.directions import (
+    filter_normalise,
+    find_directions,
+    offset,
+    principal_directions,
+    project,
+)
 from slimclr_hub.errors import InputError
 
 SHAPES = {'conv': (6, 3, 3, 3), 'fc': (5, 6), 'norm': (6,), 'bias': (5,)}

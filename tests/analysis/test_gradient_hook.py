@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slimclr_hub.analysis.gradient_data import gradients_of
-from slimclr_hub.analysis.gradient_norms import last_linear, layer_slices, mean_norms
-from slimclr_hub.analysis.gradient_records import NormRecord, Records
+from slimclr_hub.analysis.gradients.data import gradients_of
+from slimclr_hub.analysis.gradients.norms import last_linear, layer_slices, mean_norms
+from slimclr_hub.analysis.gradients.records import NormRecord, Records
 from slimclr_hub.analysis.replay import Replay, saved_weights
 from slimclr_hub.errors import InputError
 from tests.analysis.runs import pretrain, small_place

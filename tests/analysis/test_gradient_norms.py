@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from slimclr_hub.analysis.gradient_norms import last_linear, layer_slices, mean_norms, slice_norms
+from slimclr_hub.analysis.gradients.norms import last_linear, layer_slices, mean_norms, slice_norms
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods import METHODS
 from slimclr_hub.models.layers import SlimmableLinear

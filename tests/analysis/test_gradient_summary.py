@@ -5,9 +5,9 @@ from math import isnan, sqrt
 import pytest
 import torch
 
-from slimclr_hub.analysis.gradient_data import RunGradients
-from slimclr_hub.analysis.gradient_records import NormRecord
-from slimclr_hub.analysis.gradient_summary import components, mean_cosines, phases
+from slimclr_hub.analysis.gradients.data import RunGradients
+from slimclr_hub.analysis.gradients.records import NormRecord
+from slimclr_hub.analysis.gradients.summary import components, mean_cosines, phases
 from slimclr_hub.train.config import MethodConfig, ModelConfig, OptimConfig, PretrainConfig
 
 

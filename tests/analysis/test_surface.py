@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from slimclr_hub.analysis.directions import find_directions
 from slimclr_hub.analysis.entry import main
+from slimclr_hub.analysis.landscape.directions import find_directions
+from slimclr_hub.analysis.landscape.surface import ErrorMeasure, LossMeasure, grid, measure_surface
+from slimclr_hub.analysis.landscape.trajectory import load_trajectory
 from slimclr_hub.analysis.replay import Replay
-from slimclr_hub.analysis.surface import ErrorMeasure, LossMeasure, grid, measure_surface
-from slimclr_hub.analysis.trajectory import load_trajectory
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.errors import InputError
 from tests.analysis.finished_runs import make_runs

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from slimclr_hub.analysis.entry import main
 from slimclr_hub.analysis.files import labels_of
-from slimclr_hub.analysis.trajectory import load_trajectory
+from slimclr_hub.analysis.landscape.trajectory import load_trajectory
 from slimclr_hub.errors import InputError
 from slimclr_hub.train.command_line import dump
 from slimclr_hub.train.config import PretrainConfig

@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 
 from slimclr_hub.cli import app
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.comparison import data_name, read_entries, read_entry
-from slimclr_hub.evaluate.comparison_command import compare_networks
-from slimclr_hub.evaluate.comparison_figure import draw_pareto
-from slimclr_hub.evaluate.comparison_speed import measure_speed
-from slimclr_hub.evaluate.comparison_table import TextTable, comparison_tables
-from slimclr_hub.evaluate.knn_eval_report import Accuracy, best_of, write_accuracies
+from slimclr_hub.evaluate.comparison.compare import compare_networks
+from slimclr_hub.evaluate.comparison.entries import data_name, read_entries, read_entry
+from slimclr_hub.evaluate.comparison.figure import draw_pareto
+from slimclr_hub.evaluate.comparison.reported import REPORTED, REPORTED_DETECTION
+from slimclr_hub.evaluate.comparison.speed import measure_speed
+from slimclr_hub.evaluate.comparison.tables import TextTable, comparison_tables
+from slimclr_hub.evaluate.knn_eval.report import Accuracy, best_of, write_accuracies
 from slimclr_hub.evaluate.report import compare_with_itself
-from slimclr_hub.evaluate.reported import REPORTED, REPORTED_DETECTION
 from slimclr_hub.evaluate.results import EvalResult
 from slimclr_hub.hub.card import human
 from slimclr_hub.hub.folder import save_folder

@@ -22,9 +22,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import extract_features
 from slimclr_hub.evaluate.knn import knn_predict, nearest, vote
-from slimclr_hub.evaluate.knn_eval import KNNEvalConfig, _knn_eval, classes_of, rank_of
-from slimclr_hub.evaluate.knn_eval_report import Accuracy, best_of
-from slimclr_hub.evaluate.knn_eval_shares import neighbours_in_all
+from slimclr_hub.evaluate.knn_eval.evaluation import KNNEvalConfig, _knn_eval, classes_of, rank_of
+from slimclr_hub.evaluate.knn_eval.report import Accuracy, best_of
+from slimclr_hub.evaluate.knn_eval.shares import neighbours_in_all
 from slimclr_hub.evaluate.results import load_result
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models.calibrate import calibrate_width
@@ -208,7 +208,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from slimclr_hub.evaluate.knn import vote
-from slimclr_hub.evaluate.knn_eval_shares import neighbours_in_all
+from slimclr_hub.evaluate.knn_eval.shares import neighbours_in_all
 from tests.evaluate.test_knn import features
 
 accelerator = Accelerator()

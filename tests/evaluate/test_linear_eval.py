@@ -27,12 +27,12 @@ from slimclr_hub.data.sources import EMBEDDED
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import DivergedError, InputError, PreemptedError
 from slimclr_hub.evaluate.feature_cache import FeatureCache, state_hash
-from slimclr_hub.evaluate.linear_eval import check_frozen, linear_eval
-from slimclr_hub.evaluate.linear_eval_classes import GARMENTS
-from slimclr_hub.evaluate.linear_eval_config import LinearEvalConfig, parse_linear_eval
-from slimclr_hub.evaluate.linear_eval_data import AugmentedBatches, CachedBatches, FeatureBatches
-from slimclr_hub.evaluate.linear_eval_training import ProbeTraining
-from slimclr_hub.evaluate.linear_probe import make_head, standardisation
+from slimclr_hub.evaluate.linear_eval.batches import AugmentedBatches, CachedBatches, FeatureBatches
+from slimclr_hub.evaluate.linear_eval.classes import GARMENTS
+from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig, parse_linear_eval
+from slimclr_hub.evaluate.linear_eval.evaluation import check_frozen, linear_eval
+from slimclr_hub.evaluate.linear_eval.probe import make_head, standardisation
+from slimclr_hub.evaluate.linear_eval.training import ProbeTraining
 from slimclr_hub.evaluate.predict import predict
 from slimclr_hub.evaluate.results import load_result, results_in
 from slimclr_hub.hub.folder import save_folder

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.linear_eval_config import LinearEvalConfig, SweepConfig, parse_linear_eval
+from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig, SweepConfig, parse_linear_eval
 from slimclr_hub.train.command_line import dump
 from slimclr_hub.train.config import PretrainConfig
 

@@ -8,8 +8,8 @@ from sklearn.metrics import top_k_accuracy_score
 from torch import nn
 from torch.testing import assert_close
 
-from slimclr_hub.evaluate.linear_eval_config import SweepConfig
-from slimclr_hub.evaluate.linear_probe import (
+from slimclr_hub.evaluate.linear_eval.config import SweepConfig
+from slimclr_hub.evaluate.linear_eval.probe import (
     ProbeSweep,
     accuracies,
     folded,

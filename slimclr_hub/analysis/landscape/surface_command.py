@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimclr_hub.analysis.directions import Directions
 from slimclr_hub.analysis.entry import Analysis, folders_of, on_one_process
 from slimclr_hub.analysis.files import check_settings, data_file, labels_of, stem_of
-from slimclr_hub.analysis.plane_figure import Panel, draw_planes, reach_of
+from slimclr_hub.analysis.landscape.directions import Directions
+from slimclr_hub.analysis.landscape.figure import Panel, draw_planes, reach_of
+from slimclr_hub.analysis.landscape.surface import ErrorMeasure, LossMeasure, Measure, grid, measure_surface, point_bar
+from slimclr_hub.analysis.landscape.trajectory import NORMALISATIONS, Path2D, load_trajectory, path_of
 from slimclr_hub.analysis.replay import Replay, recipe_of
-from slimclr_hub.analysis.surface import ErrorMeasure, LossMeasure, Measure, grid, measure_surface, point_bar
-from slimclr_hub.analysis.trajectory import NORMALISATIONS, Path2D, load_trajectory, path_of
 from slimclr_hub.errors import InputError
 from slimclr_hub.train.checks import above, at_least, one_of
 from slimclr_hub.weights.whole import write_text

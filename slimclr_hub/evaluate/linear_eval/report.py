@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import mean
 
 from slimclr_hub.evaluate.figures import line_style, new_figure, save_figure
-from slimclr_hub.evaluate.linear_eval_config import LinearEvalConfig
-from slimclr_hub.evaluate.linear_eval_training import Record
+from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig
+from slimclr_hub.evaluate.linear_eval.training import Record
 from slimclr_hub.evaluate.results import EvalResult, environment
 from slimclr_hub.train.command_line import plain
 from slimclr_hub.weights.published import Reported

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-from slimclr_hub.analysis.directions import Weights
+from slimclr_hub.analysis.landscape.directions import Weights
 from slimclr_hub.analysis.replay import Replay
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import has_validation

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.comparison import read_entries
-from slimclr_hub.evaluate.comparison_figure import draw_pareto, figure_path
-from slimclr_hub.evaluate.comparison_speed import measure_speed
-from slimclr_hub.evaluate.comparison_table import comparison_tables, reported_tables
+from slimclr_hub.evaluate.comparison.entries import read_entries
+from slimclr_hub.evaluate.comparison.figure import draw_pareto, figure_path
+from slimclr_hub.evaluate.comparison.speed import measure_speed
+from slimclr_hub.evaluate.comparison.tables import comparison_tables, reported_tables
 from slimclr_hub.evaluate.results import environment
 from slimclr_hub.weights.whole import write_text
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from slimclr_hub.analysis.gradient_norms import last_linear, layer_slices, mean_norms
-from slimclr_hub.analysis.gradient_records import NormRecord, Records
+from slimclr_hub.analysis.gradients.norms import last_linear, layer_slices, mean_norms
+from slimclr_hub.analysis.gradients.records import NormRecord, Records
 from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.diagnostics_config import DiagnosticsConfig
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimclr_hub.analysis.trajectory import Path2D
+from slimclr_hub.analysis.landscape.trajectory import Path2D
 from slimclr_hub.evaluate.figures import marker, new_figure, save_figure
 
 if TYPE_CHECKING:

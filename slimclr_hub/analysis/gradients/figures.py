@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slimclr_hub.analysis.gradient_data import RunGradients
-from slimclr_hub.analysis.gradient_summary import components
+from slimclr_hub.analysis.gradients.data import RunGradients
+from slimclr_hub.analysis.gradients.summary import components
 from slimclr_hub.evaluate.figures import line_style, marker, new_figure, save_figure
 
 if TYPE_CHECKING:

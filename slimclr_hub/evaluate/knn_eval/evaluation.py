@@ -14,8 +14,8 @@ from slimclr_hub.data import DataConfig
 from slimclr_hub.data.sources import has_validation
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.knn import vote
-from slimclr_hub.evaluate.knn_eval_report import Accuracy, best_of, draw_accuracies, print_accuracies, write_accuracies
-from slimclr_hub.evaluate.knn_eval_shares import neighbours_in_all, share_features, share_loader
+from slimclr_hub.evaluate.knn_eval.report import Accuracy, best_of, draw_accuracies, print_accuracies, write_accuracies
+from slimclr_hub.evaluate.knn_eval.shares import neighbours_in_all, share_features, share_loader
 from slimclr_hub.evaluate.progress import progress_bar
 from slimclr_hub.evaluate.results import RESULT, EvalResult, environment, load_result
 from slimclr_hub.evaluate.subject import data_defaults, default_output, open_subject

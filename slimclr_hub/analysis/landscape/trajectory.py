@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from slimclr_hub.analysis.directions import Directions, Weights, find_directions, moves
+from slimclr_hub.analysis.landscape.directions import Directions, Weights, find_directions, moves
 from slimclr_hub.analysis.replay import checkpoint_steps, saved_weights
 from slimclr_hub.errors import InputError
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from slimclr_hub.analysis.entry import Analysis, folders_of, on_one_process
-from slimclr_hub.analysis.gradient_data import RunGradients, gradients_of
-from slimclr_hub.analysis.gradient_figures import draw_divergence, draw_imbalance
-from slimclr_hub.analysis.gradient_summary import components, phases
+from slimclr_hub.analysis.gradients.data import RunGradients, gradients_of
+from slimclr_hub.analysis.gradients.figures import draw_divergence, draw_imbalance
+from slimclr_hub.analysis.gradients.summary import components, phases
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.results import environment
 from slimclr_hub.models.widths import check_widths

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from slimclr_hub.evaluate.comparison import Entry, Measure
-from slimclr_hub.evaluate.reported import REPORTED, REPORTED_DETECTION, TABLE_1, TABLE_2
+from slimclr_hub.evaluate.comparison.entries import Entry, Measure
+from slimclr_hub.evaluate.comparison.reported import REPORTED, REPORTED_DETECTION, TABLE_1, TABLE_2
 from slimclr_hub.hub.card import human
 
 _STEADY = 0.2  # spread of repetitions from which on a speed is not to be relied on

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from slimclr_hub.analysis.entry import Analysis, folders_of, on_one_process
 from slimclr_hub.analysis.files import check_settings, data_file, labels_of, stem_of
-from slimclr_hub.analysis.plane_figure import Panel, draw_planes
-from slimclr_hub.analysis.trajectory import NORMALISATIONS, Path2D, load_trajectory, path_of
+from slimclr_hub.analysis.landscape.figure import Panel, draw_planes
+from slimclr_hub.analysis.landscape.trajectory import NORMALISATIONS, Path2D, load_trajectory, path_of
 from slimclr_hub.train.checks import one_of
 from slimclr_hub.weights.whole import write_text
 

@@ -12,8 +12,8 @@ from timm.models import parse_model_name
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.knn_eval_report import ACCURACIES, read_accuracies
-from slimclr_hub.evaluate.reported import TABLE_1
+from slimclr_hub.evaluate.comparison.reported import TABLE_1
+from slimclr_hub.evaluate.knn_eval.report import ACCURACIES, read_accuracies
 from slimclr_hub.evaluate.results import RESULT, load_result
 from slimclr_hub.evaluate.subject import default_output, open_subject
 from slimclr_hub.hub.card import WidthFacts, width_facts

@@ -12,14 +12,14 @@ from slimclr_hub.data.sources import has_validation
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.feature_cache import FeatureCache, SplitFeatures, state_hash
-from slimclr_hub.evaluate.linear_eval_classes import check_labels
-from slimclr_hub.evaluate.linear_eval_config import LinearEvalConfig, parse_linear_eval
-from slimclr_hub.evaluate.linear_eval_data import AugmentedBatches, CachedBatches, FeatureBatches
-from slimclr_hub.evaluate.linear_eval_folder import check_save_to, choose_folder, is_finished
-from slimclr_hub.evaluate.linear_eval_network import save_with_head
-from slimclr_hub.evaluate.linear_eval_report import best_rate, draw_accuracies, make_result, print_result
-from slimclr_hub.evaluate.linear_eval_training import ProbeTraining, Record
-from slimclr_hub.evaluate.linear_probe import Head, Scaling, make_head, standardisation
+from slimclr_hub.evaluate.linear_eval.batches import AugmentedBatches, CachedBatches, FeatureBatches
+from slimclr_hub.evaluate.linear_eval.classes import check_labels
+from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig, parse_linear_eval
+from slimclr_hub.evaluate.linear_eval.folder import check_save_to, choose_folder, is_finished
+from slimclr_hub.evaluate.linear_eval.network import save_with_head
+from slimclr_hub.evaluate.linear_eval.probe import Head, Scaling, make_head, standardisation
+from slimclr_hub.evaluate.linear_eval.report import best_rate, draw_accuracies, make_result, print_result
+from slimclr_hub.evaluate.linear_eval.training import ProbeTraining, Record
 from slimclr_hub.evaluate.results import RESULT, EvalResult, load_result
 from slimclr_hub.evaluate.subject import Subject, default_output, open_subject
 from slimclr_hub.models import SlimmableResNet

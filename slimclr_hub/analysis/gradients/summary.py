@@ -8,7 +8,7 @@ from statistics import fmean
 import torch
 import torch.nn.functional as F
 
-from slimclr_hub.analysis.gradient_data import RunGradients
+from slimclr_hub.analysis.gradients.data import RunGradients
 from slimclr_hub.analysis.pca import Components, principal_components
 
 

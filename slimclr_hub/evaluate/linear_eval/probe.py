@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from slimclr_hub.data.seeding import drawing
-from slimclr_hub.evaluate.linear_eval_config import SweepConfig
+from slimclr_hub.evaluate.linear_eval.config import SweepConfig
 from slimclr_hub.methods.losses import full_precision
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.layers import SlimmableLinear, SwitchableLinear

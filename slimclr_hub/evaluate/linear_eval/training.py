@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 from slimclr_hub.errors import DivergedError, InputError, PreemptedError
 from slimclr_hub.evaluate.feature_cache import SplitFeatures
-from slimclr_hub.evaluate.linear_eval_config import LinearEvalConfig
-from slimclr_hub.evaluate.linear_eval_data import FeatureBatch, FeatureBatches
-from slimclr_hub.evaluate.linear_probe import (
+from slimclr_hub.evaluate.linear_eval.batches import FeatureBatch, FeatureBatches
+from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig
+from slimclr_hub.evaluate.linear_eval.probe import (
     Head,
     ProbeSweep,
     Scaling,

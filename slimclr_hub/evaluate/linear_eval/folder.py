@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.linear_eval_config import LinearEvalConfig
+from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig
 from slimclr_hub.evaluate.results import RESULT
 from slimclr_hub.evaluate.subject import default_output
 from slimclr_hub.train.command_line import plain

@@ -1,0 +1,1 @@
+"""Gradient imbalance and gradient direction divergence (paper, section 3.2)."""

@@ -1,0 +1,1 @@
+"""Error surface and optimisation trajectory (paper, figure 5)."""

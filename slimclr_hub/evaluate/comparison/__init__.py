@@ -1,0 +1,1 @@
+"""Runs and networks side by side."""

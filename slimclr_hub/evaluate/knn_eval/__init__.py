@@ -1,0 +1,1 @@
+"""Weighted k-NN accuracy of a network, on one process or several."""

@@ -1,0 +1,1 @@
+"""The linear evaluation of a frozen network (paper, section 4.1)."""
