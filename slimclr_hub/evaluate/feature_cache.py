@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
@@ -75,8 +75,12 @@ class FeatureCache:
         self._config = config
         self._weights = state_hash(backbone)
 
-    def features(self, split: str) -> SplitFeatures:
+    def features(self, split: str, at_most: int | None = None) -> SplitFeatures:
         """Features of a split, on the accelerator's device.
+
+        Args:
+            split: Which.
+            at_most: Take a fixed random choice of this many images where there are more.
 
         Raises:
             InputError: There is no such split, or the source is a stream and there are several processes.
@@ -87,16 +91,17 @@ class FeatureCache:
                 f'data.name {self._config.name}: a stream does not come in equal parts for several processes, and '
                 'evaluation has to see each image once; run one process'
             )
-        loader = eval_loader(self._config, split, None, 0, accelerator.num_processes)
-        path = self.path(split, loader.dataset)
+        loader = eval_loader(self._config, split, at_most, 0, accelerator.num_processes)
+        whole = loader.dataset.dataset if isinstance(loader.dataset, Subset) else loader.dataset
+        path = self.path(split, whole, len(loader.dataset))  # type: ignore[arg-type]
         # The main process decides for all: it may be writing the file while another one looks.
         there: list[Any] = [path.is_file() and self._is_whole(path)] if accelerator.is_main_process else [None]
         if not broadcast_object_list(there)[0]:
             self._compute(loader, split, path)
-        return self._read(path, class_names(self._config.name, loader.dataset))
+        return self._read(path, class_names(self._config.name, whole))
 
-    def path(self, split: str, dataset: Any) -> Path:
-        """The file of a split."""
+    def path(self, split: str, dataset: Any, count: int) -> Path:
+        """The file of `count` images of a split, of which `dataset` has all."""
         data = {key: value for key, value in asdict(self._config).items() if key not in _WITHOUT_EFFECT}
         facts = {
             'weights': self._weights,
@@ -104,6 +109,7 @@ class FeatureCache:
             'precision': self._accelerator.mixed_precision,
             'split': split,
             'images': _fingerprint(dataset),
+            'count': count,
             **data,
         }
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -107,6 +107,19 @@ def test_features_of_something_else_are_computed_anew(tmp_path, accelerator, dat
     assert not first.by_width[0.25].equal(other.by_width[0.25])
 
 
+def test_some_of_the_images(tmp_path, accelerator, data, backbone):
+    """A choice that stays the same, beside the whole."""
+    cache = FeatureCache(tmp_path, accelerator, backbone, data)
+    whole, some = cache.features('train').by_width[0.25], cache.features('train', 20)
+    chosen = [int((whole == row).all(1).nonzero()[0, 0]) for row in some.by_width[0.25]]
+    assert len(set(chosen)) == len(some.labels) == 20
+    assert some.labels.equal(cache.features('train').labels[chosen])
+    assert some.class_names == list(GARMENTS)
+    assert cache.features('train', 20).by_width[0.25].equal(some.by_width[0.25])
+    assert len(contents(tmp_path)) == 2
+    assert len(cache.features('train', IMAGES + 1).labels) == IMAGES
+
+
 def test_splits_lie_beside_each_other(tmp_path, accelerator, data, backbone):
     cache = FeatureCache(tmp_path, accelerator, backbone, data)
     assert len(cache.features('train').labels) == IMAGES

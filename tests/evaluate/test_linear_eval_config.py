@@ -83,6 +83,10 @@ def test_default_milestones():
             ['--network', 'x', '--features.mode', 'augmented', '--features.standardise', 'true'],
             r'standardise needs features.mode cached, and it is augmented; set it to null',
         ),
+        (
+            ['--network', 'x', '--features.mode', 'augmented', '--features.train_images', '9'],
+            r'train_images is for features.mode cached, and it is augmented; set it to null',
+        ),
         (['--network', 'x', '--probe.num_classes', '1'], r'probe.num_classes is 1; give 2 or more'),
         (['--network', 'x', '--run.seed', '-1'], r'run.seed is -1'),
         (['--network', 'x', '--run.precision', 'int8'], r"run.precision 'int8' is not one of no, fp16, bf16"),

@@ -104,14 +104,22 @@ class FeaturesConfig:
             subtract their mean, so that learning rates mean the same for all networks. It is worked into the saved
             layers, which take features as they are. Where null, as `mode` is `cached`, which it needs.
         cache: Folder of the features on disk; beside the results where null.
+        train_images: Training images that `cached` learns from at most, of a fixed random choice; all where null.
     """
 
     mode: str = 'cached'
     standardise: bool | None = None
     cache: str | None = None
+    train_images: int | None = None
 
     def __post_init__(self) -> None:
         one_of('features.mode', self.mode, MODES)
+        if self.train_images is not None:
+            at_least('features.train_images', self.train_images, 2)
+            if self.mode != 'cached':
+                raise InputError(
+                    f'features.train_images is for features.mode cached, and it is {self.mode}; set it to null'
+                )
         if self.standardise and self.mode != 'cached':
             raise InputError(f'features.standardise needs features.mode cached, and it is {self.mode}; set it to null')
 

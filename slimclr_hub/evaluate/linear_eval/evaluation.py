@@ -110,7 +110,7 @@ class _Evaluation:
         assert config.data.val_split is not None
         validation = self.cache.features(config.data.val_split)
         if config.features.mode == 'cached':
-            train = self.cache.features(config.data.train_split)
+            train = self.cache.features(config.data.train_split, config.features.train_images)
             classes = self._classes(validation, int(train.labels.max()) + 1)
             check_labels(train.labels, classes, config.data.train_split)
         else:
