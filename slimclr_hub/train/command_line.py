@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def run_script(work: Callable[[], None]) -> None:
 
 def _with_bases(argv: Sequence[str]) -> list[str]:
     expanded: list[str] = []
-    for argument, following in zip(argv, [*argv[1:], ''], strict=True):
+    for argument, following in pairwise([*argv, '']):
         recipe = following if argument == '--config' else argument.removeprefix('--config=')
         if argument.startswith('--config') and recipe:
             expanded += [f'--config={base}' for base in reversed(_bases(Path(recipe)))]
