@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from slimclr_hub.analysis.entry import Analysis, folders_of, on_one_process
+from slimclr_hub.analysis.files import check_settings
 from slimclr_hub.analysis.gradients.data import RunGradients, gradients_of
 from slimclr_hub.analysis.gradients.figures import draw_divergence, draw_imbalance
 from slimclr_hub.analysis.gradients.summary import components, phases
-from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.results import environment
 from slimclr_hub.models.widths import check_widths
 from slimclr_hub.train.checks import at_least
@@ -61,7 +61,7 @@ def analyse_gradients(runs: Sequence[str], config: GradientsConfig) -> None:
     folders = folders_of(runs)
     output = Path(config.output) if config.output is not None else folders[0] / 'analysis'
     settings = {'runs': [str(folder.resolve()) for folder in folders], **asdict(config), 'output': None}
-    _check_output(output, settings)
+    check_settings(output / f'{_DATA}.json', settings)
     found = [
         gradients_of(
             folder,
@@ -87,17 +87,6 @@ def analyse_gradients(runs: Sequence[str], config: GradientsConfig) -> None:
         print(f'Note: {note}')
     names = ('gradient_imbalance', 'gradient_divergence', 'gradient_directions')
     print(f'Figures: {", ".join(str(output / f"{name}.png") for name in names)}')
-
-
-def _check_output(output: Path, settings: dict[str, Any]) -> None:
-    path = output / f'{_DATA}.json'
-    if path.is_file():
-        try:
-            before = json.loads(path.read_text())['settings']
-        except (ValueError, KeyError, TypeError):
-            before = None
-        if before != settings:
-            raise InputError(f'{path} is of other runs or options; give another folder by --output')
 
 
 def _rows(runs: Sequence[RunGradients]) -> str:

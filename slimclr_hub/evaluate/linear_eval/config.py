@@ -196,7 +196,7 @@ def parse_linear_eval(argv: Sequence[str] | None = None) -> LinearEvalConfig:
     Raises:
         InputError: A key or value is wrong, or a file is not there.
     """
-    argv = list(sys.argv[1:] if argv is None else argv) or ['--network=']
+    argv = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser(
         LinearEvalConfig,
         'linear_eval.py',

@@ -1,0 +1,175 @@
+"""Tables of RESULTS.md, as Markdown, from the runs that benchmarks/small_scale.sh left: means over seeds, and spread.
+
+python benchmarks/small_scale.py FOLDER
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+from slimclr_hub.evaluate.results import RESULT, load_result
+
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+ALONE = {1.0: 'alone_w100', 0.75: 'alone_w075', 0.5: 'alone_w050', 0.25: 'alone_w025'}
+BY_WIDTH = ['1.0', '0.75', '0.5', '0.25']
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean and, of several, standard deviation."""
+    if not values:
+        return ''
+    text = f'{mean(values):.{digits}f}'
+    return f'{text} ± {stdev(values):.{digits}f}' if len(values) > 1 else text
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    print('| ' + ' | '.join(headers) + ' |')
+    print('| --- |' + ' ---: |' * (len(headers) - 1))
+    for row in rows:
+        print('| ' + ' | '.join(row) + ' |')
+    print()
+
+
+class Runs:
+    """The runs in a folder, each named by recipe and seed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.seeds = sorted(int(path.name.rpartition('-')[2]) for path in folder.glob('slimclr-*') if path.is_dir())
+
+    def linear(self, recipe: str, head: str = 'switchable') -> dict[float, list[float]]:
+        """Width -> top-1 of each seed, of the classifier with that head."""
+        found: dict[float, list[float]] = {}
+        for seed in self.seeds:
+            for file in sorted((self.folder / f'{recipe}-{seed}').glob(f'linear_eval*/{RESULT}')):
+                result = load_result(file)
+                if result.settings['probe']['head'] == head:
+                    for width, value in result.top1.items():
+                        found.setdefault(width, []).append(value)
+        return found
+
+    def last(self, recipe: str, key: str) -> list[float]:
+        """Last value of a metric of each seed."""
+        values = []
+        for seed in self.seeds:
+            lines = (self.folder / f'{recipe}-{seed}' / 'metrics.jsonl').read_text().splitlines()
+            values.append([record[key] for record in map(json.loads, lines) if key in record][-1])
+        return values
+
+    def analyses(self, file: str) -> list[dict]:
+        """Contents of a data file of each seed's analyses."""
+        paths = [self.folder / f'analysis-{seed}' / file for seed in self.seeds]
+        return [json.loads(path.read_text()) for path in paths if path.is_file()]
+
+
+def differences(values: Sequence[float], base: Sequence[float]) -> list[float]:
+    """Of each seed."""
+    return [value - before for value, before in zip(values, base, strict=True)]
+
+
+def cells(found: Mapping[float, Sequence[float]]) -> list[str]:
+    return [spread(found.get(width, ())) for width in WIDTHS]
+
+
+def interference(runs: Runs) -> None:
+    rows = []
+    for what, alone, slimmable in (
+        ('linear, without labels', runs.linear('alone_w100')[1.0], runs.linear('vanilla')[1.0]),
+        ('k-NN, without labels', runs.last('alone_w100', 'knn/1'), runs.last('vanilla', 'knn/1')),
+        ('own classifier, with labels', runs.last('supervised_w100', 'top1/1'), runs.last('supervised', 'top1/1')),
+        ('linear, with labels', runs.linear('supervised_w100')[1.0], runs.linear('supervised')[1.0]),
+        ('k-NN, with labels', runs.last('supervised_w100', 'knn/1'), runs.last('supervised', 'knn/1')),
+    ):
+        rows.append([what, spread(alone), spread(slimmable), spread(differences(slimmable, alone))])
+    print_table(['accuracy of width 1.0 (%)', 'alone', 'in four', 'difference'], rows)
+
+
+def parts(runs: Runs) -> None:
+    names = {
+        'vanilla': 'four widths together',
+        'slow': '+ slow start',
+        'slow_kd': '+ distillation',
+        'slimclr': '+ loss weights: SlimCLR',
+    }
+    rows = [[name, *cells(runs.linear(recipe))] for recipe, name in names.items()]
+    alone = {width: runs.linear(recipe).get(width, []) for width, recipe in ALONE.items()}
+    rows.append(['each width alone', *cells(alone)])
+    rows.append(['slimmable probe on SlimCLR', *cells(runs.linear('slimclr', 'slimmable'))])
+    print_table(['linear accuracy (%)', *BY_WIDTH], rows)
+    pairs = [
+        ('slow start', 'vanilla', 'slow'),
+        ('distillation', 'slow', 'slow_kd'),
+        ('loss weights', 'slow_kd', 'slimclr'),
+        ('all three', 'vanilla', 'slimclr'),
+    ]
+    rows = []
+    for name, before, after in pairs:
+        old, new = runs.linear(before), runs.linear(after)
+        rows.append([name, *cells({width: differences(new[width], old[width]) for width in WIDTHS})])
+    shared, own = runs.linear('slimclr', 'slimmable'), runs.linear('slimclr')
+    rows.append(['switchable probe', *cells({w: differences(own[w], shared[w]) for w in WIDTHS if w in shared})])
+    rows.append(
+        [
+            'SlimCLR over alone',
+            *cells({w: differences(own[w], alone[w]) for w in WIDTHS if len(alone[w]) == len(own[w])}),
+        ]
+    )
+    print_table(['gain (points)', *BY_WIDTH], rows)
+
+
+def gradients(runs: Runs) -> None:
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for analysis in runs.analyses('gradients.json'):
+        for run in analysis['runs']:
+            recipe = run['name'].rpartition('-')[0]
+            for phase in run['phases']:
+                place = found.setdefault((recipe, phase['name']), {})
+                for key in 'all_ratio', 'rest_ratio', 'consecutive', 'length':
+                    place.setdefault(key, []).append(phase[key])
+    rows = [
+        [f'{recipe}, {phase}', *(spread(values, 2) for values in place.values())]
+        for (recipe, phase), place in found.items()
+    ]
+    print_table(['gradient norms', 'all / 0.25', 'rest / 0.25', 'cosine to the next', 'norm, last layer'], rows)
+
+
+def offsets(runs: Runs) -> None:
+    found: dict[str, list[list[float]]] = {}
+    for seed in runs.seeds:
+        for file in sorted((runs.folder / f'analysis-{seed}').glob('trajectory*.json')):
+            trajectories = json.loads(file.read_text())
+            for run, both in zip(trajectories['settings']['runs'], trajectories['trajectories'], strict=True):
+                found.setdefault(Path(run).name.rpartition('-')[0], []).append(both['none']['offsets'])
+    rows = [[recipe, *(spread([each[i] for each in values], 2) for i in (0, 1))] for recipe, values in found.items()]
+    print_table(['largest offset from the end', '1st component', '2nd component'], rows)
+
+
+def condition(runs: Runs) -> None:
+    found: dict[tuple[str, str], list[dict]] = {}
+    for seed in runs.seeds:
+        file = runs.folder / f'slimclr-{seed}' / 'analysis' / 'condition.json'
+        if file.is_file():
+            for split, widths in json.loads(file.read_text())['condition'].items():
+                for width, values in widths.items():
+                    found.setdefault((split, width), []).append(values)
+    keys = ('mean', 'total', 'right', 'relative', 'own', 'shared')
+    rows = [
+        [f'{split}, {width}', *(spread([each[key] for each in values], 1 if key in keys[4:] else 3) for key in keys)]
+        for (split, width), values in found.items()
+    ]
+    headers = ['images, width', 'mean abs(L - R)', 'total', 'mean abs(R)', 'relative', 'own layer (%)', 'shared (%)']
+    print_table(headers, rows)
+
+
+def main() -> None:
+    if len(sys.argv) != 2 or not (runs := Runs(Path(sys.argv[1]))).seeds:
+        sys.exit('usage: python benchmarks/small_scale.py FOLDER, with the runs of benchmarks/small_scale.sh')
+    tables: list[Callable[[Runs], None]] = [interference, parts, gradients, offsets, condition]
+    for table in tables:
+        table(runs)
+
+
+if __name__ == '__main__':
+    main()
