@@ -82,7 +82,7 @@ def test_results_lie_in_the_run_and_are_made_again_by_the_same_command_alone(pla
     assert len((place / 'runs' / 'one' / 'analysis' / 'gradients.csv').read_text().splitlines()) == 1 + 9
     capsys.readouterr()
     before = (place / 'runs' / 'one' / 'analysis' / 'gradients.json').read_bytes()
-    assert 'give another folder by --output' in refusal(capsys, 'gradients', 'runs/one', 'runs/two')
+    assert 'give another --output' in refusal(capsys, 'gradients', 'runs/one', 'runs/two')
     assert (place / 'runs' / 'one' / 'analysis' / 'gradients.json').read_bytes() == before
 
 

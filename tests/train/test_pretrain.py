@@ -323,7 +323,7 @@ def test_supervised_run_tells_its_own_accuracy(place):
     arguments = [argument for name in changes for argument in (f'--method.{name}', 'null')]
     printed = launch_well(
         place, *arguments, '--method.name', 'supervised', '--method.num_classes', '10', '--run.name', 'supervised',
-        '--optim.epochs', '2', '--probe.every', '2',
+        '--optim.epochs', '1', '--probe.every', '1',
     )  # fmt: skip
     folder = place / 'runs' / 'supervised'
     last = read_metrics(folder, 'eval')[-1]
@@ -342,7 +342,7 @@ def test_mocov3_on_two_processes(place):
     launch_well(
         place, '--method.name', 'mocov3', '--method.hidden_dim', '32', '--method.queue_size', 'null',
         '--method.bn_splits', 'null', '--second_views', '{blur_prob: 0.0, solarize_prob: 1.0}', '--optim.name', 'lars',
-        '--optim.filter_bias_and_bn', 'true', '--optim.epochs', '2', '--run.name', 'mocov3', processes=2,
+        '--optim.filter_bias_and_bn', 'true', '--optim.epochs', '1', '--run.name', 'mocov3', processes=2,
     )  # fmt: skip
     folder = place / 'runs' / 'mocov3'
     records = read_metrics(folder, 'train')
@@ -350,7 +350,7 @@ def test_mocov3_on_two_processes(place):
     assert all(f'info_nce/{width:g}' in records[-1] for width in WIDTHS)
     # Both processes have the statistics of all images.
     first, second = (
-        torch.load(folder / 'checkpoints' / 'step-00000012' / f'process_{rank}.pt')['statistics'] for rank in range(2)
+        torch.load(folder / 'checkpoints' / 'step-00000006' / f'process_{rank}.pt')['statistics'] for rank in range(2)
     )
     assert first.keys() == second.keys()
     for name, statistic in first.items():
