@@ -18,7 +18,7 @@ from slimclr_hub.methods.split_batchnorm import split_batchnorm
 from slimclr_hub.train.checkpoints import verified
 from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.parse import RECIPE, load_recipe
-from slimclr_hub.train.setup import make_method, make_schedule
+from slimclr_hub.train.setup import arrange, make_method, make_schedule
 
 Losses = dict[str, torch.Tensor]
 Steps = Sequence[Sequence[Batch]]
@@ -75,8 +75,7 @@ class Replay:
         )
         self.schedule = make_schedule(config, self.data.steps_per_epoch)
         method: Any = make_method(self.config)
-        if config.run.channels_last:
-            method = method.to(memory_format=torch.channels_last)
+        arrange(config, method)
         self.method: Any = method.to(self.device).train()
         self.steps = checkpoint_steps(folder)
         self.step = -1

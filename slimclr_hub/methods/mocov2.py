@@ -9,11 +9,12 @@ from torch import nn
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods.heads import SlimmableMLP
 from slimclr_hub.methods.losses import similarities
-from slimclr_hub.methods.momentum import follow_modules
+from slimclr_hub.methods.momentum import Followers
 from slimclr_hub.methods.objective import Losses, Objective
 from slimclr_hub.methods.processes import gather, local_part, rank, shared_permutation, world_size
 from slimclr_hub.methods.split_batchnorm import split_batchnorm
 from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.slicing import sliced_once
 from slimclr_hub.models.widths import check_widths
 
 
@@ -36,6 +37,9 @@ class MoCoV2(nn.Module):
         weights: Loss weights: a scheme of the paper, or one number for each width.
         bn_splits: Parts of the batch that are normalised apart on each process.
         shuffle_keys: Permute keys over processes and parts before they are encoded.
+        shared: Make the slices of weights once a step, and let one first convolution serve all widths; equal but for
+            rounding.
+        lerp: Move the momentum encoder in one pass over memory; equal but for rounding.
 
     Raises:
         InputError: An option or number that does not exist.
@@ -58,6 +62,8 @@ class MoCoV2(nn.Module):
         weights: str | Sequence[float] = 'full_plus_sum',
         bn_splits: int = 1,
         shuffle_keys: bool = True,
+        shared: bool = True,
+        lerp: bool = True,
     ) -> None:
         super().__init__()
         self.objective = Objective(
@@ -71,6 +77,7 @@ class MoCoV2(nn.Module):
         self.temperature = temperature
         self.bn_splits = bn_splits
         self.shuffle_keys = shuffle_keys
+        self.shared = shared
 
         full = self.widths[0]
         features = backbone.full_features
@@ -80,6 +87,8 @@ class MoCoV2(nn.Module):
         )
         self.key_backbone = backbone.extract(full).requires_grad_(False)
         self.key_head = self.head.extract(full).requires_grad_(False)
+        pairs = (self.key_backbone, self.backbone), (self.key_head, self.head)
+        self.followers = Followers(pairs, full, lerp)
         split_batchnorm(self.backbone, bn_splits)
         split_batchnorm(self.key_backbone, bn_splits)
         self.register_buffer('queue', F.normalize(torch.randn(queue_size, dim), dim=1))
@@ -107,7 +116,9 @@ class MoCoV2(nn.Module):
         """
         widths = check_widths(widths)
         query_view, key_view = views
-        queries = {w: F.normalize(self.head(self.backbone.forward_at(query_view, w), w), dim=1) for w in widths}
+        with sliced_once([self.backbone, self.head], widths if self.shared else ()):
+            features = self.backbone.forward_widths(query_view, widths, shared=self.shared)
+            queries = {w: F.normalize(self.head(features[w], w), dim=1) for w in widths}
         with torch.no_grad():
             if momentum is not None:
                 self.update_key_encoder(momentum)
@@ -132,8 +143,7 @@ class MoCoV2(nn.Module):
 
     def update_key_encoder(self, momentum: float) -> None:
         """Move the key encoder's parameters, not its buffers, towards the full width of the query encoder."""
-        pairs = (self.key_backbone, self.backbone), (self.key_head, self.head)
-        follow_modules(pairs, self.widths[0], momentum)
+        self.followers.move(momentum)
 
     def encode_keys(self, view: torch.Tensor) -> torch.Tensor:
         """Embed keys normalised among other images than their queries are: [B, C, H, W] -> [B, dim], of unit length.

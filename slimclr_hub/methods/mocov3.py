@@ -8,10 +8,11 @@ from torch import nn
 
 from slimclr_hub.methods.heads import SlimmableProjector
 from slimclr_hub.methods.losses import full_precision
-from slimclr_hub.methods.momentum import follow_modules
+from slimclr_hub.methods.momentum import Followers
 from slimclr_hub.methods.objective import Losses, Objective
 from slimclr_hub.methods.processes import gather, rank
 from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.slicing import sliced_once
 from slimclr_hub.models.widths import check_widths
 
 
@@ -30,6 +31,9 @@ class MoCoV3(nn.Module):
         distillation_temperature: tau_2.
         distillation_squared: Multiply `kd` by tau_2 squared, as the reference code does.
         weights: Loss weights: a scheme of the paper, or one number for each width.
+        shared: Make the slices of weights once a step, and let one first convolution serve all widths; equal but for
+            rounding.
+        lerp: Move the momentum encoder in one pass over memory; equal but for rounding.
 
     Raises:
         InputError: An option or number that does not exist.
@@ -46,6 +50,8 @@ class MoCoV3(nn.Module):
         distillation_temperature: float = 1.0,
         distillation_squared: bool = True,
         weights: str | Sequence[float] = 'full_plus_sum',
+        shared: bool = True,
+        lerp: bool = True,
     ) -> None:
         super().__init__()
         self.objective = Objective(
@@ -57,6 +63,7 @@ class MoCoV3(nn.Module):
         )
         self.widths = backbone.widths
         self.temperature = temperature
+        self.shared = shared
         self.backbone = backbone
         self.head = SlimmableProjector(backbone.full_features, hidden_dim, dim, self.widths, overlap=backbone.overlap)
         self.predictor = SlimmableProjector(
@@ -64,6 +71,8 @@ class MoCoV3(nn.Module):
         )
         self.key_backbone = backbone.extract(self.widths[0]).requires_grad_(False)
         self.key_head = self.head.extract(self.widths[0]).requires_grad_(False)
+        pairs = (self.key_backbone, self.backbone), (self.key_head, self.head)
+        self.followers = Followers(pairs, self.widths[0], lerp)
 
     def forward(
         self,
@@ -85,7 +94,8 @@ class MoCoV3(nn.Module):
             means.
         """
         widths = check_widths(widths)
-        queries = [{w: self.encode_query(view, w) for w in widths} for view in views]
+        with sliced_once([self.backbone, self.head, self.predictor], widths if self.shared else ()):
+            queries = [self.encode_queries(view, widths) for view in views]
         with torch.no_grad():
             if momentum is not None:
                 self.update_key_encoder(momentum)
@@ -93,15 +103,15 @@ class MoCoV3(nn.Module):
             keys = [gather(F.normalize(key, dim=1)) for key in encoded]
         return _both(*(self._direction(query, key) for query, key in zip(queries, reversed(keys), strict=True)))
 
-    def encode_query(self, view: torch.Tensor, width: float) -> torch.Tensor:
-        """[B, C, H, W] -> [B, dim], of unit length."""
-        projected = self.head(self.backbone.forward_at(view, width), width)
-        return F.normalize(full_precision(self.predictor(projected, width)), dim=1)
+    def encode_queries(self, view: torch.Tensor, widths: Sequence[float]) -> dict[float, torch.Tensor]:
+        """[B, C, H, W] -> for each width [B, dim], of unit length."""
+        features = self.backbone.forward_widths(view, widths, shared=self.shared)
+        projected = {w: self.predictor(self.head(features[w], w), w) for w in widths}
+        return {w: F.normalize(full_precision(query), dim=1) for w, query in projected.items()}
 
     def update_key_encoder(self, momentum: float) -> None:
         """Move the key encoder's parameters, not its buffers, towards the full width of the query encoder."""
-        pairs = (self.key_backbone, self.backbone), (self.key_head, self.head)
-        follow_modules(pairs, self.widths[0], momentum)
+        self.followers.move(momentum)
 
     def _direction(self, queries: dict[float, torch.Tensor], keys: torch.Tensor) -> Losses:
         batch = len(queries[self.widths[0]])

@@ -8,36 +8,36 @@ from torch import nn
 from slimclr_hub.weights.slices import switch_name, width_key
 
 
-def pair_parameters(follower: nn.Module, leader: nn.Module, key: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Parameters of the dense `follower` and of the slimmable `leader` at the width `key`, in the same order."""
-    leading: Mapping[str, nn.Parameter] = dict(leader.named_parameters())
-    followers: list[torch.Tensor] = []
-    leaders: list[torch.Tensor] = []
-    for name, parameter in follower.named_parameters():
-        followers.append(parameter)
-        leaders.append(leading[name if name in leading else switch_name(name, key)])
-    return followers, leaders
+class Followers:
+    """Parameters, not buffers, of dense modules, and those of slimmable modules at a width that they follow.
 
-
-def follow_modules(pairs: Iterable[tuple[nn.Module, nn.Module]], width: float, momentum: float) -> None:
-    """Move the parameters, not the buffers, of dense modules towards slimmable ones at a width.
+    They are paired once, here, by name; they may be moved and loaded afterwards, but not replaced.
 
     Args:
         pairs: (dense, slimmable).
         width: The width that the dense ones have.
-        momentum: Share of itself that each parameter keeps.
+        lerp: Move them in one pass over memory, instead of two products and a sum with a tensor between; equal but for
+            rounding.
     """
-    for follower, leader in pairs:
-        follow(*pair_parameters(follower, leader, width_key(width)), momentum)
 
+    def __init__(self, pairs: Iterable[tuple[nn.Module, nn.Module]], width: float, lerp: bool = True) -> None:
+        self.followers: list[torch.Tensor] = []
+        self.leaders: list[torch.Tensor] = []
+        self.lerp = lerp
+        for follower, leader in pairs:
+            leading: Mapping[str, nn.Parameter] = dict(leader.named_parameters())
+            for name, parameter in follower.named_parameters():
+                self.followers.append(parameter)
+                self.leaders.append(leading[name if name in leading else switch_name(name, width_key(width))])
 
-@torch.no_grad()
-def follow(followers: list[torch.Tensor], leaders: list[torch.Tensor], momentum: float) -> None:
-    """Move each follower to momentum * follower + (1 - momentum) * leader, in place (He et al. 2020, Eq. 2).
-
-    Two products and a sum, each rounded, rather than `lerp`: early training amplifies rounding a thousandfold, and in
-    this form four steps reproduce the recorded numbers of the authors' implementation to the last bit.
-    """
-    moves = torch._foreach_mul(leaders, 1.0 - momentum)
-    torch._foreach_mul_(followers, momentum)
-    torch._foreach_add_(followers, list(moves))
+    @torch.no_grad()
+    def move(self, momentum: float) -> None:
+        """Move each follower to momentum * follower + (1 - momentum) * leader, in place (He et al. 2020, Eq. 2)."""
+        if self.lerp:
+            torch._foreach_lerp_(self.followers, self.leaders, 1.0 - momentum)
+            return
+        # Each product rounded, as the authors' implementation does: early training amplifies rounding a thousandfold,
+        # and in this form four steps reproduce its recorded numbers to the last bit.
+        moves = torch._foreach_mul(self.leaders, 1.0 - momentum)
+        torch._foreach_mul_(self.followers, momentum)
+        torch._foreach_add_(self.followers, list(moves))

@@ -11,6 +11,7 @@ from slimclr_hub.methods.losses import full_precision, without_column
 from slimclr_hub.methods.objective import Losses, Objective
 from slimclr_hub.methods.processes import gather_with_gradient, rank
 from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.slicing import sliced_once
 from slimclr_hub.models.widths import check_widths
 
 
@@ -29,6 +30,8 @@ class SimCLR(nn.Module):
         distillation_temperature: tau_2.
         distillation_squared: Multiply `kd` by tau_2 squared, as the reference code does.
         weights: Loss weights: a scheme of the paper, or one number for each width.
+        shared: Make the slices of weights once a step, and let one first convolution serve all widths; equal but for
+            rounding.
 
     Raises:
         InputError: An option or number that does not exist.
@@ -45,6 +48,7 @@ class SimCLR(nn.Module):
         distillation_temperature: float = 5.0,
         distillation_squared: bool = True,
         weights: str | Sequence[float] = 'full_plus_sum',
+        shared: bool = True,
     ) -> None:
         super().__init__()
         self.objective = Objective(
@@ -56,6 +60,7 @@ class SimCLR(nn.Module):
         )
         self.widths = backbone.widths
         self.temperature = temperature
+        self.shared = shared
         features = backbone.full_features
         self.backbone = backbone
         hidden = features if hidden_dim is None else hidden_dim
@@ -81,12 +86,14 @@ class SimCLR(nn.Module):
         """
         widths = check_widths(widths)
         images = torch.cat(list(views))
-        logits = {w: self.similarities(self.embed(images, w)) for w in widths}
+        logits = {w: self.similarities(embedding) for w, embedding in self.embed(images, widths).items()}
         return self.objective(logits, self._targets(len(views[0]), images.device), self.temperature)
 
-    def embed(self, images: torch.Tensor, width: float) -> torch.Tensor:
-        """[2B, C, H, W] -> [2B, dim], of unit length."""
-        return F.normalize(full_precision(self.head(self.backbone.forward_at(images, width), width)), dim=1)
+    def embed(self, images: torch.Tensor, widths: Sequence[float]) -> dict[float, torch.Tensor]:
+        """[2B, C, H, W] -> for each width [2B, dim], of unit length."""
+        with sliced_once([self.backbone, self.head], widths if self.shared else ()):
+            features = self.backbone.forward_widths(images, widths, shared=self.shared)
+            return {w: F.normalize(full_precision(self.head(features[w], w)), dim=1) for w in widths}
 
     def similarities(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Cosine similarities of each view to all views of all processes but itself: [2B, D] -> [2B, 2BP - 1]."""

@@ -23,6 +23,8 @@ class Supervised(nn.Module):
         distillation_temperature: tau_2.
         distillation_squared: Multiply `kd` by tau_2 squared.
         weights: Loss weights: a scheme of the paper, or one number for each width.
+        shared: Make the slices of weights once a step, and let one first convolution serve all widths; equal but for
+            rounding.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Supervised(nn.Module):
         distillation_temperature: float = 1.0,
         distillation_squared: bool = True,
         weights: str | Sequence[float] = 'none',
+        shared: bool = True,
     ) -> None:
         super().__init__()
         self.objective = Objective(
@@ -44,6 +47,7 @@ class Supervised(nn.Module):
             name='cross_entropy',
         )
         self.widths = backbone.widths
+        self.shared = shared
         self.backbone = backbone
 
     def forward(
@@ -69,5 +73,6 @@ class Supervised(nn.Module):
         """
         if labels is None:
             raise InputError('supervised training needs labels; they are the last argument')
-        logits = {w: full_precision(self.backbone.forward_at(views[0], w)) for w in check_widths(widths)}
+        outputs = self.backbone.forward_widths(views[0], check_widths(widths), shared=self.shared)
+        logits = {w: full_precision(output) for w, output in outputs.items()}
         return self.objective(logits, labels)

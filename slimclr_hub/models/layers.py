@@ -13,13 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from slimclr_hub.models.slicing import SlicedWeight, Span, part
 from slimclr_hub.models.widths import channel_span, scale_channels, width_key
 
-Span = tuple[int, int]
-"""First channel, and the one after the last."""
 
-
-class SlimmableConv2d(nn.Conv2d):
+class SlimmableConv2d(SlicedWeight, nn.Conv2d):
     """Convolution whose width w uses `int(w * channels)` of its output and input channels, the first unless `disjoint`.
 
     Args:
@@ -54,15 +52,17 @@ class SlimmableConv2d(nn.Conv2d):
         inputs = channel_span(self.full_in_channels, width, self.disjoint) if self.slim_in else (0, self.in_channels)
         return channel_span(self.full_out_channels, width, self.disjoint), inputs
 
+    def full_size(self) -> tuple[int, int]:
+        """Output and input channels of the weight."""
+        return self.out_channels, self.in_channels
+
     def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:  # type: ignore[override]
         """[N, in * width, H, W] -> [N, out * width, H', W']."""
-        outputs, inputs = self.spans(width)
-        weight = _part(self.weight, (self.out_channels, self.in_channels), (outputs, inputs))
-        bias = None if self.bias is None else _part(self.bias, (self.out_channels,), (outputs,))
-        return self._conv_forward(x, weight, bias)
+        bias = None if self.bias is None else part(self.bias, (self.out_channels,), self.spans(width)[:1])
+        return self._conv_forward(x, self.weight_at(width), bias)
 
 
-class SlimmableLinear(nn.Linear):
+class SlimmableLinear(SlicedWeight, nn.Linear):
     """Linear layer whose width w uses `int(w * features)` features of slim sides, the first unless `disjoint`.
 
     Args:
@@ -103,12 +103,14 @@ class SlimmableLinear(nn.Linear):
             return (0, self.out_features), inputs
         return channel_span(self.full_out_features, width, self.disjoint), inputs
 
+    def full_size(self) -> tuple[int, int]:
+        """Output and input features of the weight."""
+        return self.out_features, self.in_features
+
     def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:  # type: ignore[override]
         """[..., in * width] -> [..., out * width]."""
-        outputs, inputs = self.spans(width)
-        bias = None if self.bias is None else _part(self.bias, (self.out_features,), (outputs,))
-        weight = _part(self.weight, (self.out_features, self.in_features), (outputs, inputs))
-        return F.linear(x, weight, bias)
+        bias = None if self.bias is None else part(self.bias, (self.out_features,), self.spans(width)[:1])
+        return F.linear(x, self.weight_at(width), bias)
 
 
 class SwitchableBatchNorm2d(nn.ModuleDict):
@@ -222,11 +224,3 @@ def slice_starts(model: nn.Module, width: float) -> dict[str, tuple[int, ...]]:
             starts[f'{name}.weight'] = outputs[0], inputs[0]
             starts[f'{name}.bias'] = (outputs[0],)
     return starts
-
-
-def _part(tensor: torch.Tensor, sizes: tuple[int, ...], spans: tuple[Span, ...]) -> torch.Tensor:
-    # A slice that takes everything would still cost a node in the graph and a zero-filled gradient in the backward.
-    # The sizes come as numbers, not from the tensor, so that torch.fx can trace through.
-    if spans == tuple((0, size) for size in sizes):
-        return tensor
-    return tensor[tuple(slice(*span) for span in spans)]

@@ -5,6 +5,7 @@ Yu et al. 2019 (https://arxiv.org/abs/1812.08928) and He et al. 2016 (https://ar
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,6 +29,7 @@ from slimclr_hub.models.layers import (
     slice_starts,
 )
 from slimclr_hub.models.loading import load_file
+from slimclr_hub.models.slicing import SlicedWeight, Transient, cut, sliced_once
 from slimclr_hub.models.widths import (
     DEFAULT_WIDTHS,
     check_width,
@@ -266,6 +268,7 @@ class SlimmableResNet(nn.Module):
         self.drop_rate = drop_rate
         self.drop_path_rate = drop_path_rate
         self.grad_checkpointing = False
+        self._compiled = Transient()
 
         kernel, stride = (3, 1) if small_stem else (7, 2)
         self.conv1 = SlimmableConv2d(
@@ -412,6 +415,23 @@ class SlimmableResNet(nn.Module):
         self._active = self._widths.index(self._ready(width))
         return WidthSwitch(self, previous)
 
+    def prepare(self, widths: Sequence[float] | None = None) -> None:
+        """Make slices of the weights for `widths`, all unless named, so that a compiled network does not.
+
+        For a network in eval mode; without compilation, inference under `torch.inference_mode` keeps slices by itself.
+        They take as much memory as dense networks of these widths (the full one none), and are forgotten when the
+        network is trained, loaded or moved. Call this again after changing weights in any other way.
+
+        Raises:
+            InputError: The network does not hold one of the widths, or is in training mode.
+        """
+        if self.training:
+            raise InputError('prepare is for inference, and this network is in training mode; call eval() first')
+        chosen = [self._ready(width) for width in (self._widths if widths is None else widths)]
+        for layer in self.modules():
+            if isinstance(layer, SlicedWeight):
+                layer.prepare(chosen)
+
     def add_width(self, width: float) -> None:
         """Add a width between those of the network: new normalisations and a new head, everything else is shared.
 
@@ -471,13 +491,53 @@ class SlimmableResNet(nn.Module):
         """
         return self._forward_at(x, self._ready(width))
 
-    def forward_widths(self, x: torch.Tensor, widths: Sequence[float] | None = None) -> dict[float, torch.Tensor]:
+    def forward_widths(
+        self, x: torch.Tensor, widths: Sequence[float] | None = None, *, shared: bool = True
+    ) -> dict[float, torch.Tensor]:
         """Run several widths on the same images; all of them unless named.
+
+        Args:
+            x: Images [N, C, H, W].
+            widths: The widths.
+            shared: In training, make slices of weights once (`slicing.sliced_once`), and let the widest one's first
+                convolution serve all, whose outputs are the leading channels of its own. Equal but for rounding.
 
         Returns:
             Width -> output as `forward_at` gives it, in the order asked for.
         """
-        return {width: self.forward_at(x, width) for width in (self._widths if widths is None else widths)}
+        chosen = tuple(self._ready(width) for width in (self._widths if widths is None else widths))
+        if not (shared and self.training and len(chosen) > 1) or torch.compiler.is_compiling():
+            return {width: self._forward_at(x, width) for width in chosen}
+        with sliced_once([self], chosen):
+            stems = self._first_convolutions(x, chosen)
+            return {width: self._forward_head(self._forward_trunk(stems[width], width), width) for width in chosen}
+
+    def _first_convolutions(self, x: torch.Tensor, widths: Sequence[float]) -> dict[float, torch.Tensor]:
+        widest_first = sorted(widths, reverse=True)
+        channels = [self.conv1.spans(width)[0] for width in widest_first]
+        blocks = [(slice(None), slice(*span)) for span in channels]
+        return dict(zip(widest_first, cut(self.conv1(x, widest_first[0]), blocks), strict=True))
+
+    def compile_widths(self, **options: Any) -> None:
+        """Compile what follows the first convolution, for training: one graph for each width.
+
+        Inference, and what calls `torch.compile` itself, are left as they are. The widest has a second graph for steps
+        that train it alone.
+
+        Args:
+            options: Of `torch.compile`, such as `mode`.
+
+        Raises:
+            InputError: There are more graphs than torch.compile makes of one function.
+        """
+        graphs, limit = len(self._widths) + 1, torch._dynamo.config.recompile_limit
+        if graphs > limit:
+            raise InputError(
+                f'{len(self._widths)} widths need {graphs} graphs, and torch.compile makes {limit} of one function; '
+                'train fewer widths, or without compilation'
+            )
+        for width in self._widths:
+            self._compiled[width] = torch.compile(partial(self._trunk, width=width), dynamic=False, **options)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """[N, C, H, W] -> the last feature map [N, num_features, H / reduction, W / reduction]."""
@@ -491,13 +551,21 @@ class SlimmableResNet(nn.Module):
         return self._forward_head(self._forward_features(x, width), width)
 
     def _forward_features(self, x: torch.Tensor, width: float) -> torch.Tensor:
-        x = self.maxpool(self._forward_stem(x, width))
+        return self._forward_trunk(self.conv1(x, width), width)
+
+    def _forward_trunk(self, x: torch.Tensor, width: float) -> torch.Tensor:
+        if self.training and width in self._compiled and torch.is_grad_enabled():
+            return self._compiled[width](x)
+        return self._trunk(x, width)
+
+    def _trunk(self, x: torch.Tensor, width: float) -> torch.Tensor:
+        x = self.maxpool(self._end_stem(x, width))
         for stage in self._stages():
             x = self._forward_stage(stage, x, width)
         return x
 
-    def _forward_stem(self, x: torch.Tensor, width: float) -> torch.Tensor:
-        return self.act1(self.bn1(self.conv1(x, width), width))
+    def _end_stem(self, x: torch.Tensor, width: float) -> torch.Tensor:
+        return self.act1(self.bn1(x, width))
 
     def _forward_stage(self, stage: SlimmableSequential, x: torch.Tensor, width: float) -> torch.Tensor:
         if not self.grad_checkpointing:
@@ -542,7 +610,7 @@ class SlimmableResNet(nn.Module):
         if output_fmt != 'NCHW':
             raise InputError(f"output_fmt {output_fmt!r} is not 'NCHW'")
         taken, last = feature_take_indices(len(self._feature_info), indices)
-        x = self._forward_stem(x, self.width)
+        x = self._end_stem(self.conv1(x, self.width), self.width)
         intermediates = [x] if 0 in taken else []
         x = self.maxpool(x)
         for level, stage in enumerate(self._stages(), start=1):

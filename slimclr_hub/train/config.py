@@ -10,6 +10,7 @@ from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_widths, disjoint_wid
 from slimclr_hub.train.checks import above, at_least, one_of, share
 from slimclr_hub.train.diagnostics_config import DiagnosticsConfig
 from slimclr_hub.train.method_config import MethodConfig
+from slimclr_hub.train.speed_config import SpeedConfig
 
 TRACKERS = ('none', 'tensorboard', 'wandb', 'trackio', 'mlflow', 'comet_ml', 'aim', 'clearml', 'swanlab')
 PRECISIONS = ('no', 'fp16', 'bf16')
@@ -184,6 +185,7 @@ class PretrainConfig:
         probe: Accuracy of a linear classifier while training.
         diagnostics: What is recorded of gradients and weights.
         run: Where and how to run.
+        speed: Fast paths.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -196,6 +198,7 @@ class PretrainConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
 
     def __post_init__(self) -> None:
         batch, parts = self.data.batch_size, self.optim.accumulation_steps

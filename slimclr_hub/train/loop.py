@@ -1,6 +1,5 @@
 """The training loop."""
 
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,11 +25,12 @@ from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.train.agreement import Agreement, FiniteLoss
 from slimclr_hub.train.checkpoints import Checkpoints, Found
 from slimclr_hub.train.config import PretrainConfig
+from slimclr_hub.train.memory import keep_freed_memory, peak_memory
 from slimclr_hub.train.meter import Meter
 from slimclr_hub.train.parse import AUTO, Command, check_unchanged, load_recipe
 from slimclr_hub.train.result import write_result
 from slimclr_hub.train.run_folder import RECIPE, RunFolder, find_run
-from slimclr_hub.train.setup import make_method, make_optimizer, make_schedule
+from slimclr_hub.train.setup import arrange, make_method, make_optimizer, make_schedule
 from slimclr_hub.train.signals import StopSignals
 from slimclr_hub.train.tracking import start_tracker
 
@@ -150,9 +150,11 @@ class _Trainer:
         method = make_method(config)
         if config.method.sync_bn and accelerator.num_processes > 1:
             method = sync_batchnorm(method, accelerator.device)
-        if config.run.channels_last:
-            method = method.to(memory_format=torch.channels_last)
-        optimizer = make_optimizer(config.optim, method)
+        arrange(config, method)
+        if config.speed.keep_memory and accelerator.device.type == 'cpu':
+            keep_freed_memory()
+        fused = config.speed.fused and accelerator.scaler is None
+        optimizer = make_optimizer(config.optim, method, fused)
         self.method: Any
         self.method, self.optimizer = accelerator.prepare(method, optimizer)
         self.inner: Any = accelerator.unwrap_model(self.method)
@@ -423,7 +425,7 @@ class _Trainer:
             'momentum': self.schedule.momentum_at(self.step - 1),
             'images_per_second': images / seconds,
             'data_wait': self.waited / seconds,
-            'peak_memory_gib': _peak_memory(self.accelerator.device) / 2**30,
+            'peak_memory_gib': peak_memory(self.accelerator.device) / 2**30,
         }
         if self.accelerator.scaler is not None:
             values['grad_scale'] = self.accelerator.scaler.get_scale()
@@ -472,11 +474,3 @@ def _accelerator(config: PretrainConfig) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise InputError(f'run.precision {config.run.precision}, run.tracker {tracker}: {error}') from error
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Most bytes that the device has held so far; of the CPU, the process."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

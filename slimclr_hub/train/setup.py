@@ -1,10 +1,11 @@
 """From a configuration to what trains: network, method, schedule, optimizer."""
 
+from inspect import signature
 from typing import Any
 
 import timm
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_class
 from torch import nn
 
 from slimclr_hub.errors import InputError
@@ -51,7 +52,31 @@ def make_backbone(config: ModelConfig, in_chans: int, num_classes: int = 0) -> S
 def make_method(config: PretrainConfig) -> nn.Module:
     """The method around its network, in float32; it has attributes `backbone` and `widths`."""
     backbone = make_backbone(config.model, config.data.channels, config.method.num_classes or 0)
-    return METHODS[config.method.name](backbone, **config.method.arguments())
+    arguments = {**config.method.arguments(), 'shared': config.speed.shared}
+    if config.method.momentum is not None:
+        arguments['lerp'] = config.speed.lerp
+    return METHODS[config.method.name](backbone, **arguments)
+
+
+def arrange(config: PretrainConfig, method: Any) -> None:
+    """Put a method into the memory format it trains in, and compile it where that is asked for; in place.
+
+    Args:
+        config: The configuration.
+        method: The method, its normalisation as it will train.
+
+    Raises:
+        InputError: There are too many widths to compile.
+    """
+    if config.run.channels_last:
+        method.to(memory_format=torch.channels_last)
+    if config.speed.compile:
+        try:
+            method.backbone.compile_widths()
+        except InputError as error:
+            raise InputError(f'speed.compile true, model.widths {list(config.model.widths)}: {error}') from error
+        if config.method.momentum is not None:
+            method.key_backbone.compile(dynamic=False)
 
 
 def make_schedule(config: PretrainConfig, steps_per_epoch: int) -> Schedule:
@@ -69,11 +94,16 @@ def make_schedule(config: PretrainConfig, steps_per_epoch: int) -> Schedule:
     )
 
 
-def make_optimizer(config: OptimConfig, method: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(config: OptimConfig, method: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
     """Optimizer over all parameters that have a gradient.
 
     Weight decay is on every one of them, which is MoCo v2's choice, or with `filter_bias_and_bn` on none of one
     dimension, which is MoCo v3's.
+
+    Args:
+        config: The optimizer.
+        method: What has the parameters.
+        fused: Step by one kernel, where the optimizer is PyTorch's and has one.
 
     Raises:
         InputError: timm has no such optimizer, or it does not take an argument.
@@ -86,14 +116,41 @@ def make_optimizer(config: OptimConfig, method: nn.Module) -> torch.optim.Optimi
             {'params': [p for p in parameters if p.ndim <= 1], 'weight_decay': 0.0},
         ]
     arguments = {'lr': config.lr, 'weight_decay': config.weight_decay, 'momentum': config.momentum, **config.args}
+    if fused and not {'foreach', 'dampening'} & set(config.args) and _has_fused(config.name):
+        arguments.setdefault('fused', True)
     try:
-        return create_optimizer_v2(groups, opt=config.name, **arguments)
+        optimizer = create_optimizer_v2(groups, opt=config.name, **arguments)
     except (ValueError, AssertionError) as error:
         raise InputError(f'optim.name {config.name!r}: {error}; timm.optim.list_optimizers() lists them') from error
     except TypeError as error:
         raise InputError(
             f'optim.name {config.name}, optim.args {config.args}: {error}; drop what is not known'
         ) from error
+    if isinstance(optimizer, torch.optim.SGD) and arguments.get('fused'):
+        optimizer.register_step_pre_hook(_begin_momentum)
+    return optimizer
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Zeros as the momentum of parameters that have not been stepped yet, which gives what none gives.
+
+    PyTorch's fused kernel wants a momentum of every parameter or of none (2.14), and those of narrow widths are stepped
+    for the first time at the end of slow start.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group['params']:
+            if group['momentum'] and parameter.grad is not None:
+                state = optimizer.state[parameter]
+                if state.get('momentum_buffer') is None:
+                    state['momentum_buffer'] = torch.zeros_like(parameter)
+
+
+def _has_fused(name: str) -> bool:
+    try:
+        optimizer: Any = get_optimizer_class(name, bind_defaults=False)
+    except ValueError:  # there is none of that name, which its making says better
+        return False
+    return optimizer.__module__.startswith('torch.optim.') and 'fused' in signature(optimizer).parameters
 
 
 def _slimmable() -> list[str]:

@@ -1,5 +1,7 @@
 """From a configuration to a network: what training starts from."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -7,8 +9,9 @@ import torch
 from slimclr_hub.errors import InputError
 from slimclr_hub.hub.conversion import convert_file
 from slimclr_hub.models.calibrate import is_calibrated
-from slimclr_hub.train.config import ModelConfig
-from slimclr_hub.train.setup import make_backbone
+from slimclr_hub.train.config import ModelConfig, OptimConfig, PretrainConfig
+from slimclr_hub.train.setup import arrange, make_backbone, make_method, make_optimizer
+from slimclr_hub.train.speed_config import SpeedConfig
 
 
 @pytest.fixture(scope='module')
@@ -59,3 +62,65 @@ def test_weights_that_are_not_there(config, words):
 def test_weights_of_another_network(plain):
     with pytest.raises(InputError, match=r'model\.weights .*\(3, 4, 6, 3\).*\(3, 3, 3\)'):
         make_backbone(ModelConfig('slimclr_resnet20', weights=str(plain[1])), in_chans=3)
+
+
+# The optimizer
+
+
+def network():
+    torch.manual_seed(0)
+    return (
+        timm.create_model('slimclr_resnet20', num_classes=3, widths=(1.0, 0.5), zero_init_last=False).double().train()
+    )
+
+
+@pytest.mark.parametrize(
+    'config', [OptimConfig('momentum', lr=0.1), OptimConfig('adamw', lr=0.01)], ids=lambda c: c.name
+)
+def test_fused_steps_are_those_of_the_plain_optimizer(config):
+    """Through the end of slow start, too, from which on narrow widths have gradients, and after a checkpoint of it."""
+    models = network(), network()
+    fused, plain = (make_optimizer(config, model, fused) for model, fused in zip(models, (True, False), strict=True))
+    assert fused.param_groups[0]['fused']
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for widths in (1.0,), (1.0,), (1.0, 0.5), (1.0, 0.5):
+        for model, optimizer in zip(models, (fused, plain), strict=True):
+            optimizer.zero_grad()
+            sum(output.square().mean() for output in model.forward_widths(x, widths).values()).backward()
+            optimizer.step()
+        fused.load_state_dict(copy.deepcopy(fused.state_dict()))
+    for (name, ours), theirs in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=name)
+    moved = [not torch.equal(a, b) for a, b in zip(models[0].parameters(), network().parameters(), strict=True)]
+    assert all(moved)
+
+
+@pytest.mark.parametrize(
+    ('name', 'args', 'fused'),
+    [
+        ('momentum', {}, True),
+        ('momentum', {'foreach': True}, None),
+        ('momentum', {'dampening': 0.5}, None),
+        ('momentum', {'fused': False}, False),
+        ('lars', {}, None),
+    ],
+)
+def test_which_optimizers_are_fused(name, args, fused):
+    optimizer = make_optimizer(OptimConfig(name, args=args), network())
+    assert optimizer.param_groups[0].get('fused') is fused
+
+
+def test_optimizer_that_does_not_exist():
+    with pytest.raises(InputError, match=r"optim\.name 'nosuch'.*list_optimizers"):
+        make_optimizer(OptimConfig('nosuch'), network())
+
+
+def test_too_many_widths_to_compile():
+    widths = tuple(i / 16 for i in range(16, 0, -1))
+    config = PretrainConfig(model=ModelConfig(widths=widths), speed=SpeedConfig(compile=True))
+    limited = torch._dynamo.config.patch(recompile_limit=8)  # which others may have raised
+    with (
+        limited,
+        pytest.raises(InputError, match=r'speed\.compile true, model\.widths \[1\.0, .*16 widths need 17 graphs'),
+    ):
+        arrange(config, make_method(config))

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.models.layers import SlimmableConv2d, SlimmableLinear, Span, SwitchableLinear
+from slimclr_hub.models.layers import SlimmableConv2d, SlimmableLinear, SwitchableLinear
+from slimclr_hub.models.slicing import Span
 from slimclr_hub.models.widths import width_key
 
 

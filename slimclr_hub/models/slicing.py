@@ -1,0 +1,204 @@
+"""Slices of weights that are made once, where the forward of each layer would make them again.
+
+A width's slice of a weight is no contiguous block, so a convolution copies it, and once more in its backward; and the
+gradient of a slice is a tensor as large as the whole weight, zero but for the slice, for each width. `sliced_once`
+spares both in training: a layer's slices for all widths of a step come from one function, whose backward adds their
+gradients into that of the widest. In inference slices are kept; see `SlicedWeight`.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+Span = tuple[int, int]
+"""First channel, and the one after the last."""
+
+Block = tuple[slice, ...]
+"""Index of a block of a tensor, by its leading dimensions."""
+
+Layer = TypeVar('Layer', bound='SlicedWeight')
+
+
+class Transient(dict[Any, Any]):
+    """What can be made anew at any time: it is empty in a copy of what holds it, and is not pickled."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> 'Transient':
+        return Transient()
+
+    def __reduce__(self) -> tuple[type['Transient'], tuple[()]]:
+        return Transient, ()
+
+
+class SlicedWeight(nn.Module):
+    """What slimmable layers with one weight for all widths have in common: where the slice of a width comes from.
+
+    It is cut anew for each forward, unless it is there already:
+
+    - inside `sliced_once`, for a step that trains several widths;
+    - in eval mode under `torch.inference_mode`, kept from the first forward at the width on, for as long as the weight
+      is the same tensor and has not been written to. Its version tells, but not of a write through `.data`;
+    - after `prepare`, for `torch.compile`, which cannot look at versions.
+    """
+
+    weight: torch.Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._step = Transient()
+        self._kept = Transient()
+        self._prepared = Transient()
+
+    def spans(self, width: float) -> tuple[Span, Span]:
+        """The output and the input channels that `width` uses."""
+        raise NotImplementedError
+
+    def full_size(self) -> tuple[int, int]:
+        """Output and input channels of the weight, as numbers, so that torch.fx can trace through."""
+        raise NotImplementedError
+
+    def weight_at(self, width: float) -> torch.Tensor:
+        """[out, in, ...] -> the slice of `width`, [out * width, in * width, ...]."""
+        if width in self._step:
+            return self._step[width]
+        if not self.training:
+            if torch.compiler.is_compiling():
+                if width in self._prepared:
+                    return self._prepared[width]
+            elif torch.is_inference_mode_enabled() and not self._is_whole(width):
+                return self._keep(width)
+        return part(self.weight, self.full_size(), self.spans(width))
+
+    def prepare(self, widths: Iterable[float]) -> None:
+        """Make the slices of `widths` now, for a network in eval mode that is going to be compiled.
+
+        They are forgotten when the layer is trained, loaded or moved. Compiled code does not see what is written to the
+        weight in other ways.
+        """
+        self._prepared.update({width: self._keep(width) for width in widths if not self._is_whole(width)})
+
+    def _is_whole(self, width: float) -> bool:
+        return self.spans(width) == tuple((0, size) for size in self.full_size())
+
+    def _keep(self, width: float) -> torch.Tensor:
+        weight = self.weight
+        block = tuple(slice(*span) for span in self.spans(width))
+        if weight.is_inference():  # it has no version
+            return weight[block]
+        mark = (id(weight), weight.data_ptr(), weight.dtype, weight.stride(), weight._version)
+        if self._kept.get(width, (None,))[0] != mark:
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept[width] = mark, _copy(weight.detach(), block, weight.dtype, memory_format(weight))
+        return self._kept[width][1]
+
+    def _forget(self) -> None:
+        self._kept.clear()
+        self._prepared.clear()
+
+    def train(self: Layer, mode: bool = True) -> Layer:
+        """As `nn.Module.train`; what inference has kept is forgotten when training begins."""
+        if mode:
+            self._forget()
+        return super().train(mode)
+
+    def _apply(self: Layer, *args: Any, **kwargs: Any) -> Layer:
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+@contextmanager
+def sliced_once(modules: Iterable[nn.Module], widths: Sequence[float]) -> Iterator[None]:
+    """Inside, layers take their slices of `widths` from here, all made at the beginning and in autocast's type.
+
+    Outputs and gradients are those without it, but for the order in which the gradients of several widths, and of
+    several uses, are added up. Within another one of the same layers it does nothing.
+
+    Args:
+        modules: Whatever contains the layers.
+        widths: The widths of a step; with fewer than two there is nothing to share.
+    """
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, SlicedWeight)]
+    layers = [layer for layer in layers if not layer._step] if len(widths) > 1 else []
+    widest_first = sorted(widths, reverse=True)
+    try:
+        for layer in layers:
+            blocks = [tuple(slice(*span) for span in layer.spans(width)) for width in widest_first]
+            slices = cut(layer.weight, blocks, _compute_dtype(layer.weight))
+            layer._step.update(zip(widest_first, slices, strict=True))
+        yield
+    finally:
+        for layer in layers:
+            layer._step.clear()
+
+
+def cut(tensor: torch.Tensor, blocks: Sequence[Block], dtype: torch.dtype | None = None) -> tuple[torch.Tensor, ...]:
+    """Blocks of a tensor, each contiguous, with one backward that adds up the gradients of all.
+
+    Outputs and gradients equal those of `[tensor[block] for block in blocks]`, but for the order of additions.
+
+    Args:
+        tensor: What to cut, contiguous or in channels last; so are the blocks.
+        blocks: Where. If the first is everything, it is no copy, and its gradient takes in those of the others: nothing
+            else may hold on to it.
+        dtype: Type of the blocks; the tensor's unless given. Gradients are added up in the tensor's.
+    """
+    return _Cut.apply(tensor, tensor.dtype if dtype is None else dtype, *blocks)
+
+
+class _Cut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, dtype: torch.dtype, *blocks: Block) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.blocks, ctx.shape, ctx.dtype, ctx.layout = blocks, tensor.shape, tensor.dtype, memory_format(tensor)
+        return tuple(_copy(tensor, block, dtype, ctx.layout) for block in blocks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
+        total: torch.Tensor | None = None
+        for block, gradient in zip(ctx.blocks, gradients, strict=True):
+            if gradient is None:
+                continue
+            if total is not None:
+                total[block] += gradient
+            elif gradient.shape == ctx.shape:
+                # The layer's backward has just made it for this one use, so that it may become the sum.
+                total = gradient.to(ctx.dtype)
+            else:
+                total = torch.empty(ctx.shape, dtype=ctx.dtype, device=gradient.device, memory_format=ctx.layout)
+                total.zero_()[block] = gradient.to(ctx.dtype)
+        return (total, None, *(None for _ in ctx.blocks))
+
+
+def part(tensor: torch.Tensor, sizes: tuple[int, ...], spans: tuple[Span, ...]) -> torch.Tensor:
+    """The block of a tensor of `sizes` at `spans`, as a view."""
+    # A slice that takes everything would still cost a node in the graph and a zero-filled gradient in the backward.
+    if spans == tuple((0, size) for size in sizes):
+        return tensor
+    return tensor[tuple(slice(*span) for span in spans)]
+
+
+def memory_format(tensor: torch.Tensor) -> torch.memory_format:
+    """Channels last where a tensor of four dimensions is so, and not contiguous as well; else contiguous."""
+    last = tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _copy(tensor: torch.Tensor, block: Block, dtype: torch.dtype, layout: torch.memory_format) -> torch.Tensor:
+    piece = tensor[block]
+    if piece.shape == tensor.shape:
+        return tensor.view_as(tensor) if dtype == tensor.dtype else tensor.to(dtype)
+    return piece.to(dtype, memory_format=layout, copy=True)
+
+
+def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    device = weight.device.type
+    lowered = torch.is_autocast_enabled(device) and weight.dtype == torch.float32
+    return torch.get_autocast_dtype(device) if lowered else weight.dtype
