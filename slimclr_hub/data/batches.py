@@ -28,8 +28,8 @@ class Sample:
 class Chunk(TypedDict):
     """Samples of one worker; a plain dictionary, so that torch's loader pins its tensors.
 
-    `views` are tensors [n, C, H, W], `labels` and `consumed` [n]; `role` is the share that they come from. n may be 0,
-    where nothing but problems is to be told.
+    `views` are tensors [n, C, H, W], of 8 bits or normalised in float32, `labels` and `consumed` [n]; `role` is the
+    share that they come from. n may be 0, where nothing but problems is to be told.
     """
 
     views: tuple[torch.Tensor, ...]

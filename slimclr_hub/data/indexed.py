@@ -1,5 +1,6 @@
 """Training images by index: every epoch has its own order, which arithmetic alone cuts for parts and processes."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ _REPLACEMENT = 1  # keeps the draws of a replacement apart from those of the vie
 
 
 class EpochBatches(Sampler[list[Key]]):
-    """(epoch, index) of this process's images of each micro-batch.
+    """(epoch, index) of this process's images of each micro-batch, from micro-batch `start` of epoch `epoch` on.
 
     Process r takes the r-th contiguous part of images order[k * m : (k + 1) * m] of micro-batch k, where m is the size
     of a micro-batch over all processes.
@@ -31,27 +32,40 @@ class EpochBatches(Sampler[list[Key]]):
         processes: Number of processes.
         rank: Which of them this is.
         count: Micro-batches an epoch.
+        ahead: Whether to go on with the epochs that follow, without an end.
     """
 
-    def __init__(self, length: int, seed: int, micro_batch: int, processes: int, rank: int, count: int) -> None:
+    def __init__(
+        self, length: int, seed: int, micro_batch: int, processes: int, rank: int, count: int, ahead: bool = False
+    ) -> None:
         self.length = length
         self.seed = seed
         self.micro_batch = micro_batch
         self.size = micro_batch // processes
         self.rank = rank
         self.count = count
+        self.ahead = ahead
         self.epoch = 0
         self.start = 0
 
     def __len__(self) -> int:
+        """Of the epoch that it begins in."""
         return self.count - self.start
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch = self.epoch
-        order = permutation(self.length, self.seed, epoch)
-        for k in range(self.start, self.count):
-            first = k * self.micro_batch + self.rank * self.size
-            yield [(epoch, int(index)) for index in order[first : first + self.size]]
+        start = self.start
+        for epoch in itertools.count(self.epoch) if self.ahead else (self.epoch,):
+            order = permutation(self.length, self.seed, epoch)
+            for k in range(start, self.count):
+                first = k * self.micro_batch + self.rank * self.size
+                yield [(epoch, int(index)) for index in order[first : first + self.size]]
+            start = 0
+
+    def after(self, epoch: int, k: int) -> tuple[int, int] | None:
+        """Epoch and number of the micro-batch that comes after the `k`-th of an epoch, or none."""
+        if k + 1 < self.count:
+            return epoch, k + 1
+        return (epoch + 1, 0) if self.ahead else None
 
 
 class IndexedImages(Dataset[tuple[Sample | None, list[Problem]]]):
@@ -141,6 +155,9 @@ def collate(items: list[tuple[Sample | None, list[Problem]]]) -> Chunk:
 class IndexedFeed:
     """This process's micro-batches of a data set by index.
 
+    Workers go on from batch to batch, and with `batches.ahead` from epoch to epoch, for as long as what is asked for
+    is what comes next, wherever it is asked for; otherwise they begin at the place that is.
+
     Args:
         images: The samples.
         batches: Whose samples, in which order.
@@ -157,6 +174,8 @@ class IndexedFeed:
             collate_fn=collate,
             **options,
         )
+        self._running: Iterator[Chunk] = iter(())
+        self._next: tuple[int, int] | None = None
 
     def chunks(self, epoch: int, start: int, position: None) -> Iterator[tuple[Chunk, None]]:
         """Micro-batches of an epoch from the `start`-th on; a data set by index needs no position.
@@ -164,9 +183,18 @@ class IndexedFeed:
         Raises:
             DataError: There was no image to replace one that cannot be read.
         """
-        self.batches.epoch, self.batches.start = epoch, start
-        for chunk in self.loader:
+        for k in range(start, self.batches.count):
+            chunk = self._take(epoch, k)
             yield chunk, None
             if len(chunk['labels']) < self.batches.size:
                 name, why = chunk['problems'][0]
                 raise DataError(f'no image of the data set can be read; the first was {name} ({why})')
+
+    def _take(self, epoch: int, k: int) -> Chunk:
+        if self._next != (epoch, k):
+            self.batches.epoch, self.batches.start = epoch, k
+            self._running = iter(self.loader)
+        self._next = None  # where the loader stands once it has failed is not known
+        chunk = next(self._running)
+        self._next = self.batches.after(epoch, k)
+        return chunk

@@ -15,10 +15,14 @@ def mixed_seed(*numbers: int) -> int:
 @contextmanager
 def drawing(*numbers: int) -> Iterator[None]:
     """Let torch's global CPU generator draw what follows from the numbers, and leave it as it was."""
-    with torch.random.fork_rng(devices=()):
+    generator = torch.default_generator
+    before = generator.get_state()
+    try:
         # The CPU generator takes 32 bits of a seed, so the numbers have to be mixed into as many.
-        torch.default_generator.manual_seed(mixed_seed(*numbers))
+        generator.manual_seed(mixed_seed(*numbers))
         yield
+    finally:
+        generator.set_state(before)
 
 
 def permutation(length: int, *numbers: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from slimclr_hub.data.idx import read_split
 from slimclr_hub.data.shard_names import find_shards, is_remote
+from slimclr_hub.data.transfer import TRANSFERS
 from slimclr_hub.errors import InputError
 
 EMBEDDED = 'fashion-mnist-6k'
@@ -20,6 +21,8 @@ FASHION_MNIST = 'fashion-mnist'
 _EMBEDDED_FILE = Path(__file__).parent / 'embedded' / 'fashion_mnist_6k.npz'
 _TIMM_KINDS = ('folder', 'hfds/', 'hfids/', 'wds/', 'tfds/', 'torch/')
 _SPLIT_FOLDERS = ({'train', 'training'}, {'val', 'valid', 'validation', 'eval', 'evaluation'})  # timm's synonyms
+HOW_NOT_WHICH = ('num_workers', 'download', 'max_corrupt', 'transfer', 'read_ahead')
+"""Fields of `DataConfig` that say how images come, not which."""
 _STREAMS = ('hfids/', 'wds/', 'tfds/')
 
 
@@ -47,6 +50,11 @@ class DataConfig:
         download: Let torchvision download its data set into `root`.
         max_corrupt: Distinct images that each process may replace because they cannot be read, before training stops.
         shuffle_buffer: Encoded images that each worker holds to shuffle a stream that it trains on; 0 or 1 for none.
+        transfer: What workers hand over to training: `uint8`, views of 8 bits, copied beside what the device computes
+            and normalised there for a batch at a time, or `float32`, views that the workers have normalised, copied
+            between computations. Batches are the same. For views.backend kornia crops always have 8 bits.
+        read_ahead: Let workers begin with the next epoch while the last batches of one are trained on, rather than
+            when it is asked for. Batches are the same.
     """
 
     name: str = EMBEDDED
@@ -66,6 +74,8 @@ class DataConfig:
     download: bool = False
     max_corrupt: int = 100
     shuffle_buffer: int = 2048
+    transfer: str = 'uint8'
+    read_ahead: bool = True
 
     def __post_init__(self) -> None:
         if self.name not in (EMBEDDED, FASHION_MNIST) and not self.name.startswith(_TIMM_KINDS):
@@ -82,6 +92,8 @@ class DataConfig:
         ):
             if getattr(self, name) < least:
                 raise InputError(f'data.{name} is {getattr(self, name)}; give {least} or more')
+        if self.transfer not in TRANSFERS:
+            raise InputError(f'data.transfer is {self.transfer!r}; give {" or ".join(TRANSFERS)}')
         if self.num_samples is not None and self.num_samples < 1:
             raise InputError(f'data.num_samples is {self.num_samples}; give 1 or more')
         if self.channels not in (1, 3):

@@ -24,6 +24,8 @@ from slimclr_hub.errors import DataError, InputError
 T = TypeVar('T')
 Place = tuple[int, ...]
 """Where a sample stands, such as its shard and its number in it."""
+Start = tuple[int, int, list[int]]
+"""Epoch, role of the first worker and samples used of each share, where workers begin."""
 
 
 def shuffled(items: Iterator[T], size: int, seed: int) -> Iterator[T]:
@@ -182,27 +184,50 @@ class StreamFeed:
         options: Of the loader.
         notes: What a user must know.
         facts: What else has to be the same where a run is resumed in mid-epoch.
+        ahead: Whether workers begin with the next epoch once the last batch of one is there.
     """
 
     def __init__(
-        self, chunks: StreamedChunks, options: dict[str, Any], notes: tuple[str, ...], facts: dict[str, int]
+        self,
+        chunks: StreamedChunks,
+        options: dict[str, Any],
+        notes: tuple[str, ...],
+        facts: dict[str, int],
+        ahead: bool = False,
     ) -> None:
         self.source = chunks
         self.loader: DataLoader[Chunk] = DataLoader(chunks, batch_size=None, collate_fn=_as_it_is, **options)
         self.notes = notes
         self.layout = {**asdict(chunks.layout), **facts}
+        self.ahead = ahead and self.loader.num_workers > 0
+        self._begun: tuple[Start, Iterator[Chunk]] | None = None
 
     def chunks(self, epoch: int, start: int, position: Any) -> Iterator[tuple[Chunk, dict[str, Any]]]:
         """Micro-batches of an epoch after a position; what is left of the workers' shares comes last, joined.
 
-        The last one may have no samples, where there is nothing but problems left to tell.
+        There are `batches` of the layout in an epoch at most. The last one may have no samples, where there is nothing
+        but problems left to tell.
         """
         layout = self.source.layout
-        first, consumed = self._begin(start, position)
-        self.source.enter(epoch, first, consumed)
+        number = start
+        for chunk, after in self._rest(epoch, *self._begin(start, position)):
+            number += len(chunk['labels']) == layout.images
+            if number < layout.batches:
+                yield chunk, after
+                continue
+            if self.ahead:
+                beginning = (epoch + 1, *self._begin(0, None))
+                self._begun = beginning, self._iterate(beginning)
+            yield chunk, after
+            return
+
+    def _rest(self, epoch: int, first: int, consumed: list[int]) -> Iterator[tuple[Chunk, dict[str, Any]]]:
+        layout = self.source.layout
+        begun, self._begun = self._begun, None
+        beginning = (epoch, first, list(consumed))
         tails: list[Chunk] = []
         problems: list[Problem] = []
-        for chunk in self.loader:
+        for chunk in begun[1] if begun is not None and begun[0] == beginning else self._iterate(beginning):
             problems += chunk['problems']
             if len(chunk['labels']) == layout.images:
                 consumed[chunk['role']] = int(chunk['consumed'][-1])
@@ -222,6 +247,10 @@ class StreamFeed:
                 yield chunk, self._position(first, consumed)
         if problems:
             yield make_chunk((), problems), self._position(first, consumed)
+
+    def _iterate(self, beginning: Start) -> Iterator[Chunk]:
+        self.source.enter(*beginning)
+        return iter(self.loader)
 
     def _begin(self, start: int, position: Any) -> tuple[int, list[int]]:
         if position is None:

@@ -1,13 +1,13 @@
 """The training images of one process, from any source, as batches on its device."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-from torchvision.transforms import v2
 
 from slimclr_hub.data.batches import Batch, Chunk
 from slimclr_hub.data.corrupt import CorruptImages
+from slimclr_hub.data.direct import Direct
 from slimclr_hub.data.hub_shards import HubShards
 from slimclr_hub.data.indexed import EpochBatches, IndexedFeed, IndexedImages
 from slimclr_hub.data.loaders import loader_options
@@ -16,7 +16,8 @@ from slimclr_hub.data.shares import Layout
 from slimclr_hub.data.sources import DataConfig, make_dataset
 from slimclr_hub.data.stream import ShardedSource, Source, StreamedChunks, StreamFeed
 from slimclr_hub.data.timm_stream import OneWayFeed, TimmSource
-from slimclr_hub.data.views import ViewConfig, Views, make_crop, make_view
+from slimclr_hub.data.transfer import Normalisation, ToDevice
+from slimclr_hub.data.views import ViewConfig, Views, make_crop, make_pixels, make_view
 from slimclr_hub.errors import InputError
 
 Position = dict[str, Any] | None
@@ -80,6 +81,8 @@ class TrainData:
         self.device = torch.device(device)
         self.corrupt = CorruptImages(config.max_corrupt)
         configs = [views, second_views or views][:view_count]
+        self.place = ToDevice(self.device, beside=config.transfer == 'uint8')
+        self.normalise = Normalisation(config.mean, config.std, self.device)
         self.device_views = _device_views(config, configs, self.device) if views.backend == 'kornia' else None
         transform = Views(*(_transform(config, each, views.backend) for each in configs))
         make_feed = _stream_feed if config.streams else _indexed_feed
@@ -111,9 +114,10 @@ class TrainData:
             # Smaller ones only tell of images that cannot be read.
             if len(chunk['labels']) < self.size:
                 continue
+            *views, labels = self.place((*chunk['views'], chunk['labels']))
             yield Batch(
-                views=self._views(chunk['views'], epoch, micro),
-                labels=self._place(chunk['labels']),
+                views=self._views(views, epoch, micro),
+                labels=labels,
                 position=after,
                 corrupt=tuple(name for name, _ in chunk['problems']),
             )
@@ -121,17 +125,13 @@ class TrainData:
             if micro == end:
                 return
 
-    def _views(self, views: tuple[torch.Tensor, ...], epoch: int, micro: int) -> tuple[torch.Tensor, ...]:
-        placed = tuple(map(self._place, views))
+    def _views(self, views: Sequence[torch.Tensor], epoch: int, micro: int) -> tuple[torch.Tensor, ...]:
         if self.device_views is None:
-            return placed
+            return tuple(views if self.config.transfer == 'float32' else map(self.normalise, views))
         return tuple(
             make(crops, self.seed, epoch, *divmod(micro, self.parts), self.rank, number)
-            for number, (make, crops) in enumerate(zip(self.device_views, placed, strict=True))
+            for number, (make, crops) in enumerate(zip(self.device_views, views, strict=True))
         )
-
-    def _place(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device, non_blocking=True)
 
 
 def _indexed_feed(
@@ -141,7 +141,7 @@ def _indexed_feed(
     length = _check_length(config, len(dataset))  # type: ignore[arg-type]
     images = IndexedImages(dataset, transform, seed, config.mode, config.max_corrupt)
     count = length // config.batch_size * parts
-    batches = EpochBatches(length, seed, config.batch_size // parts, processes, rank, count)
+    batches = EpochBatches(length, seed, config.batch_size // parts, processes, rank, count, config.read_ahead)
     return IndexedFeed(images, batches, loader_options(config, seed)), length
 
 
@@ -164,7 +164,7 @@ def _stream_feed(
         dataset: Any = make_dataset(config, config.train_split, training=True)
         dataset.set_loader_cfg(num_workers=config.num_workers)
         length = dataset.reader.num_samples
-        feed = StreamFeed(chunks(TimmSource(dataset, rank), layout(length)), options, (), {})
+        feed = StreamFeed(chunks(TimmSource(dataset, rank), layout(length)), options, (), {}, config.read_ahead)
         return OneWayFeed(feed, config.name), length
     shards: Shards = TarShards(config) if config.name.startswith('wds/') else HubShards(config)
     length = _stream_length(config, shards)
@@ -177,7 +177,7 @@ def _stream_feed(
             f'data.name {config.name}: the lengths of the {shards.count} shards are unknown, so each of {processes} '
             'processes reads all of them and uses its part; an _info.json, or Parquet files, would spare that.',
         )
-    return StreamFeed(chunks(source, divided), options, notes, facts), length
+    return StreamFeed(chunks(source, divided), options, notes, facts, config.read_ahead), length
 
 
 def _stream_length(config: DataConfig, shards: Shards) -> int:
@@ -194,9 +194,11 @@ def _check_length(config: DataConfig, length: int) -> int:
     return length
 
 
-def _transform(config: DataConfig, views: ViewConfig, backend: str) -> v2.Transform:
+def _transform(config: DataConfig, views: ViewConfig, backend: str) -> Callable[[Any], torch.Tensor]:
     size = views.size or config.size
-    return make_crop(views, size) if backend == 'kornia' else make_view(views, size, config.mean, config.std)
+    if config.transfer == 'float32':
+        return make_crop(views, size) if backend == 'kornia' else make_view(views, size, config.mean, config.std)
+    return Direct(make_crop(views, size) if backend == 'kornia' else make_pixels(views, size, config.channels))
 
 
 def _device_views(

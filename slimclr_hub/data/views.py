@@ -1,5 +1,6 @@
 """Augmented views of an image."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,7 @@ class ViewConfig:
             raise InputError(f'views.backend is {self.backend!r}; give {" or ".join(BACKENDS)}')
 
 
-def make_crop(config: ViewConfig, size: int) -> v2.Transform:
+def make_crop(config: ViewConfig, size: int) -> v2.Compose:
     """PIL image -> uint8 tensor [C, size, size]: the part of `make_view` that has to come before batching."""
     return v2.Compose([_crop(config, size), v2.PILToTensor()])
 
@@ -77,13 +78,19 @@ def blur_kernel(size: int) -> int:
 
 def make_view(config: ViewConfig, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> v2.Transform:
     """PIL image -> normalised float tensor [C, size, size], drawn from `config`."""
+    pixels = make_pixels(config, size, len(mean))
+    return v2.Compose([*pixels.transforms, v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))])
+
+
+def make_pixels(config: ViewConfig, size: int, channels: int) -> v2.Compose:
+    """PIL image -> uint8 tensor [C, size, size]: `make_view` but for its normalisation."""
     steps: list[Any] = [_crop(config, size)]
     jitter = [config.brightness, config.contrast]
-    if len(mean) == 3:
+    if channels == 3:
         jitter += [config.saturation, config.hue]
     if config.jitter_prob and any(jitter):
         steps.append(v2.RandomApply([v2.ColorJitter(*jitter)], config.jitter_prob))
-    if config.gray_prob and len(mean) == 3:
+    if config.gray_prob and channels == 3:
         steps.append(v2.RandomGrayscale(config.gray_prob))
     if config.blur_prob:
         steps.append(v2.RandomApply([v2.GaussianBlur(blur_kernel(size), BLUR_SIGMA)], config.blur_prob))
@@ -91,8 +98,7 @@ def make_view(config: ViewConfig, size: int, mean: tuple[float, ...], std: tuple
         steps.append(v2.RandomSolarize(threshold=128, p=config.solarize_prob))
     if config.flip_prob:
         steps.append(v2.RandomHorizontalFlip(config.flip_prob))
-    steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
-    return v2.Compose(steps)
+    return v2.Compose([*steps, v2.PILToTensor()])
 
 
 def _crop(config: ViewConfig, size: int) -> v2.Transform:
@@ -106,7 +112,7 @@ class Views:
         transforms: Transform of each view.
     """
 
-    def __init__(self, *transforms: v2.Transform) -> None:
+    def __init__(self, *transforms: Callable[[Any], torch.Tensor]) -> None:
         self.transforms = transforms
 
     def __call__(self, image: Any) -> tuple[torch.Tensor, ...]:

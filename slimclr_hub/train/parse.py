@@ -22,6 +22,7 @@ _FREE_ON_RESUME = (
     'data.num_workers',
     'data.download',
     'data.max_corrupt',
+    'data.read_ahead',
     'knn.',
     'probe.',
     'diagnostics.',
