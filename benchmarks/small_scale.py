@@ -11,6 +11,32 @@ from statistics import mean, stdev
 
 from slimclr_hub.evaluate.results import RESULT, load_result
 
+# How RESULTS.md calls the recipes: as parts, each with what came before it, in gradients, and in trajectories.
+PARTS = {
+    'vanilla': 'four widths together',
+    'slow': '+ slow start',
+    'slow_kd': '+ distillation',
+    'slimclr': '+ loss weights: SlimCLR',
+}
+# Before the slow-start point the last two are the same training as slow alone.
+PHASES = {
+    ('alone_w100', 'all'): 'width 1.0 alone',
+    ('vanilla', 'all'): PARTS['vanilla'],
+    ('slow', 'before S'): 'slow start, before S',
+    ('slow', 'after S'): 'slow start, after S',
+    ('slow_kd', 'after S'): f'{PARTS["slow_kd"]}, after S',
+    ('slimclr', 'after S'): f'{PARTS["slimclr"]}, after S',
+    ('supervised_w100', 'all'): 'supervised, width 1.0 alone',
+    ('supervised', 'all'): 'supervised, four widths',
+}
+# Recipe -> its name, the recipe of the width alone, and by how much the paper's second offset exceeds that one's.
+TRAJECTORIES = {
+    'alone_w100': ('MoCo v2, width 1.0 alone', None, ''),
+    'vanilla': ('MoCo v2, four widths together', 'alone_w100', '+41.4 %'),
+    'slimclr': ('SlimCLR', 'alone_w100', ''),
+    'supervised_w100': ('supervised, width 1.0 alone', None, ''),
+    'supervised': ('supervised, four widths', 'supervised_w100', '+31.0 %'),
+}
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 ALONE = {1.0: 'alone_w100', 0.75: 'alone_w075', 0.5: 'alone_w050', 0.25: 'alone_w025'}
 BY_WIDTH = ['1.0', '0.75', '0.5', '0.25']
@@ -87,36 +113,27 @@ def interference(runs: Runs) -> None:
 
 
 def parts(runs: Runs) -> None:
-    names = {
-        'vanilla': 'four widths together',
-        'slow': '+ slow start',
-        'slow_kd': '+ distillation',
-        'slimclr': '+ loss weights: SlimCLR',
-    }
-    rows = [[name, *cells(runs.linear(recipe))] for recipe, name in names.items()]
+    rows = [[name, *cells(runs.linear(recipe))] for recipe, name in PARTS.items()]
     alone = {width: runs.linear(recipe).get(width, []) for width, recipe in ALONE.items()}
     rows.append(['each width alone', *cells(alone)])
     rows.append(['slimmable probe on SlimCLR', *cells(runs.linear('slimclr', 'slimmable'))])
     print_table(['linear accuracy (%)', *BY_WIDTH], rows)
     pairs = [
-        ('slow start', 'vanilla', 'slow'),
-        ('distillation', 'slow', 'slow_kd'),
-        ('loss weights', 'slow_kd', 'slimclr'),
-        ('all three', 'vanilla', 'slimclr'),
+        ('slow start', 'vanilla', 'slow', '1.1, 1.0, 1.2, 0.4'),
+        ('distillation', 'slow', 'slow_kd', '0.3, 0.0, 0.1, 0.0'),
+        ('loss weights', 'slow_kd', 'slimclr', '0.4, 0.2, -0.1, 0.2'),
+        ('all three', 'vanilla', 'slimclr', ''),
     ]
     rows = []
-    for name, before, after in pairs:
+    for name, before, after, paper in pairs:
         old, new = runs.linear(before), runs.linear(after)
-        rows.append([name, *cells({width: differences(new[width], old[width]) for width in WIDTHS})])
+        rows.append([name, *cells({width: differences(new[width], old[width]) for width in WIDTHS}), paper])
     shared, own = runs.linear('slimclr', 'slimmable'), runs.linear('slimclr')
-    rows.append(['switchable probe', *cells({w: differences(own[w], shared[w]) for w in WIDTHS if w in shared})])
-    rows.append(
-        [
-            'SlimCLR over alone',
-            *cells({w: differences(own[w], alone[w]) for w in WIDTHS if len(alone[w]) == len(own[w])}),
-        ]
-    )
-    print_table(['gain (points)', *BY_WIDTH], rows)
+    gain = {w: differences(own[w], shared[w]) for w in WIDTHS if w in shared}
+    rows.append(['switchable probe', *cells(gain), '0.8, 0.9, 1.7, 1.5'])
+    gain = {w: differences(own[w], alone[w]) for w in WIDTHS if len(alone[w]) == len(own[w])}
+    rows.append(['SlimCLR over alone (table 1)', *cells(gain), '0.2, 1.2, 3.6, 7.2'])
+    print_table(['gain (points)', *BY_WIDTH, 'paper, table 3'], rows)
 
 
 def gradients(runs: Runs) -> None:
@@ -129,10 +146,9 @@ def gradients(runs: Runs) -> None:
                 for key in 'all_ratio', 'rest_ratio', 'consecutive', 'length':
                     place.setdefault(key, []).append(phase[key])
     rows = [
-        [f'{recipe}, {phase}', *(spread(values, 2) for values in place.values())]
-        for (recipe, phase), place in found.items()
+        [name, *(spread(values, 2) for values in found[key].values())] for key, name in PHASES.items() if key in found
     ]
-    print_table(['gradient norms', 'all / 0.25', 'rest / 0.25', 'cosine to the next', 'norm, last layer'], rows)
+    print_table(['mean over layers', 'all / 0.25', 'rest / 0.25', 'cosine to the next', 'norm, last layer'], rows)
 
 
 def offsets(runs: Runs) -> None:
@@ -142,8 +158,15 @@ def offsets(runs: Runs) -> None:
             trajectories = json.loads(file.read_text())
             for run, both in zip(trajectories['settings']['runs'], trajectories['trajectories'], strict=True):
                 found.setdefault(Path(run).name.rpartition('-')[0], []).append(both['none']['offsets'])
-    rows = [[recipe, *(spread([each[i] for each in values], 2) for i in (0, 1))] for recipe, values in found.items()]
-    print_table(['largest offset from the end', '1st component', '2nd component'], rows)
+    rows = []
+    for recipe, (name, alone, paper) in TRAJECTORIES.items():
+        if recipe in found:
+            first, second = ([each[i] for each in found[recipe]] for i in (0, 1))
+            against = ''
+            if alone in found:
+                against = f'{100 * (mean(second) / mean(each[1] for each in found[alone]) - 1):+.0f} %'
+            rows.append([name, spread(first, 2), spread(second, 2), against, paper])
+    print_table(['', '1st component', '2nd component', '2nd, against alone', 'paper'], rows)
 
 
 def condition(runs: Runs) -> None:
@@ -156,7 +179,10 @@ def condition(runs: Runs) -> None:
                     found.setdefault((split, width), []).append(values)
     keys = ('mean', 'total', 'right', 'relative', 'own', 'shared')
     rows = [
-        [f'{split}, {width}', *(spread([each[key] for each in values], 1 if key in keys[4:] else 3) for key in keys)]
+        [
+            f'{split} ({values[0]["images"]:,}), {width}',
+            *(spread([each[key] for each in values], 1 if key in keys[4:] else 3) for key in keys),
+        ]
         for (split, width), values in found.items()
     ]
     headers = ['images, width', 'mean abs(L - R)', 'total', 'mean abs(R)', 'relative', 'own layer (%)', 'shared (%)']

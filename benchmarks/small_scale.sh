@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything behind RESULTS.md: trains, judges and analyses ten small networks for each seed, then prints the tables. What is
-# there already is not done again.
+# there already is not done again. Figures are of the first seed.
 #
 #   bash benchmarks/small_scale.sh FOLDER [SEED ...]
+#   COLLAPSE=1 bash benchmarks/small_scale.sh FOLDER [SEED ...]     # and the runs without warm-up, on 60,000 images
 #
 # FASHION_MNIST is the folder of the data set's files: Debian's (apt-get install dataset-fashion-mnist) or torchvision's.
 set -euo pipefail
@@ -11,6 +12,7 @@ seeds=${*:2}
 seeds=${seeds:-0 1 2}
 judge=(accelerate launch -q recipes/linear_eval.py --data.name fashion-mnist --features.train_images 12000 --optim.epochs 20
   --optim.lr "[0.1, 0.3, 1.0]" --data.root "${FASHION_MNIST:-/usr/share/datasets/fashion-mnist}")
+first=${seeds%% *}
 self_supervised=(alone_w100 vanilla slow slow_kd slimclr)
 supervised=(supervised_w100 supervised)
 
@@ -30,7 +32,22 @@ for seed in $seeds; do
   done
 done
 for pair in "alone_w100 vanilla slimclr" "supervised_w100 supervised"; do
-  accelerate launch -q recipes/analyze.py surface $(printf "$out/%s-${seeds%% *} " $pair) --resolution 11 --batches 2 \
-    --output "$out/analysis-${seeds%% *}"
+  accelerate launch -q recipes/analyze.py surface $(printf "$out/%s-$first " $pair) --resolution 11 --batches 2 \
+    --output "$out/analysis-$first"
 done
+# gradient_imbalance.png and gradient_divergence.png: six of the runs, side by side as in the paper.
+accelerate launch -q recipes/analyze.py gradients \
+  $(printf "$out/%s-$first " alone_w100 vanilla supervised slow slow_kd slimclr) --output "$out/figures"
+if [ -n "${COLLAPSE:-}" ]; then
+  plain=(--method.distillation none --method.weights none)
+  collapse() { # NAME OPTION ...
+    [ -e "$out/$1/model.safetensors" ] || accelerate launch -q recipes/pretrain.py --resume auto \
+      --config recipes/configs/mocov2_resnet20_fashionmnist_1e.yaml --optim.lr 0.03 "${plain[@]}" \
+      --data.root "${FASHION_MNIST:-/usr/share/datasets/fashion-mnist}" --run.output "$out" --run.name "$@"
+  }
+  collapse 60000_alone --method.slow_start_epochs 0 --optim.warmup_epochs 0 --model.widths "[1.0]"
+  collapse 60000_vanilla --method.slow_start_epochs 0 --optim.warmup_epochs 0
+  collapse 60000_slow --method.slow_start_epochs 0.5 --optim.warmup_epochs 0
+  collapse 60000_vanilla_warmup --method.slow_start_epochs 0 --optim.warmup_epochs 0.2
+fi
 python benchmarks/small_scale.py "$out"

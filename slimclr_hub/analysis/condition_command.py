@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
@@ -13,14 +13,19 @@ from slimclr_hub.analysis.files import check_settings, data_file
 from slimclr_hub.analysis.linear_condition import Condition, linear_condition, narrower
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
+from slimclr_hub.data.sources import HOW_NOT_WHICH
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import extract_features
 from slimclr_hub.evaluate.figures import line_style, new_figure, save_figure
 from slimclr_hub.evaluate.progress import progress_bar
 from slimclr_hub.evaluate.results import environment
 from slimclr_hub.evaluate.subject import data_defaults, default_output, open_subject
+from slimclr_hub.evaluate.terminal import print_table
 from slimclr_hub.train.checks import at_least, one_of
 from slimclr_hub.weights.whole import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Results = dict[str, dict[float, Condition]]
 """Split -> width -> result."""
@@ -91,7 +96,7 @@ def analyse_condition(networks: Sequence[str], config: ConditionConfig) -> None:
     found = {split: {f'{w:g}': asdict(each) for w, each in widths.items()} for split, widths in results.items()}
     content = {'settings': settings, 'condition': found, 'environment': environment()}
     write_text(data_file(stem), json.dumps(content, indent=1) + '\n')
-    draw_condition(results, stem)
+    draw_condition(results, stem, network)
     print_condition(results, network)
     print(f'Figure: {stem}.png\nData: {stem}.json')
 
@@ -133,33 +138,41 @@ def _batches(loader: Iterable, images: int, split: str) -> Iterator[Any]:
 def _settings(network: str, config: ConditionConfig) -> dict[str, Any]:
     settings = {'network': network, **asdict(config)}
     del settings['output']
-    for name in 'batch_size', 'num_workers', 'max_corrupt', 'shuffle_buffer', 'download':
+    for name in *HOW_NOT_WHICH, 'batch_size', 'shuffle_buffer':
         del settings['data'][name]  # they change no result
     return settings
 
 
-def draw_condition(results: Results, file: Path) -> None:
+def draw_condition(results: Results, file: Path, network: str) -> None:
     """Draw how large both sides and their difference are, and what it costs, by width; a row of panels for each split.
 
     Args:
         results: Split -> width -> result.
         file: Files to write, without suffix: a PNG and a PDF.
+        network: The network.
     """
+    save_figure(condition_figure(results, network), file)
+
+
+def condition_figure(results: Results, network: str) -> 'Figure':
+    """The figure that `draw_condition` writes."""
     figure, axes = new_figure(2, len(results), width=5.2, height=3.8)
     for row, (split, by_width) in enumerate(results.items()):
         names = [f'{width:g}' for width in by_width]
         found = list(by_width.values())
+        images = f'{found[0].images:,} {"training" if split == "train" else split} images'
         left, right = axes[2 * row], axes[2 * row + 1]
         bars = {'|L|, of the shared layer': 'left', '|R|, of its own': 'right', '|L − R|': 'mean'}  # noqa: RUF001
         _draw_bars(left, names, {label: [getattr(each, name) for each in found] for label, name in bars.items()})
-        left.set_ylabel(f'mean of entries ({split} images)')
+        left.set_ylabel(f'mean of entries\n({images})')
         left.set_ylim(0, 1.35 * max(max(each.left, each.right, each.mean) for each in found))
         bars = {"the full width's layer, sliced": 'shared', 'a layer of its own': 'own', 'the full width': 'full'}
         _draw_bars(right, names, {label: [getattr(each, name) for each in found] for label, name in bars.items()})
-        right.set_ylabel(f'accuracy on the same {split} images (%)')
+        right.set_ylabel(f'accuracy (%) on the same\n{images}')
         right.set_ylim(0, 135)
         right.set_yticks(range(0, 101, 20))
-    save_figure(figure, file)
+    figure.suptitle(f'Eq. (23), {Path(network).name}', fontsize='medium')
+    return figure
 
 
 def _draw_bars(axis: Any, names: Sequence[str], bars: Mapping[str, Sequence[float]]) -> None:
@@ -183,16 +196,16 @@ def _draw_bars(axis: Any, names: Sequence[str], bars: Mapping[str, Sequence[floa
 
 def print_condition(results: Results, network: str) -> None:
     """Print a row for each split and width."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f'Eq. (23), L: shared linear layer, R: own ({network})')
-    for title in 'split', 'width', '|L-R|', 'total', '|R|', 'rel.', 'own (%)', 'shared (%)':
+    for title in 'split', 'images', 'width', '|L-R|', 'total', '|R|', 'rel.', 'own (%)', 'shared (%)':
         table.add_column(title, justify='left' if title == 'split' else 'right', no_wrap=True)
     for split, by_width in results.items():
         for width, each in by_width.items():
             table.add_row(
                 split,
+                f'{each.images:,}',
                 f'{width:g}',
                 f'{each.mean:.3g}',
                 f'{each.total:.4g}',
@@ -201,7 +214,7 @@ def print_condition(results: Results, network: str) -> None:
                 f'{each.own:.1f}',
                 f'{each.shared:.1f}',
             )
-    Console().print(table)
+    print_table(table)
     print('Paper, ResNet-50, width 0.5: mean 1.07, total 1096665.50 (train); 0.88, 903094.19 (validation).')
 
 

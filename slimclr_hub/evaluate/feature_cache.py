@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
-from slimclr_hub.data.sources import ArrayImages
+from slimclr_hub.data.sources import HOW_NOT_WHICH, ArrayImages
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import extract_features
 from slimclr_hub.evaluate.linear_eval.classes import class_names
@@ -27,7 +27,7 @@ from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
 
 _LABELS = 'labels'
 # What of a DataConfig decides neither which images there are nor what the network sees of them.
-_WITHOUT_EFFECT = ('batch_size', 'num_workers', 'download', 'max_corrupt', 'shuffle_buffer', 'train_split', 'val_split')
+_WITHOUT_EFFECT = (*HOW_NOT_WHICH, 'batch_size', 'shuffle_buffer', 'train_split', 'val_split')
 
 
 @dataclass(frozen=True)

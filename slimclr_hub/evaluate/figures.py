@@ -1,5 +1,6 @@
 """How the figures of this package look: the same colours and lines everywhere, for all eyes, as PNG and as PDF."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,21 +13,27 @@ _COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')  #
 _MARKERS = ('o', 's', '^', 'D', 'v', 'P')
 
 
-def new_figure(columns: int = 1, rows: int = 1, width: float = 5, height: float = 4) -> 'tuple[Figure, list[Axes]]':
+def new_figure(
+    columns: int = 1, rows: int = 1, width: float | Sequence[float] = 5, height: float | Sequence[float] = 4
+) -> 'tuple[Figure, list[Axes]]':
     """A figure and its panels, row by row.
 
     Args:
         columns: Panels beside each other.
         rows: Panels above each other.
-        width: Width of a panel in inches.
-        height: Height of a panel in inches.
+        width: Width of a panel in inches; of each column where these are several.
+        height: Height of a panel in inches; of each row where these are several.
     """
     import matplotlib
 
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    widths = [width] * columns if isinstance(width, int | float) else list(width)
+    heights = [height] * rows if isinstance(height, int | float) else list(height)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(sum(widths), sum(heights)), squeeze=False, width_ratios=widths, height_ratios=heights
+    )
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     return figure, list(axes.flat)

@@ -6,6 +6,7 @@ import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -66,20 +67,22 @@ def results_in(folder: Path) -> list[EvalResult]:
 
 
 def environment() -> dict[str, str]:
-    """Command, hardware and versions, to be kept with a figure."""
+    """Command, hardware, versions and time, to be kept with a figure."""
     import timm
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} x {_processor()}'
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} x {processor()}'
     return {
         'command': ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         'hardware': device,
         'versions': f'slimclr_hub {__version__}, torch {torch.__version__}, timm {timm.__version__}, '
         f'Python {platform.python_version()}',
+        'time': datetime.now(timezone.utc).isoformat(timespec='microseconds'),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the CPU."""
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError:

@@ -1,6 +1,6 @@
 """The network that an evaluation judges: the result of a run, a published one, or any that `open_network` opens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,13 @@ import yaml
 from timm.models import parse_model_name
 
 from slimclr_hub.data import DataConfig
+from slimclr_hub.data.sources import has_validation
 from slimclr_hub.errors import InputError
 from slimclr_hub.hub.opening import open_network
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.train.command_line import early
 from slimclr_hub.train.parse import RECIPE, load_recipe
-from slimclr_hub.weights.published import PUBLISHED, Reported
+from slimclr_hub.weights.published import PUBLISHED, Published
 
 _OF_TRAINING = ('batch_size', 'num_samples', 'max_corrupt', 'shuffle_buffer')  # nothing to evaluation
 _IMAGENET = DataConfig(
@@ -35,12 +36,12 @@ class Subject:
     Args:
         name: As it was asked for.
         model: The network with the weights and the head that it has, in eval mode.
-        reported: Width -> what the paper reports of it, where it is one of the published.
+        published: The facts of it, where it is one of the published.
     """
 
     name: str
     model: SlimmableResNet
-    reported: Mapping[float, Reported]
+    published: Published | None
 
 
 def open_subject(network: str) -> Subject:
@@ -58,7 +59,35 @@ def open_subject(network: str) -> Subject:
     model = open_network(network).eval()
     _, name = parse_model_name(network) if not folder.exists() else ('', '')
     published = PUBLISHED.get(name.partition('.')[2]) if '/' not in name else None
-    return Subject(network, model, published.reported if published else {})
+    return Subject(network, model, published)
+
+
+def check_images(data: DataConfig) -> None:
+    """Find out, before a network is fetched for it, whether there are images to judge one on.
+
+    Raises:
+        InputError: Their folder is not there, or none of them are apart from those to learn from.
+    """
+    if data.name == 'folder' and data.root is not None and not Path(data.root).exists():
+        raise InputError(
+            f'data.root {data.root} does not exist; give the folder of the images by --data.root, or other images by '
+            '--data.name'
+        )
+    if not has_validation(data):
+        raise InputError(f'data.val_split {data.val_split} is not apart from the training images; give another')
+
+
+def check_channels(subject: Subject, data: DataConfig) -> None:
+    """Find out whether a network takes such images.
+
+    Raises:
+        InputError: It takes images of another number of channels.
+    """
+    if (channels := subject.model.in_chans) != data.channels:
+        raise InputError(
+            f'{subject.name} takes images of {channels} channels, and data.channels is {data.channels}; give '
+            f'--data.channels {channels}, with data.mean and data.std to fit'
+        )
 
 
 def default_output(network: str, kind: str) -> Path:

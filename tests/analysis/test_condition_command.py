@@ -1,13 +1,15 @@
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from matplotlib import pyplot as plt
 from PIL import Image
 
-from slimclr_hub.analysis.condition_command import condition_defaults, draw_condition
+from slimclr_hub.analysis.condition_command import condition_defaults, condition_figure, draw_condition
 from slimclr_hub.analysis.entry import main
 from slimclr_hub.analysis.linear_condition import Condition, linear_condition
 from slimclr_hub.data import DataConfig
@@ -68,6 +70,7 @@ def test_command(network, tmp_path, capsys, monkeypatch):
         for name in 'mean', 'total', 'relative', 'own', 'shared', 'full':
             assert found[name] == pytest.approx(getattr(expected, name), rel=1e-3)
         assert f' {found["mean"]:.3g} ' in shown
+        assert re.search(rf'│ train │ +{IMAGES} │ +{width} │', shown)
     assert (tmp_path / 'condition.pdf').is_file()
 
     before = (tmp_path / 'condition.json').read_bytes()
@@ -80,7 +83,12 @@ def test_command(network, tmp_path, capsys, monkeypatch):
 def test_figure(tmp_path):
     values = [Condition((64, 64 // n), 99, 0.1 * n, 0.2, 0.3, 9.0, 1.0, 50.0, 70.0, 10.0 * n, 80.0) for n in (1, 2, 4)]
     results = {split: dict(zip((0.75, 0.5, 0.25), values, strict=True)) for split in ('train', 'validation')}
-    draw_condition(results, tmp_path / 'condition')
+    draw_condition(results, tmp_path / 'condition', 'runs/network')
+    figure = condition_figure(results, 'runs/network')
+    assert 'network' in figure.get_suptitle()
+    for axis, split in zip(figure.axes, ('training', 'training', 'validation', 'validation'), strict=True):
+        assert f'99 {split} images' in axis.get_ylabel()
+    plt.close(figure)
     with Image.open(tmp_path / 'condition.png') as image:
         assert image.size == (1560, 1140)
         pixels = np.asarray(image.convert('RGB'))

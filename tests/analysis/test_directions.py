@@ -167,5 +167,7 @@ def test_too_few_points(count):
     """One checkpoint apart from the last makes a line; and the same one twice does not help."""
     origin = weights(0)
     points = [weights(1) for _ in range(count)]
-    with pytest.raises(InputError, match='do not span a plane; keep more checkpoints'):
+    with pytest.raises(
+        InputError, match=r'do not span a plane; train with --diagnostics\.snapshots 20, or keep more checkpoints'
+    ):
         find_directions([*points, origin], origin, filter_normalised=False)

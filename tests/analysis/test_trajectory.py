@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from PIL import Image
 from safetensors.torch import save_file
 
 from slimclr_hub.analysis.entry import main
 from slimclr_hub.analysis.files import labels_of
-from slimclr_hub.analysis.landscape.trajectory import load_trajectory
+from slimclr_hub.analysis.landscape.figure import Panel, planes_figure
+from slimclr_hub.analysis.landscape.trajectory import load_trajectory, path_of
 from slimclr_hub.errors import InputError
 from slimclr_hub.train.command_line import dump
 from slimclr_hub.train.config import PretrainConfig
@@ -92,6 +94,31 @@ def test_runs_that_cannot_be_read(own, tmp_path):
         load_trajectory(own)
     with pytest.raises(InputError, match='has no checkpoint'):
         load_trajectory(tmp_path)
+
+
+def test_a_run_with_too_few_points_is_named(tmp_path, capsys):
+    """As one that has kept two checkpoints and recorded nothing."""
+    run = write_run(tmp_path / 'short', {30: (3.0, 0.0), 40: (0.0, 0.0)})
+    for analysis in 'trajectory', 'surface':
+        with pytest.raises(SystemExit):
+            analyse(analysis, run)
+        error = capsys.readouterr().err
+        assert f'{run}: 2 points' in error
+        assert '--diagnostics.snapshots' in error
+        assert error.count('\n') == 1
+
+
+def test_colours_of_epochs_are_those_of_all_panels(runs, own):
+    shutil.rmtree(own / 'checkpoints' / 'step-00000040')
+    paths = [
+        path_of(str(run), trajectory, trajectory.directions('none'), 'none')
+        for run, trajectory in ((run, load_trajectory(run)) for run in (runs[0], own))
+    ]
+    assert [path.epochs[-1] for path in paths] == [2, 1.5]
+    figure = planes_figure([Panel('run', path) for path in paths], '')
+    scales = [dots.get_clim() for axis in figure.axes for dots in axis.collections if len(dots.get_offsets()) > 2]
+    assert scales == [(0, 2)] * 2
+    plt.close(figure)
 
 
 def test_labels():

@@ -1,6 +1,7 @@
 """Networks side by side: what is read of them, tables, Markdown, figure, and the table that a run ends with."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,18 +10,21 @@ import pytest
 import timm
 import torch
 import yaml
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from PIL import Image
 from typer.testing import CliRunner
 
 from slimclr_hub.cli import app
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.comparison.compare import compare_networks
-from slimclr_hub.evaluate.comparison.entries import data_name, read_entries, read_entry
-from slimclr_hub.evaluate.comparison.figure import draw_pareto
+from slimclr_hub.evaluate.comparison.entries import IMAGENET, Entry, Measure, data_name, read_entries, read_entry
+from slimclr_hub.evaluate.comparison.figure import draw_pareto, pareto_figure
 from slimclr_hub.evaluate.comparison.reported import REPORTED, REPORTED_DETECTION
 from slimclr_hub.evaluate.comparison.speed import measure_speed
 from slimclr_hub.evaluate.comparison.tables import TextTable, comparison_tables
 from slimclr_hub.evaluate.knn_eval.report import Accuracy, best_of, write_accuracies
+from slimclr_hub.evaluate.linear_eval.config import FeaturesConfig, LinearEvalConfig, LinearProbeConfig
 from slimclr_hub.evaluate.report import compare_with_itself
 from slimclr_hub.evaluate.results import EvalResult
 from slimclr_hub.hub.card import human
@@ -31,6 +35,8 @@ from slimclr_hub.weights.published import PUBLISHED, WIDTHS
 
 TAG = 'slimclr_resnet50.mocov2_800e_in1k'
 DATA = {'name': 'fashion-mnist', 'root': '/data/fashion', 'size': 12}
+LINEAR = LinearEvalConfig(network='x').protocol
+AUGMENTED = LinearEvalConfig(network='x', features=FeaturesConfig(mode='augmented')).protocol
 
 
 def save_network(folder: Path, widths: tuple[float, ...]) -> Path:
@@ -59,19 +65,26 @@ def save_run(folder: Path, widths: tuple[float, ...], accuracies: list[float], n
     return folder
 
 
-def save_linear(folder: Path, top1: dict[float, float], data: dict = DATA) -> None:
+def save_linear(
+    folder: Path,
+    top1: dict[float, float],
+    data: dict = DATA,
+    name: str = 'linear_eval',
+    protocol: str = LINEAR,
+    time: str | None = None,
+) -> None:
     top5 = {width: value + 9 for width, value in top1.items()}
-    EvalResult('linear', 'switchable probe, cached', str(folder), top1, top5, {'data': data}).save(
-        folder / 'linear_eval'
-    )
+    made = {'time': time} if time is not None else {}
+    EvalResult('linear', protocol, str(folder), top1, top5, {'data': data}, made).save(folder / name)
 
 
-def save_knn(folder: Path, values: dict[int, float]) -> None:
+def save_knn(folder: Path, values: dict[int, float], name: str = 'knn_eval', time: str | None = None) -> None:
     """k -> accuracy, the same at both widths."""
     accuracies = [Accuracy(k, 0.1, None, {1.0: value, 0.5: value}, {}) for k, value in values.items()]
     best = best_of(accuracies)
-    EvalResult('knn', best.protocol, str(folder), best.top1, {}, {'data': DATA}).save(folder / 'knn_eval')
-    write_accuracies(accuracies, folder / 'knn_eval')
+    made = {'time': time} if time is not None else {}
+    EvalResult('knn', best.protocol, str(folder), best.top1, {}, {'data': DATA}, made).save(folder / name)
+    write_accuracies(accuracies, folder / name)
 
 
 @pytest.fixture(scope='module')
@@ -119,7 +132,7 @@ def test_results_of_evaluations(place):
     measure = measures_by_label(place / 'slim')['linear eval']
     assert measure.top1 == {1.0: 80.04, 0.5: 75.0}
     assert measure.top5 == {1.0: 89.04, 0.5: 84.0}
-    assert measure.protocol == 'switchable probe, cached'
+    assert measure.protocol == 'linear evaluation, switchable, cached, 50 epochs'
 
 
 def test_cost_is_that_of_the_network(place):
@@ -151,6 +164,59 @@ def test_one_k_for_all_that_have_it(tmp_path):
     assert [entry.measures[0].top1 for entry in entries] == [{1.0: 68, 0.5: 68}, {1.0: 65, 0.5: 65}]
     (alone,) = read_entries([str(second)])
     assert alone.measures[0].protocol == 'k-NN, k=5, tau=0.1'
+
+
+def test_linear_evaluations_of_other_training_images_stand_apart(tmp_path, capsys):
+    network = save_network(tmp_path / 'network', (1.0, 0.5))
+    for i, (images, value) in enumerate({12000: 80.0, 600: 70.0, None: 81.0}.items()):
+        protocol = LinearEvalConfig(network='x', features=FeaturesConfig(train_images=images)).protocol
+        save_linear(network, {1.0: value}, name=f'linear_eval-{i}', protocol=protocol)
+    compare_networks([str(network)], markdown=Path('-'), batch_size=None)
+    text = capsys.readouterr().out
+    ((row, _),) = parse_markdown(text)
+    begin = 'linear evaluation, switchable, cached, '
+    assert {title: cell for title, cell in row.items() if title.startswith('linear')} == {
+        f'{begin}at most 12000 training images, 50 epochs': '80.0 / 89.0',
+        f'{begin}at most 600 training images, 50 epochs': '70.0 / 79.0',
+        f'{begin}50 epochs': '81.0 / 90.0',
+    }
+    figure = pareto_figure(read_entries([str(network)]))
+    assert len(figure.axes) == 3
+    plt.close(figure)
+
+
+@pytest.mark.parametrize('told', [True, False], ids=['by the time in it', 'by the time of the file'])
+def test_of_equal_protocols_the_newest_counts(tmp_path, capsys, told):
+    """In the order of paths it is neither the first nor the last, and a copy of the folder has other times of files."""
+    network = save_network(tmp_path / 'network', (1.0, 0.5))
+    for number, (value, day) in {'': (80.0, 3), '-10': (70.0, 1), '-3': (75.0, 5), '-4': (60.0, 4)}.items():
+        name = f'linear_eval{number}'
+        save_linear(network, {1.0: value}, name=name, time=f'2026-01-0{day}T00:00:00+00:00' if told else None)
+        seconds = 100 * (9 - day if told else day)
+        os.utime(network / name / 'result.json', (seconds, seconds))
+    compare_networks([str(network)], markdown=Path('-'), batch_size=None)
+    text = capsys.readouterr().out
+    ((row, _),) = parse_markdown(text)
+    assert row['linear eval'] == '75.0 / 84.0'
+    assert (
+        '- linear eval of network: of linear_eval-3, the newest by this protocol; left out: linear_eval-10, '
+        'linear_eval, linear_eval-4 (how they differ stands in the settings of their result.json)'
+    ) in text
+    figure = pareto_figure(read_entries([str(network)]))
+    (axis,) = figure.axes
+    assert axis.get_legend_handles_labels()[1] == ['network']
+    plt.close(figure)
+
+
+def test_one_k_makes_two_evaluations_equal(tmp_path, capsys):
+    network = save_network(tmp_path / 'network', (1.0, 0.5))
+    save_knn(network, {10: 50, 20: 60}, time='2026-01-02')
+    save_knn(network, {5: 80, 20: 61}, 'knn_eval-2', time='2026-01-01')
+    compare_networks([str(network)], markdown=Path('-'), batch_size=None)
+    text = capsys.readouterr().out
+    ((row, _),) = parse_markdown(text)
+    assert row['k-NN eval'] == '60.0'
+    assert 'of knn_eval, the newest by this protocol; left out: knn_eval-2' in text
 
 
 # Reported
@@ -226,7 +292,7 @@ def test_markdown_parsed_back(place, tmp_path, capsys):
     ]  # fmt: skip
     printed = capsys.readouterr().out
     assert '80.0 / 89.0' in printed
-    for note in 'k-NN: k-NN, k=20, tau=0.1', 'linear eval: switchable probe, cached (top-1 / top-5)', 'do not compare':
+    for note in 'k-NN: k-NN, k=20, tau=0.1', f'linear eval: {LINEAR} (top-1 / top-5)', 'do not compare':
         assert note in printed
         assert f'- {note}' in file.read_text() or note == 'do not compare'
 
@@ -294,7 +360,7 @@ def test_speed_of_every_width(place, capsys):
 
 @pytest.mark.parametrize(
     ('names', 'reported', 'size'),
-    [(('slim', 'alone'), False, (1500, 600)), (('slim', 'other'), False, (2250, 600)), ((), True, (1275, 825))],
+    [(('slim', 'alone'), False, (1500, 663)), (('slim', 'other'), False, (2250, 631)), ((), True, (1275, 825))],
     ids=['two protocols', 'two data sets', 'reported alone'],
 )
 def test_figure(place, tmp_path, names, reported, size):
@@ -306,6 +372,57 @@ def test_figure(place, tmp_path, names, reported, size):
         colours = {colour: count for count, colour in image.convert('RGB').getcolors(1 << 24)}
     assert (colours.get((0x00, 0x72, 0xB2), 0) > 100) == bool(names)
     assert (colours.get((0x88, 0x88, 0x88), 0) > 100) == reported
+
+
+def with_measures(place: Path, name: str, *protocols: str) -> Entry:
+    """The network under another name, with accuracies on ImageNet by some protocols."""
+    entry = read_entry(str(place / 'slim'), name)
+    height = 40 + 9 * len(name)
+    measures = [Measure('linear eval', of, IMAGENET, {1.0: height + 5, 0.5: height}) for of in protocols]
+    return replace(entry, measures=measures)
+
+
+def drawn(entries: list[Entry], reported: bool = False) -> Figure:
+    """A figure as it is when it is saved."""
+    figure = pareto_figure(entries, reported)
+    assert figure is not None
+    figure.tight_layout()
+    figure.canvas.draw()
+    return figure
+
+
+@pytest.mark.parametrize('count', [1, 2, 5])
+def test_legend_covers_nothing_and_widths_are_marked(place, count):
+    entries = [with_measures(place, 'n' * (i + 1), LINEAR, AUGMENTED) for i in range(count)]
+    figure = drawn(entries)
+    for axis in figure.axes:
+        legend = axis.get_legend().get_window_extent()
+        assert not legend.overlaps(axis.get_window_extent())
+        assert not legend.overlaps(axis.xaxis.label.get_window_extent())
+        assert legend.y0 >= 0
+        # Networks of the same cost share a number, above the highest.
+        assert {text.get_text(): text.xy[1] for text in axis.texts} == {
+            f'{width:g}': max(entry.measures[0].top1[width] for entry in entries) for width in (1.0, 0.5)
+        }
+        assert axis.get_window_extent().height > 250
+    plt.close(figure)
+
+
+@pytest.mark.parametrize('head', ['switchable', 'slimmable'])
+@pytest.mark.parametrize('distillation', [True, False])
+def test_the_papers_rows_lie_behind_its_protocol_alone(place, head, distillation):
+    probe = LinearProbeConfig(head=head, distillation=distillation)
+    like = LinearEvalConfig(network='x', features=FeaturesConfig(mode='augmented'), probe=probe).protocol
+    figure = drawn([with_measures(place, 'n', LINEAR, like)], reported=True)
+    cached, augmented, *own = figure.axes
+    is_the_papers = head == 'switchable' and distillation
+    assert len(own) == (0 if is_the_papers else 1)
+    for axis, grey in (cached, False), (augmented, is_the_papers), *((axis, True) for axis in own):
+        assert any('(reported)' in name for name in axis.get_legend_handles_labels()[1]) == grey
+        assert axis.get_subplotspec().get_gridspec().get_width_ratios()[axis.get_subplotspec().colspan.start] == (
+            8.5 if grey else 5
+        )
+    plt.close(figure)
 
 
 def test_no_accuracy_to_draw(place, tmp_path):
@@ -328,7 +445,7 @@ def test_a_run_ends_with_its_own_comparison(place, capsys, monkeypatch):
     for title in 'other: accuracies (%)', 'parameters', 'multiply-adds', 'images/s', 'k-NN at start', 'gain':
         assert title in printed
     with Image.open(place / 'other' / 'pareto.png') as image:
-        assert image.size == (750, 600)
+        assert image.size == (750, 631)
 
 
 def test_a_run_without_accuracies_tells_its_cost(place, capsys):
@@ -362,6 +479,13 @@ def test_mistake(place, mistake, monkeypatch):
     with pytest.raises(InputError, match=named) as error:
         compare_networks(networks, **{'batch_size': None, **options})
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('option', ['markdown', 'figure'])
+def test_a_folder_that_cannot_be_made_is_noticed_before_any_network_is_opened(place, tmp_path, option):
+    (tmp_path / 'file').touch()
+    with pytest.raises(InputError, match=rf'--{option} .*{tmp_path}/file/deep cannot be made \(.*\); give another'):
+        compare_networks([str(place / 'nowhere')], **{option: tmp_path / 'file' / 'deep' / 'name'})
 
 
 def test_command(place, tmp_path):

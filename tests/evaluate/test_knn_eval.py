@@ -272,6 +272,17 @@ MISTAKES = {
     'width that is none of its': (['--widths', '[0.5]'], [], '0.5'),
     'precision': (['--precision', 'fp8'], [], 'fp8'),
     'no validation images': (['--data.val_split', 'null'], [], 'data.val_split'),
+    # Of a network that names no images, before it is looked for.
+    'no folder of images': (
+        ['--network', 'nowhere', '--data.name', 'folder', '--data.root', 'data/imagenet'],
+        [],
+        'data.root data/imagenet does not exist; give the folder of the images by --data.root',
+    ),
+    'other channels': (
+        ['--data.channels', '3', '--data.mean', '[0, 0, 0]', '--data.std', '[1, 1, 1]'],
+        [],
+        'takes images of 1 channels, and data.channels is 3; give --data.channels 1',
+    ),
     'chunk': (['--chunk', '0'], [], 'chunk is 0'),
 }
 

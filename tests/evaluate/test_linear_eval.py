@@ -16,6 +16,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from matplotlib import pyplot as plt
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -26,24 +27,29 @@ from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import EMBEDDED
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import DivergedError, InputError, PreemptedError
+from slimclr_hub.evaluate.comparison.compare import compare_networks
+from slimclr_hub.evaluate.comparison.entries import read_entry
 from slimclr_hub.evaluate.feature_cache import FeatureCache, state_hash
 from slimclr_hub.evaluate.linear_eval.batches import AugmentedBatches, CachedBatches, FeatureBatches
 from slimclr_hub.evaluate.linear_eval.classes import GARMENTS
 from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig, parse_linear_eval
 from slimclr_hub.evaluate.linear_eval.evaluation import check_frozen, linear_eval
 from slimclr_hub.evaluate.linear_eval.probe import make_head, standardisation
+from slimclr_hub.evaluate.linear_eval.report import accuracies_figure, paper_row, print_result
 from slimclr_hub.evaluate.linear_eval.training import ProbeTraining
 from slimclr_hub.evaluate.predict import predict
-from slimclr_hub.evaluate.results import load_result, results_in
+from slimclr_hub.evaluate.results import EvalResult, load_result, results_in
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models.calibrate import calibrate_batchnorm
 from slimclr_hub.train.signals import StopSignals
+from slimclr_hub.weights.published import PUBLISHED
 from tests.data_room.files import write_idx_set
 from tests.train.runs import TIMEOUT, contents, environment
 
 WIDTHS = (1.0, 0.5, 0.25)
 TRAIN, VALIDATION = 96, 37  # the second of which no batch and no number of processes divides
 SCRIPT = Path(__file__).parents[2] / 'recipes' / 'linear_eval.py'
+FOLDER = ('--data.name', 'folder')
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -86,9 +92,11 @@ def configured(place: Path, network: Path, *more: str) -> LinearEvalConfig:
     return parse_linear_eval(arguments(place, network, *more))
 
 
-def test_probe_is_as_good_as_scikit_learns(place, network):
+@pytest.mark.parametrize('distillation', ['false', 'true'])
+def test_probe_is_as_good_as_scikit_learns(place, network, distillation):
     """Logistic regression on the very features that were cached, of real images, at every width."""
-    config = configured(place, network, '--probe.distillation=false', '--optim.epochs=30', '--optim.lr=0.1')
+    probe = f'--probe.distillation={distillation}'
+    config = configured(place, network, probe, '--optim.epochs=30', '--optim.lr=0.1')
     config = replace(config, data=replace(config.data, name=EMBEDDED, root=None, batch_size=256))
     result = linear_eval(config)
     train, validation = (load_file(next((network / 'features').glob(f'{name}-*'))) for name in ('train', 'validation'))
@@ -110,7 +118,7 @@ def test_saved_network_reaches_what_the_table_says(place, network, tmp_path, hea
     config = configured(place, network, f'--probe.head={head}', '--save_to', str(saved))
     result = linear_eval(config)
     assert results_in(network) == [result]
-    assert (result.kind, result.protocol) == ('linear', f'{head}, cached')
+    assert (result.kind, result.protocol) == ('linear', f'linear evaluation, {head}, cached, 4 epochs')
     assert {path.name for path in (network / 'linear_eval').iterdir()} == {
         'settings.json',
         'metrics.jsonl',
@@ -122,6 +130,12 @@ def test_saved_network_reaches_what_the_table_says(place, network, tmp_path, hea
     printed = capsys.readouterr().out
     assert all(f'{accuracy:.1f}' in printed for accuracy in (*result.top1.values(), *result.top5.values()))
     assert f'Cached features, {head} head, with distillation, 4 epochs, {VALIDATION} images.' in printed
+    own = timm.create_model(f'local-dir:{network}', pretrained=True)
+    assert result.settings['frozen'] == state_hash(own)
+    assert (
+        f'the network has not moved; all its tensors have the hash that they had before ({state_hash(own)[:12]})'
+        in printed
+    )
 
     model = timm.create_model(f'local-dir:{saved}', pretrained=True).eval()
     assert (model.head, model.num_classes, model.widths) == (head, 10, WIDTHS)
@@ -141,18 +155,99 @@ def test_saved_network_reaches_what_the_table_says(place, network, tmp_path, hea
     assert f'{result.top1[0.5]:.1f}' in (saved / 'README.md').read_text()
 
 
+def test_saved_network_is_compared_by_what_it_reached(place, network, tmp_path, capsys):
+    saved = tmp_path / 'saved'
+    result = linear_eval(configured(place, network, '--save_to', str(saved)))
+    assert results_in(saved) == [result]
+    capsys.readouterr()
+    assert compare_networks([str(saved)], batch_size=None) == []
+    printed = capsys.readouterr().out
+    for width in WIDTHS:
+        assert f'{result.top1[width]:.1f} / {result.top5[width]:.1f}' in printed
+    # It is judged again by its images, not by what comes to mind; and that is the newest then.
+    again = linear_eval(configured(place, saved))
+    assert again.top1 == result.top1
+    measures = read_entry(str(saved), 'saved').measures
+    assert [(of.source, of.older) for of in measures] == [('linear_eval-2', ('linear_eval',))]
+
+
 def test_the_best_learning_rate_is_kept_and_the_others_are_told(place, network, capsys):
     result = linear_eval(configured(place, network, '--optim.lr=[0.0001,0.3]'))
     poor, good = result.settings['sweep']
     assert (poor['lr'], good['lr'], result.settings['chosen_lr']) == (0.0001, 0.3, 0.3)
     assert sum(poor['top1'].values()) < sum(good['top1'].values())
     assert good['top1'] == {f'{width:g}': value for width, value in result.top1.items()}
-    chosen = 'Learning rate 0.3 of 2: highest mean top-1 over the widths on the validation split, after the last epoch.'
-    assert chosen in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert (
+        'Learning rate 0.3, the best of 0.0001 and 0.3: highest mean top-1 over the widths on the validation split, '
+        'after the last epoch.\nNote: it is the highest of the sweep, and one beyond may be better'
+    ) in printed
     (alone,) = linear_eval(configured(place, network)).settings['sweep']
+    printed = capsys.readouterr().out
+    assert '\nLearning rate 0.3.\n' in printed
+    assert 'Note' not in printed
     assert alone == good
     heads = [load_file(network / name / 'probe.safetensors') for name in ('linear_eval', 'linear_eval-2')]
     assert all(heads[0][name].equal(heads[1][name]) for name in heads[0])
+
+
+RESULT = EvalResult(
+    'linear',
+    'linear evaluation, switchable, cached, 50 epochs',
+    'slimclr_resnet50.mocov2_200e_in1k',
+    {1.0: 67.0, 0.5: 62.0, 0.25: 55.5},
+    {1.0: 87.0, 0.5: 84.0, 0.25: 79.0},
+    {
+        'probe': {'head': 'switchable', 'distillation': True},
+        'features': {'mode': 'cached'},
+        'optim': {'epochs': 50},
+        'validation_images': 50000,
+        'chosen_lr': 0.1,
+        'chosen_by': 'highest mean',
+        'sweep': [{'lr': lr, 'top1': {'1': lr, '0.5': lr, '0.25': lr}} for lr in (1.0, 0.1, 0.01)],
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ('tag', 'head', 'table', 'row'),
+    [
+        ('mocov2_200e_in1k', 'switchable', 'table 1 ', ('62.5', '84.8')),
+        ('mocov3_300e_lincls_in1k', 'switchable', 'table 1 ', ('67.6', '88.2')),
+        ('mocov2_200e_in1k', 'slimmable', 'table 3a ', ('59.6', '82.9')),
+        ('mocov2_800e_in1k', 'slimmable', None, ()),
+        ('mocov3_300e_in1k', 'slimmable', None, ()),
+        (None, 'switchable', None, ()),
+    ],
+)
+def test_the_papers_row_stands_beside(capsys, tag, head, table, row):
+    print_result(RESULT, paper_row(PUBLISHED[tag] if tag else None, head))
+    printed = capsys.readouterr().out
+    (line,) = (line.strip('│').split('│') for line in printed.splitlines() if line.startswith('│   0.5 '))
+    assert [cell.strip() for cell in line] == ['0.5', '62.0', '84.0', *row]
+    assert ('reported' in printed) == bool(row)
+    assert f'Reported: the paper, {table}' in printed if table else 'the paper' not in printed
+    assert 'Learning rate 0.1, the best of 0.01 ... 1.0: highest mean.' in printed
+    assert 'Note' not in printed
+
+
+@pytest.mark.parametrize(('chosen', 'end'), [(0.01, 'lowest'), (1.0, 'highest')])
+def test_a_learning_rate_at_an_edge_is_told(capsys, chosen, end):
+    print_result(replace(RESULT, settings={**RESULT.settings, 'chosen_lr': chosen}), None)
+    printed = capsys.readouterr().out
+    assert f'Learning rate {chosen}, the best of 0.01 ... 1.0' in printed
+    assert f'Note: it is the {end} of the sweep' in printed
+
+
+@pytest.mark.parametrize('epochs', [1, 3, 50])
+def test_figure_counts_whole_epochs(epochs):
+    top1 = {'1': 67.0, '0.5': 62.0, '0.25': 55.5}
+    history = [{'epoch': epoch, 'top1': [top1] * 3} for epoch in range(1, epochs + 1)]
+    figure = accuracies_figure(history, RESULT)
+    ticks = figure.axes[0].get_xticks()
+    assert all(tick == round(tick) for tick in ticks)
+    assert figure.axes[0].get_title() == 'learning rate 0.1'
+    plt.close(figure)
 
 
 def test_finished_is_shown_and_anything_else_lies_beside(place, network, tmp_path, capsys):
@@ -186,6 +281,12 @@ def test_finished_is_shown_and_anything_else_lies_beside(place, network, tmp_pat
     [
         (['--network', 'nowhere'], r"'nowhere' is not a tag such as"),
         (['--data.root', 'nowhere'], 'nowhere'),
+        # Before there is a network.
+        (
+            ['--network', 'nowhere', *FOLDER, '--data.root', 'images'],
+            r'data\.root images does not exist; give the folder',
+        ),
+        (['--network', 'nowhere', '--data.val_split=null'], r'data\.val_split None is not apart'),
         (['--data.val_split=null'], r'data\.val_split None is not apart'),
         (['--data.channels=3', '--data.mean=[0,0,0]', '--data.std=[1,1,1]'], r'takes images of 1 channels.*--data\.ch'),
         (['--data.batch_size=97'], r'data\.batch_size 97 is larger than the data set of 96 images'),

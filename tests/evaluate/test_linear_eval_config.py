@@ -32,18 +32,34 @@ def test_recipes_are_the_papers():
     assert (config.data.batch_size, config.data.root, config.data.size) == (1024, '/images', 224)
     assert (config.optim.rates, config.optim.falls, config.optim.epochs) == ((60.0,), (60, 80), 100)
     assert (config.optim.schedule, config.optim.momentum, config.optim.weight_decay) == ('step', 0.9, 0)
-    assert config.protocol == 'switchable, augmented'
+    assert config.protocol == 'linear evaluation, switchable, augmented, 100 epochs'
     assert config.probe.distillation
     views = config.views
     assert (views.jitter_prob, views.gray_prob, views.blur_prob, views.solarize_prob) == (0, 0, 0, 0)
     assert (views.crop_min, views.flip_prob) == (0.08, 0.5)
     assert not config.features.standardised
     slimmable = recipe('mocov2_imagenet_slimmable', '--data.root', '/images')
-    assert slimmable.protocol == 'slimmable, augmented'
+    assert slimmable.protocol == 'linear evaluation, slimmable, augmented, 100 epochs'
     assert slimmable.optim == config.optim
     third = recipe('mocov3_imagenet')
     assert (third.data.batch_size, third.optim.rates, third.optim.epochs) == (1024, (0.4,), 90)
     assert (third.optim.schedule, third.features, third.views) == ('cosine', config.features, config.views)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        ([], 'switchable, cached, 50 epochs'),
+        (['--probe.head', 'slimmable', '--optim.epochs', '1'], 'slimmable, cached, 1 epoch'),
+        (['--features.train_images', '600'], 'switchable, cached, at most 600 training images, 50 epochs'),
+        (['--features.standardise', 'false'], 'switchable, cached, not standardised, 50 epochs'),
+        (['--features.standardise', 'true'], 'switchable, cached, 50 epochs'),
+        (['--probe.distillation', 'false'], 'switchable, cached, without distillation, 50 epochs'),
+        (['--features.mode', 'augmented'], 'switchable, augmented, 50 epochs'),
+    ],
+)
+def test_protocol_names_what_accuracies_depend_on(arguments, words):
+    assert parse_linear_eval(['--network', 'x', *arguments]).protocol == f'linear evaluation, {words}'
 
 
 def test_recipe_of_fashion_mnist_is_the_default():

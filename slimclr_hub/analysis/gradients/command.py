@@ -17,6 +17,7 @@ from slimclr_hub.analysis.gradients.data import RunGradients, gradients_of
 from slimclr_hub.analysis.gradients.figures import draw_divergence, draw_imbalance
 from slimclr_hub.analysis.gradients.summary import components, phases
 from slimclr_hub.evaluate.results import environment
+from slimclr_hub.evaluate.terminal import print_table
 from slimclr_hub.models.widths import check_widths
 from slimclr_hub.train.checks import at_least
 from slimclr_hub.weights.whole import write_text
@@ -134,7 +135,6 @@ def _plain(value: Any) -> Any:
 
 
 def _print_table(runs: Sequence[RunGradients]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title='Gradients: ratios of norms (Fig. 3); norm and cosines of the last layer (Fig. 4)')
@@ -154,7 +154,7 @@ def _print_table(runs: Sequence[RunGradients]) -> None:
                 f'{phase.consecutive:.2f}',
                 f'{phase.pairwise:.2f}',
             )
-    Console().print(table)
+    print_table(table)
 
 
 GRADIENTS = Analysis(

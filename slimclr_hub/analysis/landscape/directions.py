@@ -122,8 +122,8 @@ def principal_directions(offsets: Sequence[Weights]) -> tuple[list[dict[str, tor
     found = principal_components(rows, 2, torch.zeros(rows.shape[1])) if len(rows) > 1 else None
     if found is None or found.ratios[1] == 0:
         raise InputError(
-            f'{len(offsets)} points of a trajectory do not span a plane; keep more checkpoints '
-            '(--run.keep_checkpoints, --run.checkpoint_steps)'
+            f'{len(offsets)} points of a trajectory do not span a plane; train with --diagnostics.snapshots 20, or '
+            'keep more checkpoints (--run.keep_checkpoints, --run.checkpoint_steps)'
         )
     components = []
     for direction, path in zip(found.directions, found.projections.T, strict=True):

@@ -10,6 +10,7 @@ from slimclr_hub.evaluate.figures import marker, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _COLOURS = 'cividis'  # made to be read alike with and without red-green blindness
 _PATH = '#D55E00'
@@ -48,12 +49,18 @@ def draw_planes(panels: Sequence[Panel], quantity: str, file: Path) -> None:
         quantity: What the height of a surface is, with its unit.
         file: Files to write, without suffix: a PNG and a PDF.
     """
+    save_figure(planes_figure(panels, quantity), file)
+
+
+def planes_figure(panels: Sequence[Panel], quantity: str) -> 'Figure':
+    """The figure that `draw_planes` writes."""
     raised = all(panel.values is not None for panel in panels)
     columns = len(panels)
     figure, axes = new_figure(columns, 1 + raised, width=5.4, height=4.4)
     lows, highs = zip(*(_span(panel) for panel in panels), strict=True)
     levels = _levels(min(lows), max(highs))
     reach = reach_of([panel.path for panel in panels])
+    last = max(panel.path.epochs[-1] for panel in panels)
     for i, panel in enumerate(panels):
         if raised:
             _draw_raised(figure, axes[i], i, 1 + raised, columns, panel, levels, quantity)
@@ -73,14 +80,19 @@ def draw_planes(panels: Sequence[Panel], quantity: str, file: Path) -> None:
         _draw_path(axis, panel.path)
         if panel.values is None:
             along, across = zip(*panel.path.coordinates, strict=True)
-            dots = axis.scatter(along, across, c=panel.path.epochs, cmap=_COLOURS, s=36, zorder=2.5, edgecolor='black')
+            epochs: dict[str, Any] = {
+                'c': panel.path.epochs,
+                'vmin': 0,
+                'vmax': last,
+            }  # one scale, so that panels compare
+            dots = axis.scatter(along, across, **epochs, cmap=_COLOURS, s=36, zorder=2.5, edgecolor='black')
             figure.colorbar(dots, ax=axis, label='epoch')
         if not raised:
             axis.set_title(panel.title)
         axis.set_xlabel(_label(panel.path, 0))
         axis.set_ylabel(_label(panel.path, 1))
         axis.legend(loc='upper left', fontsize='small', framealpha=0.9)
-    save_figure(figure, file)
+    return figure
 
 
 def _draw_path(axis: 'Axes', path: Path2D) -> None:

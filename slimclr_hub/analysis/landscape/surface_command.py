@@ -14,6 +14,7 @@ from slimclr_hub.analysis.landscape.surface import ErrorMeasure, LossMeasure, Me
 from slimclr_hub.analysis.landscape.trajectory import NORMALISATIONS, Path2D, load_trajectory, path_of
 from slimclr_hub.analysis.replay import Replay, recipe_of
 from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.terminal import print_table
 from slimclr_hub.train.checks import above, at_least, one_of
 from slimclr_hub.weights.whole import write_text
 
@@ -166,7 +167,6 @@ def _width(name: str) -> float:
 
 
 def _print_heights(panels: Sequence[Panel], label: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f'Surface: {label}')
@@ -186,7 +186,7 @@ def _print_heights(panels: Sequence[Panel], label: str) -> None:
             ', '.join(f'{100 * share:.1f}' for share in path.explained),
             ', '.join(f'{offset:.3g}' for offset in path.offsets),
         )
-    Console().print(table)
+    print_table(table)
 
 
 SURFACE = Analysis(

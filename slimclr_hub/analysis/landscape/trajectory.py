@@ -26,11 +26,13 @@ class Trajectory:
     each width has of its own, and projection heads are left out.
 
     Args:
+        folder: Folder of the run.
         steps: Optimizer steps after which they were saved, in ascending order.
         steps_per_epoch: Steps of an epoch.
         points: Weights after each, by their names within the backbone.
     """
 
+    folder: Path
     steps: tuple[int, ...]
     steps_per_epoch: int
     points: list[dict[str, Any]]
@@ -50,7 +52,10 @@ class Trajectory:
         Raises:
             InputError: There are too few points.
         """
-        return find_directions(self.points, self.origin, normalise == 'filter')
+        try:
+            return find_directions(self.points, self.origin, normalise == 'filter')
+        except InputError as error:
+            raise InputError(f'{self.folder}: {error}') from error
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def load_trajectory(folder: Path) -> Trajectory:
     for file, each in zip(files.values(), shapes, strict=True):
         if each != shapes[-1]:
             raise InputError(f'{file} does not hold the network that {folder} ends with; remove it')
-    return Trajectory(tuple(files), state['steps_per_epoch'], points)
+    return Trajectory(folder, tuple(files), state['steps_per_epoch'], points)
 
 
 def path_of(run: str, trajectory: Trajectory, directions: Directions, normalise: str) -> Path2D:

@@ -1,5 +1,6 @@
 """A comparison from its networks to its tables and figure: what `slimclr-hub compare` runs."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,6 +44,9 @@ def compare_networks(
     target = figure_path(figure) if figure else None
     if markdown is not None and markdown.is_dir():
         raise InputError(f'--markdown {markdown} is a folder; give the name of a file in it')
+    for option, file in ('--markdown', markdown), ('--figure', target):
+        if file is not None and file != _STANDARD_OUTPUT:
+            _make_room(option, file)
     if batch_size is not None and batch_size < 1:
         raise InputError(f'--batch-size is {batch_size}; give 1 or more')
     entries = read_entries(networks)
@@ -58,10 +62,23 @@ def compare_networks(
         for table in tables:
             table.print()
         if markdown is not None:
-            markdown.parent.mkdir(parents=True, exist_ok=True)
             write_text(markdown, text)
             written.append(markdown)
     if target is not None:
         draw_pareto(entries, target, reported)
         written += [target.parent / f'{target.name}.{suffix}' for suffix in ('png', 'pdf')]
     return written
+
+
+def _make_room(option: str, file: Path) -> None:
+    """Make the folder of a file, before there is any work to lose.
+
+    Raises:
+        InputError: It cannot be made or written to.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f'{option} {file}: {file.parent} cannot be made ({error.strerror}); give another') from error
+    if not os.access(file.parent, os.W_OK):
+        raise InputError(f'{option} {file}: {file.parent} cannot be written to; give another')

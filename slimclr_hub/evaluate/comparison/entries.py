@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -39,6 +40,9 @@ class Measure:
         top5: Width -> top-5 accuracy in percent, where measured.
         start: Width -> top-1 accuracy before training, where measured.
         others: The same by other values of the protocol's parameters, from the same evaluation.
+        source: Folder of the evaluation within that of the network, if it was one.
+        time: When it was made, in UTC and ISO 8601, so that the later is the greater.
+        older: Folders of others that differ in nothing that the protocol names, and so had to give way.
     """
 
     label: str
@@ -48,6 +52,9 @@ class Measure:
     top5: Mapping[float, float] = field(default_factory=dict)
     start: Mapping[float, float] = field(default_factory=dict)
     others: 'Sequence[Measure]' = ()
+    source: str = ''
+    time: str = ''
+    older: Sequence[str] = ()
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -118,6 +125,7 @@ def read_entry(network: str, name: str) -> Entry:
     measures = [] if published is None else [_reported(published)]
     measures += _while_training(folder, model.widths) if (folder / RECIPE).is_file() else []
     measures += [_evaluated(file) for file in sorted(default_output(network, '-').parent.glob(f'*/{RESULT}'))]
+    measures = _newest(measures)
     size = model.pretrained_cfg['input_size'][-1]
     return Entry(name, model, size, width_facts(model, size), measures)
 
@@ -145,16 +153,31 @@ def _evaluated(file: Path) -> Measure:
     data = result.settings.get('data')
     name = data_name(data) if isinstance(data, Mapping) else 'unknown data'
     label = _EVALUATIONS.get(result.kind, result.kind)
-    measure = Measure(label, result.protocol, name, result.top1, result.top5)
+    written = datetime.fromtimestamp(file.stat().st_mtime, timezone.utc).isoformat(timespec='microseconds')
+    time = result.environment.get('time', written)
+    measure = Measure(label, result.protocol, name, result.top1, result.top5, source=file.parent.name, time=time)
     if not (file.parent / ACCURACIES).is_file():
         return measure
     return replace(
         measure,
         others=[
-            Measure(label, protocol, name, accuracy.top1, accuracy.top5)
+            replace(measure, protocol=protocol, top1=accuracy.top1, top5=accuracy.top5)
             for protocol, accuracy in read_accuracies(file.parent / ACCURACIES).items()
         ],
     )
+
+
+def _newest(measures: Sequence[Measure]) -> list[Measure]:
+    """Measures of which no two have the same key: of those that have, the newest, which names the others."""
+    of: dict[tuple[str, str, str], list[Measure]] = {}
+    for measure in measures:
+        of.setdefault(measure.key, []).append(measure)
+    found = []
+    for several in of.values():
+        *older, newest = sorted(several, key=lambda measure: measure.time)
+        sources = [name for each in older for name in (*each.older, each.source)]
+        found.append(replace(newest, older=(*newest.older, *sources)))
+    return found
 
 
 def _alike(entries: Sequence[Entry]) -> list[Entry]:
@@ -174,9 +197,11 @@ def _alike(entries: Sequence[Entry]) -> list[Entry]:
 
     def choose(measure: Measure) -> Measure:
         protocol = chosen.get(measure.key[:2])
-        return next((other for other in measure.others if other.protocol == protocol), measure)
+        found = next((other for other in measure.others if other.protocol == protocol), measure)
+        return replace(found, older=measure.older)
 
-    return [replace(entry, measures=[choose(measure) for measure in entry.measures]) for entry in entries]
+    # Evaluations of one network that had a best k each may have the same now.
+    return [replace(entry, measures=_newest([choose(measure) for measure in entry.measures])) for entry in entries]
 
 
 def _while_training(folder: Path, widths: Sequence[float]) -> list[Measure]:

@@ -1,12 +1,13 @@
-"""What the paper's tables 1 and 2 report, of others too: Zhao et al., https://arxiv.org/abs/2209.15525.
+"""What the paper's tables 1, 2 and 3a report, of others too: Zhao et al., https://arxiv.org/abs/2209.15525.
 
 Facts alone. Where the paper's cells span several rows, each row here has the value of its own. Numbers of SlimCLR are
 those of `weights/published.py`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from slimclr_hub.weights.published import PUBLISHED, WIDTHS
+from slimclr_hub.weights.published import PUBLISHED, WIDTHS, Reported
 
 TABLE_1 = 'linear evaluation on ImageNet, as reported in table 1 of arXiv:2209.15525'
 TABLE_2 = 'Mask R-CNN with FPN, 1x schedule, on COCO val2017, as reported in table 2 of arXiv:2209.15525'
@@ -145,3 +146,12 @@ REPORTED_DETECTION: tuple[DetectionRow, ...] = (
     *_detectors(),
 )
 """Table 2."""
+
+REPORTED_SLIMMABLE_PROBE: Mapping[float, Reported] = {
+    1.0: Reported(64.8, 86.1),
+    0.75: Reported(63.4, 85.3),
+    0.5: Reported(59.6, 82.9),
+    0.25: Reported(53.0, 77.8),
+}
+"""Table 3a, one linear layer for all widths: of SlimCLR-MoCo v2, 200 epochs, before slow start, distillation and loss
+weights; the switchable probe has 65.6, 64.3, 61.3 and 54.5 there."""

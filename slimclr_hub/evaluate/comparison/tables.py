@@ -2,10 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from slimclr_hub.evaluate.comparison.entries import Entry, Measure
 from slimclr_hub.evaluate.comparison.reported import REPORTED, REPORTED_DETECTION, TABLE_1, TABLE_2
+from slimclr_hub.evaluate.results import RESULT
+from slimclr_hub.evaluate.terminal import print_table
 from slimclr_hub.hub.card import human
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _STEADY = 0.2  # spread of repetitions from which on a speed is not to be relied on
 
@@ -35,26 +41,24 @@ class TextTable:
         lines = ['| ' + ' | '.join(cell.replace('|', r'\|') for cell in row) + ' |' for row in cells]
         return '\n'.join([f'**{self.title}**', '', *lines, '', *(f'- {note}' for note in self.notes)]).rstrip() + '\n'
 
-    def print(self) -> None:
-        """Print the table, not cut to 80 columns where the output goes to a file or another program."""
+    def print(self, console: 'Console | None' = None) -> None:
+        """Print the table, with all of each cell however narrow the terminal is.
+
+        Args:
+            console: Where to; standard output unless given.
+        """
         from rich.console import Console
         from rich.table import Table
 
         table = Table(title=self.title)
         for i, header in enumerate(self.headers):
-            # A title may take two lines, a cell not.
-            table.add_column(header, justify='left' if i < self.names else 'right', min_width=self._widest(i))
+            table.add_column(header, justify='left' if i < self.names else 'right')
         for row in self.rows:
             table.add_row(*row)
-        console = Console(markup=False, emoji=False, highlight=False)
-        if not console.is_terminal:
-            console = Console(markup=False, emoji=False, highlight=False, width=max(160, console.width))
-        console.print(table)
+        console = console or Console(markup=False, emoji=False, highlight=False)
+        print_table(table, console)
         for note in self.notes:
             console.print(note, soft_wrap=True)
-
-    def _widest(self, column: int) -> int:
-        return max((len(row[column]) for row in self.rows), default=0)
 
 
 def comparison_tables(entries: Sequence[Entry], batch_size: int, hardware: str) -> list[TextTable]:
@@ -135,6 +139,13 @@ def _table(entries: Sequence[Entry], data: str | None, batch_size: int, hardware
         headers += [f'{header} at start', header, 'gain'] if alone and measure.start else [header]
         both = ' (top-1 / top-5)' if any(of.top5 for entry in shown for of in entry.measures if of.key == key) else ''
         notes.append(f'{header}: {measure.protocol}{both}' if header != measure.protocol else f'{header}{both}')
+        notes += [
+            f'{header} of {entry.name}: of {of.source}, the newest by this protocol; left out: {", ".join(of.older)} '
+            f'(how they differ stands in the settings of their {RESULT})'
+            for entry in shown
+            for of in entry.measures
+            if of.key == key and of.older
+        ]
     if len(columns) > 1:
         notes.append('Accuracies by different protocols do not compare: look along a column.')
     if shown[0].speed:

@@ -11,15 +11,21 @@ import torch
 from accelerate import Accelerator
 
 from slimclr_hub.data import DataConfig
-from slimclr_hub.data.sources import has_validation
+from slimclr_hub.data.sources import HOW_NOT_WHICH
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.knn import vote
 from slimclr_hub.evaluate.knn_eval.report import Accuracy, best_of, draw_accuracies, print_accuracies, write_accuracies
 from slimclr_hub.evaluate.knn_eval.shares import neighbours_in_all, share_features, share_loader
 from slimclr_hub.evaluate.progress import progress_bar
 from slimclr_hub.evaluate.results import RESULT, EvalResult, environment, load_result
-from slimclr_hub.evaluate.subject import data_defaults, default_output, open_subject
-from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.evaluate.subject import (
+    Subject,
+    check_channels,
+    check_images,
+    data_defaults,
+    default_output,
+    open_subject,
+)
 from slimclr_hub.models.calibrate import is_calibrated
 from slimclr_hub.models.widths import check_width, check_widths
 from slimclr_hub.train.checks import above, at_least, one_of
@@ -28,7 +34,7 @@ from slimclr_hub.train.config import PRECISIONS
 
 _TOP = 5
 _NO_EFFECT = ('output', 'chunk')
-_NO_EFFECT_IN_DATA = ('root', 'num_workers', 'download', 'batch_size', 'max_corrupt', 'shuffle_buffer')
+_NO_EFFECT_IN_DATA = (*HOW_NOT_WHICH, 'root', 'batch_size', 'shuffle_buffer')
 
 
 @dataclass(frozen=True)
@@ -96,12 +102,12 @@ def _knn_eval(argv: Sequence[str]) -> None:
     built = parse(parser, argv)
     config = KNNEvalConfig(**{name: built[name] for name in KNNEvalConfig.__dataclass_fields__})
     _check_output(config)
+    check_images(config.data)
     try:
         accelerator = Accelerator(mixed_precision=config.precision)
     except ValueError as error:
         raise InputError(f'precision {config.precision}: {error}') from error
-    subject = open_subject(config.network)
-    accuracies = evaluate(config, subject.model, accelerator)
+    accuracies = evaluate(config, open_subject(config.network), accelerator)
     if accelerator.is_main_process:
         best = best_of(accuracies)
         # What lies beside the result is there before it is.
@@ -116,7 +122,7 @@ def _knn_eval(argv: Sequence[str]) -> None:
     accelerator.end_training()
 
 
-def evaluate(config: KNNEvalConfig, model: SlimmableResNet, accelerator: Accelerator) -> list[Accuracy]:
+def evaluate(config: KNNEvalConfig, subject: Subject, accelerator: Accelerator) -> list[Accuracy]:
     """Accuracies for every k and tau, the same on all processes.
 
     With P processes, each holds the features of 1/P of the training images and 1/P of the validation images at all
@@ -126,13 +132,14 @@ def evaluate(config: KNNEvalConfig, model: SlimmableResNet, accelerator: Acceler
 
     Args:
         config: What to do.
-        model: The network in eval mode; it loses its classifier.
+        subject: The network; it loses its classifier.
         accelerator: The processes.
 
     Raises:
-        InputError: The images have no labels, are fewer than k, or not apart from each other; or a width is not one of
-            the network's or has never been trained.
+        InputError: The images have no labels, are fewer than k, not apart from each other or not such as the network
+            takes; or a width is not one of the network's or has never been trained.
     """
+    model = subject.model
     widths = model.widths if config.widths is None else check_widths(config.widths)
     for width in widths:
         if not is_calibrated(model, check_width(width, model.widths)):
@@ -140,8 +147,8 @@ def evaluate(config: KNNEvalConfig, model: SlimmableResNet, accelerator: Acceler
                 f'{config.network} has never been trained at width {width:g}; leave it out of --widths, or see '
                 'slimclr_hub.models.calibrate'
             )
-    if not has_validation(config.data):
-        raise InputError(f'data.val_split {config.data.val_split} is not apart from the training images; give another')
+    check_images(config.data)
+    check_channels(subject, config.data)
     assert config.data.val_split is not None
     bank_loader, size = share_loader(config.data, config.data.train_split, config.bank, config.seed, accelerator)
     query_loader, count = share_loader(config.data, config.data.val_split, None, config.seed, accelerator)

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
-from rich.console import Console
 from rich.table import Table
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.figures import line_style, marker, new_figure, save_figure
+from slimclr_hub.evaluate.terminal import print_table
 from slimclr_hub.weights.whole import write_text
 
 ACCURACIES = 'accuracies.json'
@@ -85,11 +85,9 @@ def print_accuracies(accuracies: Sequence[Accuracy], name: str) -> None:
         temperature = '-' if accuracy.temperature is None else f'{accuracy.temperature:g}'
         marked = ('best', 'bold') if accuracy is best else ('', None)
         table.add_row(str(accuracy.k), temperature, *cells, marked[0], style=marked[1])
-    console = Console()
-    # Not cut to 80 columns where the output goes to a file.
-    (console if console.is_terminal else Console(width=160)).print(table)
+    print_table(table)
     if len(accuracies) > 1:
-        console.print('Best in the mean over widths, chosen on the very images that it is measured on.', soft_wrap=True)
+        print('Best in the mean over widths, chosen on the very images that it is measured on.')
 
 
 def draw_accuracies(accuracies: Sequence[Accuracy], path: Path) -> None:

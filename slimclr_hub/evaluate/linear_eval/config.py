@@ -185,9 +185,13 @@ class LinearEvalConfig:
 
     @property
     def protocol(self) -> str:
-        """How it is measured, in a few words."""
-        words = [self.probe.head, self.features.mode]
-        return ', '.join(words if self.probe.distillation else [*words, 'without distillation'])
+        """How it is measured, in a few words; accuracies by different ones do not compare."""
+        features, epochs = self.features, self.optim.epochs
+        words = ['linear evaluation', self.probe.head, features.mode]
+        words += [] if self.probe.distillation else ['without distillation']
+        words += [] if features.train_images is None else [f'at most {features.train_images} training images']
+        words += ['not standardised'] if features.mode == 'cached' and not features.standardised else []
+        return ', '.join([*words, f'{epochs} epoch{"s" if epochs > 1 else ""}'])
 
 
 def parse_linear_eval(argv: Sequence[str] | None = None) -> LinearEvalConfig:

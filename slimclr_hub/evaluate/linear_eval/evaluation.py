@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 
-from slimclr_hub.data.sources import has_validation
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.feature_cache import FeatureCache, SplitFeatures, state_hash
@@ -18,10 +17,10 @@ from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig, parse_line
 from slimclr_hub.evaluate.linear_eval.folder import check_save_to, choose_folder, is_finished
 from slimclr_hub.evaluate.linear_eval.network import save_with_head
 from slimclr_hub.evaluate.linear_eval.probe import Head, Scaling, make_head, standardisation
-from slimclr_hub.evaluate.linear_eval.report import best_rate, draw_accuracies, make_result, print_result
+from slimclr_hub.evaluate.linear_eval.report import best_rate, draw_accuracies, make_result, paper_row, print_result
 from slimclr_hub.evaluate.linear_eval.training import ProbeTraining, Record
 from slimclr_hub.evaluate.results import RESULT, EvalResult, load_result
-from slimclr_hub.evaluate.subject import Subject, default_output, open_subject
+from slimclr_hub.evaluate.subject import Subject, check_channels, check_images, default_output, open_subject
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.train.command_line import run_script
 from slimclr_hub.train.signals import StopSignals
@@ -52,10 +51,11 @@ def linear_eval(config: LinearEvalConfig) -> EvalResult:
         RuntimeError: The frozen network has moved.
     """
     check_save_to(config)
+    check_images(config.data)
     accelerator = _accelerator(config)
     subject = open_subject(config.network)
+    check_channels(subject, config.data)
     backbone = subject.model
-    _check_data(config, backbone)
     backbone.reset_classifier(0)
     backbone.eval().requires_grad_(False).to(accelerator.device)
     if config.run.channels_last:
@@ -66,7 +66,7 @@ def linear_eval(config: LinearEvalConfig) -> EvalResult:
     if is_finished(folder):
         accelerator.print(f'{folder} is finished already; remove it to begin anew')
     else:
-        accelerator.print(f'Linear evaluation ({config.protocol}): {folder}')
+        accelerator.print(f'{folder}: {config.protocol}')
         evaluation.run()
     return evaluation.finish()
 
@@ -138,7 +138,7 @@ class _Evaluation:
                     head = {name: file.whole(name) for name in file.shapes}
                 names = result.settings['class_names']
                 save_with_head(self.backbone, head, Path(config.save_to), result, config.data, names)
-            print_result(result, self.subject.reported)
+            print_result(result, paper_row(self.subject.published, result.settings['probe']['head']))
             print(f'Result: {self.folder / RESULT}\nFigure: {self.folder / "accuracy.png"}')
             if config.save_to is not None:
                 print(f'Network with its head: slimclr-hub predict {config.save_to} IMAGE ...')
@@ -169,25 +169,12 @@ class _Evaluation:
         return AugmentedBatches(data, self.backbone, accelerator)
 
     def _write(self, history: list[Record], head: Head, classes: int, images: int) -> None:
-        result = make_result(self.config, history, classes, images, self.names)
+        result = make_result(self.config, history, classes, images, self.names, self.weights)
         save_tensors(head.state_dict(), self.folder / PROBE)
         write_text(self.folder / 'metrics.jsonl', ''.join(json.dumps(record) + '\n' for record in history))
         draw_accuracies(history, result, self.folder / 'accuracy')
         result.save(self.folder)
         shutil.rmtree(self.folder / 'checkpoints', ignore_errors=True)
-
-
-def _check_data(config: LinearEvalConfig, backbone: SlimmableResNet) -> None:
-    data = config.data
-    if data.name == 'folder' and data.root is not None and not Path(data.root).exists():
-        raise InputError(f'data.root {data.root} does not exist; give the folder of the images by --data.root')
-    if not has_validation(data):
-        raise InputError(f'data.val_split {data.val_split} is not apart from the training images; give another')
-    if backbone.in_chans != data.channels:
-        raise InputError(
-            f'{config.network} takes images of {backbone.in_chans} channels, and data.channels is '
-            f'{data.channels}; give --data.channels {backbone.in_chans}, with data.mean and data.std to fit'
-        )
 
 
 def _accelerator(config: LinearEvalConfig) -> Accelerator:

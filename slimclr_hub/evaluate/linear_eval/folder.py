@@ -18,6 +18,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from slimclr_hub.data.sources import HOW_NOT_WHICH
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig
 from slimclr_hub.evaluate.results import RESULT
@@ -28,7 +29,7 @@ from slimclr_hub.weights.whole import write_text
 SETTINGS = 'settings.json'
 # What may differ between two calls that belong to one result.
 _FREE = ('network', 'save_to')
-_FREE_OF = {'data': ('num_workers', 'download', 'max_corrupt'), 'run': ('output',), 'features': ('cache',)}
+_FREE_OF = {'data': HOW_NOT_WHICH, 'run': ('output',), 'features': ('cache',)}
 
 
 def choose_folder(config: LinearEvalConfig, weights: str, accelerator: Accelerator) -> Path:

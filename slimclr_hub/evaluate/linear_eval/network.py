@@ -51,7 +51,7 @@ def save_with_head(
     data: DataConfig,
     names: Sequence[str] | None,
 ) -> None:
-    """Write the network with the probe as its head, and leave it without one as it was.
+    """Write the network with the probe as its head, its result beside it, and leave it without one as it was.
 
     Args:
         backbone: The network.
@@ -94,4 +94,6 @@ def save_with_head(
         card=card,
         label_names=names,
     )
+    # Where an evaluation leaves it, so that comparisons find it.
+    result.save(folder / 'linear_eval')
     backbone.reset_classifier(0)

@@ -1,0 +1,57 @@
+"""What a run by the recipe of the demo leaves is enough for every analysis that the README names."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from slimclr_hub.analysis.replay import checkpoint_steps
+from slimclr_hub.train.parse import load_recipe
+from tests.analysis.runs import ANALYZE, run_script
+from tests.data_room.files import write_idx_set
+from tests.train.runs import SCRIPT
+
+CONFIGS = SCRIPT.parent / 'configs'
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory) -> Path:
+    """192 steps on few and small images, with the diagnostics and the two checkpoints that the recipe has."""
+    place = tmp_path_factory.mktemp('demo')
+    data = ['--data.name', 'fashion-mnist', '--data.root', str(write_idx_set(place / 'idx', 96, 37))]
+    sizes = ['--data.size', '8', '--views.size', '8', '--data.batch_size', '16', '--data.num_workers', '0']
+    method = ['--method.queue_size', '64', '--method.bn_splits', '2', '--knn.every', '0', '--optim.epochs', '32']
+    method += ['--run.checkpoint_every', '31']  # the last two epochs have one
+    run_script(SCRIPT, *data, *sizes, *method, '--run.output', str(place), '--run.name', 'demo')
+    assert len(checkpoint_steps(place / 'demo')) == 2
+    return place / 'demo'
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'data'),
+    [
+        (['gradients'], 'gradients'),
+        (['trajectory'], 'trajectory'),
+        (['surface', '--resolution', '3', '--batches', '1'], 'loss-surface'),
+    ],
+    ids=['gradients', 'trajectory', 'surface'],
+)
+def test_analysis(run, arguments, data, capsys):
+    name, *options = arguments
+    run_script(ANALYZE, name, str(run), *options)
+    assert 'error' not in capsys.readouterr().err
+    content = json.loads((run / 'analysis' / f'{data}.json').read_text())
+    if name == 'gradients':
+        (found,) = content['runs']
+        assert (found['norms_from'], found['gradients_from']) == ('records', 'records')
+    if name == 'trajectory':
+        assert content['trajectories'][0]['none']['steps'] == [0, 93, 186, 192]
+
+
+def test_recipes_of_results_are_of_checkpoints_alone():
+    """RESULTS.md has gradients and trajectories of these; a record more would change them."""
+    for path in (CONFIGS / 'small_scale').glob('*.yaml'):
+        config = load_recipe(path)
+        assert not config.diagnostics.on
+        assert config.run.keep_checkpoints == 100
+    assert load_recipe(CONFIGS / 'mocov2_resnet20_fashionmnist6k.yaml').diagnostics.on

@@ -1,0 +1,81 @@
+"""benchmarks/small_scale.py: its tables have the rows of RESULTS.md, from runs as its script leaves them."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from slimclr_hub.evaluate.results import EvalResult
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / 'benchmarks' / 'small_scale.py'
+ALONE = {f'alone_w{100 * width:03.0f}': width for width in (1.0, 0.75, 0.5, 0.25)}
+SLOW = ('slow', 'slow_kd', 'slimclr')
+# In the order of the second figure's panels, which is not that of the tables.
+RUNS = ('alone_w100', 'vanilla', 'supervised', *SLOW, 'supervised_w100')
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+
+
+def save_probe(run: Path, name: str, head: str, height: float, widths: tuple[float, ...]) -> None:
+    top1 = {width: height - 10 * (1 - width) for width in widths}
+    EvalResult('linear', 'linear evaluation', str(run), top1, {}, {'probe': {'head': head}}).save(run / name)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Two seeds."""
+    for seed in 0, 1:
+        for i, recipe in enumerate((*RUNS, *list(ALONE)[1:])):
+            run = tmp_path / f'{recipe}-{seed}'
+            widths = (ALONE[recipe],) if recipe in ALONE else (1.0,) if recipe.endswith('w100') else WIDTHS
+            save_probe(run, 'linear_eval', 'switchable', 70 + i + seed, widths)
+            lines = [{'knn/1': 50.0}, {'knn/1': 60.0 + i, 'top1/1': 80.0 + i}]
+            (run / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+        slimclr, analysis = tmp_path / f'slimclr-{seed}', tmp_path / f'analysis-{seed}'
+        save_probe(slimclr, 'linear_eval-2', 'slimmable', 68, WIDTHS)
+        values = dict.fromkeys(('mean', 'total', 'right', 'relative', 'own', 'shared'), 1.0)
+        condition = {
+            split: {width: {**values, 'images': images} for width in ('0.75', '0.5', '0.25')}
+            for split, images in (('train', 2048), ('validation', 1000))
+        }
+        (slimclr / 'analysis').mkdir()
+        (slimclr / 'analysis' / 'condition.json').write_text(json.dumps({'condition': condition}))
+        analysis.mkdir()
+        found = []
+        for recipe in RUNS:
+            names = ('before S', 'after S') if recipe in SLOW else ('all',)
+            ratios = {'all_ratio': 3.5, 'rest_ratio': 1.25, 'consecutive': 0.0, 'length': 0.5}
+            found.append({'name': f'{recipe}-{seed}', 'phases': [{'name': name, **ratios} for name in names]})
+        (analysis / 'gradients.json').write_text(json.dumps({'runs': found}))
+        for runs in ('alone_w100', 'vanilla', 'slimclr'), ('supervised_w100', 'supervised'):
+            trajectories = [{'none': {'offsets': [4.0 + i, 2.0 + i]}} for i in range(len(runs))]
+            settings = {'runs': [str(tmp_path / f'{recipe}-{seed}') for recipe in runs]}
+            file = analysis / f'trajectory+{"+".join(runs)}.json'
+            file.write_text(json.dumps({'settings': settings, 'trajectories': trajectories}))
+    return tmp_path
+
+
+def tables_of(text: str) -> list[list[list[str]]]:
+    """Cells of each row of each Markdown table, without the rule."""
+    tables = re.findall(r'(?:^\|.*\|\n)+', text, re.MULTILINE)
+    rows = [[[cell.strip() for cell in line.strip('|').split('|')] for line in of.splitlines()] for of in tables]
+    return [[first, *others] for first, _, *others in rows]
+
+
+def test_tables_have_the_rows_of_results(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', [str(SCRIPT), str(folder)])
+    runpy.run_path(str(SCRIPT), run_name='__main__')
+    printed = tables_of(capsys.readouterr().out)
+    _, *written = tables_of((ROOT / 'RESULTS.md').read_text())  # the first is of claims
+    assert len(printed) == len(written) == 6
+    for ours, theirs in zip(printed, written, strict=True):
+        assert ours[0] == theirs[0]
+        assert [row[0] for row in ours] == [row[0] for row in theirs]
+        assert all(len(row) == len(ours[0]) for row in ours)
+        for column in (i for i, title in enumerate(ours[0]) if title.startswith('paper')):
+            assert [row[column] for row in ours] == [row[column] for row in theirs]
+    offsets = {row[0]: row[1:4] for row in printed[4]}
+    assert offsets['MoCo v2, four widths together'] == ['5.00 ± 0.00', '3.00 ± 0.00', '+50 %']
