@@ -134,12 +134,15 @@ class MoCoV2(nn.Module):
         self, queries: dict[float, torch.Tensor], keys: torch.Tensor
     ) -> tuple[dict[float, torch.Tensor], torch.Tensor]:
         batch, device = len(keys), keys.device
+        # All widths in one product: the queue is large, and read once instead of once for each.
+        together = torch.cat(list(queries.values()))
         if len(self.queue):
-            first = torch.zeros(batch, dtype=torch.long, device=device)
-            return {w: similarities(query, keys, self._negatives) for w, query in queries.items()}, first
-        own = torch.arange(batch, device=device) + rank() * batch
-        everyone = gather(keys)
-        return {w: similarities(query, None, everyone) for w, query in queries.items()}, own
+            target = torch.zeros(batch, dtype=torch.long, device=device)
+            similarity = similarities(together, keys.repeat(len(queries), 1), self._negatives)
+        else:
+            target = torch.arange(batch, device=device) + rank() * batch
+            similarity = similarities(together, None, gather(keys))
+        return dict(zip(queries, similarity.split(batch), strict=True)), target
 
     def update_key_encoder(self, momentum: float) -> None:
         """Move the key encoder's parameters, not its buffers, towards the full width of the query encoder."""

@@ -6,7 +6,7 @@ Tensors are as large as the largest of the network's widths asks.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,8 +113,20 @@ class SlimmableLinear(SlicedWeight, nn.Linear):
         return F.linear(x, self.weight_at(width), bias)
 
 
-class SwitchableBatchNorm2d(nn.ModuleDict):
-    """One ordinary batch normalisation for each width, under the keys `w100`, `w075`, ...
+class Switchable(nn.ModuleDict):
+    """One module for each width, under the keys `w100`, `w075`, ..."""
+
+    def __init__(self, modules: Mapping[float, nn.Module]) -> None:
+        super().__init__({width_key(width): module for width, module in modules.items()})
+        self._names = {width: width_key(width) for width in modules}  # which takes as long as a small layer to spell
+
+    def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:
+        """What the module of `width` makes of x."""
+        return self[self._names.get(width) or width_key(width)](x)
+
+
+class SwitchableBatchNorm2d(Switchable):
+    """One ordinary batch normalisation for each width: [N, C * width, H, W] -> the same shape.
 
     Being plain modules, they are found by whatever looks for batch normalisation: SyncBatchNorm conversion, freezing,
     weight-decay filters.
@@ -125,12 +137,8 @@ class SwitchableBatchNorm2d(nn.ModuleDict):
     """
 
     def __init__(self, num_features: int, widths: Sequence[float], **kwargs: Any) -> None:
-        super().__init__({width_key(w): nn.BatchNorm2d(scale_channels(num_features, w), **kwargs) for w in widths})
+        super().__init__({w: nn.BatchNorm2d(scale_channels(num_features, w), **kwargs) for w in widths})
         self.full_features = num_features
-
-    def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:
-        """[N, C * width, H, W] -> the same shape, by the statistics of `width`."""
-        return self[width_key(width)](x)
 
     @torch.no_grad()
     def add(self, width: float, wider: float) -> None:
@@ -145,8 +153,10 @@ class SwitchableBatchNorm2d(nn.ModuleDict):
         self[width_key(width)] = norm
 
 
-class SwitchableBatchNorm1d(nn.ModuleDict):
+class SwitchableBatchNorm1d(Switchable):
     """One ordinary batch normalisation of vectors for each width, as in the heads of MoCo v3.
+
+    [B, C * width], or [B, C] where it is not slim -> the same shape.
 
     Args:
         num_features: Features at width 1.0.
@@ -156,19 +166,14 @@ class SwitchableBatchNorm1d(nn.ModuleDict):
 
     def __init__(self, num_features: int, widths: Sequence[float], *, slim: bool = True, **kwargs: Any) -> None:
         super().__init__(
-            {
-                width_key(w): nn.BatchNorm1d(scale_channels(num_features, w) if slim else num_features, **kwargs)
-                for w in widths
-            }
+            {w: nn.BatchNorm1d(scale_channels(num_features, w) if slim else num_features, **kwargs) for w in widths}
         )
 
-    def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:
-        """[B, C * width], or [B, C] where it is not slim -> the same shape, by the statistics of `width`."""
-        return self[width_key(width)](x)
 
-
-class SwitchableLinear(nn.ModuleDict):
+class SwitchableLinear(Switchable):
     """One linear layer for each width, sharing nothing: the switchable probe of the paper (section 3.2).
+
+    [N, in * width * multiplier] -> [N, out].
 
     Args:
         in_features: Input features at width 1.0.
@@ -181,17 +186,10 @@ class SwitchableLinear(nn.ModuleDict):
         self, in_features: int, out_features: int, widths: Sequence[float], multiplier: int = 1, **kwargs: Any
     ) -> None:
         super().__init__(
-            {
-                width_key(w): nn.Linear(scale_channels(in_features, w) * multiplier, out_features, **kwargs)
-                for w in widths
-            }
+            {w: nn.Linear(scale_channels(in_features, w) * multiplier, out_features, **kwargs) for w in widths}
         )
         self.full_features = in_features
         self.multiplier = multiplier
-
-    def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:
-        """[N, in * width * multiplier] -> [N, out]."""
-        return self[width_key(width)](x)
 
     @torch.no_grad()
     def add(self, width: float, wider: float) -> None:

@@ -68,7 +68,7 @@ class SlicedWeight(nn.Module):
             if torch.compiler.is_compiling():
                 if width in self._prepared:
                     return self._prepared[width]
-            elif torch.is_inference_mode_enabled() and not self._is_whole(width):
+            elif torch.is_inference_mode_enabled():
                 return self._keep(width)
         return part(self.weight, self.full_size(), self.spans(width))
 
@@ -78,21 +78,27 @@ class SlicedWeight(nn.Module):
         They are forgotten when the layer is trained, loaded or moved. Compiled code does not see what is written to the
         weight in other ways.
         """
-        self._prepared.update({width: self._keep(width) for width in widths if not self._is_whole(width)})
-
-    def _is_whole(self, width: float) -> bool:
-        return self.spans(width) == tuple((0, size) for size in self.full_size())
+        self._prepared.update({width: self._keep(width) for width in widths})
 
     def _keep(self, width: float) -> torch.Tensor:
+        kept = self._kept.get(width)
+        if kept is not None:
+            weight, place, version, found = kept
+            # Not self.weight, since what modules look for among their parameters takes a microsecond.
+            unchanged = place == weight.data_ptr() and version == weight._version
+            if unchanged and weight is self._parameters.get('weight'):
+                return found
         weight = self.weight
-        block = tuple(slice(*span) for span in self.spans(width))
-        if weight.is_inference():  # it has no version
-            return weight[block]
-        mark = (id(weight), weight.data_ptr(), weight.dtype, weight.stride(), weight._version)
-        if self._kept.get(width, (None,))[0] != mark:
+        spans = self.spans(width)
+        found = part(weight, self.full_size(), spans)
+        if weight.is_inference():  # which has no version
+            return found
+        if found is not weight:
             with torch.inference_mode(False), torch.no_grad():
-                self._kept[width] = mark, _copy(weight.detach(), block, weight.dtype, memory_format(weight))
-        return self._kept[width][1]
+                block = tuple(slice(*span) for span in spans)
+                found = _copy(weight.detach(), block, weight.dtype, memory_format(weight))
+        self._kept[width] = weight, weight.data_ptr(), weight._version, found
+        return found
 
     def _forget(self) -> None:
         self._kept.clear()
@@ -186,8 +192,11 @@ def part(tensor: torch.Tensor, sizes: tuple[int, ...], spans: tuple[Span, ...]) 
 
 
 def memory_format(tensor: torch.Tensor) -> torch.memory_format:
-    """Channels last where a tensor of four dimensions is so, and not contiguous as well; else contiguous."""
-    last = tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    """Channels last where a tensor of four dimensions has its strides, else contiguous.
+
+    By its strides, since a kernel of 1x1 is contiguous in either format.
+    """
+    last = tensor.ndim == 4 and tensor.stride(1) == 1 and tensor.stride(3) == tensor.shape[1]
     return torch.channels_last if last else torch.contiguous_format
 
 
@@ -195,7 +204,7 @@ def _copy(tensor: torch.Tensor, block: Block, dtype: torch.dtype, layout: torch.
     piece = tensor[block]
     if piece.shape == tensor.shape:
         return tensor.view_as(tensor) if dtype == tensor.dtype else tensor.to(dtype)
-    return piece.to(dtype, memory_format=layout, copy=True)
+    return torch.empty(piece.shape, dtype=dtype, device=tensor.device, memory_format=layout).copy_(piece)
 
 
 def _compute_dtype(weight: torch.Tensor) -> torch.dtype:

@@ -551,14 +551,21 @@ class SlimmableResNet(nn.Module):
         return self._forward_head(self._forward_features(x, width), width)
 
     def _forward_features(self, x: torch.Tensor, width: float) -> torch.Tensor:
-        return self._forward_trunk(self.conv1(x, width), width)
+        if self._runs_compiled(width):
+            return self._forward_trunk(self.conv1(x, width), width)
+        return self._trunk(x, width, self.conv1)
 
     def _forward_trunk(self, x: torch.Tensor, width: float) -> torch.Tensor:
-        if self.training and width in self._compiled and torch.is_grad_enabled():
-            return self._compiled[width](x)
-        return self._trunk(x, width)
+        return self._compiled[width](x) if self._runs_compiled(width) else self._trunk(x, width)
 
-    def _trunk(self, x: torch.Tensor, width: float) -> torch.Tensor:
+    def _runs_compiled(self, width: float) -> bool:
+        return self.training and width in self._compiled and torch.is_grad_enabled()
+
+    def _trunk(self, x: torch.Tensor, width: float, first: nn.Module | None = None) -> torch.Tensor:
+        # The first convolution is called from here where it can be: a caller would hold its output, the largest of all,
+        # until the end.
+        if first is not None:
+            x = first(x, width)
         x = self.maxpool(self._end_stem(x, width))
         for stage in self._stages():
             x = self._forward_stage(stage, x, width)

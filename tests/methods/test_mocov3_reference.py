@@ -44,7 +44,7 @@ def test_forward():
 
 
 def make():
-    method = MoCoV3(timm.create_model('slimclr_resnet50', num_classes=0))
+    method = MoCoV3(timm.create_model('slimclr_resnet50', num_classes=0), shared=False, lerp=False)
     fill_backbone(method.backbone)
     fill(method.head, {name: head_name(name, 'fc') for name in method.head.state_dict()})
     fill(method.predictor, {name: head_name(name, 'predictor') for name in method.predictor.state_dict()})
@@ -97,7 +97,8 @@ def test_training_steps():
     """Losses and gradient norm of four steps, slow start in the first two, and tensors after them.
 
     By a LARS that rounds as the authors' does: this start amplifies a difference of 1e-7, as another number of threads
-    or another processor's kernels makes, to five per cent at the third step. So the last two steps are held to 1e-3
+    or another processor's kernels makes, to five per cent at the third step; hence the plain paths, as for MoCo v2. The
+    last two steps are held to 1e-3
     where the losses of the first two come out to the last bit, and to ten per cent where they do not.
     """
     schedule = Schedule(

@@ -172,10 +172,13 @@ def test_inference_keeps_slices_and_gives_the_same():
     for width in WIDTHS:
         assert torch.equal(infer(model, x, width), expected(model, x, width))
     convolutions = sum(isinstance(layer, SlimmableConv2d) for layer in model.modules())
-    assert kept(model) == 2 * convolutions  # the full width has no need
-    first = model.layer1[0].conv1._kept[0.5][1]
+    assert kept(model) == 3 * convolutions
+    conv = model.layer1[0].conv1
+    assert conv._keep(1.0) is conv.weight
+    first = conv._keep(0.5)
+    assert first.shape == (8, 8, 3, 3)
     infer(model, x, 0.5)
-    assert model.layer1[0].conv1._kept[0.5][1] is first
+    assert conv._keep(0.5) is first
 
 
 @pytest.mark.parametrize(
