@@ -2,116 +2,107 @@
 
     python benchmarks/loading.py
 
-Times are medians of alternating runs in one process, memory is the peak of a fresh process above what it held before.
+Times are of one process, in which all calls take turns, and the file is in the page cache; memory is the peak of a
+fresh process above what it held before.
 """
 
+import argparse
 import json
-import platform
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
-import torch
-from rich.console import Console
-from rich.table import Table
+from measure import (
+    Report,
+    Row,
+    can_measure_memory,
+    in_fresh_process,
+    in_turns,
+    interleave,
+    make_parser,
+    measured,
+    parse,
+    peak_memory,
+    positive,
+    setting,
+    timed,
+)
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from slimclr_hub.models import SlimmableResNet
 
 NAME = 'slimclr_resnet50'
-RUNS = 15
-
-MEMORY = """
-import json, sys
-import timm, slimclr_hub
-
-name, path, kwargs = sys.argv[1:]
-
-def status(field):
-    with open('/proc/self/status') as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field)) * 1024
-
-def make():
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={'file': path}, **json.loads(kwargs))
-
-kept = make()  # imports and the allocator are no part of the answer
-with open('/proc/self/clear_refs', 'w') as file:
-    file.write('5')
-before = status('VmRSS')
-model = make()
-size = sum(tensor.nbytes for tensor in model.state_dict().values())
-print((status('VmHWM') - before) / 2**20, size / 2**20)
-"""
+REFERENCE = 'safetensors load_file'
 
 
-def medians(*calls: Callable[[], object]) -> list[float]:
-    """Seconds that each call takes, turn by turn so that all see the same machine."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for _ in range(RUNS):
-        for call, taken in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in seconds]
+def create(name: str, path: str, **kwargs: Any) -> nn.Module:
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={'file': path}, **kwargs)
 
 
-def table(title: str, headers: list[str], rows: list[list[str]]) -> None:
-    made = Table(title=title)
-    for i, header in enumerate(headers):
-        made.add_column(header, justify='right' if i else 'left')
-    for row in rows:
-        made.add_row(*row)
-    Console().print(made)
+def alone(name: str, path: str, kwargs: dict[str, Any]) -> tuple[float, float]:
+    """MiB of the network and of the peak, in this process."""
+    kept = create(name, path, **kwargs)  # imports and the allocator are no part of the answer
+    with peak_memory() as peak:
+        model = create(name, path, **kwargs)
+        del kept  # not before: the second one would take its place
+        return sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20, peak()
+
+
+def time_loading(report: Report, path: Path, repeats: int) -> None:
+    model = timm.create_model(NAME)
+    assert isinstance(model, SlimmableResNet)
+    save_file(model.state_dict(), path)
+    cases: dict[str, Callable[[], object]] = {
+        REFERENCE: lambda: load_file(path),
+        'load_file and load_state_dict': lambda: model.load_state_dict(load_file(path)),
+        'load_pretrained': lambda: model.load_pretrained(path),
+        'create_model, pretrained': lambda: create(NAME, str(path)),
+        'create_model, random weights': lambda: timm.create_model(NAME),
+    }
+    seconds = interleave(cases, repeats)
+    rows: list[Row] = [{'call': name, **timed(seconds[name], seconds[REFERENCE])} for name in cases]
+    report.table(f'{NAME}, {path.stat().st_size / 1e6:.0f} MB; ratio to load_file', rows)
+
+
+def measure_memory(report: Report, path: Path, repeats: int) -> None:
+    cases: dict[str, tuple[str, dict[str, Any]]] = {}
+    choices: tuple[tuple[str, dict[str, Any]], ...] = (
+        (f'{NAME}_025', {}),
+        (NAME, {'widths': (0.25,)}),
+        (NAME, {'width': 0.25, 'lazy': True}),
+        (NAME, {'width': 0.25}),
+    )
+    for name, kwargs in choices:
+        cases[', '.join([name, *(f'{key}={value}' for key, value in kwargs.items())])] = (name, kwargs)
+
+    def run(name: str, kwargs: dict[str, Any]) -> Callable[[], list[float]]:
+        return lambda: in_fresh_process(__file__, name=name, path=str(path), kwargs=kwargs)
+
+    found = in_turns({call: run(*asked) for call, asked in cases.items()}, repeats)
+    rows: list[Row] = []
+    for call, values in found.items():
+        sizes, peaks = zip(*values, strict=True)
+        rows.append({'call': call, 'network (MiB)': sizes[0], **measured(peaks, 'peak (MiB)', sizes)})
+    report.table('memory; ratio of the peak to the network', rows)
 
 
 def main() -> None:
-    print(f'{platform.processor() or platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads')
+    parser = make_parser(__doc__, repeats=15, precision=False, device=False)
+    parser.add_argument('--memory-repeats', type=positive, default=3, help='fresh processes of each case')
+    parser.add_argument('--alone', type=json.loads, help=argparse.SUPPRESS)
+    args = parse(parser)
+    if args.alone is not None:
+        print(json.dumps(alone(**args.alone)))
+        return
+    report = Report(setting('cpu'), args.json)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'model.safetensors'
-        model = timm.create_model(NAME)
-        assert isinstance(model, SlimmableResNet)
-        save_file(model.state_dict(), path)
-        overlay = {'file': str(path)}
-        names = [
-            'safetensors load_file',
-            'load_file and load_state_dict',
-            'load_pretrained',
-            'create_model, pretrained',
-            'create_model, random weights',
-        ]
-        seconds = medians(
-            lambda: load_file(path),
-            lambda: model.load_state_dict(load_file(path)),
-            lambda: model.load_pretrained(path),
-            lambda: timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay),
-            lambda: timm.create_model(NAME),
-        )
-        rows = [
-            [name, f'{1000 * taken:.0f}', f'{taken / seconds[0]:.2f}']
-            for name, taken in zip(names, seconds, strict=True)
-        ]
-        table(f'{NAME}, {path.stat().st_size / 1e6:.0f} MB', ['', 'ms', 'of load_file'], rows)
-
-        if not Path('/proc/self/clear_refs').exists():
-            return
-        rows = []
-        for name, kwargs in (
-            (f'{NAME}_025', {}),
-            (NAME, {'widths': (0.25,)}),
-            (NAME, {'width': 0.25, 'lazy': True}),
-            (NAME, {'width': 0.25}),
-        ):
-            command = [sys.executable, '-c', MEMORY, name, str(path), json.dumps(kwargs)]
-            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            peak, size = map(float, printed.split())
-            call = ', '.join([name, *(f'{key}={value}' for key, value in kwargs.items())])
-            rows.append([call, f'{size:.1f}', f'{peak:.1f}', f'{peak / size:.2f}'])
-        table('memory', ['', 'network (MiB)', 'peak (MiB)', 'ratio'], rows)
+        time_loading(report, path, args.repeats)
+        if can_measure_memory():
+            measure_memory(report, path, args.memory_repeats)
 
 
 if __name__ == '__main__':

@@ -1,87 +1,202 @@
-"""Training step of SlimCLR-MoCo v2 at several widths over that of plain MoCo v2, by the same code.
+"""Training step of SlimCLR at four widths over that of plain MoCo by the same code, and beside other code.
 
-    python benchmarks/training_step.py --model slimclr_resnet50 --size 64 --batch 16
+    python benchmarks/training_step.py --size 224 --batch 8
+    python benchmarks/training_step.py --method mocov3 --size 64 --batch 16
+    python benchmarks/training_step.py --size 224 --batch 8 --bf16
+    python benchmarks/training_step.py --size 224 --batch 8 --ablate      # each fast path switched off by itself
 
-Repetitions of the two alternate, so that a change of the machine's pace meets both; the table gives medians.
+A step is what the training loop does with a batch that is there: forward, backward, norm of the gradients, means of the
+log, optimizer. Beside it: forward and backward of timm's resnet50 on one view as the floor, and naive.py. All cases
+share a process, so the memory which the trainer keeps (speed.keep_memory; not with `--release-memory`) serves them all.
 """
 
-import argparse
-import platform
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from statistics import median
+from typing import Any
 
 import timm
 import torch
-from rich.console import Console
-from rich.table import Table
+from measure import Report, autocast, interleave, make_parser, parse, positive, setting, timed
+from naive import NaiveMoCoV2
 
-import slimclr_hub  # noqa: F401
-from slimclr_hub.methods import MoCoV2
-from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
+from slimclr_hub.data import DataConfig
+from slimclr_hub.models import DEFAULT_WIDTHS
+from slimclr_hub.train.config import ModelConfig, OptimConfig, PretrainConfig
+from slimclr_hub.train.memory import keep_freed_memory
+from slimclr_hub.train.meter import Meter
+from slimclr_hub.train.method_config import MethodConfig
+from slimclr_hub.train.setup import arrange, make_method, make_optimizer
+from slimclr_hub.train.speed_config import SpeedConfig
+
+FULL = (1.0,)
+QUEUE = 65536
+OPTIMIZERS = {
+    'mocov2': OptimConfig(name='momentum', lr=0.01),
+    'mocov3': OptimConfig(name='lars', lr=0.01, weight_decay=1e-6, filter_bias_and_bn=True),
+}
+ABLATED = ('shared', 'lerp', 'fused')
+NAIVE_PRECISIONS = {False: (torch.float32,), True: (torch.bfloat16, torch.float16, torch.float32)}
+"""The authors' own half precision is fp16, with a scaler."""
 
 
-def make_step(args: argparse.Namespace, widths: tuple[float, ...], trained: tuple[float, ...]) -> Callable[[], None]:
-    backbone = timm.create_model(args.model, num_classes=0, widths=widths)
-    assert isinstance(backbone, SlimmableResNet)
-    method = MoCoV2(backbone, queue_size=args.batch * 16)
-    method.to(memory_format=torch.channels_last).to(args.device).train()
-    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
-    views = [
-        torch.randn(args.batch, 3, args.size, args.size, device=args.device).contiguous(
-            memory_format=torch.channels_last
-        )
-        for _ in range(2)
-    ]
+class Trainer:
+    """One kind of training step, on the same two views again and again."""
+
+    def __init__(self, config: PretrainConfig, views: list[torch.Tensor], bf16: bool) -> None:
+        self.method: Any = make_method(config)
+        self.method.train().to(views[0].device)
+        arrange(config, self.method)
+        self.optimizer = make_optimizer(config.optim, self.method, config.speed.fused)
+        self.trained = [parameter for parameter in self.method.parameters() if parameter.requires_grad]
+        layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
+        self.views = [view.contiguous(memory_format=layout) for view in views]
+        self.meter = Meter()
+        self.bf16 = bf16
+
+    def step(self, widths: tuple[float, ...]) -> None:
+        with autocast(self.views[0].device, self.bf16):
+            output = self.method(self.views, widths, 0.999)
+        output['loss'].backward()
+        self.meter.add(output)
+        self.meter.add({'grad_norm': self.norm()})
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def norm(self) -> torch.Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
+
+    def parts(self) -> dict[str, Callable[[], object]]:
+        """What a step does besides forward and backward, one by one."""
+        for parameter in self.trained:
+            parameter.grad = torch.zeros_like(parameter)
+        return {
+            'momentum encoder': lambda: self.method.followers.move(0.999),
+            'norm of the gradients': self.norm,
+            'optimizer': self.optimizer.step,
+        }
+
+
+def naive(batch: int, views: list[torch.Tensor], precision: torch.dtype) -> Callable[[], None]:
+    method = NaiveMoCoV2(DEFAULT_WIDTHS, QUEUE // batch * batch).train().to(views[0].device)
+    trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.01, momentum=0.9, weight_decay=1e-4)
+    scaler = torch.amp.GradScaler(views[0].device.type, enabled=precision == torch.float16)
 
     def step() -> None:
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            loss = method(views, trained, momentum=0.999)['loss']
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if args.device == 'cuda':
-            torch.cuda.synchronize()
+        lowered = precision != torch.float32
+        with torch.autocast(views[0].device.type, precision if lowered else None, enabled=lowered):
+            loss = method(views, 0.999)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
     return step
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', default='slimclr_resnet50')
-    parser.add_argument('--size', type=int, default=64)
-    parser.add_argument('--batch', type=int, default=16)
-    parser.add_argument('--repeats', type=int, default=7)
-    parser.add_argument('--bf16', action='store_true')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    args = parser.parse_args()
+def floor(view: torch.Tensor, bf16: bool) -> Callable[[], None]:
+    model = timm.create_model('resnet50', num_classes=0).train().to(view.device)
+    model.to(memory_format=torch.channels_last)
+    view = view.contiguous(memory_format=torch.channels_last)
 
-    steps = {
-        'plain MoCo v2, one width': make_step(args, (1.0,), (1.0,)),
-        'SlimCLR, slow start': make_step(args, DEFAULT_WIDTHS, (1.0,)),
-        'SlimCLR, four widths': make_step(args, DEFAULT_WIDTHS, DEFAULT_WIDTHS),
-    }
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(-2, args.repeats):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if repeat >= 0:
-                times[name].append(time.perf_counter() - start)
+    def step() -> None:
+        model.zero_grad()
+        with autocast(view.device, bf16):
+            output = model(view)
+        output.float().square().mean().backward()
 
-    hardware = torch.cuda.get_device_name() if args.device == 'cuda' else f'{torch.get_num_threads()} CPU threads'
-    table = Table(
-        title=f'{args.model}, batch {args.batch}, {args.size}x{args.size}, {"bf16" if args.bf16 else "float32"}, '
-        f'{hardware}, torch {torch.__version__}, Python {platform.python_version()}'
+    return step
+
+
+def configure(args: Any, widths: tuple[float, ...], speed: SpeedConfig) -> PretrainConfig:
+    method = MethodConfig(name=args.method)
+    if args.method == 'mocov2':
+        method = replace(method, queue_size=QUEUE // args.batch * args.batch)
+    data = DataConfig(
+        size=args.size, channels=3, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), batch_size=args.batch, num_workers=0
     )
-    for column in 'training step', 'median (ms)', 'min (ms)', 'max (ms)', 'ratio':
-        table.add_column(column, justify='left' if column == 'training step' else 'right')
-    base = statistics.median(times['plain MoCo v2, one width'])
-    for name, values in times.items():
-        median = statistics.median(values)
-        cells = [f'{1000 * value:.0f}' for value in (median, min(values), max(values))]
-        table.add_row(name, *cells, f'{median / base:.2f}')
-    Console(width=100).print(table)
+    return PretrainConfig(
+        model=ModelConfig(name=args.model, widths=widths),
+        method=method,
+        data=data,
+        optim=OPTIMIZERS[args.method],
+        speed=speed,
+    )
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument('--method', choices=OPTIMIZERS, default='mocov2')
+    parser.add_argument('--model', default='slimclr_resnet50')
+    parser.add_argument('--size', type=positive, default=224, help='pixels of a side')
+    parser.add_argument('--batch', type=positive, default=8)
+    parser.add_argument('--compile', action='store_true', help='with speed.compile')
+    parser.add_argument('--ablate', action='store_true', help='also with each fast path switched off')
+    parser.add_argument('--release-memory', action='store_true', help='without speed.keep_memory')
+    args = parse(parser)
+    kept = not args.release_memory and torch.device(args.device).type == 'cpu' and keep_freed_memory()
+
+    views = [torch.randn(args.batch, 3, args.size, args.size, device=args.device) for _ in range(2)]
+    fast = SpeedConfig(compile=args.compile)
+    plain = Trainer(configure(args, FULL, fast), views, args.bf16)
+    slim = Trainer(configure(args, DEFAULT_WIDTHS, fast), views, args.bf16)
+    cases: dict[str, Callable[[], object]] = {
+        'resnet50 of timm, one view': floor(views[0], args.bf16),
+        'plain, one width': lambda: plain.step(FULL),
+        'slow start': lambda: slim.step(FULL),
+        'four widths': lambda: slim.step(DEFAULT_WIDTHS),
+    }
+    if args.ablate:
+        ablations: Mapping[str, SpeedConfig] = {
+            **{f'four widths, speed.{path} false': replace(fast, **{path: False}) for path in ABLATED},
+            'four widths, all three false': replace(fast, shared=False, lerp=False, fused=False),
+        }
+        for name, speed in ablations.items():
+            cases[name] = _four(Trainer(configure(args, DEFAULT_WIDTHS, speed), views, args.bf16))
+        config = configure(args, DEFAULT_WIDTHS, fast)
+        contiguous = replace(config, run=replace(config.run, channels_last=False))
+        cases['four widths, contiguous'] = _four(Trainer(contiguous, views, args.bf16))
+    if args.method == 'mocov2' and args.model == 'slimclr_resnet50':
+        for precision in NAIVE_PRECISIONS[args.bf16]:
+            cases[f'naive, four widths, {precision}'.replace('torch.', '')] = naive(args.batch, views, precision)
+
+    report = Report(
+        setting(
+            args.device,
+            'bf16' if args.bf16 else 'float32',
+            f'{args.model}, {args.method}, batch {args.batch}, {args.size}x{args.size}',
+            'freed memory kept' if kept else 'freed memory released',
+        ),
+        args.json,
+    )
+    seconds = interleave(cases, args.repeats, warmup=2, device=args.device)
+    report.table(
+        'training step; ratio to plain, one width',
+        [
+            {'step': name, **timed(values, seconds['plain, one width'], images=args.batch)}
+            for name, values in seconds.items()
+        ],
+    )
+    reference = seconds['four widths']
+    others = {name: seconds[name] for name in seconds if name.startswith(('naive', 'resnet50'))}
+    report.table(
+        'over four widths',
+        [{'step': name, **timed(values, reference)} for name, values in others.items()],
+    )
+    parts = interleave(slim.parts(), args.repeats, device=args.device)
+    step = median(reference)
+    report.table(
+        'parts of the step at four widths',
+        [
+            {'part': name, **timed(values), 'share of the step (%)': 100 * median(values) / step}
+            for name, values in parts.items()
+        ],
+    )
+
+
+def _four(trainer: Trainer) -> Callable[[], None]:
+    return lambda: trainer.step(DEFAULT_WIDTHS)
 
 
 if __name__ == '__main__':

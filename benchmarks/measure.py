@@ -1,0 +1,281 @@
+"""What the benchmarks share: interleaved timing, ratios, memory of a fresh process, tables and their JSON.
+
+Machines change their pace, above all shared ones. So every case takes its turn in each repetition, and a ratio is the
+median of the ratios within repetitions, in which the pace of the moment cancels out.
+"""
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from slimclr_hub.evaluate.results import environment, processor
+
+Row = dict[str, str | float | None]
+"""A line of a table: column -> text, number, or nothing."""
+
+T = TypeVar('T')
+
+_MOMENT = 0.01  # seconds; shorter calls are timed several at once
+_LONG = 1.0  # seconds; whatever took longer is no short call
+_PROC = Path('/proc/self')
+
+
+# Timing
+
+
+def interleave(
+    cases: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 1,
+    device: torch.device | str = 'cpu',
+) -> dict[str, list[float]]:
+    """Seconds of a call of each case, in each of `repeats` repetitions.
+
+    Args:
+        cases: What to time, by name.
+        repeats: How often each takes its turn.
+        warmup: Calls of each before, which do not count. With 0 there is none to tell whether a call is short, either,
+            which is for what takes long.
+        device: What to wait for before and after each turn.
+    """
+    counts = {name: _count(call, warmup, device) for name, call in cases.items()}
+    return in_turns({name: partial(_seconds, call, counts[name], device) for name, call in cases.items()}, repeats)
+
+
+def _count(call: Callable[[], object], warmup: int, device: torch.device | str) -> int:
+    """Warm up, and find out how often a call fits in a moment, at least once."""
+    seconds = [_seconds(call, 1, device) for _ in range(warmup)]
+    if seconds and seconds[-1] < _LONG:
+        # The first one is slower, and says little of a short one.
+        seconds.append(_seconds(call, 1, device))
+    return int(_MOMENT / seconds[-1]) + 1 if seconds else 1
+
+
+def in_turns(cases: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
+    """What each case returns, in each of `repeats` repetitions.
+
+    They take turns there and back, so that a pace that rises or falls within a repetition favours none, and none always
+    comes after the same other one.
+    """
+    returned: dict[str, list[T]] = {name: [] for name in cases}
+    names = list(cases)
+    for repetition in range(repeats):
+        for name in names if repetition % 2 == 0 else reversed(names):
+            returned[name].append(cases[name]())
+    return returned
+
+
+def _seconds(call: Callable[[], object], count: int, device: torch.device | str) -> float:
+    synchronize(device)
+    begun = time.perf_counter()
+    for _ in range(count):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - begun) / count
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait for an accelerator; the CPU is always done."""
+    if torch.device(device).type != 'cpu':
+        torch.accelerator.synchronize(device)
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Interquartile range in percent of the median; none of a single value."""
+    if len(values) < 2:
+        return None
+    first, middle, third = quantiles(values, n=4, method='inclusive')
+    return 100 * (third - first) / middle
+
+
+def ratios(values: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """The ratio within each repetition."""
+    return [value / other for value, other in zip(values, reference, strict=True)]
+
+
+def measured(values: Sequence[float], column: str, reference: Sequence[float] | None = None) -> Row:
+    """Columns for what was measured in turns: median and spread, and those of the ratios to a reference."""
+    return {column: median(values), 'IQR (%)': spread(values), **_compared(values, reference)}
+
+
+def timed(seconds: Sequence[float], reference: Sequence[float] | None = None, images: float | None = None) -> Row:
+    """Columns for a time, with images a second where a call handles `images`."""
+    row = measured([1000 * second for second in seconds], 'median (ms)')
+    speed = {} if images is None else {'images/s': images / median(seconds)}
+    return {**row, **speed, **_compared(seconds, reference)}
+
+
+def _compared(values: Sequence[float], reference: Sequence[float] | None) -> Row:
+    if reference is None:
+        return {}
+    compared = ratios(values, reference)
+    return {'ratio': median(compared), 'ratio IQR (%)': spread(compared)}
+
+
+# Memory
+
+
+@contextmanager
+def peak_memory(device: torch.device | str = 'cpu') -> Iterator[Callable[[], float]]:
+    """Gives a function that tells MiB: the peak since entering above what was held on entering.
+
+    On the CPU of the whole process, from Linux; on CUDA of tensors. A process can be asked about once: what an
+    allocator keeps of an earlier answer is missing in the next one.
+    """
+    gc.collect()
+    if torch.device(device).type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        return
+    (_PROC / 'clear_refs').write_text('5')  # the peak begins anew
+    before = _status('VmRSS')
+    yield lambda: (_status('VmHWM') - before) / 2**20
+
+
+def can_measure_memory(device: torch.device | str = 'cpu') -> bool:
+    """Whether `peak_memory` works here."""
+    return torch.device(device).type == 'cuda' or (_PROC / 'clear_refs').exists()
+
+
+def _status(field: str) -> int:
+    lines = (_PROC / 'status').read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+def in_fresh_process(file: str, *arguments: str, **keywords: Any) -> Any:
+    """What a benchmark prints last, as JSON, when run by itself with `--alone` and these keywords in JSON.
+
+    Returns:
+        None where it was killed, as a process is that takes more memory than there is.
+    """
+    command = [sys.executable, file, *arguments, '--alone', json.dumps(keywords)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode == -9:
+        return None
+    if done.returncode:
+        sys.exit(f'{" ".join(command)} ended with {done.returncode}')
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# Arguments
+
+
+def make_parser(
+    doc: str | None, repeats: int = 7, precision: bool = True, device: bool = True
+) -> argparse.ArgumentParser:
+    """A parser with `--repeats`, `--threads`, `--json` and, unless they are left out, `--bf16` and `--device`.
+
+    The caller gives the module's docstring, and reads the arguments by `parse`.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--repeats', type=positive, default=repeats, help='repetitions in which each case has a turn')
+    parser.add_argument('--threads', type=positive, help="threads of the CPU; torch's choice unless given")
+    if device:
+        parser.add_argument('--device', type=_device, default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write the same numbers there')
+    if precision:
+        parser.add_argument('--bf16', action='store_true', help='autocast to bfloat16 instead of float32')
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line, and set the number of threads."""
+    args = parser.parse_args(argv)
+    if args.json is not None and not args.json.resolve().parent.is_dir():
+        parser.error(f'argument --json: there is no folder {args.json.parent}')
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    return args
+
+
+def positive(text: str) -> int:
+    """An integer from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'{value} is not 1 or more')
+    return value
+
+
+def _device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f'{text}: {str(error).splitlines()[0]}') from error
+    return text
+
+
+def autocast(device: torch.device | str, bf16: bool) -> Any:
+    """Autocast to bfloat16, or a context without effect."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16) if bf16 else nullcontext()
+
+
+# Reports
+
+
+def setting(device: torch.device | str, precision: str = 'float32', *facts: str) -> str:
+    """A line with hardware, precision, further facts, and versions."""
+    kind = torch.device(device).type
+    hardware = str(device)
+    if kind == 'cpu':
+        hardware = f'{processor()}, {torch.get_num_threads()} threads'
+    elif kind == 'cuda':
+        hardware = torch.cuda.get_device_name(device)
+        if precision == 'float32' and torch.backends.cudnn.allow_tf32:
+            precision = 'float32 (TF32 in convolutions)'
+    return ', '.join([hardware, precision, *facts, environment()['versions']])
+
+
+class Report:
+    """Tables on the console, and the same numbers in a file.
+
+    Args:
+        about: The line of `setting`.
+        file: Where to write; nowhere if none.
+    """
+
+    def __init__(self, about: str, file: Path | None = None) -> None:
+        self._file = file
+        self._content: dict[str, Any] = {'setting': about, 'command': environment()['command'], 'tables': []}
+        print(about)
+
+    def table(self, title: str, rows: Sequence[Row]) -> None:
+        """Print a table, whose columns are those of its rows, and write it and all before it."""
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        numeric = {column for column in columns if not any(isinstance(row.get(column), str) for row in rows)}
+        table = Table()
+        for column in columns:
+            table.add_column(column, justify='right' if column in numeric else 'left')
+        for row in rows:
+            table.add_row(*(_cell(row.get(column)) for column in columns))
+        # Where the output is a file, there is no width to keep to.
+        console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+        for line in ('', title):
+            console.print(line, style='bold', markup=False)
+        console.print(table)
+        self._content['tables'].append({'title': title, 'rows': list(rows)})
+        if self._file is not None:
+            self._file.write_text(json.dumps(self._content, indent=2) + '\n')
+
+
+def _cell(value: str | float | None) -> str:
+    """Three digits that count, or all of an integer part."""
+    if value is None:
+        return '-'
+    if isinstance(value, str | int):
+        return str(value)
+    digits = next((digits for bound, digits in ((100, 0), (10, 1)) if abs(value) >= bound), 2)
+    return f'{value:,.{digits}f}'
