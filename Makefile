@@ -18,9 +18,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What README's section on cost shows; about half an hour on two cores. Each is a command of its own, see benchmarks/.
 bench: $(READY)
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python benchmarks/data_pipeline.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/evaluation.py
+	$(BIN)/python benchmarks/scaling.py
 
 clean:
 	rm -rf $(VENV) .cache
