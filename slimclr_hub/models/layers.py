@@ -59,7 +59,7 @@ class SlimmableConv2d(SlicedWeight, nn.Conv2d):
     def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:  # type: ignore[override]
         """[N, in * width, H, W] -> [N, out * width, H', W']."""
         bias = None if self.bias is None else part(self.bias, (self.out_channels,), self.spans(width)[:1])
-        return self._conv_forward(x, self.weight_at(width), bias)
+        return self._conv_forward(x, self.weight_at(width, x), bias)
 
 
 class SlimmableLinear(SlicedWeight, nn.Linear):
@@ -110,7 +110,7 @@ class SlimmableLinear(SlicedWeight, nn.Linear):
     def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:  # type: ignore[override]
         """[..., in * width] -> [..., out * width]."""
         bias = None if self.bias is None else part(self.bias, (self.out_features,), self.spans(width)[:1])
-        return F.linear(x, self.weight_at(width), bias)
+        return F.linear(x, self.weight_at(width, x), bias)
 
 
 class Switchable(nn.ModuleDict):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.autograd.function import once_differentiable
 
 Span = tuple[int, int]
@@ -60,15 +60,15 @@ class SlicedWeight(nn.Module):
         """Output and input channels of the weight, as numbers, so that torch.fx can trace through."""
         raise NotImplementedError
 
-    def weight_at(self, width: float) -> torch.Tensor:
-        """[out, in, ...] -> the slice of `width`, [out * width, in * width, ...]."""
+    def weight_at(self, width: float, x: torch.Tensor | None = None) -> torch.Tensor:
+        """The slice of `width`, [out * width, in * width, ...], for a forward of `x`, which torch.fx may be tracing."""
         if width in self._step:
             return self._step[width]
         if not self.training:
             if torch.compiler.is_compiling():
                 if width in self._prepared:
                     return self._prepared[width]
-            elif torch.is_inference_mode_enabled():
+            elif torch.is_inference_mode_enabled() and not isinstance(x, fx.Proxy):
                 return self._keep(width)
         return part(self.weight, self.full_size(), self.spans(width))
 

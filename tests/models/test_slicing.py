@@ -231,6 +231,17 @@ def test_copies_and_files_hold_no_slices():
         assert torch.equal(infer(other, x, 0.5), infer(model, x, 0.5))
 
 
+def test_traced_network_follows_its_weights():
+    """Slices that inference has kept do not become constants of a graph that torch.fx records."""
+    model, x = make(width=0.5).eval(), images()
+    with torch.inference_mode():
+        model(x)
+        traced = torch.fx.symbolic_trace(model)
+        with torch.no_grad():
+            model.layer1[0].conv1.weight.mul_(2)
+        torch.testing.assert_close(traced(x), expected(model, x, 0.5))
+
+
 def test_weights_made_in_inference_mode():
     with torch.inference_mode():
         model = make().eval()
