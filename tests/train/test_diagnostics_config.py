@@ -8,9 +8,10 @@ from tests.train.test_config import parse, refusal
 
 
 def test_nothing_is_recorded_unless_asked_for():
-    assert not parse().diagnostics.on
+    assert not PretrainConfig().diagnostics.on
     for name in 'every', 'gradients', 'snapshots':
-        assert parse(f'--diagnostics.{name}', '3').diagnostics.on
+        assert DiagnosticsConfig(**{name: 3}).on
+        assert getattr(parse(f'--diagnostics.{name}', '3').diagnostics, name) == 3
 
 
 @pytest.mark.parametrize(
