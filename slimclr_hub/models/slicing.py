@@ -100,22 +100,23 @@ class SlicedWeight(nn.Module):
         self._kept[width] = weight, weight.data_ptr(), weight._version, found
         return found
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drop what has been kept and prepared, as where the weight is replaced."""
         self._kept.clear()
         self._prepared.clear()
 
     def train(self: Layer, mode: bool = True) -> Layer:
         """As `nn.Module.train`; what inference has kept is forgotten when training begins."""
         if mode:
-            self._forget()
+            self.forget()
         return super().train(mode)
 
     def _apply(self: Layer, *args: Any, **kwargs: Any) -> Layer:
-        self._forget()
+        self.forget()
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._forget()
+        self.forget()
         super()._load_from_state_dict(*args, **kwargs)
 
 

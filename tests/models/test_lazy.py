@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import shutil
+import weakref
 
 import pytest
 import timm
@@ -504,3 +505,12 @@ def test_state_dict_instead_of_a_file():
     with pytest.raises(InputError, match='not been loaded from a file'):
         lazy.set_width(1.0)
     assert lazy.width == 0.5
+
+
+def test_growing_lets_go_of_what_inference_has_kept(path):
+    lazy = open_lazy(path).eval()
+    with torch.inference_mode():
+        lazy(images())
+    old = weakref.ref(lazy.layer1[0].conv1.weight)
+    lazy.set_width(1.0)
+    assert old() is None
