@@ -24,7 +24,7 @@ from slimclr_hub.data.training import TrainData
 from slimclr_hub.data.transfer import TRANSFERS
 from slimclr_hub.data.views import BACKENDS
 from slimclr_hub.errors import InputError
-from slimclr_hub.train.command_line import run_script
+from slimclr_hub.runs.command_line import run_script
 from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.parse import load_recipe
 

@@ -37,16 +37,16 @@ from slimclr_hub.evaluate.features import extract_features
 from slimclr_hub.evaluate.knn import knn_predict, vote
 from slimclr_hub.evaluate.knn_eval.evaluation import KNNEvalConfig, rank_of
 from slimclr_hub.evaluate.knn_eval.shares import neighbours_in_all
-from slimclr_hub.evaluate.linear import linear_predict
 from slimclr_hub.evaluate.linear_eval.batches import CachedBatches
 from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig, SweepConfig
 from slimclr_hub.evaluate.linear_eval.probe import make_head, standardisation
 from slimclr_hub.evaluate.linear_eval.training import ProbeTraining
+from slimclr_hub.evaluate.logistic import linear_predict
 from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.train.command_line import run_script
+from slimclr_hub.runs.command_line import run_script
+from slimclr_hub.runs.signals import StopSignals
 from slimclr_hub.train.config import KNNConfig, ModelConfig, ProbeConfig
 from slimclr_hub.train.setup import make_backbone
-from slimclr_hub.train.signals import StopSignals
 
 Predict = Callable[[], torch.Tensor | np.ndarray]
 K, TEMPERATURE = KNNConfig().k, KNNConfig().temperature

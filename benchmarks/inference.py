@@ -5,7 +5,7 @@
 
 `dense` is `model.extract(width)`, and `timm` is timm's own network, which is as wide as width 1. All of a batch take
 turns. A ratio is the time over that of `dense` at the same width, eager or compiled as it is itself. On the CPU freed
-memory is kept (`slimclr_hub.train.memory`), or the allocator's whims are larger than what is looked for.
+memory is kept (`slimclr_hub.runs.memory`), or the allocator's whims are larger than what is looked for.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from measure import Report, Row, autocast, interleave, make_parser, parse, posit
 from torch import nn
 
 from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.train.command_line import run_script
+from slimclr_hub.runs.command_line import run_script
+from slimclr_hub.runs.memory import keep_freed_memory
 from slimclr_hub.train.config import ModelConfig
-from slimclr_hub.train.memory import keep_freed_memory
 from slimclr_hub.train.setup import make_backbone
 
 Case = tuple[float, str, str]

@@ -36,9 +36,9 @@ from torch import nn
 from training_step import Trainer, configure
 
 from slimclr_hub.models import DEFAULT_WIDTHS
-from slimclr_hub.train.command_line import run_script
+from slimclr_hub.runs.command_line import run_script
+from slimclr_hub.runs.memory import keep_freed_memory
 from slimclr_hub.train.config import ModelConfig
-from slimclr_hub.train.memory import keep_freed_memory
 from slimclr_hub.train.setup import make_backbone
 from slimclr_hub.train.speed_config import SpeedConfig
 

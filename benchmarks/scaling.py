@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from measure import Report, Row, in_turns, make_parser, measured, parse, positive, ratios, setting
 
-from slimclr_hub.train.command_line import run_script
+from slimclr_hub.runs.command_line import run_script
 
 SCRIPT = Path(__file__).parents[1] / 'recipes' / 'pretrain.py'
 DEMO = ['--method.bn_splits=1']  # several processes normalise apart as they are

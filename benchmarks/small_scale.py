@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from slimclr_hub.evaluate.results import RESULT, load_result
+from slimclr_hub.evaluate.result import RESULT, load_result
 
 # How RESULTS.md calls the recipes: as parts, each with what came before it, in gradients, and in trajectories.
 PARTS = {

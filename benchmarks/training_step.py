@@ -22,9 +22,9 @@ from naive import NaiveMoCoV2
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.models import DEFAULT_WIDTHS
+from slimclr_hub.runs.memory import keep_freed_memory
+from slimclr_hub.runs.meter import Meter
 from slimclr_hub.train.config import ModelConfig, OptimConfig, PretrainConfig
-from slimclr_hub.train.memory import keep_freed_memory
-from slimclr_hub.train.meter import Meter
 from slimclr_hub.train.method_config import MethodConfig
 from slimclr_hub.train.setup import arrange, make_method, make_optimizer
 from slimclr_hub.train.speed_config import SpeedConfig

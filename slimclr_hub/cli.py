@@ -100,8 +100,8 @@ def list_networks() -> None:
 @app.command()
 def info(network: Network) -> None:
     """Tell what a network is: widths, cost, head, preprocessing, and where its weights come from."""
-    from slimclr_hub.hub.card import human, width_facts
     from slimclr_hub.hub.opening import open_network
+    from slimclr_hub.models.cost import human, width_facts
 
     model = open_network(network)
     cfg = model.pretrained_cfg
@@ -215,10 +215,10 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Export each width for other runtimes, and check it against PyTorch."""
-    from slimclr_hub.hub.card import human
     from slimclr_hub.hub.conversion import check_file
     from slimclr_hub.hub.export import export_onnx, export_pt2
     from slimclr_hub.hub.opening import open_network
+    from slimclr_hub.models.cost import human
     from slimclr_hub.models.widths import check_width, width_key
 
     model = open_network(network)
@@ -252,9 +252,9 @@ def embed(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the features of images, or of all images in folders, at one width."""
-    from slimclr_hub.evaluate.embed import embed as run
-    from slimclr_hub.evaluate.embedding_files import check_output, save_embeddings
-    from slimclr_hub.evaluate.images import list_images
+    from slimclr_hub.inference.embed import embed as run
+    from slimclr_hub.inference.embedding_files import check_output, save_embeddings
+    from slimclr_hub.inference.images import list_images
 
     check_output(out, overwrite)
     listed = list_images(images)  # before a network is downloaded
@@ -283,9 +283,9 @@ def predict(
     skip_unreadable: Skip = False,
 ) -> None:
     """Print the most probable classes of images, by a network with a probe."""
-    from slimclr_hub.evaluate.images import list_images
-    from slimclr_hub.evaluate.predict import predict as run
-    from slimclr_hub.evaluate.predict import predictions_table
+    from slimclr_hub.inference.images import list_images
+    from slimclr_hub.inference.predict import predict as run
+    from slimclr_hub.inference.predict import predictions_table
 
     listed = list_images(images)  # before a network is downloaded
     predictions = run(
@@ -314,7 +314,7 @@ def compare(
 ) -> None:
     """Compare runs and networks: accuracy by width, parameters, multiply-adds and images/s."""
     try:
-        from slimclr_hub.evaluate.comparison.compare import compare_networks
+        from slimclr_hub.evaluate.compare.compare import compare_networks
     except ModuleNotFoundError as error:
         raise InputError(f'comparing needs {error.name}; pip install "slimclr-hub[train]"') from error
 
@@ -341,9 +341,9 @@ def push(
     ] = False,
 ) -> None:
     """Publish a folder on the Hub: weights, configuration and card, after checking that they fit."""
-    from slimclr_hub.hub.card import human
     from slimclr_hub.hub.push import plan_push
     from slimclr_hub.hub.push import push as run
+    from slimclr_hub.models.cost import human
 
     plan = plan_push(folder, repo)
     _say(f'{folder} -> {repo}')

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from slimclr_hub import cli
-from slimclr_hub.evaluate.embed import embed
-from slimclr_hub.evaluate.predict import predict
+from slimclr_hub.inference.embed import embed
+from slimclr_hub.inference.predict import predict
 from slimclr_hub.models import DEFAULT_WIDTHS
 from slimclr_hub.train.config import ModelConfig
 from slimclr_hub.train.setup import make_backbone

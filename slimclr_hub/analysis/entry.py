@@ -9,7 +9,7 @@ from typing import Any
 
 from slimclr_hub.analysis.replay import recipe_of
 from slimclr_hub.errors import InputError
-from slimclr_hub.train.command_line import make_parser, parse, run_script
+from slimclr_hub.runs.command_line import make_parser, parse, run_script
 
 _SCRIPT = 'analyze.py'
 

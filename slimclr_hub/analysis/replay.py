@@ -15,9 +15,10 @@ from slimclr_hub.data.batches import Batch
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods.split_batchnorm import split_batchnorm
-from slimclr_hub.train.checkpoints import verified
+from slimclr_hub.runs.checkpoints import verified
+from slimclr_hub.runs.settings import RECIPE
 from slimclr_hub.train.config import PretrainConfig
-from slimclr_hub.train.parse import RECIPE, load_recipe
+from slimclr_hub.train.parse import load_recipe
 from slimclr_hub.train.setup import arrange, make_method, make_schedule
 
 Losses = dict[str, torch.Tensor]

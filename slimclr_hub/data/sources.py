@@ -12,7 +12,7 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
 from slimclr_hub.data.idx import read_split
-from slimclr_hub.data.shard_names import find_shards, is_remote
+from slimclr_hub.data.streams.shard_names import find_shards, is_remote
 from slimclr_hub.data.transfer import TRANSFERS
 from slimclr_hub.errors import InputError
 

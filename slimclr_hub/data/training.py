@@ -8,14 +8,14 @@ import torch
 from slimclr_hub.data.batches import Batch, Chunk
 from slimclr_hub.data.corrupt import CorruptImages
 from slimclr_hub.data.direct import Direct
-from slimclr_hub.data.hub_shards import HubShards
 from slimclr_hub.data.indexed import EpochBatches, IndexedFeed, IndexedImages
 from slimclr_hub.data.loaders import loader_options
-from slimclr_hub.data.shards import Shards, TarShards
-from slimclr_hub.data.shares import Layout
 from slimclr_hub.data.sources import DataConfig, make_dataset
-from slimclr_hub.data.stream import ShardedSource, Source, StreamedChunks, StreamFeed
-from slimclr_hub.data.timm_stream import OneWayFeed, TimmSource
+from slimclr_hub.data.streams.hub_shards import HubShards
+from slimclr_hub.data.streams.shards import Shards, TarShards
+from slimclr_hub.data.streams.shares import Layout
+from slimclr_hub.data.streams.stream import ShardedSource, Source, StreamedChunks, StreamFeed
+from slimclr_hub.data.streams.timm_stream import OneWayFeed, TimmSource
 from slimclr_hub.data.transfer import Normalisation, ToDevice
 from slimclr_hub.data.views import ViewConfig, Views, make_crop, make_pixels, make_view
 from slimclr_hub.errors import InputError

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from slimclr_hub.errors import InputError
+from slimclr_hub.errors import InputError, shorten
+from slimclr_hub.files import written_whole
 from slimclr_hub.hub.conversion import check_file
 from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.convert import convert
-from slimclr_hub.weights.layouts import Layout, differences, layout_of, shorten
-from slimclr_hub.weights.whole import written_whole
+from slimclr_hub.weights.layouts import Layout, differences, layout_of
 
 NETWORK = 'backbone.network.'
 """What the backbone's tensors are called in a slimmable detector, before their names in this package."""

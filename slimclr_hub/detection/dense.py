@@ -13,15 +13,15 @@ import torch
 from slimclr_hub.detection.authors import NETWORK
 from slimclr_hub.detection.checkpoints import allow_mmengine_checkpoints
 from slimclr_hub.detection.config_text import read_config, run_config
-from slimclr_hub.errors import InputError
+from slimclr_hub.errors import InputError, shorten
+from slimclr_hub.files import written_whole
 from slimclr_hub.hub.conversion import check_file
 from slimclr_hub.hub.dense import mmdet_config, mmdet_state_dict
 from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
 from slimclr_hub.models.widths import check_width, scale_channels
 from slimclr_hub.weights.checkpoint import read_checkpoint
-from slimclr_hub.weights.layouts import check_complete, differences, shorten
+from slimclr_hub.weights.layouts import check_complete, differences
 from slimclr_hub.weights.slices import leading
-from slimclr_hub.weights.whole import written_whole
 
 if TYPE_CHECKING:
     from mmengine.config import Config

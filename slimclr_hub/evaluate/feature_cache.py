@@ -20,9 +20,9 @@ from slimclr_hub.data.sources import HOW_NOT_WHICH, ArrayImages
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import extract_features
 from slimclr_hub.evaluate.linear_eval.classes import class_names
-from slimclr_hub.evaluate.progress import progress_bar
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.widths import width_key
+from slimclr_hub.runs.progress import progress_bar
 from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
 
 _LABELS = 'labels'

@@ -13,8 +13,9 @@ from slimclr_hub.data.sources import has_validation
 from slimclr_hub.errors import InputError
 from slimclr_hub.hub.opening import open_network
 from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.train.command_line import early
-from slimclr_hub.train.parse import RECIPE, load_recipe
+from slimclr_hub.runs.command_line import early
+from slimclr_hub.runs.settings import RECIPE
+from slimclr_hub.train.parse import load_recipe
 from slimclr_hub.weights.published import PUBLISHED, Published
 
 _OF_TRAINING = ('batch_size', 'num_samples', 'max_corrupt', 'shuffle_buffer')  # nothing to evaluation

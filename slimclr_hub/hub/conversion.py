@@ -7,10 +7,11 @@ from pathlib import Path
 import timm
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.hub.card import converted_card, width_facts
+from slimclr_hub.hub.card import converted_card
 from slimclr_hub.hub.folder import write_folder
 from slimclr_hub.hub.published_card import published_card
 from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
+from slimclr_hub.models.cost import width_facts
 from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.convert import convert
 from slimclr_hub.weights.layouts import Layout, layout_of

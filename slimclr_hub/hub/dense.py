@@ -15,11 +15,11 @@ from timm.models.resnet import ResNet
 from torch import nn
 
 from slimclr_hub.errors import InputError
+from slimclr_hub.files import written_whole
 from slimclr_hub.hub.folder import write_folder
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.widths import check_width, scale_channels
 from slimclr_hub.weights.tensor_file import save_tensors as save_safetensors
-from slimclr_hub.weights.whole import written_whole
 
 _DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 _STEM = 64

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from slimclr_hub.errors import ExportError, InputError
+from slimclr_hub.files import written_whole
 from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.weights.whole import written_whole
 
 DEFAULT_OPSET = 18
 """The oldest operator set that PyTorch's exporter writes, which the most runtimes read."""

@@ -8,10 +8,10 @@ import torch
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from slimclr_hub.files import written_whole
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.lazy import LazySlimmableResNet
 from slimclr_hub.weights.tensor_file import save_tensors
-from slimclr_hub.weights.whole import written_whole
 
 # What a published network's configuration says of its origin, which no other network's may.
 OF_A_TAG = ('tag', 'description', 'origin_url', 'notes', 'license')

@@ -5,8 +5,8 @@ from functools import cache
 
 import timm
 
-from slimclr_hub.hub.card import WidthFacts, width_facts
 from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.cost import WidthFacts, width_facts
 from slimclr_hub.weights.published import ARCHITECTURE, AUTHORS_REPOSITORY, PUBLISHED, Published
 
 _SIZE = 224

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from slimclr_hub.distributed import gather, local_part, rank, shared_permutation, world_size
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods.heads import SlimmableMLP
 from slimclr_hub.methods.losses import similarities
 from slimclr_hub.methods.momentum import Followers
 from slimclr_hub.methods.objective import Losses, Objective
-from slimclr_hub.methods.processes import gather, local_part, rank, shared_permutation, world_size
 from slimclr_hub.methods.split_batchnorm import split_batchnorm
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.slicing import sliced_once

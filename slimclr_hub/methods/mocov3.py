@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from slimclr_hub.distributed import gather, rank
 from slimclr_hub.methods.heads import SlimmableProjector
 from slimclr_hub.methods.losses import full_precision
 from slimclr_hub.methods.momentum import Followers
 from slimclr_hub.methods.objective import Losses, Objective
-from slimclr_hub.methods.processes import gather, rank
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.slicing import sliced_once
 from slimclr_hub.models.widths import check_widths

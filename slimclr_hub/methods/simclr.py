@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from slimclr_hub.distributed import gather_with_gradient, rank
 from slimclr_hub.methods.heads import SlimmableMLP
 from slimclr_hub.methods.losses import full_precision, without_column
 from slimclr_hub.methods.objective import Losses, Objective
-from slimclr_hub.methods.processes import gather_with_gradient, rank
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.slicing import sliced_once
 from slimclr_hub.models.widths import check_widths

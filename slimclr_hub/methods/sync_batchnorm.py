@@ -6,8 +6,8 @@ import torch.distributed.nn.functional as distributed
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from slimclr_hub.distributed import world_size
 from slimclr_hub.methods.losses import full_precision
-from slimclr_hub.methods.processes import world_size
 
 
 class _GatheredBatchNorm(_BatchNorm):

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 from timm.models import adapt_input_conv
 
-from slimclr_hub.errors import InputError
-from slimclr_hub.weights.layouts import layout_of, shorten
+from slimclr_hub.errors import InputError, shorten
+from slimclr_hub.weights.layouts import layout_of
 from slimclr_hub.weights.slices import DISJOINT, key_width, leading, switch_name, switched_key, unswitch_name, width_key
 from slimclr_hub.weights.tensor_file import TensorFile
 

@@ -2,17 +2,14 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.train.command_line import early, make_parser, parse, plain
+from slimclr_hub.runs.command_line import early, make_parser, parse
+from slimclr_hub.runs.settings import RECIPE, flatten
 from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.method_config import MethodConfig
-
-RECIPE = 'recipe.yaml'
-"""File in a run's folder that holds its configuration."""
 
 AUTO = Path('auto')
 """As `--resume auto`: the newest run of this recipe, or a new one."""
@@ -70,14 +67,6 @@ def parse_pretrain(default: Path, argv: Sequence[str] | None = None) -> Command:
 def load_recipe(path: Path) -> PretrainConfig:
     """The configuration in a file, as `--config` reads it."""
     return _parse([f'--config={path}']).config
-
-
-def flatten(config: PretrainConfig) -> dict[str, Any]:
-    """The configuration as `section.key` -> value."""
-    flat: dict[str, Any] = {}
-    for name, section in plain(asdict(config)).items():
-        flat |= {f'{name}.{key}': value for key, value in section.items()} if section is not None else {name: None}
-    return flat
 
 
 def changes_of(recorded: PretrainConfig, config: PretrainConfig) -> list[str]:

@@ -6,10 +6,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from slimclr_hub.hub.card import WidthFacts, training_card, width_facts
+from slimclr_hub.distributed import average_batchnorm
+from slimclr_hub.hub.card import training_card
 from slimclr_hub.hub.folder import save_folder
-from slimclr_hub.methods.processes import average_batchnorm
 from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.cost import WidthFacts, width_facts
 from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.run_folder import RunFolder
 

@@ -15,10 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.train.command_line import dump
+from slimclr_hub.files import write_text
+from slimclr_hub.runs.command_line import dump
+from slimclr_hub.runs.settings import RECIPE
 from slimclr_hub.train.config import PretrainConfig
-from slimclr_hub.train.parse import RECIPE, changes_of, load_recipe
-from slimclr_hub.weights.whole import write_text
+from slimclr_hub.train.parse import changes_of, load_recipe
 
 
 class RunFolder:

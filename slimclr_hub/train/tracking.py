@@ -7,9 +7,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from slimclr_hub.files import write_text
+from slimclr_hub.runs.settings import flatten
 from slimclr_hub.train.config import PretrainConfig
-from slimclr_hub.train.parse import flatten
-from slimclr_hub.weights.whole import write_text
 
 _IDENTITY = 'tracker.json'
 

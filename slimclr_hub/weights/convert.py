@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from slimclr_hub.errors import InputError
-from slimclr_hub.weights.layouts import ARCHITECTURES, backbone_name, check_complete, shorten
+from slimclr_hub.errors import InputError, shorten
+from slimclr_hub.weights.layouts import ARCHITECTURES, backbone_name, check_complete
 from slimclr_hub.weights.slices import WIDTH_DIGITS, leading, scale_channels, switch_name, switched_key, width_key
 
 ENCODERS = ('online', 'momentum')

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from slimclr_hub.errors import InputError
+from slimclr_hub.errors import InputError, shorten
 from slimclr_hub.weights.slices import DISJOINT, key_width, scale_channels, switched_key, width_key
 
 RESNET50_STAGES = (3, 4, 6, 3)
@@ -146,12 +146,6 @@ def differences(expected: Shapes, found: Shapes) -> list[str]:
             if name in found and tuple(found[name]) != tuple(shape)
         ),
     ]
-
-
-def shorten(problems: Sequence[str], most: int = 5) -> str:
-    """Some problems, and how many more there are."""
-    more = f' and {len(problems) - most} more' if len(problems) > most else ''
-    return '; '.join(problems[:most]) + more
 
 
 def _backbone_shapes(layout: Layout, conv1: Sequence[int]) -> dict[str, tuple[int, ...]]:

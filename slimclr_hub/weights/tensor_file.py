@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.weights.whole import written_whole
+from slimclr_hub.files import written_whole
 
 _PICKLES = (b'PK\x03\x04', b'\x80')  # a zip archive, and a bare pickle: what torch.save writes, now and formerly
 _AT_A_TIME = 1 << 20  # bytes

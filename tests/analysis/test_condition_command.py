@@ -15,7 +15,7 @@ from slimclr_hub.analysis.linear_condition import Condition, linear_condition
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.hub.opening import open_network
-from slimclr_hub.train.command_line import dump
+from slimclr_hub.runs.command_line import dump
 from slimclr_hub.train.config import PretrainConfig
 from tests.data_room.files import write_idx_set
 from tests.hub.files import save_small

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from slimclr_hub.analysis.gradients.data import RunGradients
-from slimclr_hub.analysis.gradients.records import NormRecord
 from slimclr_hub.analysis.gradients.summary import components, mean_cosines, phases
 from slimclr_hub.train.config import MethodConfig, ModelConfig, OptimConfig, PretrainConfig
+from slimclr_hub.train.diagnostics.records import NormRecord
 
 
 def make_run(gradients, slow_start=1.0, widths=(1.0, 0.5), ratios=(4.0, 4.0, 0.5, 1.5)):

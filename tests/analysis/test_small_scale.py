@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from slimclr_hub.evaluate.results import EvalResult
+from slimclr_hub.evaluate.result import EvalResult
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / 'benchmarks' / 'small_scale.py'

@@ -14,7 +14,7 @@ from slimclr_hub.analysis.files import labels_of
 from slimclr_hub.analysis.landscape.figure import Panel, planes_figure
 from slimclr_hub.analysis.landscape.trajectory import load_trajectory, path_of
 from slimclr_hub.errors import InputError
-from slimclr_hub.train.command_line import dump
+from slimclr_hub.runs.command_line import dump
 from slimclr_hub.train.config import PretrainConfig
 
 SHAPES = {'backbone.conv1.weight': (4, 1, 3, 3), 'backbone.layer1.weight': (6, 4, 3, 3)}

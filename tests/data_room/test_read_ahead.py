@@ -13,7 +13,7 @@ from PIL import Image
 from slimclr_hub.data import DataConfig, ViewConfig
 from slimclr_hub.data.indexed import EpochBatches, IndexedFeed, IndexedImages
 from slimclr_hub.data.sources import ArrayImages
-from slimclr_hub.data.stream import StreamedChunks
+from slimclr_hub.data.streams.stream import StreamedChunks
 from slimclr_hub.data.training import TrainData
 from tests.data_room.files import some_images, write_idx_set, write_shards
 

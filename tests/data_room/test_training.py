@@ -8,10 +8,10 @@ import torch
 
 from slimclr_hub.data import DataConfig, ViewConfig
 from slimclr_hub.data.seeding import drawing
-from slimclr_hub.data.shares import Layout
 from slimclr_hub.data.sources import make_dataset
-from slimclr_hub.data.stream import StreamedChunks, StreamFeed
-from slimclr_hub.data.timm_stream import OneWayFeed, TimmSource
+from slimclr_hub.data.streams.shares import Layout
+from slimclr_hub.data.streams.stream import StreamedChunks, StreamFeed
+from slimclr_hub.data.streams.timm_stream import OneWayFeed, TimmSource
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.data.views import Views, make_view
 from slimclr_hub.errors import InputError

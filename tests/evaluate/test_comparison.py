@@ -17,20 +17,19 @@ from typer.testing import CliRunner
 
 from slimclr_hub.cli import app
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.comparison.compare import compare_networks
-from slimclr_hub.evaluate.comparison.entries import IMAGENET, Entry, Measure, data_name, read_entries, read_entry
-from slimclr_hub.evaluate.comparison.figure import draw_pareto, pareto_figure
-from slimclr_hub.evaluate.comparison.reported import REPORTED, REPORTED_DETECTION
-from slimclr_hub.evaluate.comparison.speed import measure_speed
-from slimclr_hub.evaluate.comparison.tables import TextTable, comparison_tables
+from slimclr_hub.evaluate.compare.compare import compare_networks
+from slimclr_hub.evaluate.compare.entries import IMAGENET, Entry, Measure, data_name, read_entries, read_entry
+from slimclr_hub.evaluate.compare.figure import draw_pareto, pareto_figure
+from slimclr_hub.evaluate.compare.reported import REPORTED, REPORTED_DETECTION
+from slimclr_hub.evaluate.compare.speed import measure_speed
+from slimclr_hub.evaluate.compare.tables import TextTable, comparison_tables
 from slimclr_hub.evaluate.knn_eval.report import Accuracy, best_of, write_accuracies
 from slimclr_hub.evaluate.linear_eval.config import FeaturesConfig, LinearEvalConfig, LinearProbeConfig
-from slimclr_hub.evaluate.report import compare_with_itself
-from slimclr_hub.evaluate.results import EvalResult
-from slimclr_hub.hub.card import human
+from slimclr_hub.evaluate.result import EvalResult
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.models.cost import cost
+from slimclr_hub.models.cost import cost, human
+from slimclr_hub.train.report import compare_with_itself
 from slimclr_hub.weights.published import PUBLISHED, WIDTHS
 
 TAG = 'slimclr_resnet50.mocov2_800e_in1k'

@@ -10,10 +10,10 @@ from PIL import Image
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.embed import embed
-from slimclr_hub.evaluate.inference import preprocessing
-from slimclr_hub.evaluate.progress import progress_bar
 from slimclr_hub.hub.folder import save_folder
+from slimclr_hub.inference.embed import embed
+from slimclr_hub.inference.inference import preprocessing
+from slimclr_hub.runs.progress import progress_bar
 from tests.data_room.files import some_images, write_pngs
 
 COUNT = 11
@@ -307,5 +307,5 @@ def test_runs_without_the_extras():
     """timm and torch are enough; rich and pyarrow are asked for where they are needed."""
     extras = ('accelerate', 'datasets', 'jsonargparse', 'matplotlib', 'pyarrow', 'rich', 'webdataset')
     blocked = f'import sys; sys.modules.update(dict.fromkeys({extras}))'
-    modules = 'import slimclr_hub.evaluate.embedding_files, slimclr_hub.evaluate.predict'
+    modules = 'import slimclr_hub.inference.embedding_files, slimclr_hub.inference.predict'
     subprocess.run([sys.executable, '-c', f'{blocked}; {modules}'], check=True)

@@ -8,9 +8,9 @@ from pyarrow import parquet
 from safetensors import safe_open
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate import embedding_files
-from slimclr_hub.evaluate.embed import Embeddings
-from slimclr_hub.evaluate.embedding_files import check_output, save_embeddings
+from slimclr_hub.inference import embedding_files
+from slimclr_hub.inference.embed import Embeddings
+from slimclr_hub.inference.embedding_files import check_output, save_embeddings
 
 NAMES = ['cat/1.png', 'naïve, "quoted".png', '目録/2.png']
 SUFFIXES = ('.safetensors', '.npy', '.parquet')

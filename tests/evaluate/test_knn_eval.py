@@ -25,7 +25,7 @@ from slimclr_hub.evaluate.knn import knn_predict, nearest, vote
 from slimclr_hub.evaluate.knn_eval.evaluation import KNNEvalConfig, _knn_eval, classes_of, rank_of
 from slimclr_hub.evaluate.knn_eval.report import Accuracy, best_of
 from slimclr_hub.evaluate.knn_eval.shares import neighbours_in_all
-from slimclr_hub.evaluate.results import load_result
+from slimclr_hub.evaluate.result import load_result
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models.calibrate import calibrate_width
 from tests.data_room.files import some_images, write_idx_set

@@ -27,8 +27,8 @@ from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import EMBEDDED
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import DivergedError, InputError, PreemptedError
-from slimclr_hub.evaluate.comparison.compare import compare_networks
-from slimclr_hub.evaluate.comparison.entries import read_entry
+from slimclr_hub.evaluate.compare.compare import compare_networks
+from slimclr_hub.evaluate.compare.entries import read_entry
 from slimclr_hub.evaluate.feature_cache import FeatureCache, state_hash
 from slimclr_hub.evaluate.linear_eval.batches import AugmentedBatches, CachedBatches, FeatureBatches
 from slimclr_hub.evaluate.linear_eval.classes import GARMENTS
@@ -37,11 +37,11 @@ from slimclr_hub.evaluate.linear_eval.evaluation import check_frozen, linear_eva
 from slimclr_hub.evaluate.linear_eval.probe import make_head, standardisation
 from slimclr_hub.evaluate.linear_eval.report import accuracies_figure, paper_row, print_result
 from slimclr_hub.evaluate.linear_eval.training import ProbeTraining
-from slimclr_hub.evaluate.predict import predict
-from slimclr_hub.evaluate.results import EvalResult, load_result, results_in
+from slimclr_hub.evaluate.result import EvalResult, load_result, results_in
 from slimclr_hub.hub.folder import save_folder
+from slimclr_hub.inference.predict import predict
 from slimclr_hub.models.calibrate import calibrate_batchnorm
-from slimclr_hub.train.signals import StopSignals
+from slimclr_hub.runs.signals import StopSignals
 from slimclr_hub.weights.published import PUBLISHED
 from tests.data_room.files import write_idx_set
 from tests.train.runs import TIMEOUT, contents, environment

@@ -5,7 +5,7 @@ import yaml
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig, SweepConfig, parse_linear_eval
-from slimclr_hub.train.command_line import dump
+from slimclr_hub.runs.command_line import dump
 from slimclr_hub.train.config import PretrainConfig
 
 CONFIGS = Path(__file__).parents[2] / 'recipes' / 'configs' / 'linear_eval'

@@ -14,11 +14,11 @@ from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import extract_features
 from slimclr_hub.evaluate.knn import knn_predict
-from slimclr_hub.evaluate.linear import linear_predict
-from slimclr_hub.evaluate.online import OnlineEvaluation, online_evaluation
+from slimclr_hub.evaluate.logistic import linear_predict
 from slimclr_hub.methods.split_batchnorm import split_batchnorm
 from slimclr_hub.models.calibrate import batchnorms_of, calibrate_batchnorm, is_calibrated
 from slimclr_hub.train.config import KNNConfig, OptimConfig, PretrainConfig, ProbeConfig
+from slimclr_hub.train.online import OnlineEvaluation, online_evaluation
 from tests.data_room.files import some_images, write_idx_set, write_pngs
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)

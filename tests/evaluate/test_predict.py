@@ -6,7 +6,7 @@ from rich.console import Console
 from timm.data import create_transform, resolve_model_data_config
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.predict import ClassProbability, Prediction, predict, predictions_table
+from slimclr_hub.inference.predict import ClassProbability, Prediction, predict, predictions_table
 from tests.data_room.files import some_images, write_pngs
 
 COUNT = 5

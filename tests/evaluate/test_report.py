@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from slimclr_hub.evaluate.report import draw_figure
-from slimclr_hub.hub.card import WidthFacts, human, training_card
+from slimclr_hub.hub.card import training_card
+from slimclr_hub.models.cost import WidthFacts, human
+from slimclr_hub.train.report import draw_figure
 
 WIDTHS = (1.0, 0.5)
 FACTS = [WidthFacts(1.0, 272_184, 10_100_000, 37.5, 73.44), WidthFacts(0.5, 68_300, 2_540_000, 40.0, 68.0)]

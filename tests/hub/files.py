@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import timm
 import torch
 
-from slimclr_hub.hub.card import training_card, width_facts
+from slimclr_hub.hub.card import training_card
 from slimclr_hub.hub.folder import save_folder
+from slimclr_hub.models.cost import width_facts
 from tests.formula import tensor
 from tests.networks import randomise_batchnorm
 from tests.reference import DATA

@@ -182,7 +182,7 @@ for maps in narrow(y).feature_maps, dense(y).feature_maps:
 def test_images_of_datasets(run, where):
     run(f"""
 import datasets
-from slimclr_hub.evaluate.embed import embed
+from slimclr_hub.inference.embed import embed
 
 pixels = np.random.default_rng(0).integers(0, 256, (5, 40, 36, 3), dtype=np.uint8)
 data = datasets.Dataset.from_dict({{'image': [*pixels]}}, features=datasets.Features({{'image': datasets.Image()}}))

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from slimclr_hub.distributed import average_batchnorm
 from slimclr_hub.methods import METHODS
-from slimclr_hub.methods.processes import average_batchnorm
 from slimclr_hub.methods.sync_batchnorm import sync_batchnorm
 
 WORLD = 2

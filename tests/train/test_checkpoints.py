@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.train.checkpoints import Checkpoints, newest
+from slimclr_hub.runs.checkpoints import Checkpoints, newest
 
 
 @pytest.fixture

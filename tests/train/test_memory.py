@@ -8,7 +8,7 @@ import pytest
 PROGRAM = """
 import resource, sys
 import torch
-from slimclr_hub.train.memory import keep_freed_memory
+from slimclr_hub.runs.memory import keep_freed_memory
 
 if sys.argv[1] == 'keep':
     assert keep_freed_memory()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from slimclr_hub.methods import METHODS
-from slimclr_hub.train.command_line import dump
+from slimclr_hub.runs.command_line import dump
 from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.parse import load_recipe
 from slimclr_hub.train.setup import make_method, make_optimizer, make_schedule

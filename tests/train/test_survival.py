@@ -45,7 +45,7 @@ def place(tmp_path_factory):
 def server():
     """Starts processes that have everything imported: twenty starts from nothing would take minutes."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['slimclr_hub.evaluate.pretraining', 'timm', 'datasets'])
+    context.set_forkserver_preload(['slimclr_hub.train.pretraining', 'timm', 'datasets'])
     return context
 
 

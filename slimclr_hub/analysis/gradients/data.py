@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from slimclr_hub.analysis.gradients.norms import last_linear, layer_slices, mean_norms
-from slimclr_hub.analysis.gradients.records import NormRecord, Records
 from slimclr_hub.analysis.replay import Replay, checkpoint_steps, recipe_of
 from slimclr_hub.errors import InputError
 from slimclr_hub.train.config import PretrainConfig
+from slimclr_hub.train.diagnostics.norms import last_linear, layer_slices, mean_norms
+from slimclr_hub.train.diagnostics.records import NormRecord, Records
 
 LEAST = 3
 """Gradients of the last layer from which two principal components say something."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from slimclr_hub.analysis.gradients.data import RunGradients
 from slimclr_hub.analysis.gradients.summary import components
-from slimclr_hub.evaluate.figures import line_style, marker, new_figure, save_figure
+from slimclr_hub.runs.figures import line_style, marker, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

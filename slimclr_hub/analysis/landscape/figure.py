@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimclr_hub.analysis.landscape.trajectory import Path2D
-from slimclr_hub.evaluate.figures import marker, new_figure, save_figure
+from slimclr_hub.runs.figures import marker, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

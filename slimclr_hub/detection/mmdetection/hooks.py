@@ -14,8 +14,8 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 
 from slimclr_hub.detection.mmdetection.report import History, draw_history, precision_table
 from slimclr_hub.detection.mmdetection.widths import unwrapped
-from slimclr_hub.errors import InputError
-from slimclr_hub.weights.layouts import differences, shorten
+from slimclr_hub.errors import InputError, shorten
+from slimclr_hub.weights.layouts import differences
 
 _HEADS = ('rpn_head.', 'roi_head.', 'bbox_head.', 'mask_head.')
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slimclr_hub.detection.mmdetection.names import width_name
-from slimclr_hub.weights.whole import write_text, written_whole
+from slimclr_hub.files import write_text, written_whole
 
 _COLUMNS = {'mAP': 'AP', 'mAP_50': 'AP50', 'mAP_75': 'AP75'}
 _KINDS = {'bbox': 'box', 'segm': 'mask'}

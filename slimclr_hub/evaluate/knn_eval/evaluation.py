@@ -12,12 +12,11 @@ from accelerate import Accelerator
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.sources import HOW_NOT_WHICH
-from slimclr_hub.errors import InputError
+from slimclr_hub.errors import InputError, above, at_least, one_of
 from slimclr_hub.evaluate.knn import vote
 from slimclr_hub.evaluate.knn_eval.report import Accuracy, best_of, draw_accuracies, print_accuracies, write_accuracies
 from slimclr_hub.evaluate.knn_eval.shares import neighbours_in_all, share_features, share_loader
-from slimclr_hub.evaluate.progress import progress_bar
-from slimclr_hub.evaluate.results import RESULT, EvalResult, environment, load_result
+from slimclr_hub.evaluate.result import RESULT, EvalResult, environment, load_result
 from slimclr_hub.evaluate.subject import (
     Subject,
     check_channels,
@@ -28,9 +27,9 @@ from slimclr_hub.evaluate.subject import (
 )
 from slimclr_hub.models.calibrate import is_calibrated
 from slimclr_hub.models.widths import check_width, check_widths
-from slimclr_hub.train.checks import above, at_least, one_of
-from slimclr_hub.train.command_line import make_parser, parse, plain, run_script
-from slimclr_hub.train.config import PRECISIONS
+from slimclr_hub.runs.command_line import make_parser, parse, plain, run_script
+from slimclr_hub.runs.progress import progress_bar
+from slimclr_hub.runs.settings import PRECISIONS
 
 _TOP = 5
 _NO_EFFECT = ('output', 'chunk')

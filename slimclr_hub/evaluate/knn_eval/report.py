@@ -9,9 +9,9 @@ from statistics import mean
 from rich.table import Table
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.figures import line_style, marker, new_figure, save_figure
-from slimclr_hub.evaluate.terminal import print_table
-from slimclr_hub.weights.whole import write_text
+from slimclr_hub.files import write_text
+from slimclr_hub.runs.figures import line_style, marker, new_figure, save_figure
+from slimclr_hub.runs.tables import print_table
 
 ACCURACIES = 'accuracies.json'
 """File beside the result of a k-NN evaluation that holds the accuracies of every k and tau."""

@@ -15,8 +15,8 @@ from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader, loader_options
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.knn import Neighbours, merge, nearest
-from slimclr_hub.evaluate.progress import progress_bar
 from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.runs.progress import progress_bar
 
 
 def share_loader(

@@ -19,13 +19,13 @@ from slimclr_hub.evaluate.linear_eval.network import save_with_head
 from slimclr_hub.evaluate.linear_eval.probe import Head, Scaling, make_head, standardisation
 from slimclr_hub.evaluate.linear_eval.report import best_rate, draw_accuracies, make_result, paper_row, print_result
 from slimclr_hub.evaluate.linear_eval.training import ProbeTraining, Record
-from slimclr_hub.evaluate.results import RESULT, EvalResult, load_result
+from slimclr_hub.evaluate.result import RESULT, EvalResult, load_result
 from slimclr_hub.evaluate.subject import Subject, check_channels, check_images, default_output, open_subject
+from slimclr_hub.files import write_text
 from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.train.command_line import run_script
-from slimclr_hub.train.signals import StopSignals
+from slimclr_hub.runs.command_line import run_script
+from slimclr_hub.runs.signals import StopSignals
 from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
-from slimclr_hub.weights.whole import write_text
 
 PROBE = 'probe.safetensors'
 

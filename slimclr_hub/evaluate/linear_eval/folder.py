@@ -21,10 +21,10 @@ from accelerate.utils import broadcast_object_list
 from slimclr_hub.data.sources import HOW_NOT_WHICH
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig
-from slimclr_hub.evaluate.results import RESULT
+from slimclr_hub.evaluate.result import RESULT
 from slimclr_hub.evaluate.subject import default_output
-from slimclr_hub.train.command_line import plain
-from slimclr_hub.weights.whole import write_text
+from slimclr_hub.files import write_text
+from slimclr_hub.runs.command_line import plain
 
 SETTINGS = 'settings.json'
 # What may differ between two calls that belong to one result.

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from slimclr_hub.data import DataConfig
-from slimclr_hub.evaluate.results import EvalResult
-from slimclr_hub.hub.card import card_table, width_facts
+from slimclr_hub.evaluate.result import EvalResult
+from slimclr_hub.hub.card import card_table
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.cost import width_facts
 
 _WORDNET = re.compile(r'n\d{8}')
 _CARD = """\

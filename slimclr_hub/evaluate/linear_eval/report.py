@@ -7,13 +7,13 @@ from statistics import mean
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from slimclr_hub.evaluate.comparison.reported import REPORTED_SLIMMABLE_PROBE
-from slimclr_hub.evaluate.figures import line_style, new_figure, save_figure
+from slimclr_hub.evaluate.compare.reported import REPORTED_SLIMMABLE_PROBE
 from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig
 from slimclr_hub.evaluate.linear_eval.training import Record
-from slimclr_hub.evaluate.results import EvalResult, environment
-from slimclr_hub.evaluate.terminal import print_table
-from slimclr_hub.train.command_line import plain
+from slimclr_hub.evaluate.result import EvalResult, environment
+from slimclr_hub.runs.command_line import plain
+from slimclr_hub.runs.figures import line_style, new_figure, save_figure
+from slimclr_hub.runs.tables import print_table
 from slimclr_hub.weights.published import Published, Reported
 
 if TYPE_CHECKING:

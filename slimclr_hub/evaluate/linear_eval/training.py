@@ -24,10 +24,10 @@ from slimclr_hub.evaluate.linear_eval.probe import (
     lr_factor,
     make_optimizer,
 )
-from slimclr_hub.train.agreement import Agreement
-from slimclr_hub.train.checkpoints import Checkpoints
-from slimclr_hub.train.meter import Meter
-from slimclr_hub.train.signals import StopSignals
+from slimclr_hub.runs.agreement import Agreement
+from slimclr_hub.runs.checkpoints import Checkpoints
+from slimclr_hub.runs.meter import Meter
+from slimclr_hub.runs.signals import StopSignals
 
 Record = dict[str, Any]
 """What one epoch gave: `epoch`, `loss` of each learning rate, and `top1` (and `top5`) of each, by width."""

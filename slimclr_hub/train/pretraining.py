@@ -4,11 +4,11 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from slimclr_hub.evaluate.online import online_evaluation
-from slimclr_hub.evaluate.report import compare_with_itself, draw_figure
-from slimclr_hub.train.command_line import run_script
-from slimclr_hub.train.loop import ObserverFactory, pretrain
+from slimclr_hub.runs.command_line import run_script
+from slimclr_hub.train.online import online_evaluation
 from slimclr_hub.train.parse import parse_pretrain
+from slimclr_hub.train.report import compare_with_itself, draw_figure
+from slimclr_hub.train.trainer import ObserverFactory, pretrain
 
 
 def main(default: Path, make_observer: ObserverFactory | None = None) -> None:

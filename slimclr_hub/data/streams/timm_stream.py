@@ -6,8 +6,8 @@ from typing import Any
 from PIL import Image
 
 from slimclr_hub.data.batches import Chunk
-from slimclr_hub.data.shards import Raw
-from slimclr_hub.data.stream import StreamFeed
+from slimclr_hub.data.streams.shards import Raw
+from slimclr_hub.data.streams.stream import StreamFeed
 
 
 class TimmSource:

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.comparison.entries import read_entries
-from slimclr_hub.evaluate.comparison.figure import draw_pareto, figure_path
-from slimclr_hub.evaluate.comparison.speed import measure_speed
-from slimclr_hub.evaluate.comparison.tables import comparison_tables, reported_tables
-from slimclr_hub.evaluate.results import environment
-from slimclr_hub.weights.whole import write_text
+from slimclr_hub.evaluate.compare.entries import read_entries
+from slimclr_hub.evaluate.compare.figure import draw_pareto, figure_path
+from slimclr_hub.evaluate.compare.speed import measure_speed
+from slimclr_hub.evaluate.compare.tables import comparison_tables, reported_tables
+from slimclr_hub.evaluate.result import environment
+from slimclr_hub.files import write_text
 
 _STANDARD_OUTPUT = Path('-')
 

@@ -9,15 +9,15 @@ from torch.utils.data import DataLoader
 
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import has_validation
+from slimclr_hub.distributed import average_batchnorm
 from slimclr_hub.evaluate.features import extract_features
 from slimclr_hub.evaluate.knn import knn_predict
-from slimclr_hub.evaluate.linear import linear_predict
-from slimclr_hub.methods.processes import average_batchnorm
+from slimclr_hub.evaluate.logistic import linear_predict
 from slimclr_hub.methods.split_batchnorm import split_batchnorm
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.calibrate import calibrate_batchnorm, is_calibrated
 from slimclr_hub.train.config import PretrainConfig
-from slimclr_hub.train.loop import Accuracies
+from slimclr_hub.train.trainer import Accuracies
 
 _CALIBRATION_BATCHES = 8
 

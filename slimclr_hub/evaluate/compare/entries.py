@@ -13,13 +13,14 @@ from timm.models import parse_model_name
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.comparison.reported import TABLE_1
+from slimclr_hub.evaluate.compare.reported import TABLE_1
 from slimclr_hub.evaluate.knn_eval.report import ACCURACIES, read_accuracies
-from slimclr_hub.evaluate.results import RESULT, load_result
+from slimclr_hub.evaluate.result import RESULT, load_result
 from slimclr_hub.evaluate.subject import default_output, open_subject
-from slimclr_hub.hub.card import WidthFacts, width_facts
 from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.train.parse import RECIPE, load_recipe
+from slimclr_hub.models.cost import WidthFacts, width_facts
+from slimclr_hub.runs.settings import RECIPE
+from slimclr_hub.train.parse import load_recipe
 from slimclr_hub.weights.published import PUBLISHED, Published
 
 IMAGENET = 'ImageNet'

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from slimclr_hub.data.batches import Chunk, Problem, Sample, cut_chunk, join_chunks, make_chunk
 from slimclr_hub.data.corrupt import reason
 from slimclr_hub.data.seeding import drawing, mixed_seed
-from slimclr_hub.data.shards import Raw, Shards
-from slimclr_hub.data.shares import Layout, Share, plan_epoch
+from slimclr_hub.data.streams.shards import Raw, Shards
+from slimclr_hub.data.streams.shares import Layout, Share, plan_epoch
 from slimclr_hub.errors import DataError, InputError
 
 T = TypeVar('T')

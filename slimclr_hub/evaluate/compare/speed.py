@@ -8,7 +8,7 @@ from time import perf_counter
 import torch
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.comparison.entries import Entry
+from slimclr_hub.evaluate.compare.entries import Entry
 from slimclr_hub.models import SlimmableResNet
 
 _REPETITIONS = 7

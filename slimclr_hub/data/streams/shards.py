@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from slimclr_hub.data.shard_names import find_shards
 from slimclr_hub.data.sources import DataConfig
+from slimclr_hub.data.streams.shard_names import find_shards
 from slimclr_hub.errors import DataError, InputError
 
 _IMAGES = 'jpg;jpeg;png;webp'

@@ -19,19 +19,19 @@ from tqdm.auto import tqdm
 from slimclr_hub.data.batches import Batch
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import DivergedError, InputError, PreemptedError
-from slimclr_hub.hub.card import WidthFacts
 from slimclr_hub.methods.sync_batchnorm import sync_batchnorm
 from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.train.agreement import Agreement, FiniteLoss
-from slimclr_hub.train.checkpoints import Checkpoints, Found
+from slimclr_hub.models.cost import WidthFacts
+from slimclr_hub.runs.agreement import Agreement, FiniteLoss
+from slimclr_hub.runs.checkpoints import Checkpoints, Found
+from slimclr_hub.runs.memory import keep_freed_memory, peak_memory
+from slimclr_hub.runs.meter import Meter
+from slimclr_hub.runs.signals import StopSignals
 from slimclr_hub.train.config import PretrainConfig
-from slimclr_hub.train.memory import keep_freed_memory, peak_memory
-from slimclr_hub.train.meter import Meter
 from slimclr_hub.train.parse import AUTO, Command, check_unchanged, load_recipe
 from slimclr_hub.train.result import write_result
 from slimclr_hub.train.run_folder import RECIPE, RunFolder, find_run
 from slimclr_hub.train.setup import arrange, make_method, make_optimizer, make_schedule
-from slimclr_hub.train.signals import StopSignals
 from slimclr_hub.train.tracking import start_tracker
 
 Accuracies = dict[str, dict[float, float]]

@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from PIL import Image
 
-from slimclr_hub.data.shards import Raw
 from slimclr_hub.data.sources import DataConfig
+from slimclr_hub.data.streams.shards import Raw
 from slimclr_hub.errors import InputError
 
 _ROWS = 32  # read at a time; they are encoded images

@@ -15,9 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.images import ImageList, Sources, list_images
-from slimclr_hub.evaluate.progress import progress_bar
-from slimclr_hub.evaluate.unreadable import Problem, find_unreadable, reason, unreadable_error
+from slimclr_hub.inference.images import ImageList, Sources, list_images
+from slimclr_hub.inference.unreadable import Problem, find_unreadable, reason, unreadable_error
+from slimclr_hub.runs.progress import progress_bar
 
 PRECISIONS = {'no': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 _MODES = {1: 'L', 3: 'RGB'}

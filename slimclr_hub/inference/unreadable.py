@@ -8,10 +8,9 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.images import ImageList
-from slimclr_hub.evaluate.progress import progress_bar
-from slimclr_hub.weights.layouts import shorten
+from slimclr_hub.errors import InputError, shorten
+from slimclr_hub.inference.images import ImageList
+from slimclr_hub.runs.progress import progress_bar
 
 Problem = tuple[str, str]
 """Name of an image and why it cannot be read."""

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.comparison.entries import read_entry
-from slimclr_hub.evaluate.comparison.figure import draw_pareto
-from slimclr_hub.evaluate.comparison.speed import measure_speed
-from slimclr_hub.evaluate.comparison.tables import comparison_tables
-from slimclr_hub.evaluate.figures import line_style, new_figure, save_figure
-from slimclr_hub.evaluate.results import environment
+from slimclr_hub.evaluate.compare.entries import read_entry
+from slimclr_hub.evaluate.compare.figure import draw_pareto
+from slimclr_hub.evaluate.compare.speed import measure_speed
+from slimclr_hub.evaluate.compare.tables import comparison_tables
+from slimclr_hub.evaluate.result import environment
+from slimclr_hub.runs.figures import line_style, new_figure, save_figure
 
 _BATCH = 32
 _SECONDS = 1.5

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.images import Sources
-from slimclr_hub.evaluate.inference import InferenceConfig, run_images
-from slimclr_hub.evaluate.unreadable import Problem
+from slimclr_hub.inference.images import Sources
+from slimclr_hub.inference.inference import InferenceConfig, run_images
+from slimclr_hub.inference.unreadable import Problem
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.embed import Embeddings
-from slimclr_hub.weights.whole import written_whole
+from slimclr_hub.files import written_whole
+from slimclr_hub.inference.embed import Embeddings
 
 _HEADER_AT_MOST = 90_000_000  # safetensors opens no file with a header of more than 100 MB
 _ROW_GROUP = 4096

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.weights.whole import write_text, written_whole
+from slimclr_hub.files import write_text, written_whole
 
 FOLDER = 'diagnostics'
 _NORMS = 'gradients.jsonl'

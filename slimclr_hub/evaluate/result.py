@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from slimclr_hub.errors import InputError
+from slimclr_hub.files import write_text
 from slimclr_hub.version import __version__
-from slimclr_hub.weights.whole import write_text
 
 RESULT = 'result.json'
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from slimclr_hub.analysis.gradients.norms import last_linear, layer_slices, mean_norms
-from slimclr_hub.analysis.gradients.records import NormRecord, Records
 from slimclr_hub.train.config import PretrainConfig
-from slimclr_hub.train.diagnostics_config import DiagnosticsConfig
+from slimclr_hub.train.diagnostics.config import DiagnosticsConfig
+from slimclr_hub.train.diagnostics.norms import last_linear, layer_slices, mean_norms
+from slimclr_hub.train.diagnostics.records import NormRecord, Records
 
 _CHUNK = 64 * 2**20  # bytes of gradients that wait for the next checkpoint at most
 
@@ -40,7 +40,7 @@ class GradientObserver:
         self._gradients: list[torch.Tensor] = []
 
     def __call__(self, method: nn.Module, step: int, widths: Sequence[float]) -> None:
-        """As `slimclr_hub.train.loop.Observer`."""
+        """As `slimclr_hub.train.trainer.Observer`."""
         config = self._config
         if config.every and step % config.every == 0:
             self._norms.append((step, len(widths), mean_norms(self._layers)))
@@ -53,7 +53,7 @@ class GradientObserver:
             self._records.add_weights(step, trained_tensors(method))
 
     def write(self, everything: bool) -> list[tuple[int, dict[str, float]]]:
-        """As `slimclr_hub.train.loop.Observer`."""
+        """As `slimclr_hub.train.trainer.Observer`."""
         found = []
         if self._norms:
             values = torch.stack([norms for *_, norms in self._norms]).tolist()

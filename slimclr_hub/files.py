@@ -1,5 +1,6 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes, hashes and JSON lines."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -43,6 +44,20 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_hash(path: Path, kind: str = 'sha256') -> str:
+    """Hexadecimal hash of a file's content.
+
+    Args:
+        path: The file.
+        kind: A name that hashlib knows.
+    """
+    found = hashlib.new(kind, usedforsecurity=False)
+    with path.open('rb') as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def _usual_mode(folder: Path) -> int:

@@ -19,9 +19,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.weights.hashing import file_hash
+from slimclr_hub.files import file_hash, sync_folder, write_text
 from slimclr_hub.weights.tensor_file import TensorFile
-from slimclr_hub.weights.whole import sync_folder, write_text
 
 STATE = 'state.json'
 _PARTIAL = '.partial'

@@ -9,8 +9,8 @@ from timm.data import CustomDatasetInfo, DatasetInfo, DatasetInfoLabelMapper, Im
 from torch import nn
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.images import Sources
-from slimclr_hub.evaluate.inference import InferenceConfig, run_images
+from slimclr_hub.inference.images import Sources
+from slimclr_hub.inference.inference import InferenceConfig, run_images
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -1,0 +1,1 @@
+"""Embeddings and predictions: images in, numbers out. Trains nothing."""

@@ -1,0 +1,1 @@
+"""What every long job shares: command line, settings, checkpoints, signals, meter, progress, tables and figures."""
