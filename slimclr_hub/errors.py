@@ -1,8 +1,6 @@
-"""Errors that a user can put right, and the checks that raise them; commands print their message alone."""
+"""Errors that a user can put right; commands print their message alone."""
 
-from collections.abc import Collection, Sequence
-from math import inf
-from typing import Any
+from collections.abc import Sequence
 
 
 class InputError(ValueError):
@@ -38,27 +36,3 @@ def shorten(problems: Sequence[str], most: int = 5) -> str:
     """Some problems, and how many more there are."""
     more = f' and {len(problems) - most} more' if len(problems) > most else ''
     return '; '.join(problems[:most]) + more
-
-
-def one_of(name: str, value: Any, choices: Collection[Any]) -> None:
-    """Raise an InputError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise InputError(f'{name} {value!r} is not one of {", ".join(map(str, choices))}')
-
-
-def at_least(name: str, value: float, least: float) -> None:
-    """Raise an InputError unless `value` is a finite number from `least` on."""
-    if not least <= value < inf:
-        raise InputError(f'{name} is {value}; give {least} or more')
-
-
-def above(name: str, value: float, bound: float) -> None:
-    """Raise an InputError unless `value` is a finite number above `bound`."""
-    if not bound < value < inf:
-        raise InputError(f'{name} is {value}; give more than {bound}')
-
-
-def share(name: str, value: float) -> None:
-    """Raise an InputError unless `value` is in [0, 1)."""
-    if not 0 <= value < 1:
-        raise InputError(f'{name} is {value}; give 0 or more and less than 1')

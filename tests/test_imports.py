@@ -16,8 +16,8 @@ HEAVY = {'transformers', 'datasets', 'matplotlib', 'mmdet', 'accelerate', 'jsona
 
 # design.md, "Rooms": the rooms that each may import from, itself aside. What stands at the top knows no room.
 BELOW: dict[str, set[str]] = {'errors': set(), 'version': set()}
-GROUND = {'errors', 'version', 'files', 'distributed'}
-BELOW |= {'files': {'errors'}, 'distributed': {'errors'}}
+GROUND = {'errors', 'version', 'files', 'distributed', 'settings'}
+BELOW |= {'files': {'errors'}, 'distributed': {'errors'}, 'settings': {'errors'}}
 BELOW |= {'weights': GROUND, 'data': GROUND, 'runs': GROUND | {'weights'}}
 BELOW['models'] = GROUND | {'weights'}
 BELOW['methods'] = BELOW['hub'] = BELOW['models'] | {'models'}

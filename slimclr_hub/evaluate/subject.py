@@ -14,7 +14,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.hub.opening import open_network
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import early
-from slimclr_hub.runs.settings import RECIPE
+from slimclr_hub.settings import RECIPE
 from slimclr_hub.train.parse import load_recipe
 from slimclr_hub.weights.published import PUBLISHED, Published
 

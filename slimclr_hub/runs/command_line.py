@@ -13,6 +13,7 @@ from accelerate import PartialState
 from jsonargparse import ArgumentParser, Namespace
 
 from slimclr_hub.errors import DataError, DivergedError, InputError, PreemptedError
+from slimclr_hub.settings import plain
 
 _DEEPEST = 9  # recipes that derive from each other
 
@@ -68,13 +69,6 @@ def early(argv: Sequence[str], option: str) -> str | None:
 def dump(config: Any) -> str:
     """A configuration as YAML that `--config` reads."""
     return yaml.safe_dump(plain(asdict(config)), sort_keys=False)
-
-
-def plain(value: Any) -> Any:
-    """The value with lists in the place of tuples, as YAML has them."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def run_script(work: Callable[[], None]) -> None:

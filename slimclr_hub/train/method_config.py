@@ -3,8 +3,9 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from slimclr_hub.errors import InputError, above, at_least, one_of, share
+from slimclr_hub.errors import InputError
 from slimclr_hub.methods.losses import DISTILLATIONS
+from slimclr_hub.settings import above, at_least, one_of, share
 
 MOMENTUM_SCHEDULES = ('constant', 'cosine')
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.runs.command_line import early, make_parser, parse
-from slimclr_hub.runs.settings import RECIPE, flatten
+from slimclr_hub.settings import RECIPE, flatten
 from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.method_config import MethodConfig
 

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from slimclr_hub.files import write_text
-from slimclr_hub.runs.settings import flatten
+from slimclr_hub.settings import flatten
 from slimclr_hub.train.config import PretrainConfig
 
 _IDENTITY = 'tracker.json'

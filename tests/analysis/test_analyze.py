@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from slimclr_hub.runs.command_line import dump
-from slimclr_hub.runs.settings import RECIPE
+from slimclr_hub.settings import RECIPE
 from slimclr_hub.train.config import OptimConfig, PretrainConfig
 from slimclr_hub.train.diagnostics.records import NormRecord, Records
 from tests.analysis.runs import ANALYZE, run_script

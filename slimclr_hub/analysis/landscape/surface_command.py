@@ -13,9 +13,10 @@ from slimclr_hub.analysis.landscape.figure import Panel, draw_planes, reach_of
 from slimclr_hub.analysis.landscape.surface import ErrorMeasure, LossMeasure, Measure, grid, measure_surface, point_bar
 from slimclr_hub.analysis.landscape.trajectory import NORMALISATIONS, Path2D, load_trajectory, path_of
 from slimclr_hub.analysis.replay import Replay, recipe_of
-from slimclr_hub.errors import InputError, above, at_least, one_of
+from slimclr_hub.errors import InputError
 from slimclr_hub.files import write_text
 from slimclr_hub.runs.tables import print_table
+from slimclr_hub.settings import above, at_least, one_of
 
 _QUANTITIES = ('full', 'total', 'error')
 

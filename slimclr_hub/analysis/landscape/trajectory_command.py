@@ -8,9 +8,9 @@ from slimclr_hub.analysis.entry import Analysis, folders_of, on_one_process
 from slimclr_hub.analysis.files import check_settings, data_file, labels_of, stem_of
 from slimclr_hub.analysis.landscape.figure import Panel, draw_planes
 from slimclr_hub.analysis.landscape.trajectory import NORMALISATIONS, Path2D, load_trajectory, path_of
-from slimclr_hub.errors import one_of
 from slimclr_hub.files import write_text
 from slimclr_hub.runs.tables import print_table
+from slimclr_hub.settings import one_of
 
 
 @dataclass(frozen=True)

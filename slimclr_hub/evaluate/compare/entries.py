@@ -19,7 +19,7 @@ from slimclr_hub.evaluate.result import RESULT, load_result
 from slimclr_hub.evaluate.subject import default_output, open_subject
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cost import WidthFacts, width_facts
-from slimclr_hub.runs.settings import RECIPE
+from slimclr_hub.settings import RECIPE
 from slimclr_hub.train.parse import load_recipe
 from slimclr_hub.weights.published import PUBLISHED, Published
 

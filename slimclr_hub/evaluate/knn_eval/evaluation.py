@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.sources import HOW_NOT_WHICH
-from slimclr_hub.errors import InputError, above, at_least, one_of
+from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.knn import vote
 from slimclr_hub.evaluate.knn_eval.report import Accuracy, best_of, draw_accuracies, print_accuracies, write_accuracies
 from slimclr_hub.evaluate.knn_eval.shares import neighbours_in_all, share_features, share_loader
@@ -27,9 +27,9 @@ from slimclr_hub.evaluate.subject import (
 )
 from slimclr_hub.models.calibrate import is_calibrated
 from slimclr_hub.models.widths import check_width, check_widths
-from slimclr_hub.runs.command_line import make_parser, parse, plain, run_script
+from slimclr_hub.runs.command_line import make_parser, parse, run_script
 from slimclr_hub.runs.progress import progress_bar
-from slimclr_hub.runs.settings import PRECISIONS
+from slimclr_hub.settings import PRECISIONS, above, at_least, one_of, plain
 
 _TOP = 5
 _NO_EFFECT = ('output', 'chunk')

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from slimclr_hub.data import DataConfig, ViewConfig
-from slimclr_hub.errors import InputError, above, at_least, one_of, share
+from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.subject import data_defaults
 from slimclr_hub.runs.command_line import make_parser, parse
-from slimclr_hub.runs.settings import PRECISIONS
+from slimclr_hub.settings import PRECISIONS, above, at_least, one_of, share
 
 BATCH_SIZE = 256
 HEADS = ('switchable', 'slimmable')

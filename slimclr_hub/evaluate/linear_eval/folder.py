@@ -24,7 +24,7 @@ from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig
 from slimclr_hub.evaluate.result import RESULT
 from slimclr_hub.evaluate.subject import default_output
 from slimclr_hub.files import write_text
-from slimclr_hub.runs.command_line import plain
+from slimclr_hub.settings import plain
 
 SETTINGS = 'settings.json'
 # What may differ between two calls that belong to one result.

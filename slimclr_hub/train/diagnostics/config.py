@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from slimclr_hub.errors import InputError, at_least
+from slimclr_hub.errors import InputError
 from slimclr_hub.models.widths import check_widths
+from slimclr_hub.settings import at_least
 
 
 @dataclass(frozen=True)
