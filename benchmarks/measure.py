@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from slimclr_hub.evaluate.result import environment, processor
+from slimclr_hub.runs.result import environment, processor
 
 Row = dict[str, str | float | None]
 """A line of a table: column -> text, number, or nothing."""

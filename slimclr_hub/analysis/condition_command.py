@@ -16,11 +16,11 @@ from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import HOW_NOT_WHICH
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import extract_features
-from slimclr_hub.evaluate.result import environment
 from slimclr_hub.evaluate.subject import data_defaults, default_output, open_subject
 from slimclr_hub.files import write_text
 from slimclr_hub.runs.figures import line_style, new_figure, save_figure
 from slimclr_hub.runs.progress import progress_bar
+from slimclr_hub.runs.result import environment
 from slimclr_hub.runs.tables import print_table
 from slimclr_hub.settings import at_least, one_of
 

@@ -1,18 +1,13 @@
 """What an evaluation leaves on disk, for tables and comparisons: accuracies by width, and how they were measured."""
 
 import json
-import os
-import platform
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import write_text
-from slimclr_hub.version import __version__
 
 RESULT = 'result.json'
 
@@ -64,27 +59,3 @@ def load_result(file: Path) -> EvalResult:
 def results_in(folder: Path) -> list[EvalResult]:
     """All results of evaluations that lie in the folder of a network, in the order of their paths."""
     return [load_result(file) for file in sorted(folder.glob(f'*/{RESULT}'))]
-
-
-def environment() -> dict[str, str]:
-    """Command, hardware, versions and time, to be kept with a figure."""
-    import timm
-    import torch
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} x {processor()}'
-    return {
-        'command': ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        'hardware': device,
-        'versions': f'slimclr_hub {__version__}, torch {torch.__version__}, timm {timm.__version__}, '
-        f'Python {platform.python_version()}',
-        'time': datetime.now(timezone.utc).isoformat(timespec='microseconds'),
-    }
-
-
-def processor() -> str:
-    """Name of the CPU."""
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(':')[2].strip() for line in lines if line.startswith('model name')), platform.machine())

@@ -10,8 +10,8 @@ from slimclr_hub.evaluate.compare.entries import read_entry
 from slimclr_hub.evaluate.compare.figure import draw_pareto
 from slimclr_hub.evaluate.compare.speed import measure_speed
 from slimclr_hub.evaluate.compare.tables import comparison_tables
-from slimclr_hub.evaluate.result import environment
 from slimclr_hub.runs.figures import line_style, new_figure, save_figure
+from slimclr_hub.runs.result import environment
 
 _BATCH = 32
 _SECONDS = 1.5

@@ -16,9 +16,9 @@ from slimclr_hub.analysis.files import check_settings
 from slimclr_hub.analysis.gradients.data import RunGradients, gradients_of
 from slimclr_hub.analysis.gradients.figures import draw_divergence, draw_imbalance
 from slimclr_hub.analysis.gradients.summary import components, phases
-from slimclr_hub.evaluate.result import environment
 from slimclr_hub.files import write_text
 from slimclr_hub.models.widths import check_widths
+from slimclr_hub.runs.result import environment
 from slimclr_hub.runs.tables import print_table
 from slimclr_hub.settings import at_least
 

@@ -9,8 +9,8 @@ from slimclr_hub.evaluate.compare.entries import read_entries
 from slimclr_hub.evaluate.compare.figure import draw_pareto, figure_path
 from slimclr_hub.evaluate.compare.speed import measure_speed
 from slimclr_hub.evaluate.compare.tables import comparison_tables, reported_tables
-from slimclr_hub.evaluate.result import environment
 from slimclr_hub.files import write_text
+from slimclr_hub.runs.result import environment
 
 _STANDARD_OUTPUT = Path('-')
 

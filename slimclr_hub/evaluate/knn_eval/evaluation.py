@@ -16,7 +16,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.knn import vote
 from slimclr_hub.evaluate.knn_eval.report import Accuracy, best_of, draw_accuracies, print_accuracies, write_accuracies
 from slimclr_hub.evaluate.knn_eval.shares import neighbours_in_all, share_features, share_loader
-from slimclr_hub.evaluate.result import RESULT, EvalResult, environment, load_result
+from slimclr_hub.evaluate.result import RESULT, EvalResult, load_result
 from slimclr_hub.evaluate.subject import (
     Subject,
     check_channels,
@@ -29,6 +29,7 @@ from slimclr_hub.models.calibrate import is_calibrated
 from slimclr_hub.models.widths import check_width, check_widths
 from slimclr_hub.runs.command_line import make_parser, parse, run_script
 from slimclr_hub.runs.progress import progress_bar
+from slimclr_hub.runs.result import environment
 from slimclr_hub.settings import PRECISIONS, above, at_least, one_of, plain
 
 _TOP = 5

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from slimclr_hub.evaluate.compare.reported import REPORTED_SLIMMABLE_PROBE
 from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig
 from slimclr_hub.evaluate.linear_eval.training import Record
-from slimclr_hub.evaluate.result import EvalResult, environment
+from slimclr_hub.evaluate.result import EvalResult
 from slimclr_hub.runs.figures import line_style, new_figure, save_figure
+from slimclr_hub.runs.result import environment
 from slimclr_hub.runs.tables import print_table
 from slimclr_hub.settings import plain
 from slimclr_hub.weights.published import Published, Reported

@@ -1,0 +1,293 @@
+"""Accuracies of a network and the protocols they were measured by, as training and evaluations write them.
+
+`result.json` holds a list of results. An evaluation that tried several values of a parameter lists the best one first.
+"""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from math import sqrt
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal
+
+import yaml
+
+from slimclr_hub.errors import InputError
+from slimclr_hub.files import write_text
+from slimclr_hub.settings import RECIPE
+from slimclr_hub.version import __version__
+
+RESULT = 'result.json'
+METRICS = 'metrics.jsonl'
+IMAGENET = 'ImageNet'
+Kind = Literal['knn', 'linear', 'logistic', 'classifier']
+
+_IMAGENET_NAMES = ('imagenet', 'imagenet-1k', 'imagenet1k', 'ilsvrc2012')
+_WORDS = {
+    'knn': 'k-NN',
+    'linear': 'linear evaluation',
+    'logistic': 'logistic regression',
+    'classifier': "the network's own classifier",
+}
+_WHILE_TRAINING: dict[str, Kind] = {'knn': 'knn', 'linear': 'logistic', 'top1': 'classifier'}
+_OLD_GRID = 'accuracies.json'  # k-NN at every k and tau, beside a result.json of version 0.1.0 before its release
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How an accuracy was measured; two accuracies compare if and only if their protocols are equal.
+
+    Args:
+        kind: `knn`, weighted k-NN; `linear`, a linear layer trained by SGD (paper, section 4.1); `logistic`, logistic
+            regression on features of centre crops; `classifier`, the classifier that the network has.
+        data: Name of the data set.
+        train_images: Largest number of training images used; all where None.
+        k: Neighbours of k-NN.
+        temperature: tau of k-NN; None for votes without weights.
+        head: `switchable` or `slimmable`.
+        features: `cached`, of centre crops, or `augmented`.
+        distillation: True if narrower widths also learned from the widest one's outputs.
+        standardised: True if cached features were standardised.
+        epochs: Epochs of the classifier.
+        while_training: True if measured in the course of pre-training.
+        source: Publication that reports the accuracy; None if it was measured here.
+    """
+
+    kind: Kind
+    data: str | None = None
+    train_images: int | None = None
+    k: int | None = None
+    temperature: float | None = None
+    head: str | None = None
+    features: Literal['cached', 'augmented'] | None = None
+    distillation: bool | None = None
+    standardised: bool | None = None
+    epochs: int | None = None
+    while_training: bool = False
+    source: str | None = None
+
+    def __str__(self) -> str:
+        words = [_WORDS[self.kind], *filter(None, (self.head, self.features))]
+        if self.kind == 'knn':
+            words += [] if self.k is None else [f'k={self.k}']
+            words.append('unweighted' if self.temperature is None else f'tau={self.temperature:g}')
+        words += ['without distillation'] if self.distillation is False else []
+        words += [] if self.train_images is None else [f'at most {self.train_images} training images']
+        words += ['not standardised'] if self.standardised is False and self.features == 'cached' else []
+        words += [] if self.epochs is None else [f'{self.epochs} epoch{"" if self.epochs == 1 else "s"}']
+        words += ['while training'] if self.while_training else []
+        words += [] if self.source is None else [f'as reported by {self.source}']
+        return ', '.join(words)
+
+    @property
+    def label(self) -> str:
+        """Head of a column in one or two words."""
+        label = {'knn': 'k-NN', 'linear': 'linear', 'logistic': 'linear', 'classifier': 'top-1'}[self.kind]
+        if self.source is not None:
+            return f'{label}, reported'
+        return label if self.while_training else f'{label} eval'
+
+
+@dataclass(frozen=True)
+class Result:
+    """Accuracies of one network by one protocol.
+
+    Args:
+        network: Name or folder of the network.
+        protocol: How they were measured.
+        top1: Width -> top-1 accuracy in percent, in descending order of width.
+        top5: Width -> top-5 accuracy in percent, where measured.
+        start: Width -> top-1 accuracy in percent before training, where measured.
+        images: Number of test images, where known.
+        settings: The configuration.
+        environment: Command, hardware, versions and time, as `environment` gives them.
+    """
+
+    network: str
+    protocol: Protocol
+    top1: Mapping[float, float]
+    top5: Mapping[float, float] = field(default_factory=dict)
+    start: Mapping[float, float] = field(default_factory=dict)
+    images: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        """Mean top-1 accuracy over the widths."""
+        return mean(self.top1.values())
+
+    def standard_error(self, width: float) -> float | None:
+        """Binomial standard error of a width's top-1 accuracy in points; None if the number of images is unknown."""
+        if not self.images:
+            return None
+        return 100 * sqrt(self.top1[width] / 100 * (1 - self.top1[width] / 100) / self.images)
+
+
+def save(results: Sequence[Result], folder: Path) -> Path:
+    """Write `result.json` into a folder, which is made if it does not exist, and return the file's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / RESULT, json.dumps([asdict(result) for result in results], indent=2) + '\n')
+    return folder / RESULT
+
+
+def load(file: Path) -> list[Result]:
+    """Read a `result.json`, also one of before results had a typed protocol.
+
+    Raises:
+        InputError: The file is not a `result.json`.
+    """
+    try:
+        content = json.loads(file.read_text())
+        if isinstance(content, dict):
+            return _old_results(content, file.parent / _OLD_GRID)
+        return [
+            Result(**{**each, 'protocol': Protocol(**each['protocol']), **_by_width(each, 'top1', 'top5', 'start')})
+            for each in content
+        ]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f'{file} is not the result of an evaluation ({error!r})') from error
+
+
+def results_in(folder: Path) -> dict[Path, list[Result]]:
+    """All results in the folder of a network: file -> its results, those of the network's own training first.
+
+    Those of an unfinished run, or of one of before training wrote a `result.json`, come from its `metrics.jsonl`.
+    """
+    found = {}
+    if (folder / RESULT).is_file():
+        found[folder / RESULT] = load(folder / RESULT)
+    elif (folder / RECIPE).is_file() and (folder / METRICS).is_file():
+        recipe = yaml.safe_load((folder / RECIPE).read_text())
+        found[folder / METRICS] = training_results(_read_lines(folder / METRICS), recipe, str(folder))
+    return {**found, **{file: load(file) for file in sorted(folder.glob(f'*/{RESULT}'))}}
+
+
+def training_results(
+    metrics: Iterable[Mapping[str, Any]],
+    recipe: Mapping[str, Any],
+    network: str,
+    k: int | None = None,
+    images: int | None = None,
+) -> list[Result]:
+    """The last accuracies that a pre-training run measured, with the first ones as `start`.
+
+    Args:
+        metrics: Lines of `metrics.jsonl`.
+        recipe: The run's configuration, as `recipe.yaml` holds it.
+        network: Folder of the run.
+        k: Neighbours of k-NN where the recipe leaves them open.
+        images: Number of test images.
+    """
+    knn = recipe.get('knn') or {}
+    measured: dict[str, list[dict[float, float]]] = {name: [] for name in _WHILE_TRAINING}
+    for record in metrics:
+        for name, accuracies in measured.items() if record.get('kind') == 'eval' else ():
+            values = {key.partition('/')[2]: value for key, value in record.items() if key.startswith(f'{name}/')}
+            if values:
+                accuracies.append({float(width): value for width, value in values.items()})
+    results = []
+    for name, accuracies in measured.items():
+        if not accuracies:
+            continue
+        kind = _WHILE_TRAINING[name]
+        protocol = Protocol(
+            kind,
+            data_name(recipe.get('data') or {}),
+            train_images=None if kind == 'classifier' else knn.get('bank'),
+            k=(knn.get('k') or k) if kind == 'knn' else None,
+            temperature=knn.get('temperature') if kind == 'knn' else None,
+            while_training=True,
+        )
+        start = accuracies[0] if len(accuracies) > 1 else {}
+        results.append(Result(network, protocol, accuracies[-1], start=start, images=images, settings=dict(recipe)))
+    return results
+
+
+def data_name(data: Mapping[str, Any]) -> str:
+    """Name of a data set in tables.
+
+    Args:
+        data: The `data` section of a configuration.
+    """
+    name, root = str(data.get('name', 'unknown data')), data.get('root')
+    if name in ('folder', 'wds/') and root:
+        name = Path(root).resolve().name
+    return IMAGENET if name.rpartition('/')[2].lower() in _IMAGENET_NAMES else name
+
+
+def environment() -> dict[str, str]:
+    """Command, hardware, versions and time, to be kept with a measurement."""
+    import timm
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} x {processor()}'
+    return {
+        'command': ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        'hardware': device,
+        'versions': f'slimclr_hub {__version__}, torch {torch.__version__}, timm {timm.__version__}, '
+        f'Python {platform.python_version()}',
+        'time': datetime.now(timezone.utc).isoformat(timespec='microseconds'),
+    }
+
+
+def processor() -> str:
+    """Name of the CPU."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(':')[2].strip() for line in lines if line.startswith('model name')), platform.machine())
+
+
+def _old_results(content: dict[str, Any], grid: Path) -> list[Result]:
+    """Results of a `result.json` whose protocol was a sentence: typed ones, made from the settings."""
+    settings = content['settings']
+    data = data_name(settings.get('data') or {})
+    records = [content]
+    if content['kind'] == 'linear':
+        probe, features = (settings.get(section) or {} for section in ('probe', 'features'))
+        mode, standardise = features.get('mode'), features.get('standardise')
+        protocol = Protocol(
+            'linear',
+            data,
+            features.get('train_images'),
+            head=probe.get('head'),
+            features=mode,
+            distillation=probe.get('distillation'),
+            standardised=mode == 'cached' if standardise is None else standardise,
+            epochs=(settings.get('optim') or {}).get('epochs'),
+        )
+        protocols = [protocol]
+    elif grid.is_file():
+        records = sorted(json.loads(grid.read_text()), key=lambda each: -mean(each['top1'].values()))
+        protocols = [Protocol('knn', data, each['bank'], each['k'], each['temperature']) for each in records]
+    else:
+        only = {key: settings[key][0] for key in ('k', 'temperature') if len(settings.get(key) or ()) == 1}
+        protocols = [Protocol('knn', data, settings.get('bank'), **only)]
+    found = []
+    for protocol, record in zip(protocols, records, strict=True):
+        top1, top5 = _by_width(record, 'top1', 'top5').values()
+        images = settings.get('validation_images')
+        found.append(Result(content['network'], protocol, top1, top5, {}, images, settings, content['environment']))
+    return found
+
+
+def _by_width(record: Mapping[str, Any], *names: str) -> dict[str, dict[float, float]]:
+    # JSON has no numbers as keys.
+    return {name: {float(width): value for width, value in record[name].items()} for name in names}
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    records = []
+    for line in file.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:  # the line that a kill cut off
+            continue
+    return records
