@@ -15,7 +15,6 @@ from slimclr_hub.hub.opening import open_network
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import early
 from slimclr_hub.settings import RECIPE
-from slimclr_hub.train.parse import load_recipe
 from slimclr_hub.weights.published import PUBLISHED, Published
 
 _OF_TRAINING = ('batch_size', 'num_samples', 'max_corrupt', 'shuffle_buffer')  # nothing to evaluation
@@ -110,8 +109,21 @@ def data_defaults(argv: Sequence[str]) -> dict[str, Any]:
     """
     network = early(argv, '--network') or _in_recipe(early(argv, '--config'))
     recipe = Path(network.removeprefix('local-dir:')) / RECIPE if network else None
-    data = load_recipe(recipe).data if recipe is not None and recipe.is_file() else _IMAGENET
+    data = _recorded_data(recipe) if recipe is not None and recipe.is_file() else _IMAGENET
     return {f'data.{key}': value for key, value in asdict(data).items() if key not in _OF_TRAINING}
+
+
+def _recorded_data(recipe: Path) -> DataConfig:
+    try:
+        section = yaml.safe_load(recipe.read_text())['data']
+        known: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in section.items()
+            if key in DataConfig.__dataclass_fields__
+        }
+        return DataConfig(**known)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise InputError(f'{recipe} does not say which images the run was trained on ({error!r})') from error
 
 
 def _in_recipe(config: str | None) -> str | None:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from slimclr_hub.cli import app
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.compare.compare import compare_networks
-from slimclr_hub.evaluate.compare.entries import IMAGENET, Entry, Measure, data_name, read_entries, read_entry
+from slimclr_hub.evaluate.compare.entries import Entry, Measure, read_entries, read_entry
 from slimclr_hub.evaluate.compare.figure import draw_pareto, pareto_figure
 from slimclr_hub.evaluate.compare.reported import REPORTED, REPORTED_DETECTION
 from slimclr_hub.evaluate.compare.speed import measure_speed
@@ -29,6 +29,7 @@ from slimclr_hub.evaluate.result import EvalResult
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cost import cost, human
+from slimclr_hub.runs.result import IMAGENET
 from slimclr_hub.train.report import compare_with_itself
 from slimclr_hub.weights.published import PUBLISHED, WIDTHS
 
@@ -51,7 +52,7 @@ def save_run(folder: Path, widths: tuple[float, ...], accuracies: list[float], n
     recipe = {
         'model': {'name': 'slimclr_resnet20', 'widths': list(widths)},
         'data': {'name': name, 'root': '/data/fashion', 'size': 12},
-        'knn': {'k': 20, 'every': 1},
+        'knn': {'k': 20, 'every': 1, 'temperature': 0.1},
     }
     (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
     records = [
@@ -137,20 +138,6 @@ def test_results_of_evaluations(place):
 def test_cost_is_that_of_the_network(place):
     entry = read_entry(str(place / 'slim'), 'slim')
     assert [(of.parameters, of.multiply_adds) for of in entry.facts] == [cost(entry.model, w, 12) for w in (1.0, 0.5)]
-
-
-@pytest.mark.parametrize(
-    ('data', 'name'),
-    [
-        ({'name': 'folder', 'root': '/data/photos/'}, 'photos'),
-        ({'name': 'folder', 'root': '/data/imagenet'}, 'ImageNet'),
-        ({'name': 'hfds/ILSVRC/imagenet-1k', 'root': None}, 'ImageNet'),
-        ({'name': 'folder', 'root': '/data/imagenet100'}, 'imagenet100'),
-        ({'name': 'torch/cifar10', 'root': '/data'}, 'torch/cifar10'),
-    ],
-)
-def test_name_of_a_data_set(data, name):
-    assert data_name(data) == name
 
 
 def test_one_k_for_all_that_have_it(tmp_path):

@@ -105,7 +105,9 @@ def test_k_that_a_recipe_leaves_open_is_told():
     ('data', 'name'),
     [
         ({'name': 'folder', 'root': '/data/imagenet'}, 'ImageNet'),
-        ({'name': 'folder', 'root': '/data/birds'}, 'birds'),
+        ({'name': 'folder', 'root': '/data/birds/'}, 'birds'),
+        ({'name': 'folder', 'root': '/data/imagenet100'}, 'imagenet100'),
+        ({'name': 'torch/cifar10', 'root': '/data'}, 'torch/cifar10'),
         ({'name': 'hfds/ILSVRC/imagenet-1k', 'root': None}, 'ImageNet'),
         ({'name': 'fashion-mnist-6k'}, 'fashion-mnist-6k'),
     ],

@@ -1,17 +1,14 @@
 """What is known of a network for a comparison: its cost, and every accuracy that lies in its folder."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import timm
 from timm.models import parse_model_name
 
-from slimclr_hub.data import DataConfig
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.compare.reported import TABLE_1
 from slimclr_hub.evaluate.knn_eval.report import ACCURACIES, read_accuracies
@@ -19,13 +16,10 @@ from slimclr_hub.evaluate.result import RESULT, load_result
 from slimclr_hub.evaluate.subject import default_output, open_subject
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cost import WidthFacts, width_facts
+from slimclr_hub.runs.result import IMAGENET, METRICS, data_name, results_in
 from slimclr_hub.settings import RECIPE
-from slimclr_hub.train.parse import load_recipe
 from slimclr_hub.weights.published import PUBLISHED, Published
 
-IMAGENET = 'ImageNet'
-_NAMES_OF_IMAGENET = ('imagenet', 'imagenet-1k', 'imagenet1k', 'ilsvrc2012')
-_METRICS = 'metrics.jsonl'
 _EVALUATIONS = {'linear': 'linear eval', 'knn': 'k-NN eval'}
 
 
@@ -124,7 +118,7 @@ def read_entry(network: str, name: str) -> Entry:
     model = open_subject(network).model if published is None else timm.create_model(published.name).eval()
     assert isinstance(model, SlimmableResNet)
     measures = [] if published is None else [_reported(published)]
-    measures += _while_training(folder, model.widths) if (folder / RECIPE).is_file() else []
+    measures += _while_training(folder) if (folder / RECIPE).is_file() else []
     measures += [_evaluated(file) for file in sorted(default_output(network, '-').parent.glob(f'*/{RESULT}'))]
     measures = _newest(measures)
     size = model.pretrained_cfg['input_size'][-1]
@@ -205,49 +199,9 @@ def _alike(entries: Sequence[Entry]) -> list[Entry]:
     return [replace(entry, measures=_newest([choose(measure) for measure in entry.measures])) for entry in entries]
 
 
-def _while_training(folder: Path, widths: Sequence[float]) -> list[Measure]:
+def _while_training(folder: Path) -> list[Measure]:
     """The last accuracies in metrics.jsonl, and the first beside them."""
-    config = load_recipe(folder / RECIPE)
-    images = f'{_images(config.knn.bank)}, while training'
-    protocols = {
-        'knn': ('k-NN', f'k-NN, k={config.knn.k}, tau={config.knn.temperature:g}, {images}'),
-        'linear': ('linear', f'logistic regression, {images}'),
-        'top1': ('top-1', "the network's own classifier, while training"),
-    }
-    records = _evaluations(folder / _METRICS)
-    measures = []
-    for kind, (label, protocol) in protocols.items():
-        found = [
-            {width: record[f'{kind}/{width:g}'] for width in widths if f'{kind}/{width:g}' in record}
-            for record in records
-        ]
-        found = [accuracies for accuracies in found if accuracies]
-        if found:
-            start = found[0] if len(found) > 1 else {}
-            measures.append(Measure(label, protocol, data_name(vars(config.data)), found[-1], start=start))
-    return measures
-
-
-def _images(bank: int | None) -> str:
-    return 'all training images' if bank is None else f'at most {bank} training images'
-
-
-def _evaluations(file: Path) -> list[dict[str, Any]]:
-    records = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the line that a kill cut off
-            continue
-        if record.get('kind') == 'eval':
-            records.append(record)
-    return records
-
-
-def data_name(data: Mapping[str, Any] | DataConfig) -> str:
-    """Name of a data set in a table, from the configuration of images."""
-    values = vars(data) if isinstance(data, DataConfig) else data
-    name, root = str(values.get('name')), values.get('root')
-    if name in ('folder', 'wds/') and root:
-        name = Path(root).resolve().name
-    return IMAGENET if name.rpartition('/')[2].lower() in _NAMES_OF_IMAGENET else name
+    return [
+        Measure(of.protocol.label, str(of.protocol), str(of.protocol.data), of.top1, of.top5, of.start)
+        for of in results_in(folder).get(folder / METRICS, ())
+    ]

@@ -6,9 +6,10 @@ from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.compare.entries import IMAGENET, Entry, Measure
+from slimclr_hub.evaluate.compare.entries import Entry, Measure
 from slimclr_hub.evaluate.compare.reported import REPORTED, TABLE_1
 from slimclr_hub.runs.figures import line_style, marker, new_figure, save_figure
+from slimclr_hub.runs.result import IMAGENET
 from slimclr_hub.weights.published import PUBLISHED
 
 if TYPE_CHECKING:
