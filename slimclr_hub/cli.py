@@ -77,8 +77,7 @@ def main() -> None:
 @app.command('list')
 def list_networks() -> None:
     """List the published networks: what each width costs, and what the paper reports of it."""
-    from slimclr_hub.hub.published_card import published_facts
-    from slimclr_hub.weights.published import ARCHITECTURE, PUBLISHED
+    from slimclr_hub.weights.published import ARCHITECTURE, PUBLISHED, published_facts
 
     table = _table(['tag', 'width', 'params', 'mult-adds', 'top-1', 'box AP', 'mask AP'], f'{ARCHITECTURE}.TAG')
     for published in PUBLISHED.values():
@@ -101,7 +100,8 @@ def list_networks() -> None:
 def info(network: Network) -> None:
     """Tell what a network is: widths, cost, head, preprocessing, and where its weights come from."""
     from slimclr_hub.hub.opening import open_network
-    from slimclr_hub.models.cost import human, width_facts
+    from slimclr_hub.models.cost import width_facts
+    from slimclr_hub.text import human
 
     model = open_network(network)
     cfg = model.pretrained_cfg
@@ -218,8 +218,8 @@ def export(
     from slimclr_hub.hub.conversion import check_file
     from slimclr_hub.hub.export import export_onnx, export_pt2
     from slimclr_hub.hub.opening import open_network
-    from slimclr_hub.models.cost import human
     from slimclr_hub.models.widths import check_width, width_key
+    from slimclr_hub.text import human
 
     model = open_network(network)
     pixels = model.pretrained_cfg['input_size'][-1] if size is None else size
@@ -343,7 +343,7 @@ def push(
     """Publish a folder on the Hub: weights, configuration and card, after checking that they fit."""
     from slimclr_hub.hub.push import plan_push
     from slimclr_hub.hub.push import push as run
-    from slimclr_hub.models.cost import human
+    from slimclr_hub.text import human
 
     plan = plan_push(folder, repo)
     _say(f'{folder} -> {repo}')

@@ -1,15 +1,8 @@
 """Model cards of the published networks, all from one template and the facts of `weights.published`."""
 
 from collections.abc import Mapping
-from functools import cache
 
-import timm
-
-from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.models.cost import WidthFacts, width_facts
-from slimclr_hub.weights.published import ARCHITECTURE, AUTHORS_REPOSITORY, PUBLISHED, Published
-
-_SIZE = 224
+from slimclr_hub.weights.published import ARCHITECTURE, AUTHORS_REPOSITORY, PUBLISHED, Published, published_facts
 
 _TEMPLATE = """\
 ---
@@ -163,14 +156,6 @@ def _rows(published: Published) -> list[str]:
         cells += [f'{ap}' for ap in (reported.box_ap, reported.mask_ap) if ap is not None]
         rows.append(f'| {" | ".join(cells)} |')
     return rows
-
-
-@cache
-def published_facts(num_classes: int) -> list[WidthFacts]:
-    """What each width of a published network costs, without a head (0) or with the probe."""
-    model = timm.create_model(ARCHITECTURE, num_classes=num_classes, device='meta')
-    assert isinstance(model, SlimmableResNet)
-    return width_facts(model, _SIZE)
 
 
 def all_cards() -> dict[str, str]:

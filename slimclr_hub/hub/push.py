@@ -10,7 +10,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.hub.opening import open_any
-from slimclr_hub.weights.network import first_line, is_transport_error, with_retries
+from slimclr_hub.text import first_line
+from slimclr_hub.weights.network import is_transport_error, with_retries
 
 _NEEDED = ('config.json', 'model.safetensors', 'README.md')
 # What else a run leaves at the top of its folder and a reader of the card may want. Checkpoints stay at home.

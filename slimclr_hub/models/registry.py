@@ -11,12 +11,25 @@ from slimclr_hub.models.factory import build
 from slimclr_hub.models.lazy import LazySlimmableResNet
 from slimclr_hub.models.slimmable_resnet import BasicBlock, Bottleneck, SlimmableFeatureGetter, SlimmableResNet
 from slimclr_hub.models.widths import DEFAULT_WIDTHS, width_key
+from slimclr_hub.weights.layouts import ARCHITECTURES
 from slimclr_hub.weights.published import AUTHORS_REPOSITORY, LICENSE_NOTE, PAPER, PAPER_ID, PUBLISHED, hub_name
 
 __all__: list[str] = []
 
-_RESNET50 = {'layers': (3, 4, 6, 3)}
-_SMALL = {'layers': (3, 3, 3), 'small_stem': True}
+
+def slimmable_models() -> list[str]:
+    """Names of the slimmable networks in timm's registry, without tags."""
+    return list(ARCHITECTURES.values())
+
+
+def _arch(variant: str) -> dict[str, Any]:
+    expansion, layers, stem = next(key for key, name in ARCHITECTURES.items() if name == variant)
+    return {
+        'block': Bottleneck if expansion > 1 else BasicBlock,
+        'layers': layers,
+        'channels': tuple(stem * 2**stage for stage in range(len(layers))),
+        'small_stem': len(layers) == 3,
+    }
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -76,13 +89,12 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _slimmable(
-    variant: str, pretrained: bool, arch: dict[str, Any], lazy: bool = False, **kwargs: Any
-) -> SlimmableResNet:
+def _slimmable(variant: str, pretrained: bool, lazy: bool = False, **kwargs: Any) -> SlimmableResNet:
     if lazy and not pretrained:
         raise InputError('lazy=True reads widths from the weights when they are asked for; it needs pretrained=True')
     if lazy and not kwargs.get('overlap', True):
         raise InputError('lazy=True is for widths that overlap; with overlap=False leave lazy out')
+    arch = _arch(variant)
     levels = tuple(range(len(arch['layers']) + 1))
     return build(
         LazySlimmableResNet if lazy else SlimmableResNet,
@@ -93,61 +105,60 @@ def _slimmable(
     )
 
 
-def _dense(variant: str, pretrained: bool, arch: dict[str, Any], **kwargs: Any) -> DenseResNet:
+def _dense(variant: str, pretrained: bool, **kwargs: Any) -> DenseResNet:
+    arch = _arch('slimclr_resnet50')
     return build(
         DenseResNet,
         variant,
         pretrained,
         feature_cfg={'feature_cls': 'getter'},
-        **{'block': Bottleneck.dense, **arch, **kwargs},
+        **{**arch, 'block': arch['block'].dense, **kwargs},
     )
 
 
 @register_model
 def slimclr_resnet50(pretrained: bool = False, **kwargs: Any) -> SlimmableResNet:
     """Slimmable ResNet-50."""
-    return _slimmable('slimclr_resnet50', pretrained, {'block': Bottleneck, **_RESNET50}, **kwargs)
+    return _slimmable('slimclr_resnet50', pretrained, **kwargs)
 
 
 @register_model
 def slimclr_resnet101(pretrained: bool = False, **kwargs: Any) -> SlimmableResNet:
     """Slimmable ResNet-101."""
-    return _slimmable('slimclr_resnet101', pretrained, {'block': Bottleneck, 'layers': (3, 4, 23, 3)}, **kwargs)
+    return _slimmable('slimclr_resnet101', pretrained, **kwargs)
 
 
 @register_model
 def slimclr_resnet152(pretrained: bool = False, **kwargs: Any) -> SlimmableResNet:
     """Slimmable ResNet-152."""
-    return _slimmable('slimclr_resnet152', pretrained, {'block': Bottleneck, 'layers': (3, 8, 36, 3)}, **kwargs)
+    return _slimmable('slimclr_resnet152', pretrained, **kwargs)
 
 
 @register_model
 def slimclr_resnet20(pretrained: bool = False, **kwargs: Any) -> SlimmableResNet:
     """Slimmable ResNet-20 for images of 32x32: three stages of 16, 32 and 64 channels."""
-    arch = {'block': BasicBlock, 'channels': (16, 32, 64), **_SMALL}
-    return _slimmable('slimclr_resnet20', pretrained, arch, **kwargs)
+    return _slimmable('slimclr_resnet20', pretrained, **kwargs)
 
 
 @register_model
 def slimclr_resnet20x4(pretrained: bool = False, **kwargs: Any) -> SlimmableResNet:
     """Slimmable ResNet-20 with four times the channels, the small-scale network of the paper (section 4.4)."""
-    arch = {'block': BasicBlock, 'channels': (64, 128, 256), **_SMALL}
-    return _slimmable('slimclr_resnet20x4', pretrained, arch, **kwargs)
+    return _slimmable('slimclr_resnet20x4', pretrained, **kwargs)
 
 
 @register_model
 def slimclr_resnet50_075(pretrained: bool = False, **kwargs: Any) -> DenseResNet:
     """Dense ResNet-50 at width 0.75."""
-    return _dense('slimclr_resnet50_075', pretrained, _RESNET50, width=0.75, **kwargs)
+    return _dense('slimclr_resnet50_075', pretrained, width=0.75, **kwargs)
 
 
 @register_model
 def slimclr_resnet50_050(pretrained: bool = False, **kwargs: Any) -> DenseResNet:
     """Dense ResNet-50 at width 0.5."""
-    return _dense('slimclr_resnet50_050', pretrained, _RESNET50, width=0.5, **kwargs)
+    return _dense('slimclr_resnet50_050', pretrained, width=0.5, **kwargs)
 
 
 @register_model
 def slimclr_resnet50_025(pretrained: bool = False, **kwargs: Any) -> DenseResNet:
     """Dense ResNet-50 at width 0.25."""
-    return _dense('slimclr_resnet50_025', pretrained, _RESNET50, width=0.25, **kwargs)
+    return _dense('slimclr_resnet50_025', pretrained, width=0.25, **kwargs)

@@ -11,6 +11,7 @@ from torch import nn
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods import METHODS
 from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.registry import slimmable_models
 from slimclr_hub.train.config import ModelConfig, OptimConfig, PretrainConfig
 from slimclr_hub.train.schedule import Schedule
 
@@ -23,9 +24,9 @@ def make_backbone(config: ModelConfig, in_chans: int, num_classes: int = 0) -> S
     """
     name = config.name
     if not timm.is_model(name.partition('.')[0]):
-        raise InputError(f'model.name {name!r} is not known; slimmable: {", ".join(_slimmable())}')
-    if name.partition('.')[0] not in _slimmable():
-        raise InputError(f'model.name {name!r} is not slimmable; these are: {", ".join(_slimmable())}')
+        raise InputError(f'model.name {name!r} is not known; slimmable: {", ".join(slimmable_models())}')
+    if name.partition('.')[0] not in slimmable_models():
+        raise InputError(f'model.name {name!r} is not slimmable; these are: {", ".join(slimmable_models())}')
     kwargs: dict[str, Any] = {
         'num_classes': num_classes,
         'in_chans': in_chans,
@@ -151,7 +152,3 @@ def _has_fused(name: str) -> bool:
     except ValueError:  # there is none of that name, which its making says better
         return False
     return optimizer.__module__.startswith('torch.optim.') and 'fused' in signature(optimizer).parameters
-
-
-def _slimmable() -> list[str]:
-    return [name for name in timm.list_models('slimclr_*') if name[-4] != '_']

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from huggingface_hub.errors import HfHubHTTPError
 
+from slimclr_hub.text import first_line
+
 _logger = logging.getLogger(__name__)
 _ATTEMPTS = 3
 Answer = TypeVar('Answer')
@@ -29,8 +31,3 @@ def with_retries(call: Callable[[], Answer]) -> Answer:
             _logger.info('%s; trying again', first_line(error))
             time.sleep(attempt)
     return call()
-
-
-def first_line(error: BaseException | None) -> str:
-    """The first line of an error's message; the client's go on for several."""
-    return str(error).strip().partition('\n')[0]

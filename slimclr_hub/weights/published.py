@@ -1,10 +1,13 @@
-"""The published networks: where their files are, and what the paper reports of them.
+"""The published networks: where their files are, what each width costs, and what the paper reports of it.
 
-Facts alone; numbers are those of tables 1 and 2 of Zhao et al., https://arxiv.org/abs/2209.15525.
+Facts alone, which need no PyTorch. Accuracies are those of tables 1 and 2 of Zhao et al.,
+https://arxiv.org/abs/2209.15525.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from slimclr_hub.text import human
 
 ARCHITECTURE = 'slimclr_resnet50'
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -19,6 +22,43 @@ AUTHORS_REPOSITORY = 'https://github.com/mzhaoshuai/SlimCLR'
 PAPER = 'Slimmable Networks for Contrastive Self-supervised Learning'
 PAPER_ID = 'arXiv:2209.15525'
 LICENSE_NOTE = f'The authors publish these weights without naming a licence; see {AUTHORS_REPOSITORY}.'
+
+
+_ACCURACIES = {'start': 'k-NN at start', 'end': 'k-NN', 'linear': 'linear', 'top1': 'top-1'}
+
+
+@dataclass(frozen=True)
+class WidthFacts:
+    """What one width of a network costs, and what it reached.
+
+    Args:
+        width: The width.
+        parameters: Parameters of the backbone at that width.
+        multiply_adds: Multiply-adds for one image (convolutions and linear layers).
+        start: k-NN accuracy in percent before training, if measured.
+        end: k-NN accuracy in percent after training, if measured.
+        linear: Accuracy in percent of a linear classifier on its frozen features after training, if measured.
+        top1: Accuracy in percent of its own classifier after training, if it has one and it was measured.
+    """
+
+    width: float
+    parameters: int
+    multiply_adds: int
+    start: float | None = None
+    end: float | None = None
+    linear: float | None = None
+    top1: float | None = None
+
+    @property
+    def cells(self) -> dict[str, str]:
+        """Width, parameters, multiply-adds and the accuracies that were measured, as text under their titles."""
+        measured = {title: getattr(self, name) for name, title in _ACCURACIES.items()}
+        return {
+            'width': f'{self.width:g}',
+            'parameters': human(self.parameters),
+            'multiply-adds': human(self.multiply_adds),
+            **{title: f'{value:.1f}' for title, value in measured.items() if value is not None},
+        }
 
 
 @dataclass(frozen=True)
@@ -64,6 +104,26 @@ class Published:
     def name(self) -> str:
         """Name for `timm.create_model`, which is also that of the repository on the Hub."""
         return f'{ARCHITECTURE}.{self.tag}'
+
+
+_COSTS = {
+    1.0: (23_508_032, 4_087_136_256),
+    0.75: (13_234_992, 2_321_141_760),
+    0.5: (5_892_640, 1_051_287_552),
+    0.25: (1_480_976, 277_573_632),
+}
+"""Width -> parameters of the backbone and its multiply-adds for one image of 224x224 pixels."""
+
+_FEATURES = 2048
+
+
+def published_facts(num_classes: int) -> list[WidthFacts]:
+    """Parameters and multiply-adds of each width of a published network, without a head (0) or with a linear probe."""
+    return [
+        WidthFacts(width, parameters + (features + 1) * num_classes, multiply_adds + features * num_classes)
+        for width, (parameters, multiply_adds) in _COSTS.items()
+        for features in [int(_FEATURES * width)]
+    ]
 
 
 _MOCOV2_200 = {

@@ -14,9 +14,10 @@ from huggingface_hub.utils import WeakFileLock, get_session, hf_raise_for_status
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import file_hash
+from slimclr_hub.text import first_line
 from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.convert import convert
-from slimclr_hub.weights.network import first_line, is_transport_error, with_retries
+from slimclr_hub.weights.network import is_transport_error, with_retries
 from slimclr_hub.weights.published import AUTHORS_REPOSITORY, RELEASE, RELEASE_URL, Published
 from slimclr_hub.weights.tensor_file import save_tensors
 

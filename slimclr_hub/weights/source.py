@@ -20,9 +20,10 @@ from huggingface_hub.errors import (
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import file_hash
+from slimclr_hub.text import first_line
 from slimclr_hub.version import __version__
 from slimclr_hub.weights import release
-from slimclr_hub.weights.network import first_line, is_transport_error, with_retries
+from slimclr_hub.weights.network import is_transport_error, with_retries
 from slimclr_hub.weights.published import ORGANISATION, PUBLISHED, hub_name
 
 WEIGHTS = 'model.safetensors'

@@ -28,8 +28,9 @@ from slimclr_hub.evaluate.linear_eval.config import FeaturesConfig, LinearEvalCo
 from slimclr_hub.evaluate.result import EvalResult
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.models.cost import cost, human
+from slimclr_hub.models.cost import cost
 from slimclr_hub.runs.result import IMAGENET
+from slimclr_hub.text import human
 from slimclr_hub.train.report import compare_with_itself
 from slimclr_hub.weights.published import PUBLISHED, WIDTHS
 

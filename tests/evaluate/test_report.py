@@ -3,7 +3,8 @@ import pytest
 from PIL import Image
 
 from slimclr_hub.hub.card import training_card
-from slimclr_hub.models.cost import WidthFacts, human
+from slimclr_hub.models.cost import WidthFacts
+from slimclr_hub.text import human
 from slimclr_hub.train.report import draw_figure
 
 WIDTHS = (1.0, 0.5)

@@ -3,12 +3,15 @@
 import re
 
 import pytest
+import timm
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
 from slimclr_hub.hub.published_card import all_cards
-from slimclr_hub.weights.published import PUBLISHED
+from slimclr_hub.models.cost import width_facts
+from slimclr_hub.models.registry import slimmable_models
+from slimclr_hub.weights.published import ARCHITECTURE, PUBLISHED, published_facts
 from tests.hub.files import ROOT
 
 CARDS = {path.name: path.read_text() for path in sorted((ROOT / 'model_cards').glob('*.md'))}
@@ -40,6 +43,17 @@ def table(text):
 def test_cards_are_what_the_command_writes():
     assert all_cards() == CARDS, 'run `slimclr-hub cards`'
     assert CARDS.keys() == {f'{published.name}.md' for published in PUBLISHED.values()}
+
+
+@pytest.mark.parametrize('num_classes', [0, 1000])
+def test_costs_in_the_table_are_those_of_the_network(num_classes):
+    model = timm.create_model(ARCHITECTURE, num_classes=num_classes, device='meta')
+    assert published_facts(num_classes) == width_facts(model, 224)
+
+
+def test_slimmable_networks_are_those_with_widths():
+    for name in timm.list_models('slimclr_*'):
+        assert hasattr(timm.create_model(name, device='meta'), 'widths') == (name in slimmable_models())
 
 
 @TAGS

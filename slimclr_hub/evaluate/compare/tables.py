@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from slimclr_hub.evaluate.compare.entries import Entry, Measure
 from slimclr_hub.evaluate.compare.reported import REPORTED, REPORTED_DETECTION, TABLE_1, TABLE_2
 from slimclr_hub.evaluate.result import RESULT
-from slimclr_hub.models.cost import human
 from slimclr_hub.runs.tables import print_table
+from slimclr_hub.text import human
 
 if TYPE_CHECKING:
     from rich.console import Console

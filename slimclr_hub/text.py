@@ -1,0 +1,14 @@
+"""Numbers and foreign messages in a few words."""
+
+
+def human(number: int) -> str:
+    """A count with three digits and its unit: 25557032 -> `25.6 M`."""
+    for unit, factor in ('G', 1e9), ('M', 1e6), ('k', 1e3):
+        if number >= 0.9995 * factor:
+            return f'{number / factor:#.3g} {unit}'.replace('. ', ' ')
+    return str(number)
+
+
+def first_line(error: BaseException | None) -> str:
+    """The first line of an error's message; those of HTTP clients go on for several."""
+    return str(error).strip().partition('\n')[0]
