@@ -1,4 +1,4 @@
-"""How the figures of this package look: the same colours and lines everywhere, for all eyes, as PNG and as PDF."""
+"""One style for all figures: colours and line styles that can be told apart without seeing colour, PNG and PDF."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 _STYLES = ('-', '--', '-.', ':')
 _COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')  # Okabe & Ito's, for all eyes
+GREY = '#888888'
+"""Colour of references: before training, reported by others, marks."""
+
 _MARKERS = ('o', 's', '^', 'D', 'v', 'P')
 
 
@@ -47,6 +50,15 @@ def line_style(number: int) -> dict[str, Any]:
 def marker(number: int) -> str:
     """Marker of the `number`-th series."""
     return _MARKERS[number % len(_MARKERS)]
+
+
+def mark_slow_start(axis: 'Axes', epoch: float) -> None:
+    """Mark the end of slow start in a panel over epochs; an epoch of 0 marks nothing."""
+    if epoch > 0:
+        axis.axvline(epoch, color=GREY, linestyle='--', linewidth=0.8, zorder=0)
+        place: dict[str, Any] = {'xy': (epoch, 1), 'xytext': (-3, -3), 'textcoords': 'offset points', 'rotation': 90}
+        text = 'end of slow start'
+        axis.annotate(text, xycoords=('data', 'axes fraction'), ha='right', va='top', color=GREY, fontsize=7, **place)
 
 
 def save_figure(figure: 'Figure', path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.knn import knn_predict
+from slimclr_hub.evaluate.knn import default_k, knn_predict
 
 
 def features(count: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,3 +116,11 @@ def test_empty_bank():
     queries, _ = features(10, 2)
     with pytest.raises(InputError, match='no labelled images'):
         knn_predict(queries, queries[:0], torch.zeros(0, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ('images', 'classes', 'k'),
+    [(1600, 10, 16), (162, 8, 5), (10, 40, 5), (6000, 10, 60), (1_281_167, 1000, 128), (50_000, 10, 200)],
+)
+def test_k_follows_the_images_of_a_class(images, classes, k):
+    assert default_k(images, classes) == k
