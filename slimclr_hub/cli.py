@@ -373,43 +373,34 @@ def cards(
 
 @app.command()
 def doctor(
+    config: Annotated[
+        Path | None, typer.Option(help='Config to check for; transfer/mask_rcnn_slim.py unless given, on COCO.')
+    ] = None,
     data: Annotated[Path | None, typer.Option(help='Folder of COCO; COCO_ROOT or data/coco unless given.')] = None,
     link_ops: Annotated[
         bool,
         typer.Option('--link-ops', help="Put torchvision's operators beside mmcv-lite, for `mim test`."),
     ] = False,
 ) -> None:
-    """Check that fine-tuning a detector could start: packages, the command to type, COCO's files."""
-    from slimclr_hub.detection.doctor import examine
+    """Check that fine-tuning a detector could start: packages, the command to type, data files."""
+    from slimclr_hub.detection.doctor import OPTIONAL, examine
 
     if link_ops:
         from slimclr_hub.detection.ops import link_ops as link
 
         written = link()
         _say(f'Written: {written}' if written else 'Nothing to link: mmcv has operators of its own.')
-    report = examine(data)
+    report = examine(config, data, with_files=not link_ops or bool(config or data))
     table = _table(['package', 'version', 'state', 'installed as', 'note'])
     for column in table.columns[1:]:
         column.justify = 'left'
-    for part in report.parts:
-        state = part.state if part.needed or part.state == 'ok' else f'{part.state} (not needed)'
-        table.add_row(part.name, part.version, state, part.distribution, part.note)
+    for name, package in report.packages.items():
+        optional = package.state != 'ok' and name in OPTIONAL
+        state = f'{package.state} (not needed)' if optional else package.state
+        table.add_row(name, package.version, state, package.distribution, ', '.join(package.notes))
     _print(table)
-    for command in report.remedies():
-        _say(f'To install what is missing: {command}')
-    if report.installed:
-        for command in report.commands():
-            _say(f'To fine-tune with MMDetection: {command}')
-        if report.linkable:
-            _say('For `mim test`, once: slimclr-hub doctor --link-ops')
-    else:
-        _say('Fine-tuning with MMDetection cannot start: see the states that are not ok.')
-    has = 'are there' if report.torchvision_ready else 'are not all there'
-    _say(f'For detectors of torchvision, torch, torchvision and timm are enough; they {has}.')
-    for name, count in report.data.images.items():
-        _say(f'{report.data.folder / name}: {count} images')
-    for name in report.data.missing:
-        _say(f'{report.data.folder}: no {name}')
+    for line in report.lines():
+        _say(line)
     if not report.ready:
         raise typer.Exit(1)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from slimclr_hub.detection.coco import CLASSES
 from slimclr_hub.errors import InputError, shorten
 from slimclr_hub.files import written_whole
 from slimclr_hub.hub.conversion import check_file
@@ -17,18 +18,6 @@ from slimclr_hub.weights.layouts import Layout, differences, layout_of
 
 NETWORK = 'backbone.network.'
 """What the backbone's tensors are called in a slimmable detector, before their names in this package."""
-
-_COCO = (
-    'person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, '
-    'parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, '
-    'handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, '
-    'surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, '
-    'broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, '
-    'mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, '
-    'teddy bear, hair drier, toothbrush'
-)
-COCO_CLASSES = tuple(_COCO.split(', '))
-"""COCO's 80 classes by ascending id, the order of every version of MMDetection."""
 
 _ROI_HEADS = ('bbox_head.', 'mask_head.')
 _DETECTOR = ('rpn_head.', 'roi_head.', *_ROI_HEADS)
@@ -129,9 +118,9 @@ def convert_detector_file(source: Path, target: Path, overwrite: bool = False) -
     except InputError as error:
         raise InputError(f'{source}: {error}') from error
     num_classes = len(converted['roi_head.bbox_head.fc_cls.bias']) - 1
-    known = num_classes == len(COCO_CLASSES)
+    known = num_classes == len(CLASSES)
     content = {
-        'meta': {'dataset_meta': {'classes': COCO_CLASSES}} if known else {},
+        'meta': {'dataset_meta': {'classes': CLASSES}} if known else {},
         'state_dict': converted,
     }
     with written_whole(target.parent) as partial:

@@ -37,13 +37,16 @@ def run_config(path: Path) -> 'Config':
     """A config from a file of the user's own, which is run.
 
     Raises:
-        InputError: There is no such file.
+        InputError: There is no such file, or it cannot be read.
     """
     from mmengine.config import Config
 
     if not path.is_file():
         raise InputError(f'{path} does not exist or is not a file')
-    return Config.fromfile(path)
+    try:
+        return Config.fromfile(path)
+    except Exception as error:  # whatever its code raises
+        raise InputError(f'{path} cannot be read as a config: {error}') from error
 
 
 def _value(node: ast.expr) -> Any:

@@ -16,6 +16,7 @@ from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from slimclr_hub.detection.coco import check_files
 from slimclr_hub.detection.torchvision_backbone import slimmable_backbone, unwrapped
 from slimclr_hub.errors import InputError
 
@@ -46,12 +47,12 @@ class CocoInstances(torch.utils.data.Dataset):
     def __init__(
         self, folder: Path, split: str, transform: Callable[..., Any] | None = None, crowds: bool = False
     ) -> None:
-        annotations, images = folder / 'annotations' / f'{split}.json', folder / split
-        if not annotations.is_file():
-            coco = annotations.with_name(f'instances_{split}2017.json')
-            if not coco.is_file():
-                raise InputError(f'{annotations} does not exist, nor {coco.name} beside it; it belongs to {split}/')
-            annotations, images = coco, folder / f'{split}2017'
+        names = f'annotations/{split}.json', split
+        if not (folder / names[0]).is_file():
+            remedy = f'a data set other than COCO 2017 has {" and ".join(names)}'
+            names = f'annotations/instances_{split}2017.json', f'{split}2017'
+            check_files(folder, names, remedy)
+        annotations, images = (folder / name for name in names)
         try:
             with redirect_stdout(StringIO()):
                 self.coco = COCO(str(annotations))

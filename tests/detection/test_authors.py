@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from slimclr_hub.cli import app
-from slimclr_hub.detection.authors import COCO_CLASSES, convert_detector, is_detector
+from slimclr_hub.detection.authors import convert_detector, is_detector
+from slimclr_hub.detection.coco import CLASSES
 from slimclr_hub.errors import InputError
 from slimclr_hub.models import DEFAULT_WIDTHS
 from tests.formula import tensor
@@ -109,7 +110,7 @@ def test_everything_else_stays(detector, theirs):
 
 
 def test_classes_are_those_of_mmdetection():
-    assert CocoDataset.METAINFO['classes'] == COCO_CLASSES
+    assert CocoDataset.METAINFO['classes'] == CLASSES
 
 
 def test_without_module(theirs, ours):
@@ -200,7 +201,7 @@ def test_command(theirs, ours, tmp_path):
     assert f'{target}: Mask R-CNN, slimclr_resnet50, widths 1.0, 0.75, 0.5, 0.25, 80 classes\n' in done.output
     assert f'mim test mmdet transfer/mask_rcnn_slim_reference.py --checkpoint {target}\n' in done.output
     saved = torch.load(target, weights_only=True)
-    assert saved['meta']['dataset_meta']['classes'] == COCO_CLASSES
+    assert saved['meta']['dataset_meta']['classes'] == CLASSES
     assert saved['state_dict'].keys() == ours.keys()
     assert all(torch.equal(value, ours[name]) for name, value in saved['state_dict'].items())
     assert [*target.parent.iterdir()] == [target]

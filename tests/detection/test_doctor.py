@@ -1,4 +1,4 @@
-"""What `slimclr-hub doctor` finds: here, where everything is installed; where something is not; and the fork."""
+"""`slimclr-hub doctor` where everything is installed, where something is missing, and with the maintained fork."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from slimclr_hub import cli
-from slimclr_hub.detection.doctor import EXTRA, FORK, PINNED, WANTED, Data, Part, Report, examine
+from slimclr_hub.detection.doctor import EXTRA, FORK, Package, Report
 from tests.hub.files import ROOT, Ended
 
 DISTRIBUTIONS = {
@@ -23,8 +23,10 @@ DISTRIBUTIONS = {
     'mmdet': 'mmdet',
     'mim': 'openmim',
     'accelerate': 'accelerate',
-    'setuptools': 'setuptools',
+    'pkg_resources': 'setuptools',
 }
+
+ALONE = "torchvision's Mask R-CNN needs torch, torchvision and timm alone; they are ok.\n"
 
 
 def doctor(*arguments: object, path: Path | None = None, cwd: Path | None = None) -> Ended:
@@ -49,7 +51,6 @@ def coco(folder: Path, without: str = '') -> Path:
         (folder / name).mkdir(parents=True)
         for i in range(count):
             (folder / name / f'{i:012}.jpg').touch()
-        (folder / name / 'notes.txt').touch()
         (folder / 'annotations').mkdir(exist_ok=True)
         (folder / 'annotations' / f'instances_{name}.json').write_text('not even JSON')
     if without:
@@ -67,10 +68,9 @@ def install(site: Path, module: str, distribution: str, version: str, text: str 
 
 
 def test_here(tmp_path):
-    """Everything is installed, and there are no data, which is told."""
+    """Everything is installed; COCO, which the default config needs, is missing."""
     ended = doctor(cwd=tmp_path)
-    assert (ended.status, ended.err) == (0, '')
-    assert row(ended.out, 'python')[1:3] == ['.'.join(map(str, sys.version_info[:3])), 'ok']
+    assert (ended.status, ended.err) == (1, '')
     for name, distribution in DISTRIBUTIONS.items():
         assert row(ended.out, name)[1:4] == [metadata.version(distribution), 'ok', distribution]
     assert row(ended.out, 'mmcv')[-1] == 'ops: torchvision (fallback)'
@@ -79,11 +79,12 @@ def test_here(tmp_path):
     assert ('no GPU' in row(ended.out, 'torch')[-1]) == (gpus == 0)
     assert 'To fine-tune with MMDetection: mim train mmdet transfer/mask_rcnn_slim.py\n' in ended.out
     assert ('--launcher pytorch' in ended.out) == (gpus > 1)
-    assert 'For detectors of torchvision, torch, torchvision and timm are enough; they are there.\n' in ended.out
+    assert ALONE in ended.out
     assert 'To install' not in ended.out
     assert ended.out.endswith(
-        'data/coco: no annotations/instances_train2017.json\ndata/coco: no annotations/instances_val2017.json\n'
-        'data/coco: no train2017/\ndata/coco: no val2017/\n'
+        'data/coco/annotations/instances_train2017.json: missing\n'
+        'data/coco/annotations/instances_val2017.json: missing\n'
+        'data/coco/train2017: missing\ndata/coco/val2017: missing\n'
     )
 
 
@@ -105,9 +106,9 @@ def test_the_fork(tmp_path):
     assert row(ended.out, 'mmcv')[1:] == ['2.3.6', 'ok', 'onedl-mmcv', 'ops: compiled']
     assert row(ended.out, 'mmdet')[1:] == ['3.5.1', 'ok', 'onedl-mmdetection']
     assert row(ended.out, 'mim')[1:4] == ['0.5.1', 'ok', 'onedl-mim']
-    assert 'setuptools' not in ended.out  # only upstream's mmengine and openmim import pkg_resources
+    assert 'pkg_resources' not in ended.out  # only upstream's mmengine and openmim import pkg_resources
     assert 'To fine-tune with MMDetection: mim train onedl-mmdetection transfer/mask_rcnn_slim.py\n' in ended.out
-    assert ended.out.endswith(f'{tmp_path}/coco/train2017: 3 images\n{tmp_path}/coco/val2017: 2 images\n')
+    assert ended.out.endswith(f'{tmp_path}/coco/train2017: 3 files\n{tmp_path}/coco/val2017: 2 files\n')
 
 
 def test_too_old_and_broken(tmp_path):
@@ -125,13 +126,14 @@ def test_too_old_and_broken(tmp_path):
         'onedl-mmdetection',
         'AssertionError: MMCV==9 is used but incompatible.',
     ]
-    assert 'To install what is missing: pip install "onedl-mmengine>=0.10.7"\n' in ended.out
+    assert f'To install what is missing: {FORK}\n' in ended.out
     assert 'To fine-tune with MMDetection' not in ended.out
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """`slimclr-hub doctor` in this process."""
+def command(monkeypatch, capsys, tmp_path):
+    """`slimclr-hub doctor` in this process, with COCO in `tmp_path / 'coco'`."""
+    monkeypatch.setenv('COCO_ROOT', str(coco(tmp_path / 'coco')))
 
     def run(*arguments: object) -> Ended:
         monkeypatch.setattr(sys, 'argv', ['slimclr-hub', 'doctor', *map(str, arguments)])
@@ -143,78 +145,95 @@ def command(monkeypatch, capsys):
     return run
 
 
-def test_without_mmdet(command, monkeypatch, tmp_path):
+def test_without_mmdet(command, monkeypatch):
     for name in ('mmdet', 'mmcv', 'accelerate'):
         monkeypatch.setitem(sys.modules, name, None)  # as Python marks what cannot be imported
-    ended = command('--data', coco(tmp_path))
+    ended = command()
     assert (ended.status, ended.err) == (1, '')
     assert row(ended.out, 'mmcv') == ['mmcv', 'missing']
     assert row(ended.out, 'mmdet') == ['mmdet', 'missing']
     assert row(ended.out, 'accelerate') == ['accelerate', 'missing (not needed)']
     assert f'To install what is missing: {EXTRA}\nTo install what is missing: {FORK}\n' in ended.out
     assert 'mim train' not in ended.out
-    assert 'For detectors of torchvision, torch, torchvision and timm are enough; they are there.\n' in ended.out
+    assert ALONE in ended.out
 
 
-def test_without_mmcv_alone(command, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'mmcv', None)
+@pytest.mark.parametrize('module', ['mmcv', 'pkg_resources'])
+def test_without_one_package(command, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
     ended = command()
     assert ended.status == 1
-    assert 'To install what is missing: pip install "mmcv-lite==2.1.0"\n' in ended.out
+    assert row(ended.out, module)[1] == 'missing'
+    assert f'To install what is missing: {EXTRA}\n' in ended.out
 
 
-def test_without_pkg_resources(command, monkeypatch):
-    """As with setuptools 81."""
-    monkeypatch.setitem(sys.modules, 'pkg_resources', None)
-    ended = command()
-    assert ended.status == 1
-    assert row(ended.out, 'setuptools')[2] == 'broken'
-    assert 'To install what is missing: pip install "setuptools<81"\n' in ended.out
+def test_compiled_mmcv_is_not_replaced(tmp_path):
+    """The extra would install mmcv-lite over it."""
+    install(tmp_path, 'mmcv', 'mmcv', '2.0.0')
+    (tmp_path / 'mmcv' / '_ext.py').touch()
+    ended = doctor(path=tmp_path)
+    assert row(ended.out, 'mmcv')[1:] == ['2.0.0', 'too old', 'mmcv', '2.1.0 or newer, ops: compiled']
+    (remedy,) = (line for line in ended.out.splitlines() if line.startswith('To install'))
+    assert '"mmdet==3.3.0"' in remedy
+    assert '"setuptools<81"' in remedy
+    assert 'mmcv-lite' not in remedy
 
 
-def test_what_is_not_needed_does_not_count(command, monkeypatch):
+def test_optional_packages_do_not_count(command, monkeypatch):
     monkeypatch.setitem(sys.modules, 'accelerate', None)
     assert command().status == 0
 
 
-def test_data_that_were_asked_for_count(command, tmp_path):
-    missing = 'annotations/instances_val2017.json'
-    ended = command('--data', coco(tmp_path / 'coco', without=missing))
+@pytest.mark.parametrize('missing', ['annotations/instances_val2017.json', 'val2017/000000000000.jpg'])
+def test_missing_file_or_empty_folder(command, tmp_path, missing):
+    folder = coco(tmp_path / 'other', without=missing)
+    if missing.endswith('.jpg'):
+        (folder / 'val2017' / '000000000001.jpg').unlink()
+    assert command().status == 0
+    ended = command('--data', folder)
     assert ended.status == 1
-    assert ended.out.endswith(f'val2017: 2 images\n{tmp_path}/coco: no {missing}\n')
-    assert 'To fine-tune with MMDetection: mim train mmdet' in ended.out  # that much could start
+    name = missing.removesuffix('/000000000000.jpg')
+    assert [line for line in ended.out.splitlines() if line.endswith('missing')] == [f'{folder}/{name}: missing']
+    assert 'To fine-tune with MMDetection: mim train mmdet' in ended.out
 
 
-def test_where_data_are_looked_for(monkeypatch, tmp_path):
-    monkeypatch.setenv('COCO_ROOT', str(coco(tmp_path / 'set')))
-    assert examine(None).data == Data(tmp_path / 'set', {'train2017': 3, 'val2017': 2}, (), asked=True)
-    (tmp_path / 'other' / 'val2017').mkdir(parents=True)
-    assert examine(tmp_path / 'other').data.missing == (
-        'annotations/instances_train2017.json',
-        'annotations/instances_val2017.json',
-        'train2017/',
-        'images in val2017/',
-    )
-    monkeypatch.setenv('COCO_ROOT', '')
-    assert examine(None).data.folder == Path('data/coco')
-    assert not examine(None).data.asked
+def test_files_are_those_of_the_config(command, monkeypatch, tmp_path):
+    """Boxes need COCO as masks do; the coins are written when training starts; a data set of one's own is its own."""
+    monkeypatch.delenv('COCO_ROOT')
+    monkeypatch.chdir(tmp_path)
+    ended = command('--config', ROOT / 'transfer' / 'faster_rcnn_slim.py')
+    assert ended.status == 1
+    assert 'data/coco/train2017: missing\n' in ended.out
+    coins = ROOT / 'transfer' / 'mask_rcnn_slim_coins.py'
+    ended = command('--config', coins)
+    assert ended.status == 0
+    assert f'mim train mmdet {coins}\n' in ended.out
+    assert 'missing' not in ended.out
+    own = tmp_path / 'own.py'
+    data = "dict(dataset=dict(data_root='mine', ann_file='a.json', data_prefix=dict(img='images/')))"
+    own.write_text(f'train_dataloader = {data}\nval_dataloader = {data}\n')
+    ended = command('--config', own)
+    assert ended.status == 1
+    assert ended.out.endswith('\nmine/a.json: missing\nmine/images: missing\n')
+
+
+def test_linking_operators_needs_no_data(monkeypatch, tmp_path, command):
+    """`mim test` of the coins wants no COCO."""
+    monkeypatch.setenv('COCO_ROOT', str(tmp_path / 'nothing'))
+    monkeypatch.setattr('slimclr_hub.detection.ops.linked_ops', lambda: tmp_path / '_ext.py')
+    ended = command('--link-ops')
+    assert ended.status == 0
+    assert 'nothing' not in ended.out
+
+
+def test_no_such_config(command):
+    ended = command('--config', 'transfer/nothing.py')
+    assert (ended.status, ended.err) == (1, 'Error: transfer/nothing.py does not exist or is not a file\n')
 
 
 def test_several_gpus():
     """No machine is needed to tell the command."""
-    parts = (Part('mmdet', 'mmdet', '3.3.0', 'ok'),)
-    single, several = Report(parts, 8, Data(Path('data/coco'), {}, (), asked=False)).commands()
-    assert single == 'mim train mmdet transfer/mask_rcnn_slim.py'
-    assert several == f'{single} --launcher pytorch --gpus 8'
-
-
-def test_versions_are_those_that_pip_is_told():
-    """The oldest versions, and the pins, of pyproject.toml."""
-    required = re.findall(r'^    "([\w.-]+)([=<>]=?)([\d.]+)"', (ROOT / 'pyproject.toml').read_text(), flags=re.M)
-    lowest = {name: version for name, operator, version in required if operator in ('==', '>=')}
-    told = {name: wanted.minimum for wanted in WANTED for name in wanted.distributions if name in lowest}
-    assert told == {name: lowest[name] for name in told}
-    assert {'torch', 'timm', 'mmengine', 'mmcv-lite', 'mmdet', 'openmim', 'accelerate'} == set(told)
-    pins = {f'"{"".join(parts)}"' for parts in required}
-    for name in ('mmengine', 'mmcv-lite', 'mmdet', 'openmim', 'setuptools'):
-        assert set(PINNED[name].split()) <= pins
+    packages = {name: Package(name) for name in ('mmdet', 'mmcv', 'torch', 'torchvision', 'timm')}
+    found = [line for line in Report(packages, 8, Path('a.py'), {}).lines() if 'mim train' in line]
+    single = 'To fine-tune with MMDetection: mim train mmdet a.py'
+    assert found == [single, f'{single} --launcher pytorch --gpus 8']

@@ -1,4 +1,4 @@
-"""MMDetection's own command on the coins: trains, evaluates every width, goes on, tests one width."""
+"""MMDetection's own command on the coins: train, evaluate every width, resume, test one width; and without COCO."""
 
 import json
 import os
@@ -31,8 +31,8 @@ SMALL = [
 MIM = shutil.which('mim', path=str(Path(sys.executable).parent))
 
 
-def mim(place, command, config, *arguments, **environment):
-    """Everything that `mim COMMAND mmdet CONFIG ...` prints."""
+def mim(place, command, config, *arguments, status=0, **environment):
+    """Return what `mim COMMAND mmdet CONFIG ...` prints, in the order in which a terminal shows it."""
     environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1', **environment}
     environment.pop('COCO_ROOT', None)
     done = subprocess.run(
@@ -44,8 +44,16 @@ def mim(place, command, config, *arguments, **environment):
         text=True,
         timeout=500,
     )
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert done.returncode == status, done.stdout[-3000:]
     return done.stdout
+
+
+def test_missing_coco_is_the_last_line(tmp_path):
+    """Neither below mim's traceback nor above a log: a user finds the remedy at the end."""
+    printed = mim(tmp_path, 'train', CONFIGS / 'faster_rcnn_slim.py', status=1)
+    missing = r'no annotations/instances_train2017\.json and no train2017/ in data/coco'
+    assert re.search(rf'\nError: {missing}; set COCO_ROOT .*\n\s*Aborted!\n$', printed), printed[-3000:]
+    assert 'Traceback' not in printed
 
 
 @pytest.fixture(scope='module')

@@ -1,14 +1,17 @@
-"""Registers what a config of MMDetection names: `custom_imports = dict(imports=['slimclr_hub.detection.mmdetection'])`.
+"""Register what configs of MMDetection name: `custom_imports = dict(imports=['slimclr_hub.detection.mmdetection'])`.
 
-It changes three things of the whole process: where mmcv has no compiled operators, torchvision's take their place
-(`ops`); `torch.load` may read the checkpoints of mmengine (`checkpoints`); and an `InputError` that nobody catches is
-printed as one line.
+The import changes three things of the whole process: where mmcv has no compiled operators, torchvision's take their
+place (`ops`); `torch.load` may read checkpoints of mmengine (`checkpoints`); and an uncaught `InputError` is printed as
+one line, the last one but for mim's `Aborted!`.
 
 Raises:
-    InputError: MMDetection, mmengine or mmcv are not installed.
+    InputError: MMDetection, mmengine or mmcv is not installed.
 """
 
+import os
+import signal
 import sys
+from pathlib import Path
 from types import TracebackType
 
 from slimclr_hub.detection.checkpoints import allow_mmengine_checkpoints
@@ -23,12 +26,17 @@ from slimclr_hub.detection.mmdetection import backbone, datasets, detectors, hoo
 _previous = sys.excepthook
 
 
-def _one_line(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
-    # MMDetection's own scripts run the configs, and a user's mistake wants no traceback there either.
-    if isinstance(value, InputError):
-        print(f'Error: {value}', file=sys.stderr)
-    else:
+def _print_one_line(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+    if not isinstance(value, InputError):
         _previous(kind, value, trace)
+        return
+    sys.stdout.flush()
+    print(f'Error: {value}', file=sys.stderr, flush=True)
+    # `mim train` and `mim test` run MMDetection's scripts as children and print a traceback of their own, 30 lines, if
+    # one fails. Interrupted as by Ctrl-C, they end with `Aborted!` and status 1 instead.
+    command = Path(f'/proc/{os.getppid()}/cmdline')
+    if command.exists() and [Path(word).name for word in command.read_text().split('\0')[1:2]] == ['mim']:
+        os.kill(os.getppid(), signal.SIGINT)
 
 
-sys.excepthook = _one_line
+sys.excepthook = _print_one_line

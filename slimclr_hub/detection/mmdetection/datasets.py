@@ -1,4 +1,4 @@
-"""COCO and the coins, as data sets of MMDetection that say what is missing."""
+"""COCO and the coins, as data sets of MMDetection that name missing files."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -6,48 +6,47 @@ from typing import Any, ClassVar
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 
+from slimclr_hub.detection.coco import check_files
 from slimclr_hub.detection.coins import write_coins
-from slimclr_hub.errors import InputError
 
 
 @DATASETS.register_module()
 class CocoFolder(CocoDataset):
-    """A data set in COCO's format, whose files are looked for before anything else is done.
+    """Data set in COCO's format that checks its files first.
 
     Args:
-        data_root: Its folder.
+        data_root: Folder of the data set.
         ann_file: File of annotations in it.
-        data_prefix: `img`, folder of the images in it.
-        lazy_init: As in `CocoDataset`; nothing is looked for then, since only the classes are wanted.
+        data_prefix: `img`, folder of images in it.
+        lazy_init: As in `CocoDataset`; files are then not checked, since only the classes are wanted.
         kwargs: As in `CocoDataset`.
 
     Raises:
-        InputError: Annotations or images are not there.
+        InputError: Annotations or images are missing.
     """
 
-    remedy = 'the environment variable COCO_ROOT names the folder of COCO, and `slimclr-hub doctor` shows what it lacks'
+    remedy = 'set COCO_ROOT to the folder of COCO 2017 (environment); `slimclr-hub doctor` checks it'
 
     def __init__(
         self, *, data_root: str, ann_file: str, data_prefix: dict[str, str], lazy_init: bool = False, **kwargs: Any
     ) -> None:
-        missing = [part for part in (ann_file, data_prefix['img']) if not (Path(data_root) / part).exists()]
-        if missing and not lazy_init:
-            raise InputError(f'no {" and no ".join(missing)} in {data_root}; {self.remedy}')
+        if not lazy_init:
+            check_files(Path(data_root), (ann_file, data_prefix['img']), self.remedy)
         super().__init__(data_root=data_root, ann_file=ann_file, data_prefix=data_prefix, lazy_init=lazy_init, **kwargs)
 
 
 @DATASETS.register_module()
 class CoinsFolder(CocoFolder):
-    """The coins of scikit-image, written to `data_root` if there is nothing yet.
+    """The coins of scikit-image, written to `data_root` if it does not exist.
 
     Args:
-        data_root: Their folder.
+        data_root: Folder of the coins.
         lazy_init: As in `CocoFolder`; nothing is written then.
         kwargs: As in `CocoFolder`.
     """
 
     METAINFO: ClassVar[dict[str, Any]] = {'classes': ('coin',), 'palette': [(220, 160, 40)]}
-    remedy = 'delete this folder, and the coins are written anew'
+    remedy = 'delete this folder to have the coins written again'
 
     def __init__(self, *, data_root: str, lazy_init: bool = False, **kwargs: Any) -> None:
         if not lazy_init and not Path(data_root).exists():

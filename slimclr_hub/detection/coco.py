@@ -1,0 +1,42 @@
+"""Files and classes of COCO 2017."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from slimclr_hub.errors import InputError
+
+FILES = (
+    'annotations/instances_train2017.json',
+    'annotations/instances_val2017.json',
+    'train2017',
+    'val2017',
+)
+"""What training and evaluation need, in the folder of COCO."""
+
+_NAMES = (
+    'person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, '
+    'parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, '
+    'handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, '
+    'surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, '
+    'broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, '
+    'mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, '
+    'teddy bear, hair drier, toothbrush'
+)
+CLASSES = tuple(_NAMES.split(', '))
+"""The 80 classes by ascending id, the order in every version of MMDetection."""
+
+
+def coco_root() -> Path:
+    """Folder of COCO as the configs read it: the environment variable `COCO_ROOT`, or `data/coco`."""
+    return Path(os.environ.get('COCO_ROOT') or 'data/coco')
+
+
+def check_files(root: Path, names: Iterable[str], remedy: str) -> None:
+    """Check that files and folders are there.
+
+    Raises:
+        InputError: One of `names` is missing in `root`; the message lists them and ends with `remedy`.
+    """
+    if missing := [name for name in names if not (root / name).exists()]:
+        raise InputError(f'no {" and no ".join(missing)} in {root}; {remedy}')
