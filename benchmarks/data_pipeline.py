@@ -25,8 +25,8 @@ from slimclr_hub.data.transfer import TRANSFERS
 from slimclr_hub.data.views import BACKENDS
 from slimclr_hub.errors import InputError
 from slimclr_hub.runs.command_line import run_script
+from slimclr_hub.train.command import load_recipe
 from slimclr_hub.train.config import PretrainConfig
-from slimclr_hub.train.parse import load_recipe
 
 RECIPES = Path(__file__).parents[1] / 'recipes' / 'configs'
 EMBEDDED = RECIPES / 'mocov2_resnet20_fashionmnist6k.yaml'

@@ -44,7 +44,7 @@ from slimclr_hub.evaluate.linear_eval.training import ProbeTraining
 from slimclr_hub.evaluate.logistic import linear_predict
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import run_script
-from slimclr_hub.runs.signals import StopSignals
+from slimclr_hub.runs.job import StopSignals
 from slimclr_hub.train.config import KNNConfig, ModelConfig, ProbeConfig
 from slimclr_hub.train.setup import make_backbone
 

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from slimclr_hub.train.diagnostics.observer import observe
 from slimclr_hub.train.pretraining import main
 
 if __name__ == '__main__':
-    main(Path(__file__).parent / 'configs' / 'mocov2_resnet20_fashionmnist6k.yaml', observe)
+    main(Path(__file__).parent / 'configs' / 'mocov2_resnet20_fashionmnist6k.yaml')

@@ -17,8 +17,8 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.methods.split_batchnorm import split_batchnorm
 from slimclr_hub.runs.checkpoints import verified
 from slimclr_hub.settings import RECIPE
+from slimclr_hub.train.command import load_recipe
 from slimclr_hub.train.config import PretrainConfig
-from slimclr_hub.train.parse import load_recipe
 from slimclr_hub.train.setup import arrange, make_method, make_schedule
 
 Losses = dict[str, torch.Tensor]

@@ -1,4 +1,4 @@
-"""The bar that shows how far a pass over images has come."""
+"""Progress bar over images."""
 
 import sys
 from typing import Any
@@ -6,21 +6,24 @@ from typing import Any
 from tqdm.auto import tqdm
 
 
-def progress_bar(total: int, description: str, show: bool) -> Any:
-    """A bar with images per second and the time left; it appears once the pass takes longer than a moment.
+def progress_bar(total: int, description: str, show: bool, *, initial: int = 0, delay: float = 1) -> Any:
+    """A bar with images per second and the time left.
 
     Args:
         total: Images.
-        description: What is being done.
+        description: Name of the work.
         show: False for no bar.
+        initial: Images that were done before.
+        delay: Seconds after which the bar appears.
     """
     return tqdm(
         total=total,
+        initial=initial,
         unit='img',
         unit_scale=True,
         desc=description,
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 15,
-        delay=1,
+        delay=delay,
         disable=not show,
     )

@@ -17,8 +17,11 @@ from slimclr_hub.methods.split_batchnorm import split_batchnorm
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.calibrate import calibrate_batchnorm, is_calibrated
 from slimclr_hub.train.config import PretrainConfig
-from slimclr_hub.train.trainer import Accuracies
 
+Accuracies = dict[str, dict[float, float]]
+"""Kind of evaluation -> width -> accuracy in percent."""
+
+TITLES = {'knn': 'k-NN', 'linear': 'linear', 'top1': 'top-1'}
 _CALIBRATION_BATCHES = 8
 
 

@@ -1,33 +1,67 @@
-"""Pre-training with its evaluation: what `recipes/pretrain.py` runs."""
+"""Pre-training from the command line to the finished folder: what `recipes/pretrain.py` runs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
 
 from slimclr_hub.runs.command_line import run_script
-from slimclr_hub.train.online import online_evaluation
-from slimclr_hub.train.parse import parse_pretrain
-from slimclr_hub.train.report import compare_with_itself, draw_figure
-from slimclr_hub.train.trainer import ObserverFactory, pretrain
+from slimclr_hub.runs.job import StopSignals
+from slimclr_hub.settings import RECIPE
+from slimclr_hub.train.command import AUTO, Command, check_unchanged, load_recipe, parse_pretrain
+from slimclr_hub.train.report import compare_with_itself, write_result
+from slimclr_hub.train.run_folder import find_run
+from slimclr_hub.train.trainer import Trainer, make_accelerator
 
 
-def main(default: Path, make_observer: ObserverFactory | None = None) -> None:
-    """Read the command line, train, and end with a table and a figure.
+def main(default: Path) -> None:
+    """Read the command line, train, and end with a table and figures.
 
     Args:
         default: Recipe that applies where the command line names none.
-        make_observer: What to record of gradients and weights; nothing unless given.
     """
-    run_script(lambda: _pretrain(default, make_observer))
+    run_script(lambda: _main(default))
 
 
-def _pretrain(default: Path, make_observer: ObserverFactory | None) -> None:
-    result = pretrain(parse_pretrain(default), online_evaluation, make_observer)
+def _main(default: Path) -> None:
+    folder = pretrain(parse_pretrain(default))
     if PartialState().is_main_process:
-        draw_figure(result.metrics, [fact.width for fact in result.facts], result.folder / 'training')
-        figures = [result.folder / 'training', *compare_with_itself(result.folder)]
-        narrowest = result.facts[-1].width
+        figures = [folder / 'training', *compare_with_itself(folder)]
+        narrowest = min(load_recipe(folder / RECIPE).model.widths)
         print(
             f'Figures: {", ".join(f"{figure}.png" for figure in figures)}\n'
-            f"Open it: timm.create_model('local-dir:{result.folder}', pretrained=True, width={narrowest})"
+            f"Open it: timm.create_model('local-dir:{folder}', pretrained=True, width={narrowest})"
         )
+
+
+def pretrain(command: Command) -> Path:
+    """Pre-train a network on the processes and devices that accelerate was launched with.
+
+    Args:
+        command: The configuration, and the folder of a run to resume if any.
+
+    Returns:
+        The folder of the run, which `timm.create_model('local-dir:...')` opens.
+
+    Raises:
+        InputError: The configuration or the folder does not fit, found before training starts.
+        DataError: More images than allowed cannot be read.
+        DivergedError: The loss is not finite; the optimizer has not moved, and the state is kept.
+        PreemptedError: A signal asked to stop; the state is kept.
+    """
+    config, resume = command.config, command.resume
+    accelerator = make_accelerator(config)
+    if resume == AUTO:
+        resume = find_run(config, accelerator)
+        if resume is not None:
+            check_unchanged(load_recipe(resume / RECIPE), command)
+    recipe = config
+    if resume is not None:
+        # The checkpoint replaces the weights to start from, and they may be gone by now.
+        config = replace(config, model=replace(config.model, weights=None))
+    with StopSignals() as signals:
+        trainer = Trainer(config, accelerator, signals)
+        trainer.run(resume, recipe)
+    write_result(config, trainer.inner.backbone, trainer.folder, accelerator)
+    accelerator.end_training()
+    return trainer.folder.path

@@ -1,20 +1,85 @@
-"""What a run ends with: a table by width and a figure over epochs."""
+"""What a finished run leaves: the network with its card, a table by width, figures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
+from slimclr_hub.distributed import average_batchnorm
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.compare.entries import read_entry
 from slimclr_hub.evaluate.compare.figure import draw_pareto
 from slimclr_hub.evaluate.compare.speed import measure_speed
 from slimclr_hub.evaluate.compare.tables import comparison_tables
-from slimclr_hub.runs.figures import line_style, new_figure, save_figure
+from slimclr_hub.hub.card import training_card
+from slimclr_hub.hub.folder import save_folder
+from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.cost import WidthFacts, width_facts
+from slimclr_hub.runs.figures import line_style, mark_slow_start, new_figure, save_figure
 from slimclr_hub.runs.result import environment
+from slimclr_hub.train.config import PretrainConfig
+from slimclr_hub.train.run_folder import RunFolder
 
 _BATCH = 32
 _SECONDS = 1.5
+_PANELS = {
+    'info_nce': 'InfoNCE loss (nats)',
+    'cross_entropy': 'cross-entropy (nats)',
+    'knn': 'k-NN accuracy (%)',
+    'linear': 'accuracy of a linear classifier (%)',
+    'top1': 'top-1 accuracy (%)',
+}
+
+
+def write_result(
+    config: PretrainConfig, backbone: SlimmableResNet, folder: RunFolder, accelerator: Accelerator
+) -> None:
+    """Write the network of a finished run, its card and the figure of its training into the run's folder."""
+    average_batchnorm(backbone)
+    if accelerator.is_main_process:
+        metrics = folder.read_metrics()
+        about = {
+            'name': folder.path.name,
+            'folder': str(folder.path),
+            'architecture': config.model.name,
+            'method': config.method.name,
+            'data': config.data.name,
+            'epochs': str(config.optim.epochs),
+            'size': str(config.data.size),
+        }
+        save_folder(
+            backbone,
+            folder.path,
+            size=config.data.size,
+            mean=config.data.mean,
+            std=config.data.std,
+            crop_pct=config.data.crop_pct,
+            card=training_card(measured_facts(backbone, config.data.size, metrics), about),
+        )
+        draw_figure(metrics, backbone.widths, folder.path / 'training', config.slow_start)
+    accelerator.wait_for_everyone()
+
+
+def measured_facts(backbone: SlimmableResNet, size: int, metrics: Iterable[dict[str, Any]]) -> list[WidthFacts]:
+    """Cost of each width, and its accuracies in the first and the last evaluation of a run's metrics."""
+    evaluations = [record for record in metrics if record['kind'] == 'eval']
+    facts = width_facts(backbone, size)
+    if not evaluations:
+        return facts
+    first, last = evaluations[0], evaluations[-1]
+    return [
+        replace(
+            fact,
+            start=first.get(f'knn/{fact.width:g}'),
+            end=last.get(f'knn/{fact.width:g}'),
+            linear=last.get(f'linear/{fact.width:g}'),
+            top1=last.get(f'top1/{fact.width:g}'),
+        )
+        for fact in facts
+    ]
 
 
 def compare_with_itself(folder: Path) -> list[Path]:
@@ -35,40 +100,36 @@ def compare_with_itself(folder: Path) -> list[Path]:
     return [folder / 'pareto'] if draw_pareto(entries, folder / 'pareto') else []
 
 
-def draw_figure(metrics: Sequence[dict[str, Any]], widths: Sequence[float], path: Path) -> None:
+def draw_figure(metrics: Sequence[dict[str, Any]], widths: Sequence[float], path: Path, slow_start: float = 0) -> None:
     """Draw the loss of each width over epochs, and the accuracies that were measured.
 
     Args:
         metrics: Lines of metrics.jsonl.
         widths: The widths.
         path: Files to write, without suffix: a PNG and a PDF.
+        slow_start: Epochs that trained the full width alone, whose end is marked.
     """
-    training = [record for record in metrics if record['kind'] == 'train']
-    evaluations = [record for record in metrics if record['kind'] == 'eval']
-    steps_per_epoch = training[-1]['step'] / training[-1]['epoch']
+    kinds = {kind: [record for record in metrics if record['kind'] == kind] for kind in ('train', 'eval')}
+    steps_per_epoch = kinds['train'][-1]['step'] / kinds['train'][-1]['epoch']
     panels = [
-        (records, name, label)
-        for records, name, label in (
-            (training, 'info_nce', 'InfoNCE loss (nats)'),
-            (training, 'cross_entropy', 'cross-entropy (nats)'),
-            (evaluations, 'knn', 'k-NN accuracy (%)'),
-            (evaluations, 'linear', 'accuracy of a linear classifier (%)'),
-            (evaluations, 'top1', 'top-1 accuracy (%)'),
-        )
+        (kind, name)
+        for name in _PANELS
+        for kind, records in kinds.items()
         if any(f'{name}/{widths[0]:g}' in record for record in records)
     ]
     figure, axes = new_figure(len(panels))
-    for axis, (records, name, label) in zip(axes, panels, strict=True):
+    for axis, (kind, name) in zip(axes, panels, strict=True):
         for i, width in enumerate(widths):
             key = f'{name}/{width:g}'
-            points = [(record['step'] / steps_per_epoch, record[key]) for record in records if key in record]
+            points = [(record['step'] / steps_per_epoch, record[key]) for record in kinds[kind] if key in record]
             axis.plot(
                 *zip(*points, strict=True),
                 label=f'width {width:g}',
-                marker='o' if records is evaluations else None,
+                marker='o' if kind == 'eval' else None,
                 **line_style(i),
             )
+        mark_slow_start(axis, slow_start if len(widths) > 1 else 0)
         axis.set_xlabel('epoch')
-        axis.set_ylabel(label)
+        axis.set_ylabel(_PANELS[name])
         axis.legend()
     save_figure(figure, path)

@@ -18,8 +18,8 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.files import write_text
 from slimclr_hub.runs.command_line import dump
 from slimclr_hub.settings import RECIPE
+from slimclr_hub.train.command import changes_of, load_recipe
 from slimclr_hub.train.config import PretrainConfig
-from slimclr_hub.train.parse import changes_of, load_recipe
 
 
 class RunFolder:

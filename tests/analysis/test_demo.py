@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from slimclr_hub.analysis.replay import checkpoint_steps
-from slimclr_hub.train.parse import load_recipe
+from slimclr_hub.train.command import load_recipe
 from tests.analysis.runs import ANALYZE, run_script
 from tests.data_room.files import write_idx_set
 from tests.train.runs import SCRIPT

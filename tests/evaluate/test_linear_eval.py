@@ -41,7 +41,7 @@ from slimclr_hub.evaluate.result import EvalResult, load_result, results_in
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.inference.predict import predict
 from slimclr_hub.models.calibrate import calibrate_batchnorm
-from slimclr_hub.runs.signals import StopSignals
+from slimclr_hub.runs.job import StopSignals
 from slimclr_hub.weights.published import PUBLISHED
 from tests.data_room.files import write_idx_set
 from tests.train.runs import TIMEOUT, contents, environment
@@ -395,7 +395,7 @@ def test_interrupted_is_as_uninterrupted(place, network, tmp_path, mode, after):
         rest = training(tmp_path / 'parts')
         assert rest.run() == history
         assert rest.step == 24
-        assert rest.batches.count == 24 - after
+        assert rest.features.count == 24 - after
     for i in range(2):
         expected = whole.head(i).state_dict()
         assert all(expected[name].equal(tensor) for name, tensor in rest.head(i).state_dict().items())

@@ -11,8 +11,8 @@ from slimclr_hub.data import DataConfig
 from slimclr_hub.errors import InputError
 from slimclr_hub.runs.command_line import dump
 from slimclr_hub.settings import RECIPE, flatten
+from slimclr_hub.train.command import load_recipe, parse_pretrain
 from slimclr_hub.train.config import MethodConfig, ModelConfig, OptimConfig, PretrainConfig, RunConfig
-from slimclr_hub.train.parse import load_recipe, parse_pretrain
 from slimclr_hub.train.setup import make_backbone, make_method, make_optimizer
 
 RECIPES = Path(__file__).parents[2] / 'recipes'

@@ -1,9 +1,9 @@
 import pytest
 
 from slimclr_hub.errors import InputError
+from slimclr_hub.train.command import changes_of
 from slimclr_hub.train.config import ModelConfig, PretrainConfig
 from slimclr_hub.train.diagnostics.config import DiagnosticsConfig
-from slimclr_hub.train.parse import changes_of
 from tests.train.test_config import parse, refusal
 
 

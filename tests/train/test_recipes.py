@@ -8,8 +8,8 @@ import torch
 
 from slimclr_hub.methods import METHODS
 from slimclr_hub.runs.command_line import dump
+from slimclr_hub.train.command import load_recipe
 from slimclr_hub.train.config import PretrainConfig
-from slimclr_hub.train.parse import load_recipe
 from slimclr_hub.train.setup import make_method, make_optimizer, make_schedule
 
 CONFIGS = Path(__file__).parents[2] / 'recipes' / 'configs'

@@ -8,8 +8,8 @@ from accelerate.state import AcceleratorState
 
 from slimclr_hub import files as whole
 from slimclr_hub.errors import InputError
+from slimclr_hub.train.command import load_recipe
 from slimclr_hub.train.config import DataConfig, PretrainConfig, RunConfig
-from slimclr_hub.train.parse import load_recipe
 from slimclr_hub.train.run_folder import RunFolder, find_run
 
 

@@ -24,7 +24,7 @@ from slimclr_hub.evaluate.subject import Subject, check_channels, check_images, 
 from slimclr_hub.files import write_text
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import run_script
-from slimclr_hub.runs.signals import StopSignals
+from slimclr_hub.runs.job import StopSignals
 from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
 
 PROBE = 'probe.safetensors'

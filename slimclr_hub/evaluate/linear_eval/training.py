@@ -1,17 +1,14 @@
-"""The training of probes on a frozen network: epochs, evaluation after each, checkpoints, and going on from them."""
+"""Training of linear probes on a frozen network, judged after each epoch."""
 
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
-from slimclr_hub.errors import DivergedError, InputError, PreemptedError
+from slimclr_hub.errors import DivergedError
 from slimclr_hub.evaluate.feature_cache import SplitFeatures
 from slimclr_hub.evaluate.linear_eval.batches import FeatureBatch, FeatureBatches
 from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig
@@ -24,10 +21,8 @@ from slimclr_hub.evaluate.linear_eval.probe import (
     lr_factor,
     make_optimizer,
 )
-from slimclr_hub.runs.agreement import Agreement
 from slimclr_hub.runs.checkpoints import Checkpoints
-from slimclr_hub.runs.meter import Meter
-from slimclr_hub.runs.signals import StopSignals
+from slimclr_hub.runs.job import Job, StopSignals
 
 Record = dict[str, Any]
 """What one epoch gave: `epoch`, `loss` of each learning rate, and `top1` (and `top5`) of each, by width."""
@@ -36,19 +31,24 @@ _CHECKPOINT_SECONDS = 60  # an epoch on cached features takes less than its chec
 _TOP = 5
 
 
-class ProbeTraining:
-    """Probes that learn from features, and what they reach.
+class ProbeTraining(Job[FeatureBatch]):
+    """Trains one probe for each learning rate, side by side.
 
     Args:
         config: The configuration.
         accelerator: The processes.
         head: The head that all probes start from.
-        batches: What they learn from.
-        validation: Features that they are judged on, as the network gives them.
+        batches: Features to learn from.
+        validation: Features to judge on, as the network gives them.
         scaling: How the features of `batches` have been scaled, if they have.
-        folder: Where checkpoints lie.
-        signals: What may ask to stop.
+        folder: Folder of the checkpoints.
+        signals: Signals that ask to stop.
+
+    Attributes:
+        history: Record of each epoch.
     """
+
+    evaluate_before_stop = True
 
     def __init__(
         self,
@@ -61,12 +61,18 @@ class ProbeTraining:
         folder: Path,
         signals: StopSignals,
     ) -> None:
+        super().__init__(
+            accelerator,
+            signals,
+            epochs=config.optim.epochs,
+            steps_per_epoch=batches.steps_per_epoch,
+            batch_size=config.data.batch_size,
+            title='linear evaluation',
+        )
         self.config = config
-        self.accelerator = accelerator
-        self.batches = batches
+        self.features = batches
         self.validation = validation
         self.scaling = scaling
-        self.signals = signals
         rates = config.optim.rates
         sweep = ProbeSweep(head, list(validation.by_width), len(rates), config.probe.distillation)
         self.sweep: Any = accelerator.prepare_model(sweep)
@@ -74,45 +80,21 @@ class ProbeTraining:
         # Not prepared: with fp16 a scaler would have one learning rate that diverges hold up all others, and the probe
         # is in float32 anyway.
         self.optimizer = make_optimizer(self.inner, config.optim)
-        self.agreement = Agreement(accelerator.num_processes)
         self.checkpoints = Checkpoints(folder, accelerator, keep=1)
-        self.meter = Meter()
-        self.step = 0
         self.history: list[Record] = []
-        self.position: dict[str, Any] | None = None
+        self.saved_at = time.monotonic()
 
     def run(self) -> list[Record]:
-        """Train to the end, from the newest checkpoint if there is one, and return what each epoch gave.
+        """Train to the end, from the newest checkpoint if there is one, and return the record of each epoch.
 
         Raises:
             DivergedError: No learning rate has a finite loss.
             PreemptedError: A signal asked to stop; the state is kept.
         """
-        self._resume()
-        for note in self.batches.notes:
+        self.resume()
+        for note in self.features.notes:
             self.accelerator.print(note)
-        batch, steps = self.config.data.batch_size, self.batches.steps_per_epoch
-        first, start = divmod(self.step, steps)
-        self.progress = tqdm(
-            total=self.config.optim.epochs * steps * batch,
-            initial=self.step * batch,
-            unit='img',
-            unit_scale=True,
-            desc='linear evaluation',
-            dynamic_ncols=True,
-            mininterval=0.2 if sys.stderr.isatty() else 15,
-            disable=not self.accelerator.is_main_process,
-        )
-        saved = time.monotonic()
-        with closing(self.progress):
-            for epoch in range(first, self.config.optim.epochs):
-                stop = self._train_epoch(epoch, start)
-                start = 0
-                self._evaluate(epoch)
-                (due,) = self.agreement.any(time.monotonic() - saved > _CHECKPOINT_SECONDS)
-                if epoch + 1 < self.config.optim.epochs and (stop or due):
-                    self._save(stop)
-                    saved = time.monotonic()
+        self.train()
         return self.history
 
     def head(self, number: int) -> Head:
@@ -120,33 +102,18 @@ class ProbeTraining:
         head = self.inner.heads[number]
         return folded(head, self.scaling)  # type: ignore[arg-type]
 
-    def _train_epoch(self, epoch: int, start: int) -> bool:
-        """Train from a step of an epoch on, and return whether to stop after it; a stop within it does not return."""
-        steps = self.batches.steps_per_epoch
-        batches = self.batches.epoch(epoch, start, self.position if start else None)
-        batch = next(batches, None)
-        (ended,) = self.agreement.any(batch is None)
-        if ended:
-            data = self.config.data
-            raise InputError(
-                f'data.name {data.name}, data.root {data.root}: the stream gave no batch of {data.batch_size}; lower '
-                'data.batch_size or data.num_workers'
-            )
-        stop = False
-        while not ended:
-            assert batch is not None
-            batch, stop, ended = self._train_step(batch, batches)
-            self.progress.update(self.config.data.batch_size)
-            if stop and not ended and self.step % steps:
-                self._save(stop)
-        self.step = (epoch + 1) * steps  # where a stream has ended early, too
-        return stop
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return next(module.out_features for module in self.inner.modules() if isinstance(module, torch.nn.Linear))
 
-    def _train_step(
-        self, batch: FeatureBatch, batches: Iterator[FeatureBatch]
-    ) -> tuple[FeatureBatch | None, bool, bool]:
-        """One step; gives the next batch, whether to stop, and whether the epoch has ended on any process."""
-        factor = lr_factor(self.config.optim, self.step, self.batches.steps_per_epoch)
+    def batches(self, epoch: int, start: int, position: dict[str, Any] | None) -> Iterator[FeatureBatch]:
+        """Features of an epoch from step `start` on."""
+        return self.features.epoch(epoch, start, position)
+
+    def train_step(self, batch: FeatureBatch) -> dict[str, Any] | None:
+        """Take one step of every probe."""
+        factor = lr_factor(self.config.optim, self.step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group['lr'] = group['peak'] * factor
         output = self.sweep(batch.features, batch.labels)
@@ -155,13 +122,11 @@ class ProbeTraining:
         self.optimizer.zero_grad(set_to_none=True)
         del output['loss']  # of all probes together, which says nothing
         self.meter.add(output)
-        self.step += 1
-        self.position = batch.position
-        following = next(batches, None)
-        stop, ended = self.agreement.any(self.signals.received is not None, following is None)
-        return following, stop, ended
+        self.look_ahead()
+        return batch.position
 
-    def _evaluate(self, epoch: int) -> None:
+    def evaluate(self, epoch: int) -> None:
+        """Record loss and accuracies of every probe after `epoch` epochs."""
         means = self.meter.means(lambda totals: self.accelerator.reduce(totals, 'sum'))
         self.meter.reset()
         losses = [means.get(f'loss/{i}') for i in range(len(self.inner.heads))]
@@ -171,62 +136,39 @@ class ProbeTraining:
                 'standardise the features'
             )
         names = {'top1': 1, 'top5': _TOP} if self.classes > _TOP else {'top1': 1}
-        record: Record = {'epoch': epoch + 1, 'loss': losses}
+        record: Record = {'epoch': epoch, 'loss': losses}
         features, labels = self.validation.by_width, self.validation.labels
         for name, k in names.items():
             measured = [accuracies(self.head(i), features, labels, k) for i in range(len(losses))]
             # JSON has no numbers as keys.
             record[name] = [{f'{width:g}': value for width, value in each.items()} for each in measured]
         self.history.append(record)
-        tops = [max(each.values()) for each in zip_widths(record['top1'])]
-        self.progress.set_postfix(refresh=False, epoch=epoch + 1, top1='/'.join(f'{top:.1f}' for top in tops))
+        tops = [max(each[width] for each in record['top1']) for width in record['top1'][0]]
+        self.progress.set_postfix(refresh=False, epoch=epoch, top1='/'.join(f'{top:.1f}' for top in tops))
 
     @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return next(module.out_features for module in self.inner.modules() if isinstance(module, torch.nn.Linear))
+    def source(self) -> str:
+        """Words for the source of the batches, with its settings."""
+        return f'data.name {self.config.data.name}, data.root {self.config.data.root}'
 
-    # Keeping the state
+    def checkpoint_is_due(self, epoch: int | None) -> bool:
+        """True after an epoch that ends a minute or more after the last checkpoint, unless it is the last epoch."""
+        if epoch is None or epoch == self.epochs:
+            return False
+        (due,) = self.agreement.any(time.monotonic() - self.saved_at > _CHECKPOINT_SECONDS)
+        if due:
+            self.saved_at = time.monotonic()
+        return due
 
-    def _save(self, stop: bool) -> None:
-        state = {'step': self.step, 'steps_per_epoch': self.batches.steps_per_epoch, 'history': self.history}
-        own = {
-            'optimizer': self.optimizer.state_dict(),
-            'meter': self.meter.state_dict(),
-            'position': self.position,
-        }
-        path = self.checkpoints.save(state, own)
-        if stop:
-            name = self.signals.received.name if self.signals.received is not None else 'a signal to another process'
-            total = self.config.optim.epochs * self.batches.steps_per_epoch
-            raise PreemptedError(
-                f'stopped by {name} after step {self.step} of {total}; the state is in {path}, and the same command '
-                'goes on from it',
-                self.signals.status,
-            )
+    def state(self) -> dict[str, Any]:
+        """The records of the epochs."""
+        return {'history': self.history}
 
-    def _resume(self) -> None:
-        found = self.checkpoints.find()
-        for path, reason in found.skipped:
-            self.accelerator.print(f'Skipped a damaged checkpoint, {path}: {reason}')
-        if found.path is None:
-            return
-        if found.state['steps_per_epoch'] != self.batches.steps_per_epoch:
-            raise InputError(
-                f'{found.path} was written with {found.state["steps_per_epoch"]} steps an epoch, and now there are '
-                f'{self.batches.steps_per_epoch}; the images have to be the same, or give another run.output'
-            )
-        own = self.checkpoints.load(found)
+    def own(self) -> dict[str, Any]:
+        """The state of the optimizer, which accelerate does not know."""
+        return {'optimizer': self.optimizer.state_dict()}
+
+    def restore(self, state: dict[str, Any], own: dict[str, Any]) -> None:
+        """Go on from the state of the optimizer and the records."""
         self.optimizer.load_state_dict(own['optimizer'])
-        self.step, self.history = found.step, found.state['history']
-        if found.state['processes'] == self.accelerator.num_processes:
-            self.meter.load_state_dict(own['meter'], self.accelerator.device)
-            self.position = own['position']
-        epoch, step = divmod(self.step, self.batches.steps_per_epoch)
-        place = f'after epoch {epoch}' + (f', {step} steps' if step else '')
-        self.accelerator.print(f'Resuming {place}: {found.path}')
-
-
-def zip_widths(measured: list[dict[str, float]]) -> list[dict[int, float]]:
-    """For each width, number of the probe -> accuracy."""
-    return [{i: each[width] for i, each in enumerate(measured)} for width in measured[0]]
+        self.history = state['history']

@@ -1,0 +1,317 @@
+"""A job that trains for epochs: it resumes, stops between two steps when asked to, and keeps checkpoints."""
+
+import os
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from types import FrameType
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from slimclr_hub.errors import InputError, PreemptedError
+from slimclr_hub.runs.checkpoints import Checkpoints, Found
+from slimclr_hub.runs.meter import Meter
+from slimclr_hub.runs.progress import progress_bar
+
+PREEMPTED = os.EX_TEMPFAIL
+"""Exit status of a run that was asked to stop and can go on: 75, `EX_TEMPFAIL` of sysexits.h."""
+
+_STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+BatchT = TypeVar('BatchT')
+
+
+class StopSignals:
+    """Context that notes SIGTERM (a machine is taken back), SIGUSR1 (SLURM's notice) and SIGINT (the keyboard).
+
+    A second SIGINT interrupts at once.
+    """
+
+    received: signal.Signals | None = None
+
+    def __enter__(self) -> 'StopSignals':
+        self._before: dict[signal.Signals, Any] = {number: signal.signal(number, self._note) for number in _STOPPING}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def status(self) -> int:
+        """Exit status of the stopped process: 130 after SIGINT, as shells have it, else `PREEMPTED`."""
+        return 128 + signal.SIGINT if self.received is signal.SIGINT else PREEMPTED
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        if self.received is signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Agreement:
+    """All-reduce of flags over gloo, so that an accelerator with queued work is not synchronised.
+
+    Args:
+        processes: Number of processes; the process group of several is initialised.
+    """
+
+    def __init__(self, processes: int) -> None:
+        self._group: Any = dist.new_group(backend='gloo') if processes > 1 else None
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, true if it is so on any process; all processes call this together."""
+        if self._group is None:
+            return flags
+        shared = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
+        return tuple(map(bool, shared.tolist()))
+
+
+class Job(ABC, Generic[BatchT]):
+    """Trains for epochs on all processes together, whatever is trained.
+
+    A subclass says where batches come from (`batches`), what a step is (`train_step`), what follows an epoch
+    (`evaluate`) and what a checkpoint holds (`state`, `own`, `restore`). It sets `checkpoints` before it calls
+    `resume` or `train`.
+
+    Args:
+        accelerator: The processes.
+        signals: Signals that ask to stop.
+        epochs: Epochs to train.
+        steps_per_epoch: Optimizer steps in each.
+        batch_size: Images of a step over all processes.
+        title: Name of the job beside its progress bar.
+        log_every: Steps from one call of `log` to the next, besides that after each epoch; 0 for none.
+
+    Attributes:
+        step: Optimizer steps that have been taken.
+        position: Place of this process in its stream of images after the last step; None where it follows from the
+            step.
+        meter: Means since the last log, which checkpoints keep.
+    """
+
+    checkpoints: Checkpoints
+    evaluate_before_stop = False
+    """True if `evaluate` is so quick that it still is done when a signal arrives in the last step of an epoch."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        signals: StopSignals,
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        batch_size: int,
+        title: str,
+        log_every: int = 0,
+    ) -> None:
+        self.accelerator = accelerator
+        self.signals = signals
+        self.epochs = epochs
+        self.steps_per_epoch = steps_per_epoch
+        self.batch_size = batch_size
+        self.title = title
+        self.log_every = log_every
+        self.agreement = Agreement(accelerator.num_processes)
+        self.meter = Meter()
+        self.step = 0
+        self.position: dict[str, Any] | None = None
+        self._iterator: Iterator[BatchT] = iter(())
+        self._following: BatchT | None = None
+        self._stop = self._ended = False
+        self._start_clock()
+
+    # For subclasses
+
+    @abstractmethod
+    def batches(self, epoch: int, start: int, position: dict[str, Any] | None) -> Iterator[BatchT]:
+        """Batches of an epoch from its step `start` on; a stream may end early."""
+
+    @abstractmethod
+    def train_step(self, batch: BatchT) -> dict[str, Any] | None:
+        """Take one optimizer step, call `look_ahead` once in it, and return the position after the batch."""
+
+    @abstractmethod
+    def evaluate(self, epoch: int) -> None:
+        """Do what follows the `epoch`-th epoch, counted from 1."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """What all processes share, as JSON, for a checkpoint."""
+
+    @abstractmethod
+    def own(self) -> dict[str, Any]:
+        """What this process alone has, for a checkpoint: tensors, numbers, strings, and lists and dicts of them."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any], own: dict[str, Any]) -> None:
+        """Go on from what `state` and `own` gave; models that accelerate prepared are loaded already."""
+
+    @abstractmethod
+    def checkpoint_is_due(self, epoch: int | None) -> bool:
+        """True if a checkpoint follows this step, after the `epoch`-th epoch or, where None, within one."""
+
+    def log(self, epoch: int) -> None:
+        """Write what the meter has; `epoch` counts from 0."""
+
+    @property
+    def how_to_resume(self) -> str:
+        """Subject of the sentence that ends in `goes on from it`."""
+        return 'the same command'
+
+    @property
+    def source(self) -> str:
+        """Words for the source of the batches, with its settings."""
+        return self.title
+
+    # What all jobs do
+
+    def resume(self) -> Found:
+        """Go on from the newest complete checkpoint, if there is one.
+
+        Raises:
+            InputError: It was written with another number of steps in an epoch, or by another network.
+        """
+        accelerator, found = self.accelerator, self.checkpoints.find()
+        for path, reason in found.skipped:
+            accelerator.print(f'Skipped a damaged checkpoint, {path}: {reason}')
+        if found.path is None:
+            return found
+        if found.state['steps_per_epoch'] != self.steps_per_epoch:
+            raise InputError(
+                f'{found.path} was written with {found.state["steps_per_epoch"]} steps an epoch, and now there are '
+                f'{self.steps_per_epoch}; data.batch_size and the images have to be the same'
+            )
+        own = self.checkpoints.load(found)
+        self.step = found.step
+        if found.state['processes'] == accelerator.num_processes:
+            self.meter.load_state_dict(own['meter'], accelerator.device)
+            self.position = own['position']
+        else:
+            accelerator.print(
+                f'Warning: {found.path} was written by {found.state["processes"]} processes, and now there are '
+                f'{accelerator.num_processes}; the run goes on, but not as it would have'
+            )
+        self.restore(found.state, own)
+        epoch, step = divmod(self.step, self.steps_per_epoch)
+        place = f'after epoch {epoch}' + (f', {step} steps' if step else '')
+        accelerator.print(f'Resuming {place}: {found.path}')
+        return found
+
+    def train(self) -> None:
+        """Train from the current step to the end.
+
+        Raises:
+            InputError: There is no batch.
+            PreemptedError: A signal asked to stop; the state is kept.
+        """
+        first, start = divmod(self.step, self.steps_per_epoch)
+        self.progress = progress_bar(
+            self.epochs * self.steps_per_epoch * self.batch_size,
+            self.title,
+            self.accelerator.is_main_process,
+            initial=self.step * self.batch_size,
+            delay=0,
+        )
+        with closing(self.progress):
+            for epoch in range(first, self.epochs):
+                self._train_epoch(epoch, start)
+                start = 0
+                if self._stop and not self.evaluate_before_stop:
+                    # An evaluation may take longer than whoever asks to stop allows.
+                    self._save_and_stop(evaluated=False)
+                self.evaluate(epoch + 1)
+                if self._stop and epoch + 1 < self.epochs:
+                    self._save_and_stop()
+                if self.checkpoint_is_due(epoch + 1):
+                    self.save()
+
+    def look_ahead(self, failed: Callable[[], bool] = lambda: False) -> bool:
+        """Load the next batch and agree with the other processes, while the device is busy with the backward.
+
+        Args:
+            failed: True if this process cannot go on; called once the next batch is there.
+
+        Returns:
+            True if any process cannot go on.
+        """
+        self._following = self._next_batch()
+        any_failed, self._stop, self._ended = self.agreement.any(
+            failed(), self.signals.received is not None, self._following is None
+        )
+        return any_failed
+
+    def save(self, evaluated: bool = True) -> Path:
+        """Write a checkpoint; `evaluated` is false if the evaluation after this step is still to be done."""
+        state = {'step': self.step, 'steps_per_epoch': self.steps_per_epoch, 'evaluated': evaluated}
+        return self.checkpoints.save({**state, **self.state()}, self.all_own())
+
+    def all_own(self) -> dict[str, Any]:
+        """What this process alone has, with its meter and its position."""
+        return {'meter': self.meter.state_dict(), 'position': self.position, **self.own()}
+
+    def pace(self) -> dict[str, float]:
+        """Images per second, and the share of time spent waiting for data, since the last call or the epoch's start."""
+        seconds, images = time.perf_counter() - self._clock, (self.step - self._clock_step) * self.batch_size
+        measured = {'images_per_second': images / seconds, 'data_wait': self._waited / seconds}
+        self._start_clock()
+        return measured
+
+    def _train_epoch(self, epoch: int, start: int) -> None:
+        self._start_clock()
+        # At its beginning an epoch needs no position, and the one there is belongs to the epoch before.
+        self._iterator = self.batches(epoch, start, self.position if start else None)
+        self._following, self._stop = self._next_batch(), False
+        (self._ended,) = self.agreement.any(self._following is None)
+        if self._ended:
+            raise InputError(
+                f'{self.source}: the stream gave no batch of {self.batch_size}; lower data.batch_size or '
+                'data.num_workers, so that every process and worker has images'
+            )
+        while not self._ended:
+            batch = self._following
+            assert batch is not None
+            self.position = self.train_step(batch)
+            self.step += 1
+            self.progress.update(self.batch_size)
+            if self._ended:
+                break
+            if self.log_every and self.step % self.log_every == 0:
+                self.log(epoch)
+            if self._stop:
+                self._save_and_stop()
+            if self.checkpoint_is_due(None):
+                self.save()
+        end = (epoch + 1) * self.steps_per_epoch
+        if self.step < end:
+            self.accelerator.print(
+                f'Epoch {epoch + 1} ended {end - self.step} steps early, with the stream of one process; '
+                'data.num_samples is what all of them give'
+            )
+            self.step = end
+        self.log(epoch)
+
+    def _save_and_stop(self, evaluated: bool = True) -> None:
+        path = self.save(evaluated)
+        name = self.signals.received.name if self.signals.received is not None else 'a signal to another process'
+        self.accelerator.end_training()
+        raise PreemptedError(
+            f'stopped by {name} after step {self.step} of {self.epochs * self.steps_per_epoch}; the state is in '
+            f'{path}, and {self.how_to_resume} goes on from it',
+            self.signals.status,
+        )
+
+    def _next_batch(self) -> BatchT | None:
+        asked = time.perf_counter()
+        batch = next(self._iterator, None)
+        self._waited += time.perf_counter() - asked
+        return batch
+
+    def _start_clock(self) -> None:
+        self._clock, self._clock_step, self._waited = time.perf_counter(), self.step, 0.0
