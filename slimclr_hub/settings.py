@@ -1,7 +1,7 @@
 """Configuration dataclasses: value checks, which settings change a result, and how two of them differ."""
 
-from collections.abc import Collection, Iterator
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import Field, asdict, fields, is_dataclass
 from math import inf
 from typing import Any
 
@@ -16,13 +16,19 @@ PRECISIONS = ('no', 'fp16', 'bf16')
 class Incidental:
     """Base of configuration dataclasses whose fields leave every result as it is, such as a number of workers.
 
-    A configuration may derive from both kinds of dataclass; each field belongs to the class that declares it.
+    A configuration may derive from both kinds of dataclass; each field belongs to the class that declares it, and is
+    incidental if that class derives from this one directly.
     """
 
 
 def differences(recorded: Any, config: Any) -> list[str]:
-    """List the settings that make two configurations of one type give different results, as `key old -> new`."""
-    before, after = dict(_relevant(recorded)), dict(_relevant(config))
+    """List the settings that make two configurations give different results, as `key old -> new`.
+
+    Args:
+        recorded: A configuration dataclass, or a mapping of settings as JSON or YAML has them.
+        config: Another, of the same settings.
+    """
+    before, after = relevant(recorded), relevant(config)
     return [
         f'{key} {before.get(key)} -> {after.get(key)}'
         for key in {**before, **after}
@@ -30,18 +36,26 @@ def differences(recorded: Any, config: Any) -> list[str]:
     ]
 
 
+def relevant(config: Any) -> dict[str, Any]:
+    """Return the settings that change a result, as `section.key` -> value; of a mapping all of them."""
+    return dict(_relevant(config))
+
+
 def _relevant(config: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
-    for field in fields(config):
-        owner = next(
-            base for base in reversed(type(config).__mro__) if field.name in vars(base).get('__annotations__', {})
-        )
-        if issubclass(owner, Incidental):
-            continue
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            yield from _relevant(value, f'{prefix}{field.name}.')
+    if isinstance(config, Mapping):
+        items = dict(config)
+    else:
+        items = {field.name: getattr(config, field.name) for field in fields(config) if not _incidental(config, field)}
+    for name, value in items.items():
+        if is_dataclass(value) or isinstance(value, Mapping):
+            yield from _relevant(value, f'{prefix}{name}.')
         else:
-            yield f'{prefix}{field.name}', plain(value)
+            yield f'{prefix}{name}', plain(value)
+
+
+def _incidental(config: Any, field: Field) -> bool:
+    owner = next(base for base in reversed(type(config).__mro__) if field.name in vars(base).get('__annotations__', {}))
+    return Incidental in owner.__bases__
 
 
 def flatten(config: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A run rebuilt from its folder: the very next step of its training from any of its checkpoints, without taking it."""
+"""Replay of a run's training: recompute the next step of any of its checkpoints, without taking it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,13 +19,31 @@ from slimclr_hub.runs.checkpoints import verified
 from slimclr_hub.settings import RECIPE
 from slimclr_hub.train.command import load_recipe
 from slimclr_hub.train.config import PretrainConfig
+from slimclr_hub.train.diagnostics import Records
 from slimclr_hub.train.setup import arrange, make_method, make_schedule
+from slimclr_hub.train.step import Losses, forward_backward
 
-Losses = dict[str, torch.Tensor]
 Steps = Sequence[Sequence[Batch]]
-"""The parts of each of several optimizer steps."""
+"""Microbatches of each of several optimizer steps."""
 
 _PRECISIONS = {'bf16': torch.bfloat16, 'fp16': torch.float16}
+
+
+def recipe_of(folder: Path) -> PretrainConfig:
+    """Read the configuration of the run in a folder.
+
+    Raises:
+        InputError: It is not the folder of a run.
+    """
+    if not (folder / RECIPE).is_file():
+        raise InputError(f'{folder} is not the folder of a run, it has no {RECIPE}; give one like runs/NAME')
+    return load_recipe(folder / RECIPE)
+
+
+def slow_start_end(config: PretrainConfig) -> float | None:
+    """Epoch at which narrower widths begin to train; None for a run without slow start, or without any other phase."""
+    has_both = 0 < config.slow_start < config.optim.epochs and len(config.model.widths) > 1
+    return config.slow_start if has_both else None
 
 
 def checkpoint_steps(folder: Path) -> tuple[int, ...]:
@@ -34,28 +52,40 @@ def checkpoint_steps(folder: Path) -> tuple[int, ...]:
     return tuple(sorted(int(path.parent.name.removeprefix('step-')) for path in found))
 
 
-class Replay:
-    """The training of a run, at one of its checkpoints, on one process.
+def saved_weights(folder: Path) -> Mapping[int, Path]:
+    """Files with the trained tensors of a run by step, from its checkpoints and snapshots, in ascending order.
 
-    The next step has the images, views, widths, weights, momentum encoder, queue and random numbers that it had in the
-    run, so its loss and gradients are those of the run: exactly on the same kind of device with as many threads, and
-    but for rounding where several processes trained, whose parts of a batch are normalised apart here, too. `notes`
-    says where that does not hold.
+    Snapshots (`diagnostics.snapshots`) hold trained parameters and their modules' buffers in float32; a checkpoint also
+    holds the momentum encoder (`key_...`) and the queue, and is preferred.
+    """
+    checkpoints = {
+        step: folder / 'checkpoints' / f'step-{step:08d}' / 'model.safetensors' for step in checkpoint_steps(folder)
+    }
+    return dict(sorted((Records(folder).weights() | checkpoints).items()))
+
+
+class Replay:
+    """The training of a run at one of its checkpoints, on one process.
+
+    The next step has the images, views, widths, weights, momentum encoder, queue, random numbers and precision that it
+    had in the run, so loss and gradients are those of the run: bit for bit on the same kind of device with as many
+    threads; up to rounding if several processes trained, whose shares of a batch are normalised apart here, too.
+    `notes` lists what keeps a replay from being exact.
 
     Args:
         folder: Folder of the run.
-        device: Where to compute; a GPU if there is one unless given.
+        device: Where to compute; a GPU if there is one by default.
 
     Attributes:
         config: The run's configuration.
-        method: The method in training mode, in float32; `load` gives it the weights of a checkpoint.
-        schedule: What changes over training.
+        method: The method in training mode, in float32, with the weights of the loaded checkpoint.
+        schedule: Widths, momentum and learning rate by step.
         steps: Steps of the checkpoints.
-        step: Step of the one that is loaded; -1 before.
-        notes: What keeps the replay from being exact, a sentence each.
+        step: Step of the loaded checkpoint; -1 before `load`.
+        notes: Sentences for the user.
 
     Raises:
-        InputError: It is not the folder of a run, or its images are not there.
+        InputError: It is not the folder of a run, or its images are missing.
     """
 
     def __init__(self, folder: Path, device: torch.device | str | None = None) -> None:
@@ -63,7 +93,7 @@ class Replay:
         self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         config = recipe_of(folder)
         self.config = replace(config, model=replace(config.model, weights=None))
-        # Workers would be started for every step, and change nothing; those of a stream each have a share of it.
+        # Workers would start anew for each step. Of a stream each worker reads a share, so their number has to stay.
         data = config.data if config.data.streams else replace(config.data, num_workers=0)
         self.data = TrainData(
             data,
@@ -85,10 +115,10 @@ class Replay:
         self._position: Any = None
 
     def load(self, step: int) -> None:
-        """Be at the checkpoint after `step`.
+        """Load the checkpoint after `step`.
 
         Raises:
-            InputError: There is none, it is damaged, or it is of another network or data set.
+            InputError: It is missing, damaged, or of another network or data set.
         """
         path = self.folder / 'checkpoints' / f'step-{step:08d}'
         if step not in self.steps:
@@ -111,18 +141,18 @@ class Replay:
             self.method.load_state_dict(own['statistics'], strict=False)
         except RuntimeError as error:
             raise InputError(f'{path} does not fit its recipe: {" ".join(str(error).split())[:300]}') from error
-        self._be_processes(state['processes'])
+        self._imitate_processes(state['processes'])
         self._position = own['position'] if state['processes'] == 1 else None
         self.step = step
 
-    def _be_processes(self, processes: int) -> None:
-        """Normalise in as many parts as processes did; what cannot be as it was goes into the notes."""
+    def _imitate_processes(self, processes: int) -> None:
+        """Normalise a batch in as many splits as the run's processes did; add a note where that is not possible."""
         config, notes = self.config, []
         apart = 1 if config.method.sync_bn else processes
         splits = apart * (config.method.bn_splits or 1)
         split_batchnorm(self.method, splits)
         if config.method.name == 'mocov2':
-            self.method.bn_splits = splits  # by which keys are shuffled
+            self.method.bn_splits = splits  # keys are shuffled between them
         if apart > 1 and config.method.name in ('mocov3', 'simclr'):
             notes.append(
                 f'{self.folder} was trained on {processes} processes without method.sync_bn; here the heads normalise '
@@ -136,64 +166,62 @@ class Replay:
         self.notes = tuple(notes)
 
     def next_steps(self, count: int = 1) -> list[list[Batch]]:
-        """The parts of the next `count` steps of the training, on the device.
+        """Return the microbatches of the next `count` steps, on the device.
 
-        After the last epoch they are those that a further one would have.
+        After the last epoch they are those of one epoch more.
         """
         assert self.step >= 0, 'load a checkpoint first'
         epoch, start = divmod(self.step, self.schedule.steps_per_epoch)
         found: list[list[Batch]] = []
         batches = self.data.epoch(epoch, start, self._position if start else None)
-        parts: list[Batch] = []
+        step: list[Batch] = []
         while len(found) < count:
             batch = next(batches, None)
             if batch is None:
-                epoch, parts = epoch + 1, []
+                epoch, step = epoch + 1, []
                 batches = self.data.epoch(epoch)
                 continue
-            parts.append(batch)
-            if len(parts) == self.data.parts:
-                found.append(parts)
-                parts = []
+            step.append(batch)
+            if len(step) == self.data.parts:
+                found.append(step)
+                step = []
         return found
 
     def losses(
         self, steps: Steps, widths: Sequence[float] | None = None, *, backward: bool = False, momentum: bool = True
     ) -> Losses:
-        """What the method returns on the parts of steps, averaged; the weights, and all else it has, stay as they are.
+        """Return the method's outputs, averaged over the microbatches of steps; weights and buffers stay as they are.
 
-        Random numbers are those that the run went on with, so the same arguments and weights give the same losses.
+        Random numbers are those of the run, so the same arguments and weights give the same losses.
 
         Args:
-            steps: From `next_steps`. More than one are taken as parts of one accumulated step: the momentum encoder
-                moves once, and negatives stay those of the first.
-            widths: Widths to train; those of the next step unless given.
-            backward: Leave the gradients of the mean loss in the parameters of `method`; they are none before.
-            momentum: Whether the momentum encoder moves first, as it does in training; without, it is as in the
-                checkpoint, whatever has been done to the weights.
+            steps: From `next_steps`. Several are accumulated into one step: the momentum encoder moves once, and the
+                negatives are those of the first.
+            widths: Widths to train; those of the next step by default.
+            backward: Leave the gradients of the mean loss in the parameters of `method`; earlier ones are dropped.
+            momentum: Move the momentum encoder first, as training does. Otherwise it stays that of the checkpoint.
         """
         chosen = tuple(widths) if widths is not None else self.schedule.widths_at(self.step)
         moved = self.schedule.momentum_at(min(self.step, self.schedule.total_steps)) if momentum else 1.0
-        parts = [part for step in steps for part in step]
-        totals: Losses = {}
+        microbatches = [batch for step in steps for batch in step]
         if backward:
             self.method.zero_grad(set_to_none=True)
-        with self._unmoved(), nullcontext() if backward else torch.no_grad():
-            for i, part in enumerate(parts):
-                views = list(part.views)
-                if self.config.run.channels_last:
-                    views = [view.contiguous(memory_format=torch.channels_last) for view in views]
-                with self._autocast():
-                    output = self.method(views, chosen, moved if i == 0 else None, part.labels)
-                if backward:
-                    (output['loss'] / len(parts)).backward()
-                for name, value in output.items():
-                    totals[name] = totals.get(name, 0) + value.detach().float() / len(parts)
-        return totals
+        with self._restored(), nullcontext() if backward else torch.no_grad():
+            outputs = forward_backward(
+                self.method,
+                microbatches,
+                chosen,
+                moved,
+                torch.Tensor.backward if backward else None,
+                channels_last=self.config.run.channels_last,
+                autocast=self._autocast,
+            )
+        shares = [{name: value.float() / len(outputs) for name, value in output.items()} for output in outputs]
+        return {name: torch.stack([share[name] for share in shares]).sum(0) for name in outputs[0]}
 
     @contextmanager
-    def _unmoved(self) -> Iterator[None]:
-        """The run's random numbers inside; buffers and the momentum encoder as before afterwards."""
+    def _restored(self) -> Iterator[None]:
+        """Use the run's random numbers inside; restore buffers, momentum encoder and random state afterwards."""
         method = self.method
         state = [tensor for tensor in (*method.buffers(), *method.parameters()) if not tensor.requires_grad]
         before = [tensor.clone() for tensor in state]
@@ -212,28 +240,3 @@ class Replay:
     def _autocast(self) -> Any:
         precision = _PRECISIONS.get(self.config.run.precision or 'no')
         return torch.autocast(self.device.type, precision) if precision is not None else nullcontext()
-
-
-def recipe_of(folder: Path) -> PretrainConfig:
-    """The configuration of the run in a folder.
-
-    Raises:
-        InputError: It is not the folder of a run.
-    """
-    if not (folder / RECIPE).is_file():
-        raise InputError(f'{folder} is not the folder of a run, it has no {RECIPE}; give one like runs/NAME')
-    return load_recipe(folder / RECIPE)
-
-
-def saved_weights(folder: Path) -> Mapping[int, Path]:
-    """Step -> file with the trained tensors of a run after it, of its checkpoints and snapshots, in ascending order.
-
-    Snapshots (`diagnostics.snapshots`) hold the trained parameters and the buffers beside them in float32; a checkpoint
-    also has the momentum encoder (`key_...`) and the queue.
-    """
-    found = {
-        step: folder / 'checkpoints' / f'step-{step:08d}' / 'model.safetensors' for step in checkpoint_steps(folder)
-    }
-    for path in (folder / 'diagnostics').glob('weights-????????.safetensors'):
-        found.setdefault(int(path.stem.removeprefix('weights-')), path)
-    return dict(sorted(found.items()))

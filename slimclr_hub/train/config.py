@@ -8,7 +8,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.methods.loss_weights import loss_weights
 from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_widths, disjoint_widths
 from slimclr_hub.settings import PRECISIONS, above, at_least, one_of, share
-from slimclr_hub.train.diagnostics.config import DiagnosticsConfig
+from slimclr_hub.train.diagnostics import DiagnosticsConfig
 from slimclr_hub.train.method_config import MethodConfig
 from slimclr_hub.train.speed_config import SpeedConfig
 

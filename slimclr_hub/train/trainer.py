@@ -19,7 +19,7 @@ from slimclr_hub.runs.checkpoints import Checkpoints
 from slimclr_hub.runs.job import Job, StopSignals
 from slimclr_hub.runs.memory import keep_freed_memory, peak_memory
 from slimclr_hub.train.config import PretrainConfig
-from slimclr_hub.train.diagnostics.observer import GradientObserver, observe
+from slimclr_hub.train.diagnostics import GradientObserver, observe
 from slimclr_hub.train.online import TITLES, online_evaluation
 from slimclr_hub.train.run_folder import RunFolder
 from slimclr_hub.train.setup import arrange, make_method, make_optimizer, make_schedule
@@ -103,7 +103,7 @@ class Trainer(Job[list[Batch]]):
             accelerator.print(note)
         start_tracker(config, accelerator, self.folder.path, self.step)
         if accelerator.is_main_process:
-            self.observer = observe(config, self.inner, self.folder.path, self.step)
+            self.observer = observe(config.diagnostics, self.inner, self.folder.path, self.step)
         epoch, start = divmod(self.step, self.steps_per_epoch)
         if start == 0 and not evaluated:
             self.evaluate(epoch)

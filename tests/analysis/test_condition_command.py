@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from matplotlib import pyplot as plt
 from PIL import Image
 
-from slimclr_hub.analysis.condition_command import condition_defaults, condition_figure, draw_condition
+from slimclr_hub.analysis.condition import Condition, condition_defaults, condition_figure, linear_condition
 from slimclr_hub.analysis.entry import main
-from slimclr_hub.analysis.linear_condition import Condition, linear_condition
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.hub.opening import open_network
 from slimclr_hub.runs.command_line import dump
+from slimclr_hub.runs.figures import save_figure
 from slimclr_hub.train.config import PretrainConfig
 from tests.data_room.files import write_idx_set
 from tests.hub.files import save_small
@@ -56,7 +55,7 @@ def test_command(network, tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert '…' not in shown
     content = json.loads((tmp_path / 'condition.json').read_text())
-    assert content['settings']['data']['size'] == 8
+    assert content['settings']['data.size'] == 8
     assert 'torch' in content['environment']['versions']
     data = DataConfig('fashion-mnist', str(network.parent / 'idx'), size=8, num_workers=0, batch_size=16)
     views, labels = (torch.cat(parts) for parts in zip(*eval_loader(data, 'train', IMAGES, 0), strict=True))
@@ -76,19 +75,18 @@ def test_command(network, tmp_path, capsys, monkeypatch):
     before = (tmp_path / 'condition.json').read_bytes()
     with pytest.raises(SystemExit):
         analyse(network, *options, '--ridge', '1e-3')
-    assert 'is by other settings (ridge 1e-06); give another --output' in capsys.readouterr().err
+    assert 'has results of other settings (ridge 1e-06 -> 0.001); give --output' in capsys.readouterr().err
     assert (tmp_path / 'condition.json').read_bytes() == before
 
 
 def test_figure(tmp_path):
     values = [Condition((64, 64 // n), 99, 0.1 * n, 0.2, 0.3, 9.0, 1.0, 50.0, 70.0, 10.0 * n, 80.0) for n in (1, 2, 4)]
     results = {split: dict(zip((0.75, 0.5, 0.25), values, strict=True)) for split in ('train', 'validation')}
-    draw_condition(results, tmp_path / 'condition', 'runs/network')
     figure = condition_figure(results, 'runs/network')
     assert 'network' in figure.get_suptitle()
     for axis, split in zip(figure.axes, ('training', 'training', 'validation', 'validation'), strict=True):
         assert f'99 {split} images' in axis.get_ylabel()
-    plt.close(figure)
+    save_figure(figure, tmp_path / 'condition')
     with Image.open(tmp_path / 'condition.png') as image:
         assert image.size == (1560, 1140)
         pixels = np.asarray(image.convert('RGB'))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from slimclr_hub.analysis.landscape.directions import (
+from slimclr_hub.analysis.landscape import (
     filter_normalise,
     find_directions,
     offset,

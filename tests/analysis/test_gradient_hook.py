@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slimclr_hub.analysis.gradients.data import gradients_of
 from slimclr_hub.analysis.replay import Replay, saved_weights
+from slimclr_hub.analysis.run_gradients import gradients_of
 from slimclr_hub.errors import InputError
-from slimclr_hub.train.diagnostics.norms import last_linear, layer_slices, mean_norms
-from slimclr_hub.train.diagnostics.records import NormRecord, Records
+from slimclr_hub.train.diagnostics import NormRecord, Records
+from slimclr_hub.train.gradient_norms import last_linear, layer_slices, mean_norms
 from tests.analysis.runs import pretrain, small_place
 
 DIAGNOSTICS = ['--diagnostics.every', '2', '--diagnostics.gradients', '1', '--diagnostics.snapshots', '4']

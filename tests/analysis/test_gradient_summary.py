@@ -5,22 +5,19 @@ from math import isnan, sqrt
 import pytest
 import torch
 
-from slimclr_hub.analysis.gradients.data import RunGradients
-from slimclr_hub.analysis.gradients.summary import components, mean_cosines, phases
+from slimclr_hub.analysis.replay import slow_start_end
+from slimclr_hub.analysis.run_gradients import RunGradients, components, mean_cosines, phases
 from slimclr_hub.train.config import MethodConfig, ModelConfig, OptimConfig, PretrainConfig
-from slimclr_hub.train.diagnostics.records import NormRecord
+from slimclr_hub.train.diagnostics import NormRecord
+
+GRADIENTS = torch.tensor([[3.0, 0, 0], [1.0, 0, 0], [7.0, 0, 0], [0, 0, 9.0]])
 
 
-def make_run(gradients, slow_start=1.0, widths=(1.0, 0.5), ratios=(4.0, 4.0, 0.5, 1.5)):
+def make_run(gradients, slow_start=1.0, ratios=(4.0, 4.0, 0.5, 1.5)):
     """Two epochs of two steps."""
-    config = PretrainConfig(
-        model=ModelConfig(widths=widths),
-        method=MethodConfig(slow_start_epochs=slow_start),
-        optim=OptimConfig(epochs=2),
-    )
-    norms = [NormRecord(step, 0.5, 2.0, 2 * sqrt(1 + r**2), 2 * r, len(widths)) for step, r in enumerate(ratios)]
+    norms = [NormRecord(step, 0.5, 2.0, 2 * sqrt(1 + r**2), 2 * r, 2) for step, r in enumerate(ratios)]
     rows = torch.tensor(gradients)
-    return RunGradients('run', config, 2, norms, 'records', torch.arange(len(rows)), rows, 'records')
+    return RunGradients('run', slow_start, 2, norms, 'records', torch.arange(len(rows)), rows, 'records')
 
 
 def test_cosines_of_neighbours_and_of_pairs():
@@ -34,14 +31,14 @@ def test_cosines_of_neighbours_and_of_pairs():
 
 def test_directions_are_arrows_from_no_gradient():
     """Three of one direction and one across it: the plane holds all of them, and length does not matter."""
-    found = components(make_run([[3.0, 0, 0], [1.0, 0, 0], [7.0, 0, 0], [0, 0, 9.0]]), unit_length=True)
+    found = components(GRADIENTS, unit_length=True)
     expected = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1]], dtype=torch.float64)
     torch.testing.assert_close(found.projections, expected)
     torch.testing.assert_close(found.ratios, torch.tensor([0.75, 0.25], dtype=torch.float64))
 
 
 def test_gradients_as_they_are_count_by_their_squared_length():
-    found = components(make_run([[3.0, 0, 0], [1.0, 0, 0], [7.0, 0, 0], [0, 0, 9.0]]))
+    found = components(GRADIENTS)
     expected = torch.tensor([[0.0, 3], [0, 1], [0, 7], [9, 0]], dtype=torch.float64)
     torch.testing.assert_close(found.projections, expected)
     torch.testing.assert_close(found.ratios, torch.tensor([81 / 140, 59 / 140], dtype=torch.float64))
@@ -59,16 +56,29 @@ def test_phases_before_and_after_the_slow_start_point():
     assert after.explained == pytest.approx((0.5, 0.5))
 
 
-@pytest.mark.parametrize(('slow_start', 'widths'), [(0.0, (1.0, 0.5)), (2.0, (1.0, 0.5)), (1.0, (1.0,))])
-def test_run_without_such_a_point_has_one_phase(slow_start, widths):
-    (phase,) = phases(make_run([[1.0, 0], [0, 1.0], [1.0, 0], [0, 1.0]], slow_start, widths))
+@pytest.mark.parametrize(
+    ('slow_start', 'widths', 'end'),
+    [(0.0, (1.0, 0.5), None), (2.0, (1.0, 0.5), None), (1.0, (1.0,), None), (0.5, (1.0, 0.5), 0.5)],
+)
+def test_end_of_slow_start(slow_start, widths, end):
+    """A run has none that never begins, never ends, or has no other width to begin with."""
+    config = PretrainConfig(
+        model=ModelConfig(widths=widths),
+        method=MethodConfig(slow_start_epochs=slow_start),
+        optim=OptimConfig(epochs=2),
+    )
+    assert slow_start_end(config) == end
+
+
+def test_run_without_slow_start_has_one_phase():
+    (phase,) = phases(make_run([[1.0, 0], [0, 1.0], [1.0, 0], [0, 1.0]], None))
     assert (phase.name, phase.norms, phase.gradients) == ('all', 4, 4)
     assert phase.rest_ratio == pytest.approx(2.5)
 
 
 def test_no_gradient_in_the_smallest_width_leaves_no_ratio():
     """As fp16 may leave none at all in a step: such a step is left out of the means."""
-    run = make_run([[1.0, 0], [0, 1.0], [1.0, 0]], 0.0)
+    run = make_run([[1.0, 0], [0, 1.0], [1.0, 0]], None)
     run.norms[0] = NormRecord(0, 0.5, 0.0, 0.0, 0.0, 2)
     run.norms[1] = NormRecord(1, 0.5, float('inf'), float('inf'), float('inf'), 2)
     (phase,) = phases(run)

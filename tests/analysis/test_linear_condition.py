@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from slimclr_hub.analysis.linear_condition import least_squares, linear_condition, narrower, sides
+from slimclr_hub.analysis.condition import least_squares, linear_condition, narrower, sides
 from slimclr_hub.errors import InputError
 
 N, D, D1, C = 60, 12, 5, 4

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from slimclr_hub.analysis.entry import main
-from slimclr_hub.analysis.landscape.directions import find_directions
-from slimclr_hub.analysis.landscape.surface import ErrorMeasure, LossMeasure, grid, measure_surface
-from slimclr_hub.analysis.landscape.trajectory import load_trajectory
+from slimclr_hub.analysis.landscape import find_directions, load_trajectory
 from slimclr_hub.analysis.replay import Replay
+from slimclr_hub.analysis.surface import ErrorMeasure, LossMeasure, grid, measure_surface
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.errors import InputError
 from tests.analysis.finished_runs import make_runs
@@ -229,7 +228,7 @@ def test_command(runs, at_the_end, tmp_path, capsys, monkeypatch):
     before = stem.with_suffix('.json').read_bytes()
     with pytest.raises(SystemExit):
         analyse(*arguments, '--batches', 2)
-    assert 'is by other settings (batches 1); give another --output' in capsys.readouterr().err
+    assert 'has results of other settings (batches 1 -> 2); give --output' in capsys.readouterr().err
     assert stem.with_suffix('.json').read_bytes() == before
 
     # Another quantity of what has been measured is drawn at once.

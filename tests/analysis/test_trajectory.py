@@ -9,10 +9,10 @@ from matplotlib import pyplot as plt
 from PIL import Image
 from safetensors.torch import save_file
 
+from slimclr_hub.analysis.command import labels_of
 from slimclr_hub.analysis.entry import main
-from slimclr_hub.analysis.files import labels_of
-from slimclr_hub.analysis.landscape.figure import Panel, planes_figure
-from slimclr_hub.analysis.landscape.trajectory import load_trajectory, path_of
+from slimclr_hub.analysis.landscape import load_trajectory, plane_path
+from slimclr_hub.analysis.landscape_figure import Panel, planes_figure
 from slimclr_hub.errors import InputError
 from slimclr_hub.runs.command_line import dump
 from slimclr_hub.train.config import PretrainConfig
@@ -111,8 +111,8 @@ def test_a_run_with_too_few_points_is_named(tmp_path, capsys):
 def test_colours_of_epochs_are_those_of_all_panels(runs, own):
     shutil.rmtree(own / 'checkpoints' / 'step-00000040')
     paths = [
-        path_of(str(run), trajectory, trajectory.directions('none'), 'none')
-        for run, trajectory in ((run, load_trajectory(run)) for run in (runs[0], own))
+        plane_path(trajectory, trajectory.directions('none'), 'none')
+        for trajectory in map(load_trajectory, (runs[0], own))
     ]
     assert [path.epochs[-1] for path in paths] == [2, 1.5]
     figure = planes_figure([Panel('run', path) for path in paths], '')
@@ -163,7 +163,7 @@ def test_other_settings_do_not_replace_data(own, capsys):
     with pytest.raises(SystemExit):
         analyse('trajectory', own, '--normalise', 'filter')
     error = capsys.readouterr().err
-    assert 'is by other settings (normalise none); give another --output' in error
+    assert 'has results of other settings (normalise none -> filter); give --output' in error
     assert file.read_bytes() == before
     analyse('trajectory', own)  # the same again is no harm
     assert file.read_bytes() == before

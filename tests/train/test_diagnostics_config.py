@@ -3,7 +3,7 @@ import pytest
 from slimclr_hub.errors import InputError
 from slimclr_hub.train.command import changes_of
 from slimclr_hub.train.config import ModelConfig, PretrainConfig
-from slimclr_hub.train.diagnostics.config import DiagnosticsConfig
+from slimclr_hub.train.diagnostics import DiagnosticsConfig
 from tests.train.test_config import parse, refusal
 
 

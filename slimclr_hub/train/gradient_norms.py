@@ -1,4 +1,4 @@
-"""Gradient imbalance: how the gradient divides between the smallest sub-network and the rest (paper, Fig. 3)."""
+"""Gradient norms within the smallest sub-network's slices of the weights and outside them (paper, Fig. 3)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from slimclr_hub.models.widths import width_key
 
 @dataclass(frozen=True)
 class LayerSlice:
-    """A slimmable layer and what one width uses of it.
+    """A slimmable layer and the slices of its parameters that one width uses.
 
     Args:
         name: Name of the layer.
-        parameters: Its trained weight and bias, those that it has.
-        spans: For each of them the span of every leading dimension, outputs first, that the width uses.
+        parameters: Its trained weight, and bias if it has one.
+        spans: For each parameter the span that the width uses of every leading dimension, outputs first.
     """
 
     name: str
@@ -28,12 +28,12 @@ class LayerSlice:
 
 
 def layer_slices(method: nn.Module, width: float) -> list[LayerSlice]:
-    """What a width uses of each trained layer whose weights widths share: the network's, and those of its heads.
+    """Return a width's slices of all trained layers whose weights are shared by widths, of the network and its heads.
 
-    Batch normalisation and switchable classifiers are left out: every width has its own, and shares nothing of them.
+    Batch normalisation and switchable classifiers are left out, since each width has its own.
 
     Raises:
-        InputError: There is no such layer, or the width uses nothing, or everything, of all of them.
+        InputError: There is no such layer, or the width uses no channel of one.
     """
     found = []
     for name, layer in method.named_modules():
@@ -50,44 +50,44 @@ def layer_slices(method: nn.Module, width: float) -> list[LayerSlice]:
 
 
 def slice_norms(layers: Sequence[LayerSlice]) -> torch.Tensor:
-    """L2 norms of the gradients of layers: within their slices, of all, and outside their slices.
+    """L2 norms of the gradients of layers: within their slices, of the whole gradient, and outside the slices.
 
-    A layer's weight and bias count as one. The norms of slice and rest are measured; the norm of all follows from them,
-    which loses no digits, as the rest of the other two would. Nothing waits for the device.
+    A layer's weight and bias count as one tensor. Slice and rest are measured, and the whole follows from both: a rest
+    by subtraction would lose digits. The device is not synchronised.
 
     Args:
         layers: From `layer_slices`; every parameter has a gradient.
 
     Returns:
-        [layers, 3], on the device; the norm of a rest that is empty is 0.
+        [layers, 3], on the device; the norm of an empty rest is 0.
     """
-    parts: list[torch.Tensor] = []
+    pieces: list[torch.Tensor] = []
     owners: list[int] = []
     for i, layer in enumerate(layers):
         for parameter, spans in zip(layer.parameters, layer.spans, strict=True):
             assert parameter.grad is not None
-            inside, *outside = _parts(parameter.grad, spans)
-            parts += [inside, *outside]
+            inside, *outside = _pieces(parameter.grad, spans)
+            pieces += [inside, *outside]
             owners += [2 * i, *[2 * i + 1] * len(outside)]
-    squares = torch.stack([norm.float().square() for norm in torch._foreach_norm(parts)])
+    squares = torch.stack([norm.float().square() for norm in torch._foreach_norm(pieces)])
     sums = squares.new_zeros(2 * len(layers)).index_add_(0, _indices(owners, squares.device), squares)
     smallest, rest = sums.view(-1, 2).unbind(1)
     return torch.stack([smallest, smallest + rest, rest], 1).sqrt()
 
 
 def mean_norms(layers: Sequence[LayerSlice]) -> torch.Tensor:
-    """Means over layers of `slice_norms` (paper, Fig. 3): within slices, of all, outside slices; [3]."""
+    """Mean over layers of `slice_norms` (paper, Fig. 3), [3]."""
     return slice_norms(layers).mean(0)
 
 
 def last_linear(method: nn.Module) -> torch.Tensor:
-    """Weight of the last linear layer that the gradient meets first (paper, Fig. 4).
+    """Weight of the last linear layer, which the gradient reaches first (paper, Fig. 4).
 
-    The MLP's last for MoCo v2 and SimCLR, the predictor's last for MoCo v3, the classifier for supervised training: of
-    one that widths share, all of it; of a switchable one, the full width's.
+    It is the head's last layer for MoCo v2 and SimCLR, the predictor's last for MoCo v3, and the classifier for
+    supervised training, of a switchable classifier that of the full width.
 
     Raises:
-        InputError: The method has none of these.
+        InputError: The method has no such layer.
     """
     for name in 'predictor', 'head':
         if isinstance(head := getattr(method, name, None), nn.Module):
@@ -103,8 +103,8 @@ def last_linear(method: nn.Module) -> torch.Tensor:
     return classifier.weight
 
 
-def _parts(tensor: torch.Tensor, spans: tuple[Span, ...]) -> Iterator[torch.Tensor]:
-    """The slice, and then disjoint pieces of what is around it, all views."""
+def _pieces(tensor: torch.Tensor, spans: tuple[Span, ...]) -> Iterator[torch.Tensor]:
+    """Yield a view of the slice, then views of disjoint pieces around it."""
     pieces = []
     for dim, (first, end) in enumerate(spans):
         pieces += [tensor.narrow(dim, 0, first), tensor.narrow(dim, end, tensor.shape[dim] - end)]

@@ -1,18 +1,20 @@
-"""Figures of surfaces and trajectories: runs beside each other, on the same axes and the same colours."""
+"""Figures of surfaces and trajectories: runs side by side, with the same axes and colours."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimclr_hub.analysis.landscape.trajectory import Path2D
+import numpy as np
+
+from slimclr_hub.analysis.landscape import PlanePath
 from slimclr_hub.runs.figures import marker, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = 'cividis'  # made to be read alike with and without red-green blindness
+_COLOURS = 'cividis'  # reads alike with and without red-green blindness
 _PATH = '#D55E00'
 _LEVELS = 20
 _MARGIN = 1.1
@@ -23,37 +25,37 @@ class Panel:
     """One run in its plane.
 
     Args:
-        title: Above the panel.
+        title: Title of the panel.
         path: The trajectory.
-        axes: Coordinates of the surface along both directions, [A] and [B]; none without a surface.
+        axes: Coordinates of the surface along both directions, [A] and [B]; None without a surface.
         values: The surface, [B][A].
     """
 
     title: str
-    path: Path2D
+    path: PlanePath
     axes: tuple[Sequence[float], Sequence[float]] | None = None
     values: Sequence[Sequence[float | None]] | None = None
 
 
-def reach_of(paths: Sequence[Path2D]) -> tuple[float, float]:
-    """Largest coordinates of several trajectories along each direction, and a margin."""
+def reach_of(paths: Sequence[PlanePath]) -> tuple[float, float]:
+    """Largest coordinate of several trajectories along each direction, with a margin."""
     first, second = (max(path.offsets[i] for path in paths) * _MARGIN for i in (0, 1))
     return first, second
 
 
 def draw_planes(panels: Sequence[Panel], quantity: str, file: Path) -> None:
-    """Draw trajectories; with surfaces over their contours, and the surfaces in perspective above.
+    """Draw trajectories; if the runs have surfaces, over their contours, with the surfaces in perspective above.
 
     Args:
-        panels: The runs; all with a surface, or it is drawn where there is one.
-        quantity: What the height of a surface is, with its unit.
-        file: Files to write, without suffix: a PNG and a PDF.
+        panels: The runs.
+        quantity: Label of the surfaces' height, with its unit.
+        file: PNG and PDF to write, without suffix.
     """
     save_figure(planes_figure(panels, quantity), file)
 
 
 def planes_figure(panels: Sequence[Panel], quantity: str) -> 'Figure':
-    """The figure that `draw_planes` writes."""
+    """Make the figure that `draw_planes` writes."""
     raised = all(panel.values is not None for panel in panels)
     columns = len(panels)
     figure, axes = new_figure(columns, 1 + raised, width=5.4, height=4.4)
@@ -80,12 +82,9 @@ def planes_figure(panels: Sequence[Panel], quantity: str) -> 'Figure':
         _draw_path(axis, panel.path)
         if panel.values is None:
             along, across = zip(*panel.path.coordinates, strict=True)
-            epochs: dict[str, Any] = {
-                'c': panel.path.epochs,
-                'vmin': 0,
-                'vmax': last,
-            }  # one scale, so that panels compare
-            dots = axis.scatter(along, across, **epochs, cmap=_COLOURS, s=36, zorder=2.5, edgecolor='black')
+            style: dict[str, Any] = {'cmap': _COLOURS, 's': 36, 'zorder': 2.5, 'edgecolor': 'black'}
+            # One scale of epochs for all panels.
+            dots = axis.scatter(along, across, c=panel.path.epochs, vmin=0, vmax=last, **style)
             figure.colorbar(dots, ax=axis, label='epoch')
         if not raised:
             axis.set_title(panel.title)
@@ -95,39 +94,25 @@ def planes_figure(panels: Sequence[Panel], quantity: str) -> 'Figure':
     return figure
 
 
-def _draw_path(axis: 'Axes', path: Path2D) -> None:
-    along, across = zip(*path.coordinates, strict=True)
+def _draw_path(axis: 'Axes', path: PlanePath) -> None:
+    along, across = np.array(path.coordinates).T
     axis.plot(along, across, color='white', linewidth=3.5, solid_capstyle='round')
     axis.plot(along, across, color=_PATH, linewidth=1.5, marker='o', markersize=4, markeredgecolor='white')
+    style: dict[str, Any] = {'linestyle': 'none', 'markeredgecolor': 'black', 'zorder': 3}
     axis.plot(
-        along[:1],
-        across[:1],
-        color=_PATH,
-        linestyle='none',
-        marker=marker(1),
-        markersize=9,
-        markeredgecolor='black',
-        zorder=3,
-        label=f'epoch {path.epochs[0]:.3g}',
+        along[:1], across[:1], color=_PATH, marker=marker(1), markersize=9, label=f'epoch {path.epochs[0]:.3g}', **style
     )
-    axis.plot(
-        [0],
-        [0],
-        color='white',
-        linestyle='none',
-        marker='*',
-        markersize=15,
-        markeredgecolor='black',
-        zorder=3,
-        label=f'epoch {path.epochs[-1]:.3g}, the origin',
-    )
+    if path.slow_start is not None and path.epochs[0] < path.slow_start < path.epochs[-1]:
+        end = [[np.interp(path.slow_start, path.epochs, coordinates)] for coordinates in (along, across)]
+        label = f'slow start ends ({path.slow_start:g})'
+        axis.plot(*end, color='white', marker=marker(3), markersize=8, label=label, **style)
+    origin = f'epoch {path.epochs[-1]:.3g}, the origin'
+    axis.plot([0], [0], color='white', marker='*', markersize=15, label=origin, **style)
 
 
 def _draw_raised(
     figure: Any, flat: 'Axes', i: int, rows: int, columns: int, panel: Panel, levels: Any, quantity: str
 ) -> None:
-    import numpy as np
-
     assert panel.axes is not None
     flat.remove()
     axis = figure.add_subplot(rows, columns, i + 1, projection='3d')
@@ -145,23 +130,19 @@ def _draw_raised(
     axis.set_zlabel(quantity)
 
 
-def _label(path: Path2D, i: int) -> str:
+def _label(path: PlanePath, i: int) -> str:
     scale = 'filter-normalised' if path.normalise == 'filter' else 'distance of weights'
     return f'{("1st", "2nd")[i]} PCA component, {100 * path.explained[i]:.1f} % explained\n({scale})'
 
 
 def _array(panel: Panel) -> Any:
-    import numpy as np
-
     return np.ma.masked_invalid(np.array(panel.values, dtype=float))
 
 
 def _span(panel: Panel) -> tuple[float, float]:
-    """Lowest and highest value of a surface; steep corners, a twentieth of it, may go beyond the colours."""
+    """Lowest value and 95th percentile of a surface: steep corners go beyond the colours."""
     if panel.values is None:
         return float('inf'), float('-inf')
-    import numpy as np
-
     values = _array(panel).compressed()
     return float(values.min()), float(np.percentile(values, 95))
 

@@ -1,1 +1,0 @@
-"""Gradient imbalance and gradient direction divergence (paper, section 3.2)."""

@@ -1,1 +1,0 @@
-"""Error surface and optimisation trajectory (paper, figure 5)."""

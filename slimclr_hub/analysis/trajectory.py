@@ -1,0 +1,86 @@
+"""`analyze trajectory`: trajectories of runs' weights over training (paper, figure 5 b and d)."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from slimclr_hub.analysis.command import (
+    Analysis,
+    OutputOption,
+    data_file,
+    labels_of,
+    output_stem,
+    read_data,
+    run_folders,
+    write_data,
+)
+from slimclr_hub.analysis.landscape import NORMALISATIONS, PlanePath, load_trajectory, plane_path
+from slimclr_hub.analysis.landscape_figure import Panel, draw_planes
+from slimclr_hub.runs.tables import print_table
+from slimclr_hub.settings import one_of, relevant
+
+
+@dataclass(frozen=True)
+class TrajectoryConfig(OutputOption):
+    """Options of `analyze trajectory`.
+
+    Args:
+        normalise: Scale of the directions in the figure. none: norm 1, so that coordinates are distances between
+            weights, like the paper's offsets; filter: each filter as long as that of the last weights.
+    """
+
+    normalise: str = 'none'
+
+    def __post_init__(self) -> None:
+        one_of('normalise', self.normalise, NORMALISATIONS)
+
+
+def analyse_trajectory(runs: Sequence[str], config: TrajectoryConfig) -> None:
+    """Write coordinates and figure of the trajectories of runs, and print their offsets."""
+    folders = run_folders(runs)
+    stem = output_stem('trajectory', folders, config.output)
+    settings = {'runs': [str(folder) for folder in folders], **relevant(config)}
+    read_data(data_file(stem), settings)
+    paths: list[dict[str, PlanePath]] = []
+    for folder in folders:
+        trajectory = load_trajectory(folder)
+        paths.append({how: plane_path(trajectory, trajectory.directions(how), how) for how in NORMALISATIONS})
+    found = [{how: asdict(path) for how, path in both.items()} for both in paths]
+    write_data(data_file(stem), settings, trajectories=found)
+    labels = labels_of(folders)
+    panels = [Panel(label, both[config.normalise]) for label, both in zip(labels, paths, strict=True)]
+    draw_planes(panels, '', stem)
+    _print_offsets(labels, [both['none'] for both in paths])
+    print(f'Figure: {stem}.png\nData: {stem}.json')
+
+
+def _print_offsets(labels: Sequence[str], paths: Sequence[PlanePath]) -> None:
+    from rich.table import Table
+
+    table = Table(title='Trajectories of weights: largest distance from the end along the first two PCA components')
+    table.add_column('run', no_wrap=True)
+    for title in (
+        'saved weights',
+        'explained by 1st, 2nd (%)',
+        'distance along 1st, 2nd',
+        "2nd over the first run's",
+    ):
+        table.add_column(title, justify='right')
+    first = paths[0].offsets[1]
+    for label, path in zip(labels, paths, strict=True):
+        table.add_row(
+            label,
+            str(len(path.steps)),
+            ', '.join(f'{100 * share:.1f}' for share in path.explained),
+            ', '.join(f'{distance:.3g}' for distance in path.offsets),
+            '' if path is paths[0] else f'{100 * (path.offsets[1] / first - 1):+.1f} %',
+        )
+    print_table(table)
+    print('Paper, section 4.4, 2nd: supervised 21.75 alone, 28.49 slimmable (+31.0 %); MoCo 13.26, 18.75 (+41.4 %).')
+
+
+ANALYSIS = Analysis(
+    TrajectoryConfig,
+    analyse_trajectory,
+    'RUN [RUN ...]',
+    'Trajectories of the weights of runs over training, and their distances from the end.',
+)
