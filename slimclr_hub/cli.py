@@ -430,7 +430,7 @@ def _extract_detector(
     """Take one width of a slimmable detector, if the network is a checkpoint of one."""
     if network.suffix != '.pth' or not network.is_file():
         return False
-    from slimclr_hub.detection.dense import extract_detector, read_detector
+    from slimclr_hub.detection.extract import extract_detector, read_detector
 
     detector = read_detector(network)
     if detector is None:

@@ -19,8 +19,9 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 from typer import Option
 
+from slimclr_hub.detection.precision import precision_table
 from slimclr_hub.detection.torchvision_backbone import backward_widths, slimmable_mask_rcnn
-from slimclr_hub.detection.torchvision_coco import METRICS, CocoInstances, evaluate_widths
+from slimclr_hub.detection.torchvision_coco import CocoInstances, evaluate_widths
 from slimclr_hub.errors import InputError
 from slimclr_hub.weights.tensor_file import save_tensors
 
@@ -102,11 +103,7 @@ def main(
         save_tensors(accelerator.unwrap_model(model).state_dict(), result)
     results = evaluate_widths(model, val)
     if accelerator.is_main_process:
-        columns = [f'{kind}/{metric}' for kind in ('bbox', 'segm') for metric in METRICS]
-        print('width', *(f'{column:>10}' for column in columns))
-        for width, precision in results.items():
-            print(f'{width:<5g}', *(f'{precision[column]:10.3f}' for column in columns))
-        print(result)
+        print(f'{precision_table(results, accelerator.unwrap_model(model).backbone.body)}\n{result}')
     accelerator.end_training()
 
 

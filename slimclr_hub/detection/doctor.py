@@ -207,7 +207,7 @@ def _add_executable(mim: Package) -> None:
 def _files(config: Path | None) -> dict[Path, int]:
     required = [coco_root() / name for name in FILES]
     if config is not None:
-        from slimclr_hub.detection.config_text import run_config
+        from slimclr_hub.detection.mmengine_files import run_config
 
         cfg, required = run_config(config), []
         for loader in ('train_dataloader', 'val_dataloader'):

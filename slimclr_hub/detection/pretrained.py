@@ -1,16 +1,19 @@
-"""Starting a detector's backbone from pre-trained weights, strictly, and saying what was loaded."""
+"""Create a detector's backbone and load pre-trained weights strictly, with a report of what was loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import timm
 import torch
 from timm.models import adapt_input_conv
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.hub.opening import open_network
-from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
 from slimclr_hub.models.loading import FIRST_CONV, checkpoint_filter_fn
+from slimclr_hub.models.registry import slimmable_models
 from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.convert import convert
 from slimclr_hub.weights.layouts import layout_of
@@ -23,15 +26,15 @@ _FILES = ('.safetensors', '.pth', '.pt', '.tar', '.bin', '.ckpt')
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was loaded into a backbone; as text, the report of it.
+    """Record of loaded weights; `str` gives the report.
 
     Args:
-        source: Where the weights came from, as it was asked for.
-        tensors: Tensors loaded, which are all that the network has.
-        parameters: Numbers in those of them that training moves.
-        widths: The network's widths.
-        left_out: What the source has beyond that: a head, further widths.
-        note: What else there is to know; empty if nothing.
+        source: Source of the weights, as given.
+        tensors: Number of tensors loaded, all that the network has.
+        parameters: Number of parameters among them.
+        widths: Widths of the network.
+        left_out: What else the source holds: a head, further widths.
+        note: Remark on the weights; empty if there is none.
     """
 
     source: str
@@ -50,21 +53,39 @@ class Loaded:
         return f'{text} {self.note}'.rstrip()
 
 
-def load_backbone(network: SlimmableResNet, source: str) -> Loaded:
-    """Load every tensor of a backbone, or none of them where anything does not fit.
-
-    The network may hold fewer widths than the source; it then takes the leading part of the tensors. A head of the
-    source is left out. A network of one width, such as a ResNet-50 of torchvision or timm, gives each width the leading
-    part of its normalisations; the narrow ones have then seen no image.
+def create_backbone(name: str, widths: Sequence[float] = DEFAULT_WIDTHS, **kwargs: Any) -> SlimmableResNet:
+    """Create a slimmable network without a head.
 
     Args:
-        network: The network, without a head (`num_classes=0`).
-        source: A tag (`slimclr_resnet50.mocov2_800e_in1k`), `hf-hub:USER/NAME`, a folder that timm opens or of a
-            pre-training run or of one of its checkpoints, or a file: `.safetensors`, or any checkpoint that
-            `weights.convert.convert` takes, the authors' and plain ResNets among them.
+        name: Name in timm's registry, without a tag.
+        widths: Widths to hold.
+        kwargs: Further arguments of the network.
 
     Raises:
-        InputError: The source does not exist, is damaged, of another network, or lacks a width or any other tensor; the
+        InputError: There is no such network or width.
+    """
+    if name not in slimmable_models():
+        raise InputError(f'name {name!r} is none of {", ".join(slimmable_models())}; a tag goes into `weights`')
+    network = timm.create_model(name, num_classes=0, widths=tuple(widths), **kwargs)
+    assert isinstance(network, SlimmableResNet)
+    return network
+
+
+def load_backbone(network: SlimmableResNet, source: str) -> Loaded:
+    """Load every tensor of a backbone, or none if one does not fit.
+
+    The network may hold fewer widths than the source; it then takes the leading part of the tensors. A head of the
+    source is left out. From a network of one width, such as a ResNet-50 of torchvision or timm, each width takes the
+    leading part of the normalisations, whose statistics at narrow widths then come from no image.
+
+    Args:
+        network: Network without a head (`num_classes=0`).
+        source: A tag (`slimclr_resnet50.mocov2_800e_in1k`), `hf-hub:USER/NAME`, a folder that timm opens, a
+            pre-training run, one of its checkpoints, or a file: `.safetensors`, or any checkpoint that
+            `slimclr-hub convert` takes, such as the authors' or a plain ResNet's.
+
+    Raises:
+        InputError: The source does not exist, is damaged, belongs to another network, or lacks a width or a tensor; the
             message names it.
     """
     if network.num_classes > 0:
@@ -77,10 +98,10 @@ def load_backbone(network: SlimmableResNet, source: str) -> Loaded:
     channels = fitted[FIRST_CONV].shape[1]
     fitted[FIRST_CONV] = adapt_input_conv(network.in_chans, fitted[FIRST_CONV], base_chans=channels)
     network.load_state_dict(fitted)
-    notes = [_counted_no_batch(fitted)]
+    notes = [_untrained_widths(fitted)]
     if channels != network.in_chans:
         notes.append(
-            f'The first convolution was adapted from images of {channels} channels to {network.in_chans}, as in timm.'
+            f'The first convolution was adapted from images of {channels} channels to {network.in_chans}, as timm does.'
         )
     return Loaded(
         source,
@@ -95,24 +116,24 @@ def load_backbone(network: SlimmableResNet, source: str) -> Loaded:
 def _tensors(source: str, widths: tuple[float, ...]) -> Mapping[str, torch.Tensor]:
     path = Path(source.removeprefix('local-dir:'))
     if path.is_dir() and not (path / 'config.json').is_file():
-        path = _in_folder(path)
+        path = _file_in(path)
     if path.is_file():
         if not _is_ours(path):
-            # A plain network is of width 1.0, and becomes the leading part of itself at those that are asked for.
+            # A plain network has width 1.0; the widths that are asked for take its leading part.
             return convert(read_checkpoint(path), widths=sorted({1.0, *widths}, reverse=True))
         source = str(path)
     elif not path.exists() and path.suffix in _FILES:
         raise InputError(f'{source} does not exist')
-    # As it is, with all that it holds: what does not belong into the backbone is to be seen.
+    # With all that it holds, so that the report names what does not belong to the backbone.
     return open_network(source).state_dict()
 
 
-def _in_folder(path: Path) -> Path:
+def _file_in(path: Path) -> Path:
     if (path / WEIGHTS).is_file():  # a checkpoint of a run
         return path / WEIGHTS
     if checkpoints := sorted((path / 'checkpoints').glob('step-????????')):
         raise InputError(f'{path} is a run that has not finished; give one of its checkpoints, {checkpoints[-1]}')
-    raise InputError(f'{path} has neither config.json nor {WEIGHTS}; it is no folder of a network')
+    raise InputError(f'{path} has neither config.json nor {WEIGHTS}, so it is no folder of a network')
 
 
 def _is_ours(path: Path) -> bool:
@@ -129,14 +150,14 @@ def _left_out(tensors: Mapping[str, torch.Tensor], widths: tuple[float, ...]) ->
     return (*head, _listed(others)) if others else head
 
 
-def _counted_no_batch(tensors: Mapping[str, torch.Tensor]) -> str:
+def _untrained_widths(tensors: Mapping[str, torch.Tensor]) -> str:
     counts = {switched_key(name): int(t) for name, t in tensors.items() if name.endswith('num_batches_tracked')}
     unseen = tuple(key_width(key) for key, count in counts.items() if key and not count)
     if not unseen:
         return ''
     return (
-        f'The normalisations of {_listed(unseen)} have counted no batch: they begin as the leading part of those of a '
-        'network of one width, or have never been trained.'
+        f'The normalisations of {_listed(unseen)} have counted no batch: they come from a network of one width, or '
+        'were never trained.'
     )
 
 

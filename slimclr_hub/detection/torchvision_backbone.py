@@ -1,4 +1,4 @@
-"""A slimmable ResNet as the backbone of torchvision's detectors: built, trained at all widths, and taken apart.
+"""A slimmable ResNet as the backbone of torchvision's detectors: build, train at all widths, extract one width.
 
 Slimmable Networks for Contrastive Self-supervised Learning, section 4.3: Mask R-CNN (He et al. 2017) with feature
 pyramids (Lin et al. 2017) whose backbone is slimmable; pyramid and heads are shared by all widths.
@@ -8,10 +8,8 @@ import copy
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 from torchvision.models.detection import MaskRCNN
@@ -20,28 +18,27 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from slimclr_hub.detection.layers import InputSlicedConv2d
-from slimclr_hub.detection.pretrained import load_backbone
+from slimclr_hub.detection.pretrained import create_backbone, load_backbone
+from slimclr_hub.detection.widths import InputSlicedConv2d, run_widths, unwrapped
 from slimclr_hub.errors import InputError
 from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
 from slimclr_hub.models.slimmable_resnet import WidthSwitch
-from slimclr_hub.weights.layouts import ARCHITECTURES
 from slimclr_hub.weights.slices import leading
 
 _logger = logging.getLogger(__name__)
 
-# torchvision's anchors begin with 32 pixels where a feature map has a pixel for every 4, and double with each level.
+# torchvision's anchors have 32 pixels at the level of stride 4, and double with each level.
 _ANCHOR_OVER_STRIDE = 8
 _RATIOS = (0.5, 1.0, 2.0)
 
 
 class SlimmableBackboneWithFPN(nn.Module):
-    """What torchvision's detectors take as a backbone: feature maps of the active width, and a pyramid of any width.
+    """Backbone of torchvision's detectors: feature maps of the active width under a pyramid that all widths share.
 
     Keys are those of torchvision's `BackboneWithFPN`: `body.layer1.0.conv1.weight`, `fpn.inner_blocks.0.0.weight`.
 
     Args:
-        network: The network, without a head (`num_classes=0`). Each of its stages gives a level.
+        network: Network without a head (`num_classes=0`); each of its stages is a level.
         out_channels: Channels of every level of the pyramid.
     """
 
@@ -49,7 +46,7 @@ class SlimmableBackboneWithFPN(nn.Module):
         super().__init__()
         self.body = network
         with network.set_width(network.widths[0]):
-            info = network.feature_info[1:]  # the first is that of the stem
+            info = network.feature_info[1:]  # the first is the stem's
         self.strides = tuple(level['reduction'] for level in info)
         self.fpn = FeaturePyramidNetwork([level['num_chs'] for level in info], out_channels, LastLevelMaxPool())
         for block in self.fpn.inner_blocks:
@@ -58,12 +55,12 @@ class SlimmableBackboneWithFPN(nn.Module):
 
     @property
     def widths(self) -> tuple[float, ...]:
-        """The widths that the network holds, in descending order."""
+        """Widths that the network holds, in descending order."""
         return self.body.widths
 
     @property
     def width(self) -> float:
-        """The active width."""
+        """Active width."""
         return self.body.width
 
     def set_width(self, width: float) -> WidthSwitch:
@@ -71,7 +68,7 @@ class SlimmableBackboneWithFPN(nn.Module):
         return self.body.set_width(width)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """[N, C, H, W] -> level -> [N, out_channels, H / stride, W / stride], under '0', '1', ... and 'pool'."""
+        """[N, C, H, W] -> '0', '1', ... and 'pool', each with a map [N, out_channels, H / stride, W / stride]."""
         levels = [*range(1, len(self.strides) + 1)]
         maps = self.body.forward_intermediates(x, levels, intermediates_only=True)
         return self.fpn(OrderedDict((str(i), level) for i, level in enumerate(maps)))
@@ -84,12 +81,12 @@ def slimmable_mask_rcnn(
     name: str = 'slimclr_resnet50',
     **kwargs: Any,
 ) -> MaskRCNN:
-    """torchvision's Mask R-CNN on a slimmable backbone; `model.backbone.set_width(0.5)` switches the width.
+    """Create torchvision's Mask R-CNN on a slimmable backbone; `model.backbone.set_width(0.5)` switches the width.
 
     Args:
-        weights: Where the backbone starts from, as `load_backbone` takes it; none for random weights.
-        widths: The widths to hold.
-        num_classes: Classes, the background among them.
+        weights: Initial weights of the backbone, as in `load_backbone`; None for random ones.
+        widths: Widths to hold.
+        num_classes: Number of classes, the background included.
         name: Name of the slimmable network in timm's registry.
         kwargs: Arguments of torchvision's `MaskRCNN`. Mean and standard deviation of images, anchors and pooled levels
             are those of the network unless given.
@@ -97,10 +94,7 @@ def slimmable_mask_rcnn(
     Raises:
         InputError: There is no such network, or its weights do not load.
     """
-    if name not in ARCHITECTURES.values():
-        raise InputError(f'{name!r} is none of the slimmable networks here, {", ".join(ARCHITECTURES.values())}')
-    network = timm.create_model(name, widths=widths, num_classes=0)
-    assert isinstance(network, SlimmableResNet)
+    network = create_backbone(name, widths)
     if weights is not None:
         _logger.info('%s', load_backbone(network, weights))
     backbone = SlimmableBackboneWithFPN(network)
@@ -126,19 +120,18 @@ def backward_widths(
     scale: float = 1.0,
     backward: Callable[[torch.Tensor], object] = torch.Tensor.backward,
 ) -> dict[float, dict[str, torch.Tensor]]:
-    """Forward and backward at every width on one batch; gradients add up, and one step of the optimizer follows.
+    """Run forward and backward at every width on one batch; gradients add up for one step of the optimizer.
 
-    Each width samples regions of its own. One width at a time is in memory. In DistributedDataParallel the gradients
-    of all widths are exchanged once, with the last; it has to be told `find_unused_parameters=True`, since that one
-    does not use the normalisations of the others.
+    Each width samples its own regions. See `run_widths` for memory and DistributedDataParallel, which needs
+    `find_unused_parameters=True`.
 
     Args:
-        model: In training mode, itself or in DistributedDataParallel; its `backbone` is slimmable.
+        model: Detector in training mode, itself or in DistributedDataParallel.
         images: Images [C, H, W].
-        targets: Of each image, as torchvision's detectors take them: `boxes`, `labels`, `masks`.
-        widths: The widths to train; all unless given.
+        targets: Targets of torchvision's detectors for each image: `boxes`, `labels`, `masks`.
+        widths: Widths to train; all unless given.
         scale: Factor of every loss, `1 / len(widths)` for the mean over widths instead of the sum.
-        backward: What is called with the loss of a width, such as `accelerator.backward`.
+        backward: Called with the loss of each width, such as `accelerator.backward`.
 
     Returns:
         Width -> torchvision's losses by name, detached and without `scale`; the narrowest first.
@@ -147,27 +140,25 @@ def backward_widths(
         InputError: The model is in evaluation mode or does not hold a width.
     """
     if not model.training:
-        raise InputError('the model is in evaluation mode, in which it gives no losses; call model.train() first')
+        raise InputError('the model is in evaluation mode and returns no losses; call model.train() first')
     backbone = slimmable_backbone(model)
-    ordered = sorted(backbone.widths if widths is None else widths)
-    losses = {}
-    for width in ordered:
-        alone = nullcontext if width == ordered[-1] else getattr(model, 'no_sync', nullcontext)
-        with alone(), backbone.set_width(width):
-            found = model(images, targets)
-            backward(scale * torch.stack([*found.values()]).sum())
-        losses[width] = {name: loss.detach() for name, loss in found.items()}
-    return losses
+
+    def run(_: bool) -> dict[str, torch.Tensor]:
+        losses = model(images, targets)
+        backward(scale * torch.stack([*losses.values()]).sum())
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    return run_widths(model, backbone.set_width, backbone.widths if widths is None else widths, run)
 
 
 def extract_width(model: nn.Module, width: float) -> MaskRCNN:
-    """The detector of one width: ordinary layers, torchvision's keys, tensors of its own and equal outputs.
+    """Extract the detector of one width: ordinary layers, torchvision's keys, its own tensors and equal outputs.
 
     At width 1.0 a ResNet-50's state dict is that of `torchvision.models.detection.maskrcnn_resnet50_fpn` with
     `norm_layer=nn.BatchNorm2d`.
 
     Args:
-        model: What `slimmable_mask_rcnn` gave, itself or in DistributedDataParallel.
+        model: Detector of `slimmable_mask_rcnn`, itself or in DistributedDataParallel.
         width: One of its widths.
 
     Raises:
@@ -185,12 +176,12 @@ def extract_width(model: nn.Module, width: float) -> MaskRCNN:
     tensors = backbone.fpn.state_dict()
     shapes = {name: tensor.shape for name, tensor in plain.fpn.state_dict().items()}
     plain.fpn.load_state_dict({name: leading(tensors[name], shape) for name, shape in shapes.items()}, assign=True)
-    # The copy finds its backbone made already.
+    # The copy takes this backbone for its own.
     return copy.deepcopy(unwrapped(model), {id(backbone): plain.train(backbone.training)})
 
 
 def slimmable_backbone(model: nn.Module) -> SlimmableBackboneWithFPN:
-    """The backbone of a detector, itself or in DistributedDataParallel.
+    """Return the backbone of a detector, itself or in DistributedDataParallel.
 
     Raises:
         InputError: It is not slimmable.
@@ -201,13 +192,8 @@ def slimmable_backbone(model: nn.Module) -> SlimmableBackboneWithFPN:
     return backbone
 
 
-def unwrapped(model: nn.Module) -> Any:
-    """A model out of DistributedDataParallel."""
-    return getattr(model, 'module', model)
-
-
 def _sliced(conv: nn.Conv2d) -> InputSlicedConv2d:
-    # On meta, as torchvision has drawn the values.
+    # On meta, since torchvision has drawn the values already.
     sliced = InputSlicedConv2d(conv.in_channels, conv.out_channels, 1, device='meta')
     sliced.weight, sliced.bias = conv.weight, conv.bias
     return sliced

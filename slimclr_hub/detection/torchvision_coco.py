@@ -1,4 +1,4 @@
-"""Data sets in COCO's format for torchvision's detectors, and average precision at every width."""
+"""Data sets in COCO's format for torchvision's detectors, and their average precision at every width."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -17,41 +17,39 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from slimclr_hub.detection.coco import check_files
-from slimclr_hub.detection.torchvision_backbone import slimmable_backbone, unwrapped
+from slimclr_hub.detection.precision import KINDS, METRICS
+from slimclr_hub.detection.torchvision_backbone import slimmable_backbone
+from slimclr_hub.detection.widths import unwrapped
+from slimclr_hub.distributed import world_size
 from slimclr_hub.errors import InputError
-
-METRICS = ('AP', 'AP50', 'AP75')
-"""What is told of boxes and of masks: the first three numbers of COCO's summary."""
-
-_KINDS = ('bbox', 'segm')
 
 
 class CocoInstances(torch.utils.data.Dataset):
-    """Images and instances of `FOLDER/SPLIT/` and `FOLDER/annotations/SPLIT.json`, or by the names of COCO 2017.
+    """Images of `FOLDER/SPLIT/` with the instances of `FOLDER/annotations/SPLIT.json`.
 
-    These are `FOLDER/SPLIT2017/` and `FOLDER/annotations/instances_SPLIT2017.json`.
+    Files may have the names of COCO 2017 instead: `SPLIT2017/` and `annotations/instances_SPLIT2017.json`.
 
-    An item is an image, [3, H, W] of 8 bits, and its target, all of it torchvision's `tv_tensors`: `boxes` [n, 4] as
-    x, y, x, y, `labels` [n] from 1 on in the order of COCO's ids, `masks` [n, H, W], `iscrowd` [n], `image_id`.
+    An item is an image, uint8 [3, H, W], and its target, both as torchvision's `tv_tensors`: `boxes` [n, 4] as x, y, x,
+    y, `labels` [n] from 1 in the order of COCO's ids, `masks` [n, H, W], `iscrowd` [n], `image_id`.
 
     Args:
-        folder: The data set.
+        folder: Folder of the data set.
         split: `train` or `val`.
         transform: Called with image and target, such as one of torchvision's v2.
-        crowds: Whether to give crowds, too; evaluation takes note of them, training has no use for them.
+        crowds: Include crowds, which evaluation needs and training cannot use.
 
     Raises:
-        InputError: A file is missing, or is not in COCO's format.
+        InputError: A file is missing or is not in COCO's format.
     """
 
     def __init__(
         self, folder: Path, split: str, transform: Callable[..., Any] | None = None, crowds: bool = False
     ) -> None:
         names = f'annotations/{split}.json', split
+        remedy = f'a data set other than COCO 2017 has {" and ".join(names)}'
         if not (folder / names[0]).is_file():
-            remedy = f'a data set other than COCO 2017 has {" and ".join(names)}'
             names = f'annotations/instances_{split}2017.json', f'{split}2017'
-            check_files(folder, names, remedy)
+        check_files(folder, names, remedy)
         annotations, images = (folder / name for name in names)
         try:
             with redirect_stdout(StringIO()):
@@ -62,7 +60,7 @@ class CocoInstances(torch.utils.data.Dataset):
         except (ValueError, KeyError, AssertionError) as error:
             raise InputError(f"{annotations} is not in COCO's format: {error}") from error
         if without := [number for number, a in self.coco.anns.items() if not a.get('segmentation')]:
-            raise InputError(f'{annotations} has no mask for annotation {without[0]}; Mask R-CNN needs one for each')
+            raise InputError(f'{annotations} has no mask for annotation {without[0]}; Mask R-CNN needs all')
         self.folder = images
         self.transform = transform
         self.crowds = crowds
@@ -82,7 +80,7 @@ class CocoInstances(torch.utils.data.Dataset):
         known = [
             a
             for a in self.coco.imgToAnns[image_id]
-            # COCO has boxes without any area, which torchvision refuses.
+            # COCO has boxes of no area, which torchvision refuses.
             if (self.crowds or not a.get('iscrowd')) and min(a['bbox'][2:]) >= 1
         ]
         boxes = torch.tensor([a['bbox'] for a in known]).reshape(-1, 4)
@@ -104,15 +102,15 @@ def evaluate_widths(
     loader: Iterable[tuple[Sequence[torch.Tensor], Sequence[Mapping[str, Any]]]],
     widths: Sequence[float] | None = None,
 ) -> dict[float, dict[str, float]]:
-    """COCO's average precision of boxes and masks, at every width on the same images.
+    """Evaluate COCO's average precision of boxes and masks, at every width on the same images.
 
-    With several processes each may have a share of the images; all get the result. An image that comes twice, as at
-    the end of an uneven share, counts once.
+    Processes may share the images; all return the same result. An image that comes twice, as at the end of an uneven
+    share, counts once.
 
     Args:
-        model: What `slimmable_mask_rcnn` gave, itself or in DistributedDataParallel.
-        loader: Batches of images [3, H, W] in [0, 1], and of their targets as `CocoInstances` gives them.
-        widths: The widths to evaluate; all unless given.
+        model: Detector of `slimmable_mask_rcnn`, itself or in DistributedDataParallel.
+        loader: Batches of images [3, H, W] in [0, 1] and targets as in `CocoInstances`.
+        widths: Widths to evaluate; all unless given.
 
     Returns:
         Width -> `bbox/AP`, `bbox/AP50`, `bbox/AP75` and the same of `segm`, from 0 to 1; nan without any instance.
@@ -142,7 +140,7 @@ def evaluate_widths(
 
 
 def _instances(about: Mapping[str, torch.Tensor], masks: torch.Tensor) -> list[dict[str, Any]]:
-    """The instances of one image as COCO's annotations, but for the ids."""
+    """Convert the instances of one image to COCO's annotations without ids."""
     scores = about.get('scores', torch.ones(len(about['labels'])))
     crowds = about.get('iscrowd', torch.zeros(len(about['labels']), dtype=torch.int64))
     boxes = about['boxes'].clone().float()
@@ -168,10 +166,9 @@ def _instances(about: Mapping[str, torch.Tensor], masks: torch.Tensor) -> list[d
 
 
 def _of_all_processes(by_image: dict[int, Any]) -> dict[int, Any]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return by_image
-    shares: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, by_image)
+    shares = [by_image] * world_size()
+    if len(shares) > 1:
+        torch.distributed.all_gather_object(shares, by_image)
     return {image_id: value for share in shares for image_id, value in share.items()}
 
 
@@ -182,13 +179,13 @@ def _precision(truth: Mapping[int, Any], found: Mapping[int, Any]) -> dict[str, 
         annotated = _coco(images, labels, {image_id: instances for image_id, (_, instances) in truth.items()})
         detected = _coco(images, labels, found)
         precision: dict[str, float] = {}
-        for kind in _KINDS:
+        for kind in KINDS:
             evaluation = COCOeval(annotated, detected, kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
             values = (float(value) for value in evaluation.stats)
-            # COCO says -1 where there is nothing to be found.
+            # COCO reports -1 if there is nothing to find.
             numbers = (float('nan') if value < 0 else value for value in values)
             precision |= {f'{kind}/{name}': value for name, value in zip(METRICS, numbers, strict=False)}
     return precision

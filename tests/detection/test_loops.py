@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+import timm
 import torch
 from mmdet.registry import DATASETS
 from mmengine.config import Config
@@ -12,7 +13,7 @@ from mmengine.runner import Runner
 from PIL import Image
 
 from slimclr_hub.detection.coins import write_coins
-from slimclr_hub.detection.mmdetection.report import History, draw_history, precision_table
+from slimclr_hub.detection.precision import History, by_width, draw_history, precision_table
 from slimclr_hub.errors import InputError
 from tests.detection.small import MODELS, config, detector
 from tests.hub.files import ROOT
@@ -220,7 +221,7 @@ def backbone_alone(tensors):
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (fewer_widths, r'backbone\.network\.bn1\.w075\.weight is missing.*Widths, classes and kind'),
+        (fewer_widths, r'backbone\.network\.bn1\.w075\.weight is missing.*Widths, classes and type'),
         (other_classes, r'fc_cls\.weight has shape \[81, 16\], not \[2, 16\].*custom_hooks\.1\.other_heads=True'),
         (of_the_authors, r'backbone\.network.* is missing.*slimclr-hub convert'),
         (backbone_alone, r'model\.backbone\.weights'),
@@ -296,14 +297,15 @@ def test_table():
         'width_0.50/coco/bbox_mAP': 0.358,
         'width_0.50/coco/bbox_mAP_50': -1.0,
     }
-    table = precision_table(metrics, {1.0: 25_557_032, 0.75: 14_771_992, 0.5: 6_917_640})
+    network = timm.create_model('slimclr_resnet50', device='meta')
+    table = precision_table(by_width(metrics), network)
     rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines()]
     assert [row for row in rows if '---' not in row[0]] == [
         ['width', 'backbone', 'box AP', 'box AP50'],
         ['1', '25.6 M', '38.6', '60.1'],
         ['0.5', '6.9 M', '35.8', ''],
     ]
-    assert precision_table({'width_1.00/lvis/bbox_AP': 0.3}, {1.0: 1}) == ''
+    assert precision_table(by_width({'width_1.00/lvis/bbox_AP': 0.3}), network) == ''
 
 
 def test_figure(tmp_path):

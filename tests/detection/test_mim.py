@@ -12,7 +12,7 @@ import mmcv
 import pytest
 import torch
 
-from slimclr_hub.detection.checkpoints import allow_mmengine_checkpoints
+from slimclr_hub.detection.mmengine_files import allow_mmengine_checkpoints
 
 CONFIGS = Path(__file__).parents[2] / 'transfer'
 COINS = CONFIGS / 'mask_rcnn_slim_coins.py'

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from mmdet.models.necks import FPN
 from torch import nn
 
-from slimclr_hub.detection.layers import InputSlicedConv2d
-from slimclr_hub.detection.mmdetection.neck import SlimmableFPN
+from slimclr_hub.detection.mmdetection.backbone import SlimmableFPN
+from slimclr_hub.detection.widths import InputSlicedConv2d
 from slimclr_hub.errors import InputError
 
 CHANNELS = [16, 32, 64, 128]

@@ -23,7 +23,6 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from slimclr_hub.detection.layers import InputSlicedConv2d
 from slimclr_hub.detection.torchvision_backbone import (
     SlimmableBackboneWithFPN,
     backward_widths,
@@ -31,6 +30,7 @@ from slimclr_hub.detection.torchvision_backbone import (
     slimmable_mask_rcnn,
 )
 from slimclr_hub.detection.torchvision_coco import CocoInstances, evaluate_widths
+from slimclr_hub.detection.widths import InputSlicedConv2d
 from slimclr_hub.errors import InputError
 from slimclr_hub.models import DEFAULT_WIDTHS
 from slimclr_hub.models.layers import SlimmableConv2d, SwitchableBatchNorm2d
@@ -547,10 +547,11 @@ def test_script(tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert 'Backbone weights from' in finished.stderr
     assert '1/1' in finished.stderr
-    lines = [line.split() for line in finished.stdout.splitlines()]
-    table = lines[lines.index(['width', *(f'{kind}/AP{n}' for kind in ('bbox', 'segm') for n in ('', 50, 75))]) :]
-    assert [line[0] for line in table[1:3]] == ['1', '0.25']
-    assert all(0 <= float(number) <= 1 for line in table[1:3] for number in line[1:])
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in finished.stdout.splitlines()]
+    metrics = [f'{kind} AP{threshold}' for kind in ('box', 'mask') for threshold in ('', 50, 75)]
+    table = rows[rows.index(['width', 'backbone', *metrics]) :]
+    assert [row[0] for row in table[2:4]] == ['1', '0.25']
+    assert all(0 <= float(cell) <= 100 for row in table[2:4] for cell in row[2:])
     model = slimmable_mask_rcnn(None, (1.0, 0.25), 3, 'slimclr_resnet20')
     model.load_state_dict(load_file(tmp_path / 'out' / 'model.safetensors'))
     for key in 'w100', 'w025':

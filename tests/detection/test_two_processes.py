@@ -140,5 +140,5 @@ def test_statistics_are_those_of_all_processes(records):
 
 @pytest.mark.parametrize('key', ['static_graph', 'detect_anomalous_params'])
 def test_what_the_wrapper_cannot(key):
-    with pytest.raises(InputError, match=f'{key} is not for training of several widths'):
+    with pytest.raises(InputError, match=f'{key} does not work with several widths'):
         SlimmableDistributedDataParallel(detector(), **{key: True})

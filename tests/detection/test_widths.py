@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmengine.optim import OptimWrapper
 
-from slimclr_hub.detection.mmdetection.names import width_name
+from slimclr_hub.detection.precision import width_name
 from slimclr_hub.errors import InputError
 from tests.detection.small import MODELS, WIDTHS, batch, config, detector, width_gradients
 
@@ -122,5 +122,5 @@ def test_a_backbone_of_one_width_is_refused():
     plain = dict(type='ResNet', depth=18, num_stages=3, out_indices=(0, 1, 2), strides=(1, 2, 2), dilations=(1, 1, 1))
     changed = config()
     changed.backbone = plain
-    with pytest.raises(InputError, match=r'SlimmableMaskRCNN is a ResNet of one width; its type has to be Slimmable'):
+    with pytest.raises(InputError, match=r'SlimmableMaskRCNN is a ResNet of one width; its type must be Slimmable'):
         MODELS.build(changed)

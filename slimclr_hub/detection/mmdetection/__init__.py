@@ -1,7 +1,7 @@
 """Register what configs of MMDetection name: `custom_imports = dict(imports=['slimclr_hub.detection.mmdetection'])`.
 
-The import changes three things of the whole process: where mmcv has no compiled operators, torchvision's take their
-place (`ops`); `torch.load` may read checkpoints of mmengine (`checkpoints`); and an uncaught `InputError` is printed as
+The import changes three things in the whole process: where mmcv has no compiled operators, torchvision's take their
+place (`ops`); `torch.load` may read checkpoints of mmengine (`mmengine_files`); an uncaught `InputError` is printed as
 one line, the last one but for mim's `Aborted!`.
 
 Raises:
@@ -14,14 +14,14 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from slimclr_hub.detection.checkpoints import allow_mmengine_checkpoints
+from slimclr_hub.detection.mmengine_files import allow_mmengine_checkpoints
 from slimclr_hub.detection.ops import install_ops
 from slimclr_hub.errors import InputError
 
 install_ops()  # before anything of mmdet.models or mmcv.ops is imported
 allow_mmengine_checkpoints()
 
-from slimclr_hub.detection.mmdetection import backbone, datasets, detectors, hooks, loops, neck  # noqa: E402, F401
+from slimclr_hub.detection.mmdetection import backbone, datasets, detectors, hooks, loops  # noqa: E402, F401
 
 _previous = sys.excepthook
 

@@ -1,40 +1,44 @@
-"""The slimmable ResNet as a backbone of MMDetection."""
+"""The slimmable ResNet as a backbone of MMDetection, and the feature pyramid over its maps."""
 
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
+from mmdet.models.necks import FPN
 from mmdet.registry import MODELS
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
+from mmengine.registry import MODELS as ROOT_MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimclr_hub.detection.pretrained import load_backbone
+from slimclr_hub.detection.pretrained import create_backbone, load_backbone
+from slimclr_hub.detection.widths import InputSlicedConv2d
 from slimclr_hub.errors import InputError
 from slimclr_hub.models import DEFAULT_WIDTHS
-from slimclr_hub.models.slimmable_resnet import SlimmableResNet as Network
 from slimclr_hub.models.slimmable_resnet import WidthSwitch
-from slimclr_hub.weights.layouts import ARCHITECTURES
+
+# At the root, since mmcv builds layers, and looks there.
+ROOT_MODELS.register_module(module=InputSlicedConv2d)
 
 
 @MODELS.register_module()
 class SlimmableResNet(BaseModule):
-    """Feature maps of the active width of a slimmable ResNet, as MMDetection's `ResNet` gives them of its one width.
+    """Backbone that returns the feature maps of the active width, as MMDetection's `ResNet` does of its one width.
 
     The network is `self.network`, so that a tensor is called `backbone.network.layer1.0.bn1.w050.weight`.
 
     Args:
         name: Name in timm's registry, such as `slimclr_resnet50`.
-        widths: The widths to hold; a single one is the individual network.
-        weights: What to start from: a tag of the zoo, `hf-hub:USER/NAME`, a folder of the Hub or of a pre-training run,
-            a safetensors file, or one of the authors' checkpoints. Random unless given.
-        out_indices: Stages to give, counted from 0.
-        overlap: Whether sub-networks share channels with each other; see `models.SlimmableResNet`.
-        frozen_stages: The stem and as many stages keep their weights and statistics; -1 for none, as in the paper.
-        norm_eval: Whether normalisation keeps its statistics in training; not so in the paper.
-        with_cp: Whether to recompute each block in the backward instead of keeping its activations.
-        init_cfg: Has to be none; `weights` is strict.
+        widths: Widths to hold; a single one is the individual network.
+        weights: Initial weights: a tag of the zoo, `hf-hub:USER/NAME`, a folder of the Hub or of a pre-training run, a
+            safetensors file, or one of the authors' checkpoints. Random unless given.
+        out_indices: Stages to return, counted from 0.
+        overlap: False for sub-networks that share no channels; see `models.SlimmableResNet`.
+        frozen_stages: Number of stages that keep their weights and statistics, besides the stem; -1 for none, as in the
+            paper.
+        norm_eval: Keep the statistics of normalisation in training; not so in the paper.
+        with_cp: Recompute each block in the backward instead of keeping its activations.
+        init_cfg: Must be None; `weights` is strict.
 
     Raises:
         InputError: There is no such network, stage or width.
@@ -55,13 +59,9 @@ class SlimmableResNet(BaseModule):
         if init_cfg is not None:
             raise InputError(f'init_cfg {init_cfg} loads what fits and leaves the rest; name a source as `weights`')
         super().__init__()
-        if name not in ARCHITECTURES.values():
-            raise InputError(f'name {name!r} is none of {", ".join(ARCHITECTURES.values())}; a tag goes into `weights`')
-        network = timm.create_model(name, num_classes=0, widths=tuple(widths), overlap=overlap)
-        assert isinstance(network, Network)
-        self.network = network
+        self.network = create_backbone(name, widths, overlap=overlap)
         self.network.set_grad_checkpointing(with_cp)
-        stages = len(network.feature_info) - 1
+        stages = len(self.network.feature_info) - 1
         for index in out_indices:
             if not 0 <= index < stages:
                 raise InputError(f'out_indices {index} is not from 0 to {stages - 1}; {name} has {stages} stages')
@@ -76,12 +76,12 @@ class SlimmableResNet(BaseModule):
 
     @property
     def widths(self) -> tuple[float, ...]:
-        """The widths that the network holds, in descending order."""
+        """Widths that the network holds, in descending order."""
         return self.network.widths
 
     @property
     def width(self) -> float:
-        """The active width."""
+        """Active width."""
         return self.network.width
 
     def set_width(self, width: float) -> WidthSwitch:
@@ -89,10 +89,10 @@ class SlimmableResNet(BaseModule):
         return self.network.set_width(width)
 
     def init_weights(self) -> None:
-        """Load `weights`, strictly, and log what was loaded.
+        """Load `weights` strictly and log what was loaded.
 
         Raises:
-            InputError: They cannot be had or do not fit; the message names what.
+            InputError: They cannot be found or do not fit; the message names the tensor.
         """
         if self.weights is None:
             self.network.init_weights()
@@ -102,14 +102,14 @@ class SlimmableResNet(BaseModule):
         self._is_init = True
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[N, C, H, W] -> for each of `out_indices` a map [N, channels * width, H / stride, W / stride]."""
+        """[N, C, H, W] -> one map [N, channels * width, H / stride, W / stride] for each of `out_indices`."""
         levels = [index + 1 for index in self.out_indices]  # level 0 is the stem
         maps = self.network.forward_intermediates(x, indices=levels, stop_early=True, intermediates_only=True)
         assert isinstance(maps, list)
         return tuple(maps)
 
     def train(self, mode: bool = True) -> 'SlimmableResNet':
-        """Training mode, but for what is frozen or keeps its statistics."""
+        """Set training mode, except for frozen modules and, with `norm_eval`, normalisations."""
         super().train(mode)
         if mode:
             for module in self._frozen():
@@ -125,3 +125,30 @@ class SlimmableResNet(BaseModule):
             return []
         stages: list[Any] = [getattr(self.network, f'layer{i}') for i in range(1, self.frozen_stages + 1)]
         return [self.network.conv1, self.network.bn1, *stages]
+
+
+@MODELS.register_module()
+class SlimmableFPN(FPN):
+    """MMDetection's `FPN` whose lateral convolutions use their leading input channels at a narrow width.
+
+    Nothing else depends on the width, and tensors have the names of `FPN`. This equals padding the maps of a narrow
+    width with zeros, as the reference code of Zhao et al. does.
+
+    Args:
+        in_channels: Channels of the backbone's maps, at the largest width that it holds or at 1.0.
+        out_channels: Channels of the pyramid.
+        num_outs: Levels of the pyramid.
+        kwargs: As in `FPN`, without `norm_cfg` and `conv_cfg`.
+
+    Raises:
+        InputError: `norm_cfg` asks for a normalisation, which would mix the statistics of all widths, or `conv_cfg` for
+            a convolution, which would not slice.
+    """
+
+    def __init__(self, in_channels: Sequence[int], out_channels: int, num_outs: int, **kwargs: Any) -> None:
+        if kwargs.get('norm_cfg') is not None:
+            raise InputError(f'norm_cfg {kwargs["norm_cfg"]}: widths share the pyramid, so it has no normalisation')
+        if kwargs.get('conv_cfg') is not None:
+            raise InputError(f'conv_cfg {kwargs["conv_cfg"]}: the convolutions of SlimmableFPN are its own')
+        kwargs['conv_cfg'] = {'type': 'InputSlicedConv2d'}
+        super().__init__(list(in_channels), out_channels, num_outs, **kwargs)

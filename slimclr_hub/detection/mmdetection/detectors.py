@@ -1,6 +1,6 @@
-"""MMDetection's detectors with a slimmable backbone: every width is trained in one iteration.
+"""MMDetection's detectors with a slimmable backbone: one iteration trains every width.
 
-Any other detector with a neck joins them by a class of two bases, as those at the end of this file.
+Any other detector with a neck becomes slimmable by a class of two bases, as those at the end of this file.
 """
 
 from typing import Any
@@ -13,21 +13,63 @@ from mmengine.dist import is_distributed
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODEL_WRAPPERS
+from torch import nn
 
 from slimclr_hub.detection.mmdetection.backbone import SlimmableResNet
-from slimclr_hub.detection.mmdetection.widths import train_widths
+from slimclr_hub.detection.precision import width_name
+from slimclr_hub.detection.widths import run_widths
 from slimclr_hub.errors import InputError
 from slimclr_hub.models.slimmable_resnet import WidthSwitch
 
 
+def train_widths(
+    model: nn.Module, detector: 'SlimmableDetector', data: Any, optim_wrapper: OptimWrapper
+) -> dict[str, torch.Tensor]:
+    """Train all widths in one iteration: losses summed, one clip, one step; images are preprocessed once.
+
+    Zhao et al., section 4.3, after Yu et al. 2019 (https://arxiv.org/abs/1812.08928), algorithm 1.
+
+    Args:
+        model: The detector, or DDP around it.
+        detector: The detector itself.
+        data: A batch as the data loader returns it.
+        optim_wrapper: Optimizer; its accumulation counts iterations, not widths.
+
+    Returns:
+        `loss`, summed over widths, and for each width `width_0.50/loss` and its terms.
+    """
+    data = detector.data_preprocessor(data, True)
+
+    def run(last: bool) -> dict[str, torch.Tensor]:
+        with optim_wrapper.optim_context(model):
+            loss, log = detector.parse_losses(model(**data, mode='loss'))
+        if last:
+            optim_wrapper.update_params(loss)
+        else:
+            count = optim_wrapper.inner_count
+            optim_wrapper.backward(optim_wrapper.scale_loss(loss))
+            # Gradient accumulation counts calls of backward, and there is one for each width.
+            optim_wrapper._inner_count = count
+        return log
+
+    detector.training_widths = True
+    try:
+        logs = run_widths(model, detector.set_width, detector.widths, run)
+    finally:
+        detector.training_widths = False
+    total = torch.stack([log['loss'].detach() for log in logs.values()]).sum()
+    terms = {f'{width_name(w)}/{name}': term.detach() for w in detector.widths for name, term in logs[w].items()}
+    return {'loss': total, **terms}
+
+
 class SlimmableDetector(BaseDetector):
-    """What a detector gains from a slimmable backbone. Its neck and heads are shared by all widths.
+    """Base class of detectors with a slimmable backbone, whose neck and heads all widths share.
 
     Predictions are those of the active width.
 
     Args:
-        args: As of the detector.
-        kwargs: As of the detector; the backbone's type is `SlimmableResNet`, the neck's `SlimmableFPN`.
+        args: As in the detector.
+        kwargs: As in the detector; the backbone's type is `SlimmableResNet`, the neck's `SlimmableFPN`.
 
     Raises:
         InputError: The backbone is not slimmable.
@@ -39,18 +81,18 @@ class SlimmableDetector(BaseDetector):
         super().__init__(*args, **kwargs)
         if not isinstance(self.backbone, SlimmableResNet):
             raise InputError(
-                f'the backbone of {type(self).__name__} is a {type(self.backbone).__name__} of one width; its type has '
-                'to be SlimmableResNet'
+                f'the backbone of {type(self).__name__} is a {type(self.backbone).__name__} of one width; its type '
+                'must be SlimmableResNet'
             )
 
     @property
     def widths(self) -> tuple[float, ...]:
-        """The widths that the backbone holds, in descending order."""
+        """Widths that the backbone holds, in descending order."""
         return self.backbone.widths
 
     @property
     def width(self) -> float:
-        """The active width."""
+        """Active width."""
         return self.backbone.width
 
     def set_width(self, width: float) -> WidthSwitch:
@@ -62,14 +104,14 @@ class SlimmableDetector(BaseDetector):
         return self.backbone.set_width(width)
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, torch.Tensor]:
-        """One iteration over all widths; see `train_widths`."""
+        """Train all widths in one iteration; see `train_widths`."""
         return train_widths(self, self, data, optim_wrapper)
 
     def forward(self, inputs: torch.Tensor, data_samples: Any = None, mode: str = 'tensor') -> Any:
-        """As in MMDetection, at the active width.
+        """Run MMDetection's forward at the active width.
 
         Raises:
-            InputError: A distributed run is about to train one width only.
+            InputError: A distributed run would train one width only.
         """
         if mode == 'loss' and is_distributed() and not self.training_widths:
             raise InputError(
@@ -81,26 +123,26 @@ class SlimmableDetector(BaseDetector):
 
 @MODEL_WRAPPERS.register_module()
 class SlimmableDistributedDataParallel(MMDistributedDataParallel):
-    """DDP around a slimmable detector. The loop calls this one's `train_step`, never the detector's.
+    """DDP around a slimmable detector; the loop calls its `train_step`, never the detector's.
 
     Args:
-        module: The detector.
+        module: Detector.
         kwargs: As in `MMDistributedDataParallel`; `find_unused_parameters` is on, since no width uses all parameters.
 
     Raises:
-        InputError: A static graph is asked for, which widths are not, or the search for anomalous parameters.
+        InputError: `static_graph` or `detect_anomalous_params` is set; the parameters in use differ between widths.
     """
 
     def __init__(self, module: SlimmableDetector, **kwargs: Any) -> None:
         for key in ('static_graph', 'detect_anomalous_params'):
             if kwargs.get(key):
-                raise InputError(f'{key} is not for training of several widths; leave it out of model_wrapper_cfg')
+                raise InputError(f'{key} does not work with several widths; leave it out of model_wrapper_cfg')
         if next(module.parameters()).device.type == 'cpu':
-            kwargs.pop('device_ids', None)  # mmengine gives one in any case
+            kwargs.pop('device_ids', None)  # mmengine passes them in any case
         super().__init__(module, **{'broadcast_buffers': False, **kwargs, 'find_unused_parameters': True})
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, torch.Tensor]:
-        """One iteration over all widths; see `train_widths`."""
+        """Train all widths in one iteration; see `train_widths`."""
         return train_widths(self, self.module, data, optim_wrapper)
 
 

@@ -1,4 +1,4 @@
-"""Hooks of mmengine: the end of a run as a table and a picture, and checkpoints that are neither replaced nor mixed."""
+"""Hooks of mmengine: report AP by width, guard checkpoints."""
 
 from collections.abc import Container
 from itertools import chain
@@ -12,8 +12,8 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 
-from slimclr_hub.detection.mmdetection.report import History, draw_history, precision_table
-from slimclr_hub.detection.mmdetection.widths import unwrapped
+from slimclr_hub.detection.precision import History, by_width, draw_history, precision_table
+from slimclr_hub.detection.widths import unwrapped
 from slimclr_hub.errors import InputError, shorten
 from slimclr_hub.weights.layouts import differences
 
@@ -22,70 +22,68 @@ _HEADS = ('rpn_head.', 'roi_head.', 'bbox_head.', 'mask_head.')
 
 @HOOKS.register_module()
 class WidthReportHook(Hook):
-    """Keeps the AP of every width in `ap_by_width.json`; prints a table and draws a picture at the end.
+    """Keep the AP of every width in `ap_by_width.json`; log a table and draw `ap_by_width.png` at the end.
 
-    Both are in the run's folder, `work_dir`, by epoch, or by iteration where the loop counts these. A resumed run goes
-    on with the file.
+    Both lie in the run's `work_dir`, by epoch, or by iteration if the loop counts these. A resumed run goes on with the
+    file.
     """
 
     priority = 'LOWEST'
 
     def before_train(self, runner: Runner) -> None:
-        """Begin the file anew, unless the run goes on."""
+        """Start the history, or go on with that of a resumed run."""
         self._unit = 'iteration' if isinstance(runner.train_loop, IterBasedTrainLoop) else 'epoch'
         self._history = History(Path(runner.work_dir) / 'ap_by_width.json', resumed=runner.iter > 0)
 
     @master_only
     def after_val_epoch(self, runner: Runner, metrics: dict[str, Any] | None = None) -> None:
-        """Note the metrics; in a run of validation alone, print them."""
+        """Add the metrics to the history; without training, log their table."""
         if not metrics:
             return
         if hasattr(self, '_history'):
             self._history.add(runner.iter if self._unit == 'iteration' else runner.epoch, metrics)
         else:
-            self._print(runner, metrics)
+            self._log(runner, metrics)
 
     @master_only
     def after_test_epoch(self, runner: Runner, metrics: dict[str, Any] | None = None) -> None:
-        """Print the table of a test."""
-        self._print(runner, metrics or {})
+        """Log the table of a test."""
+        self._log(runner, metrics or {})
 
     @master_only
     def after_train(self, runner: Runner) -> None:
-        """Print the table of the last evaluation, and draw all of them."""
+        """Log the table of the last evaluation and draw all evaluations."""
         if not self._history.metrics:
             return
         last = max(self._history.metrics)
-        self._print(runner, self._history.metrics[last], f' after {self._unit} {last}')
+        self._log(runner, self._history.metrics[last], f' after {self._unit} {last}')
         figure = Path(runner.work_dir) / 'ap_by_width.png'
         if draw_history(self._history.metrics, self._unit, figure):
             runner.logger.info(f'Figure: {figure}')
 
-    def _print(self, runner: Runner, metrics: dict[str, Any], when: str = '') -> None:
-        network = unwrapped(runner.model).backbone.network
-        parameters = {w: sum(p.numel() for p in network.extract(w).parameters()) for w in network.widths}
-        if table := precision_table(metrics, parameters):
+    def _log(self, runner: Runner, metrics: dict[str, Any], when: str = '') -> None:
+        if table := precision_table(by_width(metrics), unwrapped(runner.model).backbone.network):
             runner.logger.info(f'Average precision (%) by width{when}\n{table}')
 
 
 @HOOKS.register_module()
 class CheckpointGuardHook(Hook):
-    """Checkpoints are neither overwritten by another run nor loaded in part, which mmengine would only warn of.
+    """Refuse to overwrite the checkpoints of another run or to load a checkpoint in part, where mmengine only warns.
 
     Args:
-        other_heads: Whether heads may be others than the checkpoint's, as for fine-tuning a detector on other classes;
-            they are then named in the log.
+        other_heads: Allow heads that differ from the checkpoint's, as in fine-tuning on other classes; they are then
+            named in the log.
 
     Raises:
-        InputError: A new run begins in a folder that holds the checkpoints of another, a checkpoint is of another
-            detector, or the best one is to be chosen by a metric that does not name a width.
+        InputError: A new run starts in a folder that holds the checkpoints of another, a checkpoint is of another
+            detector, or `save_best` names no width.
     """
 
     def __init__(self, other_heads: bool = False) -> None:
         self.other_heads = other_heads
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Compare names and shapes with the detector's; this is before anything of it is loaded."""
+        """Compare names and shapes with the detector's, before any tensor is loaded."""
         tensors = checkpoint.get('state_dict', checkpoint)
         found = {
             name.removeprefix('module.'): value.shape
@@ -103,7 +101,7 @@ class CheckpointGuardHook(Hook):
             raise InputError(f'the checkpoint is of another detector: {shorten(problems)}{_remedy(found)}')
 
     def before_train(self, runner: Runner) -> None:
-        """Look for checkpoints, unless the run goes on, and for what the best one is chosen by."""
+        """Check that the folder holds no checkpoints, unless the run is resumed, and that `save_best` names a width."""
         if runner.iter == 0 and (Path(runner.work_dir) / 'last_checkpoint').exists():
             raise InputError(
                 f'{runner.work_dir} holds the checkpoints of another run: add --resume to go on with it, or choose '
@@ -117,10 +115,10 @@ class CheckpointGuardHook(Hook):
 
 def _remedy(found: Container[str]) -> str:
     if 'backbone.conv1.weight' in found:
-        return ". `slimclr-hub convert` brings over a detector of the authors; one of MMDetection's has one width"
+        return ". `slimclr-hub convert` converts a detector of the authors; one of MMDetection's own has one width"
     if 'backbone.network.conv1.weight' in found:
         return (
-            '. Widths, classes and kind of the detector have to be those of the config that it was trained with; '
+            '. Widths, classes and type of the detector must be those of the config that it was trained with; '
             'custom_hooks.1.other_heads=True leaves out the heads'
         )
-    return '. What a backbone starts from goes into model.backbone.weights'
+    return '. Initial weights of the backbone go into model.backbone.weights'

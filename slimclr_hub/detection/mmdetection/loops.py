@@ -1,4 +1,4 @@
-"""Validation and test of every width in turn."""
+"""Loops of mmengine that validate and test one width after the other."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,13 +9,24 @@ from mmengine.evaluator import Evaluator
 from mmengine.registry import LOOPS
 from mmengine.runner import BaseLoop, TestLoop, ValLoop
 
-from slimclr_hub.detection.mmdetection.names import width_name
-from slimclr_hub.detection.mmdetection.widths import unwrapped
+from slimclr_hub.detection.precision import width_name
+from slimclr_hub.detection.widths import unwrapped
 from slimclr_hub.errors import InputError
 from slimclr_hub.models.widths import check_width
 
 
-class _WidthLoop(BaseLoop):
+class WidthLoop(BaseLoop):
+    """Evaluate several widths.
+
+    Args:
+        args: As in `ValLoop` and `TestLoop`.
+        widths: Widths to evaluate; all that the network holds unless given.
+        kwargs: As in `ValLoop` and `TestLoop`.
+
+    Raises:
+        InputError: The network does not hold one of them.
+    """
+
     stage: str
     evaluator: Evaluator
 
@@ -24,7 +35,7 @@ class _WidthLoop(BaseLoop):
         detector = unwrapped(self.runner.model)
         if not hasattr(detector, 'set_width'):
             raise InputError(
-                f'{type(detector).__name__} has no widths to evaluate; its type has to be one such as SlimmableMaskRCNN'
+                f'{type(detector).__name__} has no widths to evaluate; use a type such as SlimmableMaskRCNN'
             )
         # A single value on the command line comes as a number.
         several = [widths] if isinstance(widths, float | int) else widths
@@ -32,11 +43,7 @@ class _WidthLoop(BaseLoop):
         self.widths = held if several is None else tuple(check_width(width, held) for width in several)
 
     def run(self) -> dict[str, Any]:
-        """Evaluate the widths one after the other.
-
-        Returns:
-            `width_0.50/coco/bbox_mAP` and so on, of every width.
-        """
+        """Evaluate the widths one after the other; return `width_0.50/coco/bbox_mAP` and so on."""
         detector = unwrapped(self.runner.model)
         self.runner.call_hook(f'before_{self.stage}')
         self.runner.call_hook(f'before_{self.stage}_epoch')
@@ -56,7 +63,7 @@ class _WidthLoop(BaseLoop):
 
     @contextmanager
     def _own_files(self, width: float) -> Iterator[None]:
-        # Or each width would write its predictions and drawings over those of the one before.
+        # Otherwise each width would overwrite the predictions and drawings of the one before.
         before = []
         for owner in (*self.evaluator.metrics, *self.runner.hooks):
             for key, place in _FILES.items():
@@ -78,32 +85,14 @@ _FILES: dict[str, Callable[[str, str], str]] = {
 
 
 @LOOPS.register_module()
-class SlimmableValLoop(_WidthLoop, ValLoop):
-    """Validation of several widths.
-
-    Args:
-        args: As in `ValLoop`.
-        widths: The widths; all of the network's unless given.
-        kwargs: As in `ValLoop`.
-
-    Raises:
-        InputError: The network does not hold one of them.
-    """
+class SlimmableValLoop(WidthLoop, ValLoop):
+    """Validate several widths; see `WidthLoop`."""
 
     stage = 'val'
 
 
 @LOOPS.register_module()
-class SlimmableTestLoop(_WidthLoop, TestLoop):
-    """Test of several widths; one of them by `--cfg-options test_cfg.widths=0.5`.
-
-    Args:
-        args: As in `TestLoop`.
-        widths: The widths; all of the network's unless given.
-        kwargs: As in `TestLoop`.
-
-    Raises:
-        InputError: The network does not hold one of them.
-    """
+class SlimmableTestLoop(WidthLoop, TestLoop):
+    """Test several widths, or one of them by `--cfg-options test_cfg.widths=0.5`; see `WidthLoop`."""
 
     stage = 'test'

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from slimclr_hub.detection.checkpoints import allow_mmengine_checkpoints
+from slimclr_hub.detection.mmengine_files import allow_mmengine_checkpoints
 
 RUNNER = """
 import json, sys
@@ -24,7 +24,7 @@ from mmengine.runner import Runner, load_checkpoint
 
 folder, epochs, resume_from, allow = sys.argv[1], int(sys.argv[2]), sys.argv[3] or None, sys.argv[4] == 'allow'
 if allow:
-    from slimclr_hub.detection.checkpoints import allow_mmengine_checkpoints
+    from slimclr_hub.detection.mmengine_files import allow_mmengine_checkpoints
     allow_mmengine_checkpoints()
 
 class Model(BaseModel):

@@ -15,7 +15,7 @@ from mmengine.registry import DefaultScope
 from typer.testing import CliRunner
 
 from slimclr_hub.cli import app
-from slimclr_hub.detection.dense import (
+from slimclr_hub.detection.extract import (
     SlimmableDetectorFile,
     dense_config,
     dense_state_dict,
@@ -195,7 +195,7 @@ def test_other_detectors(kind, backbone, width):
     model = trained(cfg)
     dense = build(dense_config(cfg, width))
     assert type(dense).__name__ == kind
-    dense.load_state_dict(dense_state_dict(model.state_dict(), width))  # strictly
+    dense.load_state_dict(dense_state_dict(cfg, model.state_dict(), width))  # strictly
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(), model.set_width(width):
         expected, found = model.double().extract_feat(x.double()), dense.double().extract_feat(x.double())
@@ -211,7 +211,7 @@ def test_largest_width_below_one(in_channels, width):
     cfg.model.neck.in_channels = in_channels
     model = trained(cfg)
     dense = build(dense_config(cfg, width))
-    dense.load_state_dict(dense_state_dict(model.state_dict(), width))  # strictly
+    dense.load_state_dict(dense_state_dict(cfg, model.state_dict(), width))  # strictly
     x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(), model.set_width(width):
         expected, found = model.double().extract_feat(x.double()), dense.double().extract_feat(x.double())
@@ -269,13 +269,13 @@ def test_config_of_another_detector(mask_rcnn):
 
 
 def test_tensors_that_do_not_fit(mask_rcnn):
-    tensors = mask_rcnn[1].state_dict()
+    cfg, tensors = mask_rcnn[0], mask_rcnn[1].state_dict()
     with pytest.raises(InputError, match=r"width 0\.3 is not one of this network's widths"):
-        dense_state_dict(tensors, 0.3)
+        dense_state_dict(cfg, tensors, 0.3)
     with pytest.raises(InputError, match=r'layer1\.0\.conv1\.weight is missing$'):
-        dense_state_dict({k: v for k, v in tensors.items() if k != 'backbone.network.layer1.0.conv1.weight'}, 0.5)
+        dense_state_dict(cfg, {k: v for k, v in tensors.items() if k != 'backbone.network.layer1.0.conv1.weight'}, 0.5)
     with pytest.raises(InputError, match='not a slimmable detector'):
-        dense_state_dict({k: v for k, v in tensors.items() if k.startswith('backbone.')}, 0.5)
+        dense_state_dict(cfg, {k: v for k, v in tensors.items() if k.startswith('backbone.')}, 0.5)
 
 
 def test_both_files_or_none(checkpoint, tmp_path):
