@@ -1,12 +1,12 @@
-"""Images per second that loading gives to training: by workers, by what computes the views, by how they are sent.
+"""Images per second that loading gives to training: by workers, and by what computes the views.
 
     python benchmarks/data_pipeline.py --workers 0 1 2
     python benchmarks/data_pipeline.py --source photos --images 2048 --batch 256 --workers 4 8 16 --device cuda
 
 Two views of every image, put on the device: of the embedded images by the recipe of the demo, and of synthetic JPEG
 photos of 500x375 at ImageNet's 224 by the recipe of MoCo v2. `cpu` views are computed by the workers, `kornia` views by
-the device; `uint8` and `float32` are `data.transfer`. All of one number of workers take turns, and a ratio is the time
-over that of cpu, float32. Nothing is trained meanwhile, which on a CPU would take the workers' cores.
+the device. All of one number of workers take turns, and a ratio is the time over that of cpu. Nothing is trained
+meanwhile, which on a CPU would take the workers' cores.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from pathlib import Path
 from measure import Report, Row, interleave, make_parser, parse, positive, setting, timed
 from photos import HEIGHT, WIDTH, make_photos
 
+from slimclr_hub.data.indexed import IndexedFeed
 from slimclr_hub.data.training import TrainData
-from slimclr_hub.data.transfer import TRANSFERS
 from slimclr_hub.data.views import BACKENDS
 from slimclr_hub.errors import InputError
 from slimclr_hub.runs.command_line import run_script
@@ -31,7 +31,7 @@ from slimclr_hub.train.config import PretrainConfig
 RECIPES = Path(__file__).parents[1] / 'recipes' / 'configs'
 EMBEDDED = RECIPES / 'mocov2_resnet20_fashionmnist6k.yaml'
 PHOTOS = RECIPES / 'mocov2_resnet50_imagenet_200e.yaml'
-REFERENCE = ('cpu', 'float32')
+REFERENCE = 'cpu'
 
 
 def reader(config: PretrainConfig, steps: int, device: str) -> Callable[[], None]:
@@ -39,6 +39,9 @@ def reader(config: PretrainConfig, steps: int, device: str) -> Callable[[], None
     data = TrainData(config.data, config.views, config.second_views, seed=0, device=device)
     if data.steps_per_epoch < steps:
         raise InputError(f'--images: there are no more than {data.steps_per_epoch * config.data.batch_size}')
+    # Not ahead: a case that waits for its turn would load what it does not pay for, at the cost of others.
+    assert isinstance(data.feed, IndexedFeed)
+    data.feed.batches.ahead = False
     epochs = count()
 
     def read() -> None:
@@ -52,22 +55,16 @@ def measure(config: PretrainConfig, workers: int, args: argparse.Namespace) -> l
     """Rows of one source and number of workers."""
     steps = max(args.images // args.batch, 1)
     cases: dict[str, Callable[[], None]] = {}
-    labels: dict[str, tuple[str, str]] = {}
     for backend in args.backend:
-        for transfer in TRANSFERS:
-            # Not ahead: whoever waits for its turn would load what it does not pay for, at the cost of others.
-            data = replace(config.data, batch_size=args.batch, num_workers=workers, transfer=transfer, read_ahead=False)
-            changed = replace(config, data=data, views=replace(config.views, backend=backend))
-            label = f'{backend} {transfer}'
-            cases[label] = reader(changed, steps, args.device)
-            labels[label] = backend, transfer
+        data = replace(config.data, batch_size=args.batch, num_workers=workers)
+        changed = replace(config, data=data, views=replace(config.views, backend=backend))
+        cases[backend] = reader(changed, steps, args.device)
     # The first turn starts the workers, which stay.
     seconds = interleave(cases, args.repeats, device=args.device)
     images = steps * args.batch
     rows: list[Row] = []
-    for label, (backend, transfer) in labels.items():
-        row: Row = {'workers': workers, 'views': backend, 'transfer': transfer}
-        row |= timed(seconds[label], seconds.get(' '.join(REFERENCE)), images)
+    for backend in cases:
+        row: Row = {'workers': workers, 'views': backend, **timed(seconds[backend], seconds.get(REFERENCE), images)}
         speed = row['images/s']
         assert isinstance(speed, float)
         rows.append({**row, 'images/s per worker': speed / workers if workers else None})

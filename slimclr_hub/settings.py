@@ -1,7 +1,7 @@
 """Configuration dataclasses: value checks, which settings change a result, and how two of them differ."""
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import Field, asdict, fields, is_dataclass
+from dataclasses import Field, asdict, dataclass, fields, is_dataclass
 from math import inf
 from typing import Any
 
@@ -13,6 +13,7 @@ RECIPE = 'recipe.yaml'
 PRECISIONS = ('no', 'fp16', 'bf16')
 
 
+@dataclass(frozen=True)
 class Incidental:
     """Base of configuration dataclasses whose fields leave every result as it is, such as a number of workers.
 

@@ -242,7 +242,7 @@ def analyse_condition(networks: Sequence[str], config: ConditionConfig) -> None:
         raise InputError(f'{" ".join(networks)} are {len(networks)} networks; give one')
     network = networks[0]
     stem = (Path(config.output) if config.output else default_output(network, 'analysis')) / 'condition'
-    settings = {'network': network, **relevant(config)}
+    settings = {'network': network, **relevant(config), 'data.root': config.data.root}
     read_data(data_file(stem), settings)
     results = measure_condition(network, config)
     found = {split: {f'{w:g}': asdict(each) for w, each in widths.items()} for split, widths in results.items()}

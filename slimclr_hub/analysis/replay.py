@@ -100,7 +100,7 @@ class Replay:
             config.views,
             config.second_views,
             seed=config.run.seed,
-            parts=config.optim.accumulation_steps,
+            microbatches=config.optim.accumulation_steps,
             view_count=config.view_count,
             device=self.device,
         )
@@ -182,7 +182,7 @@ class Replay:
                 batches = self.data.epoch(epoch)
                 continue
             step.append(batch)
-            if len(step) == self.data.parts:
+            if len(step) == self.data.microbatches:
                 found.append(step)
                 step = []
         return found

@@ -1,4 +1,5 @@
-"""Data sources, two-view transforms and loaders."""
+"""Data sources, augmented views, and the batches of training."""
 
-from slimclr_hub.data.sources import DataConfig as DataConfig
+from slimclr_hub.data.config import DataConfig as DataConfig
+from slimclr_hub.data.config import ImagesConfig as ImagesConfig
 from slimclr_hub.data.views import ViewConfig as ViewConfig

@@ -1,13 +1,19 @@
-"""What loaders hand over: samples, chunks of workers, and batches of the training loop."""
+"""Samples, chunks of workers and batches of the training loop; unreadable images on the way."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import torch
+from PIL import UnidentifiedImageError
+
+from slimclr_hub.errors import DataError, shorten
 
 Problem = tuple[str, str]
 """Name of an image and why it cannot be read."""
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,8 +34,8 @@ class Sample:
 class Chunk(TypedDict):
     """Samples of one worker; a plain dictionary, so that torch's loader pins its tensors.
 
-    `views` are tensors [n, C, H, W], of 8 bits or normalised in float32, `labels` and `consumed` [n]; `role` is the
-    share that they come from. n may be 0, where nothing but problems is to be told.
+    `views` are uint8 tensors [n, C, H, W], `labels` and `consumed` are [n]; `role` is the share that they come from.
+    n is 0 where a worker reports nothing but problems.
     """
 
     views: tuple[torch.Tensor, ...]
@@ -41,14 +47,14 @@ class Chunk(TypedDict):
 
 @dataclass(frozen=True)
 class Batch:
-    """This process's part of a micro-batch.
+    """A microbatch of one process.
 
     Args:
         views: Normalised float tensors [b, C, H, W] on the training device, one for each view.
         labels: Classes [b] on the training device, -1 where there are none.
-        position: Where this process stands in its stream after the batch, for a checkpoint; null where the epoch
-            and the step say all.
-        corrupt: Names of images that could not be read and were replaced.
+        position: Position of this process in its stream after the batch, for a checkpoint; None where epoch and step
+            suffice.
+        corrupt: Names of unreadable images that were replaced.
     """
 
     views: tuple[torch.Tensor, ...]
@@ -69,7 +75,7 @@ def make_chunk(samples: Sequence[Sample], problems: list[Problem], role: int = 0
 
 
 def join_chunks(chunks: Sequence[Chunk]) -> Chunk:
-    """Samples of several chunks one after another; their roles have to be kept by the caller."""
+    """Concatenate chunks. The result has the role of the first; the caller keeps the others."""
     return {
         'views': tuple(torch.cat(views) for views in zip(*(chunk['views'] for chunk in chunks), strict=True)),
         'labels': torch.cat([chunk['labels'] for chunk in chunks]),
@@ -88,3 +94,39 @@ def cut_chunk(chunk: Chunk, start: int, stop: int) -> Chunk:
         'role': chunk['role'],
         'problems': [],
     }
+
+
+def reason(error: Exception) -> str:
+    """Explain on one line why an image could not be read."""
+    if isinstance(error, UnidentifiedImageError):
+        return 'not an image that Pillow can read'
+    return ' '.join(f'{type(error).__name__}: {error}'.split())
+
+
+class CorruptImages:
+    """Count distinct unreadable images of this process, and stop training when there are too many.
+
+    Args:
+        at_most: Images that may be replaced.
+    """
+
+    def __init__(self, at_most: int) -> None:
+        self.at_most = at_most
+        self.reasons: dict[str, str] = {}
+
+    def add(self, problems: Iterable[Problem]) -> None:
+        """Log each new image.
+
+        Raises:
+            DataError: There are more than `at_most`.
+        """
+        for name, why in problems:
+            if name not in self.reasons:
+                self.reasons[name] = why
+                _logger.warning('replaced an image that cannot be read: %s (%s)', name, why)
+        if len(self.reasons) > self.at_most:
+            listed = shorten([f'{name} ({why})' for name, why in self.reasons.items()])
+            raise DataError(
+                f'{len(self.reasons)} images cannot be read: {listed}; restore or remove them, or allow more than '
+                f'data.max_corrupt {self.at_most}'
+            )

@@ -1,8 +1,8 @@
-"""The part of a view that the device computes for a batch at a time: what `make_view` does after the crop.
+"""Augmentation of batches on the device: the steps of `make_view` after the crop.
 
-Parameters are drawn for every sample on the CPU, so that they are the same on every device, and go there without
-waiting; what a sample does not take part in is undone by `torch.where` over the whole batch, as picking samples
-would have to wait. Operations are those of torchvision on 8-bit images, without the rounding between them.
+Parameters are drawn for every sample on the CPU, so that they are the same on every device, and copied asynchronously.
+`torch.where` over the whole batch keeps samples that an operation skips, as indexing them would synchronise. Operations
+are those of torchvision on 8-bit images, without the rounding between them.
 
 Shapes: b samples, C channels (1 or 3), H x W pixels; images are float [b, C, H, W] in [0, 1].
 """
@@ -20,23 +20,23 @@ from slimclr_hub.data.seeding import mixed_seed
 from slimclr_hub.data.views import BLUR_SIGMA, ViewConfig, blur_kernel
 
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
-"""Kinds of blending: with black, with the image's mean gray, with each pixel's gray."""
+"""Kinds of blending: with black, with the mean gray of the image, with the gray of each pixel."""
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """What was drawn for each sample.
+    """Random parameters of each sample.
 
     Args:
         factors: Weight of the image in blending of each kind [b, 3]; 1 leaves it.
         kinds: Order of the kinds of blending [b, 3].
         hue: Shift of the hue in turns [b]; 0 leaves it.
         hue_place: Kinds of blending that come before the shift of the hue [b], 0 to 3.
-        gray: Whether to turn to gray [b].
-        blur: Whether to blur [b].
-        sigma: Of the blur, in pixels [b]; stays on the CPU, where kornia checks it without waiting for the device.
-        solarize: Whether to invert the upper half of the range [b].
-        flip: Whether to flip horizontally [b].
+        gray: True to convert to gray [b].
+        blur: True to blur [b].
+        sigma: Sigma of the blur in pixels [b]; stays on the CPU, where kornia checks it without synchronising.
+        solarize: True to invert the upper half of the range [b].
+        flip: True to flip horizontally [b].
     """
 
     factors: torch.Tensor
@@ -50,23 +50,17 @@ class Parameters:
     flip: torch.Tensor
 
     def to(self, device: torch.device) -> 'Parameters':
-        """The same on a device, without waiting for it."""
+        """Copy to a device asynchronously."""
         if device.type == 'cpu':
             return self
-        names = [field.name for field in fields(self) if field.name != 'sigma']
-        pin = device.type == 'cuda'
-        moved = {name: getattr(self, name) for name in names}
-        return replace(
-            self,
-            **{
-                name: (value.pin_memory() if pin else value).to(device, non_blocking=True)
-                for name, value in moved.items()
-            },
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != 'sigma'}
+        if device.type == 'cuda':
+            values = {name: value.pin_memory() for name, value in values.items()}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in values.items()})
 
 
 def draw(config: ViewConfig, count: int, generator: torch.Generator) -> Parameters:
-    """Draw the parameters of `count` samples from a generator of the CPU."""
+    """Draw the parameters of `count` samples from a CPU generator."""
 
     def uniform(low: float, high: float) -> torch.Tensor:
         return torch.rand(count, generator=generator) * (high - low) + low
@@ -92,13 +86,13 @@ def draw(config: ViewConfig, count: int, generator: torch.Generator) -> Paramete
 
 
 class DeviceViews:
-    """Crops of 8 bits -> normalised views of one distribution.
+    """Turn uint8 crops into normalised views of one distribution.
 
     Args:
         config: The distribution.
         mean: Mean of each channel.
         std: Standard deviation of each channel.
-        device: Where the crops are.
+        device: Device of the crops.
     """
 
     def __init__(
@@ -110,14 +104,14 @@ class DeviceViews:
         self.std = torch.tensor(std, device=device)[:, None, None]
 
     def __call__(self, crops: torch.Tensor, *numbers: int) -> torch.Tensor:
-        """uint8 [b, C, H, W] -> float [b, C, H, W], drawn from the integers and nothing else."""
+        """uint8 [b, C, H, W] -> float [b, C, H, W]; draws follow from the integers alone."""
         generator = torch.Generator().manual_seed(mixed_seed(*numbers))
         parameters = draw(self.config, len(crops), generator).to(self.device)
         return (augment(crops / 255, self.config, parameters) - self.mean) / self.std
 
 
 def augment(images: torch.Tensor, config: ViewConfig, parameters: Parameters) -> torch.Tensor:
-    """Apply what was drawn, in the order of `make_view`; what the distribution never does is left out."""
+    """Apply the parameters in the order of `make_view`, without operations that the distribution never uses."""
     colour = images.shape[1] == 3
     if config.jitter_prob:
         images = _jitter(images, config, parameters)
@@ -140,12 +134,12 @@ def blend(images: torch.Tensor, factors: torch.Tensor, kinds: torch.Tensor) -> t
 
 
 def shift_hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Shift the hue of each sample by a share [b] of the circle."""
+    """Shift the hue of each sample by a fraction [b] of the circle."""
     return adjust_hue(images, 2 * pi * turns)
 
 
 def blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Blur each sample by its own sigma [b] in pixels, which lies on the CPU."""
+    """Blur each sample by its own sigma [b] in pixels, a CPU tensor."""
     kernel = blur_kernel(images.shape[-1])
     return gaussian_blur2d(images, (kernel, kernel), sigma[:, None].expand(-1, 2), border_type='reflect')
 

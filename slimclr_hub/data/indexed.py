@@ -1,4 +1,4 @@
-"""Training images by index: every epoch has its own order, which arithmetic alone cuts for parts and processes."""
+"""Training images by index: every epoch has its own order, which arithmetic divides over microbatches and processes."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -10,8 +10,7 @@ from PIL import Image
 from timm.data import ImageDataset
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from slimclr_hub.data.batches import Chunk, Problem, Sample, make_chunk
-from slimclr_hub.data.corrupt import reason
+from slimclr_hub.data.batches import Chunk, Problem, Sample, make_chunk, reason
 from slimclr_hub.data.seeding import drawing, permutation
 from slimclr_hub.errors import DataError
 
@@ -20,65 +19,58 @@ _REPLACEMENT = 1  # keeps the draws of a replacement apart from those of the vie
 
 
 class EpochBatches(Sampler[list[Key]]):
-    """(epoch, index) of this process's images of each micro-batch, from micro-batch `start` of epoch `epoch` on.
+    """(epoch, index) of this process's images of each microbatch, from microbatch `start` of epoch `epoch` on.
 
-    Process r takes the r-th contiguous part of images order[k * m : (k + 1) * m] of micro-batch k, where m is the size
-    of a micro-batch over all processes.
+    Process r takes the r-th contiguous slice of images order[k * m : (k + 1) * m] of microbatch k, where m is the size
+    of a microbatch over all processes. Epochs follow each other without an end, so that workers read ahead.
 
     Args:
         length: Images in the data set.
         seed: Seed of all orders.
-        micro_batch: Images of a micro-batch over all processes.
+        microbatch: Images of a microbatch over all processes.
         processes: Number of processes.
-        rank: Which of them this is.
-        count: Micro-batches an epoch.
-        ahead: Whether to go on with the epochs that follow, without an end.
+        rank: Rank of this process.
+        count: Microbatches an epoch.
     """
 
-    def __init__(
-        self, length: int, seed: int, micro_batch: int, processes: int, rank: int, count: int, ahead: bool = False
-    ) -> None:
+    def __init__(self, length: int, seed: int, microbatch: int, processes: int, rank: int, count: int) -> None:
         self.length = length
         self.seed = seed
-        self.micro_batch = micro_batch
-        self.size = micro_batch // processes
+        self.microbatch = microbatch
+        self.size = microbatch // processes
         self.rank = rank
         self.count = count
-        self.ahead = ahead
+        self.ahead = True  # a benchmark, whose cases take turns, ends with the epoch instead
         self.epoch = 0
         self.start = 0
-
-    def __len__(self) -> int:
-        """Of the epoch that it begins in."""
-        return self.count - self.start
 
     def __iter__(self) -> Iterator[list[Key]]:
         start = self.start
         for epoch in itertools.count(self.epoch) if self.ahead else (self.epoch,):
             order = permutation(self.length, self.seed, epoch)
             for k in range(start, self.count):
-                first = k * self.micro_batch + self.rank * self.size
+                first = k * self.microbatch + self.rank * self.size
                 yield [(epoch, int(index)) for index in order[first : first + self.size]]
             start = 0
 
     def after(self, epoch: int, k: int) -> tuple[int, int] | None:
-        """Epoch and number of the micro-batch that comes after the `k`-th of an epoch, or none."""
+        """Return epoch and number of the microbatch after the `k`-th of an epoch, or None at the end."""
         if k + 1 < self.count:
             return epoch, k + 1
         return (epoch + 1, 0) if self.ahead else None
 
 
 class IndexedImages(Dataset[tuple[Sample | None, list[Problem]]]):
-    """Samples by (epoch, index); an image that cannot be read is replaced by another one of the data set.
+    """Samples by (epoch, index); an unreadable image is replaced by another one of the data set.
 
-    Both the replacement and the views follow from the seed, the epoch and the index.
+    Replacement and views follow from the seed, the epoch and the index.
 
     Args:
         dataset: (PIL image, label) by index.
-        transform: Views of an image, which draw from torch's global generator.
+        transform: Views of an image, drawn from torch's global generator.
         seed: Seed of views and replacements.
         mode: Pillow's mode to convert images to.
-        max_corrupt: How many images to try for one index before giving up.
+        max_corrupt: Unreadable images to tolerate for one index.
     """
 
     def __init__(
@@ -99,7 +91,7 @@ class IndexedImages(Dataset[tuple[Sample | None, list[Problem]]]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, key: Key) -> tuple[Sample | None, list[Problem]]:
-        """The sample, or none where too many in a row could not be read; and the images that could not."""
+        """Return the sample, or None where too many in a row are unreadable; and the unreadable images."""
         epoch, index = key
         problems: list[Problem] = []
         for candidate in self._candidates(epoch, index):
@@ -127,7 +119,7 @@ class IndexedImages(Dataset[tuple[Sample | None, list[Problem]]]):
 
 
 def read_image(dataset: Any, index: int, mode: str) -> tuple[Image.Image, int]:
-    """Decode one image; whatever goes wrong is raised."""
+    """Decode one image; exceptions of the decoder pass through."""
     if isinstance(dataset, ImageDataset):
         # timm's own access goes on to the next index where one fails, and tells only its log.
         source, label = dataset.reader[index][:2]
@@ -139,7 +131,7 @@ def read_image(dataset: Any, index: int, mode: str) -> tuple[Image.Image, int]:
 
 
 def image_name(dataset: Any, index: int) -> str:
-    """Path of an image, or its index where it has none."""
+    """Return the path of an image, or its index where it has none."""
     try:
         return str(dataset.filename(index, absolute=True))
     except Exception:  # timm's readers refuse in their own ways, and one that cannot read may not know the name either
@@ -147,21 +139,21 @@ def image_name(dataset: Any, index: int) -> str:
 
 
 def collate(items: list[tuple[Sample | None, list[Problem]]]) -> Chunk:
-    """Samples of one micro-batch, with the problems met on the way."""
+    """Collect the samples of one microbatch and the problems met on the way."""
     samples = [sample for sample, _ in items if sample is not None]
     return make_chunk(samples, [problem for _, problems in items for problem in problems])
 
 
 class IndexedFeed:
-    """This process's micro-batches of a data set by index.
+    """This process's microbatches of a data set by index.
 
-    Workers go on from batch to batch, and with `batches.ahead` from epoch to epoch, for as long as what is asked for
-    is what comes next, wherever it is asked for; otherwise they begin at the place that is.
+    Workers continue from batch to batch and epoch to epoch as long as the next microbatch is asked for; otherwise they
+    restart at the one that is.
 
     Args:
         images: The samples.
-        batches: Whose samples, in which order.
-        options: Of the loader.
+        batches: Keys of the samples in order.
+        options: Arguments of the loader.
     """
 
     notes: tuple[str, ...] = ()
@@ -178,10 +170,10 @@ class IndexedFeed:
         self._next: tuple[int, int] | None = None
 
     def chunks(self, epoch: int, start: int, position: None) -> Iterator[tuple[Chunk, None]]:
-        """Micro-batches of an epoch from the `start`-th on; a data set by index needs no position.
+        """Yield microbatches of an epoch from the `start`-th on; a data set by index needs no position.
 
         Raises:
-            DataError: There was no image to replace one that cannot be read.
+            DataError: There is no readable image to replace an unreadable one.
         """
         for k in range(start, self.batches.count):
             chunk = self._take(epoch, k)

@@ -1,8 +1,9 @@
-"""How torch's loaders run their workers, and the loader of evaluation."""
+"""Loaders: options of torch's workers, the evaluation loader, and copies to the device."""
 
 import os
 import signal
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,14 @@ import torch
 from timm.data import create_transform
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from slimclr_hub.data.sources import DataConfig, make_dataset
+from slimclr_hub.data.config import DataConfig
+from slimclr_hub.data.sources import make_dataset
 
 _EVAL_BATCH = 128
 
 
 def loader_options(config: DataConfig, seed: int) -> dict[str, Any]:
-    """How torch's loader runs its workers."""
+    """Return arguments of torch's loader that decide how its workers run."""
     return {
         'num_workers': config.num_workers,
         'persistent_workers': config.num_workers > 0,
@@ -28,10 +30,10 @@ def loader_options(config: DataConfig, seed: int) -> dict[str, Any]:
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """Let a worker outlive the signals that ask its process to stop, which needs batches until it has.
+    """Ignore signals that ask the training process to stop, which needs batches until it has.
 
-    A scheduler's signals, a launcher's and the keyboard's go to workers, too. SIGTERM is also how the process itself
-    ends them, so that one counts where it comes from there.
+    A scheduler's signals, a launcher's and the keyboard's reach workers, too. The process also ends them by SIGTERM, so
+    that one is obeyed where it comes from there.
     """
     for number in signal.SIGUSR1, signal.SIGINT:
         signal.signal(number, signal.SIG_IGN)
@@ -47,7 +49,7 @@ def _end_with(trainer: int) -> None:
 
 
 def eval_loader(config: DataConfig, split: str, at_most: int | None, seed: int, processes: int = 1) -> DataLoader:
-    """Loader of (centre crop, label); where there are more images than `at_most`, a fixed random choice of them.
+    """Load (centre crop, label), of a fixed random choice where there are more images than `at_most`.
 
     A batch is that of all processes, for the caller to split.
     """
@@ -66,3 +68,34 @@ def eval_loader(config: DataConfig, split: str, at_most: int | None, seed: int, 
     return DataLoader(
         dataset, batch_size=min(config.batch_size // processes, _EVAL_BATCH) * processes, **loader_options(config, seed)
     )
+
+
+class ToDevice:
+    """Copy tensors to a device asynchronously, on a CUDA stream of their own.
+
+    On the computing stream a copy would begin only after all that is queued there, such as the backward of the step
+    before.
+
+    Args:
+        device: Target device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
+
+    def __call__(self, tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Return the tensors on the device, ready for kernels queued from here on; copies of pageable memory block."""
+        if self.stream is None:
+            return self._copies(tensors)
+        with torch.cuda.stream(self.stream):
+            placed = self._copies(tensors)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.stream)
+        for tensor in placed:
+            # Their memory is of the copying stream, which would write the next batch to it once they are dropped.
+            tensor.record_stream(current)
+        return placed
+
+    def _copies(self, tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)

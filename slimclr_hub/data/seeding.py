@@ -8,13 +8,13 @@ import torch
 
 
 def mixed_seed(*numbers: int) -> int:
-    """32 bits that follow from the numbers; neighbouring ones share nothing, as those of a sum would."""
+    """Hash integers to a 32-bit seed; neighbouring integers give unrelated seeds, unlike their sum."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 @contextmanager
 def drawing(*numbers: int) -> Iterator[None]:
-    """Let torch's global CPU generator draw what follows from the numbers, and leave it as it was."""
+    """Seed torch's global CPU generator from the integers, and restore its state afterwards."""
     generator = torch.default_generator
     before = generator.get_state()
     try:
@@ -26,5 +26,5 @@ def drawing(*numbers: int) -> Iterator[None]:
 
 
 def permutation(length: int, *numbers: int) -> np.ndarray:
-    """Integers [length] in an order that follows from the numbers."""
+    """Permute the integers below `length`, in an order that follows from the numbers."""
     return np.random.default_rng(numbers).permutation(length)

@@ -1,8 +1,8 @@
-"""Where images come from: the embedded set, Fashion-MNIST's own files, and everything timm's `create_dataset` reads."""
+"""Sources of images: the embedded set, Fashion-MNIST's own files, and everything timm's `create_dataset` reads."""
 
+import gzip
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,110 +11,14 @@ from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
-from slimclr_hub.data.idx import read_split
-from slimclr_hub.data.streams.shard_names import find_shards, is_remote
-from slimclr_hub.data.transfer import TRANSFERS
+from slimclr_hub.data.config import EMBEDDED, FASHION_MNIST, DataConfig
+from slimclr_hub.data.streams.shards import find_shards, is_remote
 from slimclr_hub.errors import InputError
 
-EMBEDDED = 'fashion-mnist-6k'
-FASHION_MNIST = 'fashion-mnist'
 _EMBEDDED_FILE = Path(__file__).parent / 'embedded' / 'fashion_mnist_6k.npz'
-_TIMM_KINDS = ('folder', 'hfds/', 'hfids/', 'wds/', 'tfds/', 'torch/')
+_IDX_PREFIX = {'train': 'train', 'test': 't10k'}
+_TORCHVISION_SUBFOLDER = 'FashionMNIST/raw'
 _SPLIT_FOLDERS = ({'train', 'training'}, {'val', 'valid', 'validation', 'eval', 'evaluation'})  # timm's synonyms
-HOW_NOT_WHICH = ('num_workers', 'download', 'max_corrupt', 'transfer', 'read_ahead')
-"""Fields of `DataConfig` that say how images come, not which."""
-_STREAMS = ('hfids/', 'wds/', 'tfds/')
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Images to train on.
-
-    Args:
-        name: `fashion-mnist-6k` (ships with the package), `fashion-mnist` (its IDX files in `root`), `folder` (an image
-            folder or tar in `root`), or a name of timm's: `hfds/USER/NAME` (Hub data set), `hfids/USER/NAME`
-            (streamed), `wds/` (webdataset shards in `root`), `torch/cifar10`.
-        root: Folder of the data set, where the name needs one.
-        train_split: Split to train on; for webdataset, the pattern of its shards.
-        val_split: Split that k-NN classifies; null for none.
-        size: Height and width in pixels of the images that the network is made for and evaluated on.
-        channels: 3 for RGB, 1 for gray.
-        mean: Mean of each channel, for images in [0, 1].
-        std: Standard deviation of each channel.
-        crop_pct: Share of the image that evaluation crops from its centre.
-        batch_size: Images a step over all processes.
-        num_workers: Worker processes that load and augment, on each process.
-        num_samples: Images an epoch, where a stream does not know its own length.
-        image_key: Name of a Hub data set's column of images.
-        label_key: Name of a Hub data set's column of labels.
-        download: Let torchvision download its data set into `root`.
-        max_corrupt: Distinct images that each process may replace because they cannot be read, before training stops.
-        shuffle_buffer: Encoded images that each worker holds to shuffle a stream that it trains on; 0 or 1 for none.
-        transfer: What workers hand over to training: `uint8`, views of 8 bits, copied beside what the device computes
-            and normalised there for a batch at a time, or `float32`, views that the workers have normalised, copied
-            between computations. Batches are the same. For views.backend kornia crops always have 8 bits.
-        read_ahead: Let workers begin with the next epoch while the last batches of one are trained on, rather than
-            when it is asked for. Batches are the same.
-    """
-
-    name: str = EMBEDDED
-    root: str | None = None
-    train_split: str = 'train'
-    val_split: str | None = 'validation'
-    size: int = 28
-    channels: int = 1
-    mean: tuple[float, ...] = (0.286,)
-    std: tuple[float, ...] = (0.353,)
-    crop_pct: float = 1.0
-    batch_size: int = 128
-    num_workers: int = 2
-    num_samples: int | None = None
-    image_key: str | None = None
-    label_key: str | None = None
-    download: bool = False
-    max_corrupt: int = 100
-    shuffle_buffer: int = 2048
-    transfer: str = 'uint8'
-    read_ahead: bool = True
-
-    def __post_init__(self) -> None:
-        if self.name not in (EMBEDDED, FASHION_MNIST) and not self.name.startswith(_TIMM_KINDS):
-            raise InputError(
-                f'data.name {self.name!r} is not {EMBEDDED}, {FASHION_MNIST} or one that begins with '
-                f'{", ".join(_TIMM_KINDS)}'
-            )
-        for name, least in (
-            ('size', 2),
-            ('batch_size', 2),
-            ('num_workers', 0),
-            ('max_corrupt', 0),
-            ('shuffle_buffer', 0),
-        ):
-            if getattr(self, name) < least:
-                raise InputError(f'data.{name} is {getattr(self, name)}; give {least} or more')
-        if self.transfer not in TRANSFERS:
-            raise InputError(f'data.transfer is {self.transfer!r}; give {" or ".join(TRANSFERS)}')
-        if self.num_samples is not None and self.num_samples < 1:
-            raise InputError(f'data.num_samples is {self.num_samples}; give 1 or more')
-        if self.channels not in (1, 3):
-            raise InputError(f'data.channels is {self.channels}; give 3 for RGB or 1 for gray')
-        for name in ('mean', 'std'):
-            if len(getattr(self, name)) != self.channels:
-                raise InputError(f'data.{name} has {len(getattr(self, name))} values for data.channels {self.channels}')
-        if min(self.std) <= 0:
-            raise InputError(f'data.std {list(self.std)} holds a value that is not above 0')
-        if not 0 < self.crop_pct <= 1:
-            raise InputError(f'data.crop_pct is {self.crop_pct}; give a share in (0, 1]')
-
-    @property
-    def mode(self) -> str:
-        """Pillow's mode of the images."""
-        return 'RGB' if self.channels == 3 else 'L'
-
-    @property
-    def streams(self) -> bool:
-        """Whether the source is read in order rather than by index."""
-        return self.name.startswith(_STREAMS)
 
 
 class ArrayImages(Dataset[tuple[Any, int]]):
@@ -140,12 +44,12 @@ class ArrayImages(Dataset[tuple[Any, int]]):
 
 
 def make_dataset(config: DataConfig, split: str, training: bool) -> Dataset | IterableDataset:
-    """Open one split as timm does: (PIL image, label) pairs, with an attribute `transform` to set.
+    """Open one split as timm does: (PIL image, label) pairs, with a settable attribute `transform`.
 
     Args:
         config: The source.
         split: `train`, `validation` or a name that the source knows.
-        training: Whether a stream should shuffle and shard for training.
+        training: True to shuffle and shard a stream for training.
 
     Raises:
         InputError: There is no such source or split, or it holds no image.
@@ -163,7 +67,7 @@ def make_dataset(config: DataConfig, split: str, training: bool) -> Dataset | It
 
 
 def read_embedded(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images, uint8 [N, 28, 28], and labels, uint8 [N], of the embedded set; `split` is `train` or `test`.
+    """Read images, uint8 [N, 28, 28], and labels, uint8 [N], of the embedded set; `split` is `train` or `test`.
 
     Raises:
         InputError: The file is not the one that was packaged.
@@ -176,7 +80,7 @@ def read_embedded(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def has_validation(config: DataConfig) -> bool:
-    """Whether there are images to validate on apart from those to train on.
+    """True if there are validation images apart from the training images.
 
     An image folder without sub-folders for its splits has none: timm would open the same images for both.
     """
@@ -185,6 +89,53 @@ def has_validation(config: DataConfig) -> bool:
     if config.name != 'folder' or config.root is None:
         return True
     return _split_folder(Path(config.root), config.val_split) is not None
+
+
+def read_split(folder: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read one split of Fashion-MNIST from IDX files, gzipped (Debian's package) or not (torchvision's cache).
+
+    Args:
+        folder: Debian's folder (`/usr/share/datasets/fashion-mnist`) or the root given to torchvision.
+        split: `train` or `test`.
+
+    Returns:
+        Images, uint8 of shape [N, 28, 28], and labels, uint8 of shape [N].
+
+    Raises:
+        InputError: The folder or one of its files is missing, or a file is not IDX.
+    """
+    folder = Path(folder)
+    images = _read_idx(_find_idx(folder, f'{_IDX_PREFIX[split]}-images-idx3-ubyte'))
+    labels = _read_idx(_find_idx(folder, f'{_IDX_PREFIX[split]}-labels-idx1-ubyte'))
+    if len(images) != len(labels):
+        raise InputError(f'{folder}: {len(images)} {split} images but {len(labels)} labels; fetch the files again')
+    return images, labels
+
+
+def _find_idx(folder: Path, name: str) -> Path:
+    for parent in folder, folder / _TORCHVISION_SUBFOLDER:
+        for path in parent / name, parent / f'{name}.gz':
+            if path.is_file():
+                return path
+    raise InputError(
+        f'no {name} or {name}.gz in {folder} or its {_TORCHVISION_SUBFOLDER}; `apt-get install dataset-fashion-mnist` '
+        'puts the files into /usr/share/datasets/fashion-mnist, torchvision.datasets.FashionMNIST(root, download=True) '
+        'into root'
+    )
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    opener = gzip.open if path.suffix == '.gz' else open
+    try:
+        with opener(path, 'rb') as file:
+            data = file.read()
+        zero, dtype, ndim = int.from_bytes(data[:2], 'big'), data[2], data[3]
+        shape = np.frombuffer(data, '>i4', count=ndim, offset=4)
+        if zero != 0 or dtype != 0x08:
+            raise ValueError('not an IDX file of unsigned bytes')
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        raise InputError(f'cannot read {path}: {error}; fetch the file again') from error
 
 
 def _split_folder(root: Path, split: str) -> Path | None:

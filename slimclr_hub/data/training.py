@@ -1,60 +1,64 @@
-"""The training images of one process, from any source, as batches on its device."""
+"""Training batches of one process, from any source, on its device."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from slimclr_hub.data.batches import Batch, Chunk
-from slimclr_hub.data.corrupt import CorruptImages
-from slimclr_hub.data.direct import Direct
+from slimclr_hub.data.batches import Batch, Chunk, CorruptImages
+from slimclr_hub.data.config import DataConfig
 from slimclr_hub.data.indexed import EpochBatches, IndexedFeed, IndexedImages
-from slimclr_hub.data.loaders import loader_options
-from slimclr_hub.data.sources import DataConfig, make_dataset
+from slimclr_hub.data.loaders import ToDevice, loader_options
+from slimclr_hub.data.sources import make_dataset
 from slimclr_hub.data.streams.hub_shards import HubShards
 from slimclr_hub.data.streams.shards import Shards, TarShards
 from slimclr_hub.data.streams.shares import Layout
-from slimclr_hub.data.streams.stream import ShardedSource, Source, StreamedChunks, StreamFeed
-from slimclr_hub.data.streams.timm_stream import OneWayFeed, TimmSource
-from slimclr_hub.data.transfer import Normalisation, ToDevice
-from slimclr_hub.data.views import ViewConfig, Views, make_crop, make_pixels, make_view
+from slimclr_hub.data.streams.stream import (
+    OneWayFeed,
+    ShardedSource,
+    Source,
+    StreamedChunks,
+    StreamFeed,
+    TimmSource,
+)
+from slimclr_hub.data.views import Normalize, SingleImageTransform, ViewConfig, Views, make_crop, make_view
 from slimclr_hub.errors import InputError
 
 Position = dict[str, Any] | None
-_LEAST_IMAGES = 2  # of a process and part: batch normalisation of a single one is nothing
+_LEAST_IMAGES = 2  # of a process in a microbatch: batch normalisation of a single image is degenerate
 
 
 class Feed(Protocol):
-    """Source of this process's micro-batches."""
+    """Source of this process's microbatches."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user must know before training starts."""
+        """Sentences that a user must read before training starts."""
 
     def chunks(self, epoch: int, start: int, position: Any) -> Iterator[tuple[Chunk, Position]]:
-        """Micro-batches from the `start`-th of an epoch on, each with the position after it."""
+        """Yield microbatches from the `start`-th of an epoch on, each with the position after it."""
 
 
 class TrainData:
-    """This process's share of the training images.
+    """Training images of this process.
 
-    An optimizer step takes `config.batch_size` images over all processes, in `parts` micro-batches that are divided
-    over the processes. Whatever is random follows from the seed, the epoch and the place of an image in the data set,
-    so that an epoch can be entered at any step.
+    An optimizer step takes `config.batch_size` images over all processes, in `microbatches` that are divided over the
+    processes. All randomness follows from the seed, the epoch and the index of an image, so that an epoch can be
+    entered at any step.
 
     Args:
         config: The source.
         views: Distribution of the first view.
-        second_views: Distribution of the second view; that of the first where null.
+        second_views: Distribution of the second view; that of the first where None.
         seed: Seed of orders and views.
         processes: Number of processes that train together.
-        rank: Which of them this is.
-        parts: Micro-batches of an optimizer step, for the accumulation of gradients.
+        rank: Rank of this process.
+        microbatches: Microbatches of an optimizer step, for gradient accumulation.
         view_count: Views of each image, 1 or 2.
-        device: Where batches are put.
+        device: Device of the batches.
 
     Raises:
-        InputError: There is no such source, or the batch does not fit the data, the processes or the parts.
+        InputError: There is no such source, or the batch does not fit the data, the processes or the microbatches.
     """
 
     def __init__(
@@ -66,55 +70,54 @@ class TrainData:
         seed: int,
         processes: int = 1,
         rank: int = 0,
-        parts: int = 1,
+        microbatches: int = 1,
         view_count: int = 2,
         device: torch.device | str = 'cpu',
     ) -> None:
-        _check_batch(config.batch_size, processes, parts)
+        _check_batch(config.batch_size, processes, microbatches)
         if view_count not in (1, 2):
             raise InputError(f'view_count is {view_count}; give 1 or 2')
-        self.config = config
         self.seed = seed
         self.rank = rank
-        self.parts = parts
-        self.size = config.batch_size // parts // processes
+        self.microbatches = microbatches
+        self.size = config.batch_size // microbatches // processes
         self.device = torch.device(device)
         self.corrupt = CorruptImages(config.max_corrupt)
         configs = [views, second_views or views][:view_count]
-        self.place = ToDevice(self.device, beside=config.transfer == 'uint8')
-        self.normalise = Normalisation(config.mean, config.std, self.device)
+        self.to_device = ToDevice(self.device)
+        self.normalize = Normalize(config.mean, config.std, self.device)
         self.device_views = _device_views(config, configs, self.device) if views.backend == 'kornia' else None
         transform = Views(*(_transform(config, each, views.backend) for each in configs))
         make_feed = _stream_feed if config.streams else _indexed_feed
-        self.feed, length = make_feed(config, transform, seed, processes, rank, parts)
+        self.feed, length = make_feed(config, transform, seed, processes, rank, microbatches)
         self.steps_per_epoch = length // config.batch_size
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user must know before training starts, a sentence each."""
+        """Sentences that a user must read before training starts."""
         return self.feed.notes
 
     def epoch(self, epoch: int, start: int = 0, position: Position = None) -> Iterator[Batch]:
-        """Micro-batches of an epoch from an optimizer step on; a stream may end early.
+        """Yield microbatches of an epoch from an optimizer step on; a stream may end early.
 
         Args:
             epoch: The epoch, from 0.
             start: The optimizer step in the epoch, from 0.
-            position: That of the last batch before `start`.
+            position: Position after the last batch before `start`.
 
         Raises:
             DataError: Too many images cannot be read, or a stream is damaged.
             InputError: The position is not one of this run.
         """
-        micro, end = start * self.parts, self.steps_per_epoch * self.parts
+        micro, end = start * self.microbatches, self.steps_per_epoch * self.microbatches
         if micro >= end:
             return
         for chunk, after in self.feed.chunks(epoch, micro, position):
             self.corrupt.add(chunk['problems'])
-            # Smaller ones only tell of images that cannot be read.
+            # Smaller ones only report unreadable images.
             if len(chunk['labels']) < self.size:
                 continue
-            *views, labels = self.place((*chunk['views'], chunk['labels']))
+            *views, labels = self.to_device((*chunk['views'], chunk['labels']))
             yield Batch(
                 views=self._views(views, epoch, micro),
                 labels=labels,
@@ -127,26 +130,26 @@ class TrainData:
 
     def _views(self, views: Sequence[torch.Tensor], epoch: int, micro: int) -> tuple[torch.Tensor, ...]:
         if self.device_views is None:
-            return tuple(views if self.config.transfer == 'float32' else map(self.normalise, views))
+            return tuple(map(self.normalize, views))
         return tuple(
-            make(crops, self.seed, epoch, *divmod(micro, self.parts), self.rank, number)
+            make(crops, self.seed, epoch, *divmod(micro, self.microbatches), self.rank, number)
             for number, (make, crops) in enumerate(zip(self.device_views, views, strict=True))
         )
 
 
 def _indexed_feed(
-    config: DataConfig, transform: Views, seed: int, processes: int, rank: int, parts: int
+    config: DataConfig, transform: Views, seed: int, processes: int, rank: int, microbatches: int
 ) -> tuple[Feed, int]:
     dataset = make_dataset(config, config.train_split, training=True)
     length = _check_length(config, len(dataset))  # type: ignore[arg-type]
     images = IndexedImages(dataset, transform, seed, config.mode, config.max_corrupt)
-    count = length // config.batch_size * parts
-    batches = EpochBatches(length, seed, config.batch_size // parts, processes, rank, count, config.read_ahead)
+    count = length // config.batch_size * microbatches
+    batches = EpochBatches(length, seed, config.batch_size // microbatches, processes, rank, count)
     return IndexedFeed(images, batches, loader_options(config, seed)), length
 
 
 def _stream_feed(
-    config: DataConfig, transform: Views, seed: int, processes: int, rank: int, parts: int
+    config: DataConfig, transform: Views, seed: int, processes: int, rank: int, microbatches: int
 ) -> tuple[Feed, int]:
     def chunks(source: Source, layout: Layout) -> StreamedChunks:
         return StreamedChunks(source, transform, layout, seed, config.mode, config.max_corrupt)
@@ -155,8 +158,8 @@ def _stream_feed(
         return Layout(
             processes=processes,
             workers=max(1, config.num_workers),
-            images=config.batch_size // parts // processes,
-            batches=_check_length(config, length) // config.batch_size * parts,
+            images=config.batch_size // microbatches // processes,
+            batches=_check_length(config, length) // config.batch_size * microbatches,
         )
 
     options = loader_options(config, seed)
@@ -164,7 +167,7 @@ def _stream_feed(
         dataset: Any = make_dataset(config, config.train_split, training=True)
         dataset.set_loader_cfg(num_workers=config.num_workers)
         length = dataset.reader.num_samples
-        feed = StreamFeed(chunks(TimmSource(dataset, rank), layout(length)), options, (), {}, config.read_ahead)
+        feed = StreamFeed(chunks(TimmSource(dataset, rank), layout(length)), options, (), {})
         return OneWayFeed(feed, config.name), length
     shards: Shards = TarShards(config) if config.name.startswith('wds/') else HubShards(config)
     length = _stream_length(config, shards)
@@ -177,7 +180,7 @@ def _stream_feed(
             f'data.name {config.name}: the lengths of the {shards.count} shards are unknown, so each of {processes} '
             'processes reads all of them and uses its part; an _info.json, or Parquet files, would spare that.',
         )
-    return StreamFeed(chunks(source, divided), options, notes, facts, config.read_ahead), length
+    return StreamFeed(chunks(source, divided), options, notes, facts), length
 
 
 def _stream_length(config: DataConfig, shards: Shards) -> int:
@@ -196,9 +199,9 @@ def _check_length(config: DataConfig, length: int) -> int:
 
 def _transform(config: DataConfig, views: ViewConfig, backend: str) -> Callable[[Any], torch.Tensor]:
     size = views.size or config.size
-    if config.transfer == 'float32':
-        return make_crop(views, size) if backend == 'kornia' else make_view(views, size, config.mean, config.std)
-    return Direct(make_crop(views, size) if backend == 'kornia' else make_pixels(views, size, config.channels))
+    return SingleImageTransform(
+        make_crop(views, size) if backend == 'kornia' else make_view(views, size, config.channels)
+    )
 
 
 def _device_views(
@@ -213,15 +216,15 @@ def _device_views(
     return [DeviceViews(each, config.mean, config.std, device) for each in views]
 
 
-def _check_batch(batch: int, processes: int, parts: int) -> None:
-    if processes < 1 or parts < 1:
-        raise InputError(f'there are {processes} processes and {parts} parts of a step; give 1 or more of both')
-    shares = processes * parts
+def _check_batch(batch: int, processes: int, microbatches: int) -> None:
+    if processes < 1 or microbatches < 1:
+        raise InputError(f'there are {processes} processes and {microbatches} microbatches; give 1 or more of both')
+    shares = processes * microbatches
     least = _LEAST_IMAGES * shares
     if batch % shares or batch < least:
         nearest = max(round(batch / shares) * shares, least)
         what = 'does not divide over' if batch % shares else f'leaves fewer than {_LEAST_IMAGES} images to each of'
         raise InputError(
-            f'data.batch_size {batch} {what} {processes} processes x {parts} parts of a step; nearest that '
-            f'fits: {nearest}'
+            f'data.batch_size {batch} {what} {processes} processes x {microbatches} microbatches; the nearest '
+            f'that fits is {nearest}'
         )

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
-from slimclr_hub.data.sources import HOW_NOT_WHICH, ArrayImages
+from slimclr_hub.data.sources import ArrayImages
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import extract_features
 from slimclr_hub.evaluate.linear_eval.classes import class_names
@@ -26,8 +26,6 @@ from slimclr_hub.runs.progress import progress_bar
 from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
 
 _LABELS = 'labels'
-# What of a DataConfig decides neither which images there are nor what the network sees of them.
-_WITHOUT_EFFECT = (*HOW_NOT_WHICH, 'batch_size', 'shuffle_buffer', 'train_split', 'val_split')
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,8 @@ class FeatureCache:
 
     def path(self, split: str, dataset: Any, count: int) -> Path:
         """The file of `count` images of a split, of which `dataset` has all."""
-        data = {key: value for key, value in asdict(self._config).items() if key not in _WITHOUT_EFFECT}
+        data = self._config.fingerprint()
+        del data['train_split'], data['val_split']
         facts = {
             'weights': self._weights,
             'widths': self._backbone.widths,

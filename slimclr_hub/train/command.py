@@ -19,7 +19,6 @@ _FREE_ON_RESUME = (
     'data.num_workers',
     'data.download',
     'data.max_corrupt',
-    'data.read_ahead',
     'knn.',
     'probe.',
     'diagnostics.',

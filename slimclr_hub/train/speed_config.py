@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class SpeedConfig:
     """Fast paths; each gives what the plain one gives but for rounding.
 
-    Further ones are run.channels_last, run.precision, data.transfer and views.backend.
+    Further ones are run.channels_last, run.precision and views.backend.
 
     Args:
         shared: Make the slices of weights once a step instead of in every layer's forward and backward, add up the

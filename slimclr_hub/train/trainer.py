@@ -54,7 +54,7 @@ class Trainer(Job[list[Batch]]):
             seed=config.run.seed,
             processes=accelerator.num_processes,
             rank=accelerator.process_index,
-            parts=config.optim.accumulation_steps,
+            microbatches=config.optim.accumulation_steps,
             view_count=config.view_count,
             device=accelerator.device,
         )

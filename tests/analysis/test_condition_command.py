@@ -28,7 +28,7 @@ def network(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('condition') / 'network'
     save_small(folder, in_chans=1)
     data = DataConfig(
-        'fashion-mnist', str(write_idx_set(folder.parent / 'idx', 96, 37)), size=8, num_workers=0, batch_size=16
+        'fashion-mnist', root=str(write_idx_set(folder.parent / 'idx', 96, 37)), size=8, num_workers=0, batch_size=16
     )
     (folder / 'recipe.yaml').write_text(dump(PretrainConfig(data=data)))
     return folder
@@ -57,7 +57,7 @@ def test_command(network, tmp_path, capsys, monkeypatch):
     content = json.loads((tmp_path / 'condition.json').read_text())
     assert content['settings']['data.size'] == 8
     assert 'torch' in content['environment']['versions']
-    data = DataConfig('fashion-mnist', str(network.parent / 'idx'), size=8, num_workers=0, batch_size=16)
+    data = DataConfig('fashion-mnist', root=str(network.parent / 'idx'), size=8, num_workers=0, batch_size=16)
     views, labels = (torch.cat(parts) for parts in zip(*eval_loader(data, 'train', IMAGES, 0), strict=True))
     model = open_network(str(network)).eval()
     model.reset_classifier(0)

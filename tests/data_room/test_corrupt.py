@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from slimclr_hub.data import DataConfig, ViewConfig
-from slimclr_hub.data.corrupt import CorruptImages
+from slimclr_hub.data.batches import CorruptImages
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import DataError, InputError
 from tests.data_room.files import png_bytes, some_images, write_classes, write_parquet, write_shards, write_tar
@@ -219,7 +219,7 @@ def test_distinct_images_are_counted():
     corrupt = CorruptImages(2)
     for _ in range(3):
         corrupt.add([('a', 'empty'), ('b', 'text')])
-    with pytest.raises(DataError, match=r'3 images cannot be read: a \(empty\), b \(text\), c \(cut\); restore'):
+    with pytest.raises(DataError, match=r'3 images cannot be read: a \(empty\); b \(text\); c \(cut\); restore'):
         corrupt.add([('c', 'cut')])
     with pytest.raises(DataError, match='and 4 more'):
         corrupt.add([(str(i), 'cut') for i in range(6)])

@@ -29,9 +29,10 @@ from slimclr_hub.data.device_views import (
     solarize,
 )
 from slimclr_hub.data.training import TrainData
-from slimclr_hub.data.views import blur_kernel, make_crop, make_view
+from slimclr_hub.data.views import blur_kernel, make_crop
 from slimclr_hub.errors import InputError
 from tests.data_room.files import write_idx_set, write_shards
+from tests.data_room.plain import normalised_view
 
 LEVEL = 1 / 255
 CPU = torch.device('cpu')
@@ -278,7 +279,7 @@ def seeded_draws(view: Callable[[Image.Image], torch.Tensor], seed: int) -> torc
 
 @pytest.fixture(scope='module')
 def on_cpu() -> dict[str, torch.Tensor]:
-    views = {name: make_view(config, SIDE, (0.0,) * 3, (1.0,) * 3) for name, config in CONFIGS.items()}
+    views = {name: normalised_view(config, SIDE, (0.0,) * 3, (1.0,) * 3) for name, config in CONFIGS.items()}
     return {name: seeded_draws(view, seed) for seed, (name, view) in enumerate(views.items())}
 
 
@@ -371,8 +372,8 @@ def test_batches_are_final_views(root):
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_an_epoch_can_be_entered_at_any_step(root, workers):
-    whole = list(train_data(root, parts=2, processes=2, rank=1).epoch(1))
-    rest = list(train_data(root, parts=2, processes=2, rank=1, workers=workers).epoch(1, start=1))
+    whole = list(train_data(root, microbatches=2, processes=2, rank=1).epoch(1))
+    rest = list(train_data(root, microbatches=2, processes=2, rank=1, workers=workers).epoch(1, start=1))
     assert len(rest) == len(whole) - 2 == 4
     for batch, expected in zip(rest, whole[2:], strict=True):
         assert all(a.equal(b) for a, b in zip(batch.views, expected.views, strict=True))
@@ -381,7 +382,7 @@ def test_an_epoch_can_be_entered_at_any_step(root, workers):
 def test_draws_differ_by_everything_they_should(root):
     def drawn(epoch=0, rank=0, skip=0, view=0):
         """What the device draws, on one and the same crops."""
-        data = train_data(root, parts=2, processes=2, rank=rank)
+        data = train_data(root, microbatches=2, processes=2, rank=rank)
         crops = torch.full((4, 1, 8, 8), 100, dtype=torch.uint8)
         return data._views((crops, crops), epoch, skip)[view]
 
@@ -412,7 +413,7 @@ def test_missing_kornia(root, monkeypatch):
 
 
 def test_unknown_backend():
-    with pytest.raises(InputError, match=r"views\.backend is 'dali'; give cpu or kornia"):
+    with pytest.raises(InputError, match=r"views\.backend 'dali' is not one of cpu, kornia"):
         ViewConfig(backend='dali')
 
 

@@ -16,6 +16,7 @@ from slimclr_hub.data.sources import ArrayImages
 from slimclr_hub.data.streams.stream import StreamedChunks
 from slimclr_hub.data.training import TrainData
 from tests.data_room.files import some_images, write_idx_set, write_shards
+from tests.data_room.plain import plain_data
 
 VIEWS = ViewConfig(size=8)
 STEPS = 5
@@ -30,10 +31,10 @@ def roots(tmp_path_factory):
     return {kind: root / kind for kind in ('indexed', 'stream')}
 
 
-def train_data(roots, kind, workers, **values) -> TrainData:
+def train_data(roots, kind, workers, make=TrainData) -> TrainData:
     name = {'indexed': 'fashion-mnist', 'stream': 'wds/'}[kind]
-    of = DataConfig(name=name, root=str(roots[kind]), batch_size=8, num_workers=workers, shuffle_buffer=5, **values)
-    return TrainData(of, VIEWS, seed=6)
+    of = DataConfig(name=name, root=str(roots[kind]), batch_size=8, num_workers=workers, shuffle_buffer=5)
+    return make(of, VIEWS, seed=6)
 
 
 @pytest.fixture(scope='module')
@@ -45,7 +46,7 @@ def plain(roots):
         # By index batches are the same with any number of workers; a stream is divided by them.
         key = (kind, workers if kind == 'stream' else 0)
         if key not in made:
-            made[key] = [list(train_data(roots, *key, read_ahead=False).epoch(epoch)) for epoch in range(4)]
+            made[key] = [list(train_data(roots, *key, make=plain_data).epoch(epoch)) for epoch in range(4)]
         return made[key]
 
     return epochs
@@ -84,10 +85,9 @@ def begun(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize('kind', ['indexed', 'stream'])
 @pytest.mark.parametrize('workers', [0, 1, 2])
-@pytest.mark.parametrize('ahead', [True, False])
-def test_epochs_one_after_another_and_in_any_order(roots, plain, kind, workers, ahead):
+def test_epochs_one_after_another_and_in_any_order(roots, plain, kind, workers):
     expected = plain(kind, workers)
-    data = train_data(roots, kind, workers, read_ahead=ahead)
+    data = train_data(roots, kind, workers)
     for epoch in 0, 1, 2, 2, 0, 3:
         assert_same(data.epoch(epoch), expected[epoch])
 
@@ -145,15 +145,6 @@ def test_workers_of_a_stream_begin_the_next_epoch_with_the_last_batch(roots, beg
     assert begun == [0, 1, 2, 0, 1]
 
 
-@pytest.mark.parametrize('kind', ['indexed', 'stream'])
-def test_each_epoch_begins_when_it_is_asked_for(roots, kind, begun):
-    """Where one says so."""
-    data = train_data(roots, kind, 2, read_ahead=False)
-    for epoch in range(3):
-        list(data.epoch(epoch))
-    assert begun == [0, 1, 2]
-
-
 def test_without_workers_nothing_is_computed_ahead(roots, begun, monkeypatch):
     opened = []
     original = ArrayImages.__getitem__
@@ -197,7 +188,7 @@ def fails_on(bright: int, image: Image.Image) -> tuple[torch.Tensor, ...]:
 def test_after_a_failure_batches_are_the_right_ones(workers):
     images, labels = some_images('train', 20)
     images[:, 0, 0] = range(20)  # what tells them apart
-    batches = EpochBatches(20, 0, 4, 1, 0, count=5, ahead=True)
+    batches = EpochBatches(20, 0, 4, 1, 0, count=5)
     order = [[index for _, index in keys] for keys in islice(batches, 10)]
     dataset = IndexedImages(ArrayImages(images, labels, 'L'), partial(fails_on, order[1][2]), 0, 'L', 0)
     feed = IndexedFeed(dataset, batches, {'num_workers': workers, 'persistent_workers': workers > 0})

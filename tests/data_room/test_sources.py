@@ -1,7 +1,11 @@
 import hashlib
 import io
+import subprocess
+import sys
 import tarfile
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,6 +16,7 @@ from slimclr_hub.data import DataConfig, sources
 from slimclr_hub.data.embedded.make_fashion_mnist_6k import first_of_each_class
 from slimclr_hub.data.sources import ArrayImages, has_validation, make_dataset, read_embedded
 from slimclr_hub.errors import InputError
+from slimclr_hub.settings import differences
 from tests.data_room.files import idx_bytes, some_images, write_classes, write_idx, write_pngs
 
 EMBEDDED_FILE = sources._EMBEDDED_FILE
@@ -383,3 +388,27 @@ def test_array_images_apply_their_transform():
     dataset = ArrayImages(images, labels, 'L')
     dataset.transform = lambda image: image.size
     assert dataset[1] == ((28, 28), int(labels[1]))
+
+
+def test_root_of_the_embedded_set_is_refused_by_the_recipe(tmp_path):
+    """Were the folder passed over, the run would train on other images than its user's."""
+    script = Path(__file__).parents[2] / 'recipes' / 'pretrain.py'
+    command = [sys.executable, str(script), '--data.root', str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f'error: data.root {tmp_path}: data.name fashion-mnist-6k')
+    assert '--data.name folder' in line
+    assert not any(tmp_path.iterdir())
+    assert DataConfig(name='folder', root=str(tmp_path)).root == str(tmp_path)
+
+
+def test_what_changes_a_result():
+    config = DataConfig('folder', root='/old')
+    assert not differences(config, replace(config, root='/new', num_workers=0, download=True, max_corrupt=3))
+    assert differences(config, replace(config, batch_size=64, crop_pct=0.5)) == [
+        'crop_pct 1.0 -> 0.5',
+        'batch_size 128 -> 64',
+    ]
+    assert config.fingerprint() != replace(config, root='/new').fingerprint()
+    assert config.fingerprint() == replace(config, batch_size=64, num_workers=0).fingerprint()

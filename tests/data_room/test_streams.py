@@ -44,8 +44,8 @@ def config(kind: str, folder: Path, **values) -> DataConfig:
     return DataConfig(**{**named, 'batch_size': 8, 'num_workers': 2, 'shuffle_buffer': 5, 'val_split': None, **values})
 
 
-def train_data(of: DataConfig, rank: int = 0, processes: int = 1, parts: int = 1, **values) -> TrainData:
-    return TrainData(of, VIEWS, seed=3, rank=rank, processes=processes, parts=parts, **values)
+def train_data(of: DataConfig, rank: int = 0, processes: int = 1, microbatches: int = 1, **values) -> TrainData:
+    return TrainData(of, VIEWS, seed=3, rank=rank, processes=processes, microbatches=microbatches, **values)
 
 
 def labels(batches: Iterator[Batch]) -> list[list[int]]:
@@ -56,8 +56,8 @@ def flat(batches: list[list[int]]) -> list[int]:
     return [label for batch in batches for label in batch]
 
 
-def seen(of: DataConfig, epoch: int = 0, processes: int = 2, parts: int = 1) -> list[list[list[int]]]:
-    return [labels(train_data(of, rank, processes, parts).epoch(epoch)) for rank in range(processes)]
+def seen(of: DataConfig, epoch: int = 0, processes: int = 2, microbatches: int = 1) -> list[list[list[int]]]:
+    return [labels(train_data(of, rank, processes, microbatches).epoch(epoch)) for rank in range(processes)]
 
 
 # Every sample once
@@ -80,7 +80,7 @@ def test_every_sample_once(sources, kind, workers):
 @pytest.mark.parametrize('kind', ['wds', 'hfids'])
 def test_nothing_is_left_where_batches_divide_the_data(sources, kind):
     of = config(kind, sources[kind], batch_size=20)
-    assert sorted(flat(flat(seen(of, parts=5)))) == list(range(TOTAL))
+    assert sorted(flat(flat(seen(of, microbatches=5)))) == list(range(TOTAL))
 
 
 @pytest.mark.parametrize(('processes', 'workers'), [(1, 3), (4, 2), (5, 4), (10, 1)])
@@ -188,12 +188,12 @@ def same(batch: Batch, other: Batch) -> bool:
 def test_resume_goes_on_with_the_same_batches(sources, kind, workers):
     of = config(kind, sources[kind], num_workers=workers)
     for rank in range(2):
-        whole = list(train_data(of, rank, 2, parts=2).epoch(2))
+        whole = list(train_data(of, rank, 2, microbatches=2).epoch(2))
         assert len(whole) == 24
         for step in 1, 2, 5, 10, 11, 12:
             # Through a file, as a checkpoint does.
             position = json.loads(json.dumps(whole[2 * step - 1].position))
-            rest = list(train_data(of, rank, 2, parts=2).epoch(2, start=step, position=position))
+            rest = list(train_data(of, rank, 2, microbatches=2).epoch(2, start=step, position=position))
             assert len(rest) == 24 - 2 * step
             assert all(map(same, rest, whole[2 * step :]))
 

@@ -10,12 +10,12 @@ from slimclr_hub.data import DataConfig, ViewConfig
 from slimclr_hub.data.seeding import drawing
 from slimclr_hub.data.sources import make_dataset
 from slimclr_hub.data.streams.shares import Layout
-from slimclr_hub.data.streams.stream import StreamedChunks, StreamFeed
-from slimclr_hub.data.streams.timm_stream import OneWayFeed, TimmSource
+from slimclr_hub.data.streams.stream import OneWayFeed, StreamedChunks, StreamFeed, TimmSource
 from slimclr_hub.data.training import TrainData
-from slimclr_hub.data.views import Views, make_view
+from slimclr_hub.data.views import Views
 from slimclr_hub.errors import InputError
 from tests.data_room.files import some_images, write_idx_set, write_shards
+from tests.data_room.plain import normalised_view
 
 VIEWS = ViewConfig(size=12)
 
@@ -41,15 +41,15 @@ def order(epoch: int, seed: int = 5) -> list[int]:
 # Which images
 
 
-@pytest.mark.parametrize(('processes', 'parts'), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2)])
-def test_contiguous_parts_of_the_order(root, processes, parts):
+@pytest.mark.parametrize(('processes', 'microbatches'), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2)])
+def test_contiguous_parts_of_the_order(root, processes, microbatches):
     images = some_images('train', 50)[1][order(3)]
-    micro, size = 16 // parts, 16 // parts // processes
+    micro, size = 16 // microbatches, 16 // microbatches // processes
     for rank in range(processes):
-        data = train_data(root, processes=processes, rank=rank, parts=parts)
+        data = train_data(root, processes=processes, rank=rank, microbatches=microbatches)
         assert data.steps_per_epoch == 3
         batches = list(data.epoch(3))
-        assert len(batches) == 3 * parts
+        assert len(batches) == 3 * microbatches
         for k, batch in enumerate(batches):
             first = k * micro + rank * size
             assert batch.labels.tolist() == images[first : first + size].tolist()
@@ -60,7 +60,7 @@ def test_contiguous_parts_of_the_order(root, processes, parts):
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_views_are_those_of_the_image_in_its_epoch(root, workers):
-    view, images = make_view(VIEWS, 12, (0.286,), (0.353,)), make_dataset(config(root), 'train', training=True)
+    view, images = normalised_view(VIEWS, 12, (0.286,), (0.353,)), make_dataset(config(root), 'train', training=True)
     batch = next(train_data(root, workers=workers).epoch(2))
     for i, index in enumerate(order(2)[:16]):
         image, label = images[index]
@@ -71,12 +71,12 @@ def test_views_are_those_of_the_image_in_its_epoch(root, workers):
 
 
 def test_the_same_images_and_views_however_they_are_divided(root):
-    def epoch(processes, parts, workers):
+    def epoch(processes, microbatches, workers):
         shares = [
-            list(train_data(root, processes=processes, rank=rank, parts=parts, workers=workers).epoch(1))
+            list(train_data(root, processes=processes, rank=rank, microbatches=microbatches, workers=workers).epoch(1))
             for rank in range(processes)
         ]
-        return torch.cat([share[k].views[0] for k in range(3 * parts) for share in shares])
+        return torch.cat([share[k].views[0] for k in range(3 * microbatches) for share in shares])
 
     whole = epoch(1, 1, 0)
     assert len(whole) == 48
@@ -86,7 +86,7 @@ def test_the_same_images_and_views_however_they_are_divided(root):
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_an_epoch_can_be_entered_at_any_step(root, workers):
-    data = train_data(root, parts=2, workers=workers)
+    data = train_data(root, microbatches=2, workers=workers)
     whole = list(data.epoch(1))
     other = list(data.epoch(2))
     for start in range(4):
@@ -152,25 +152,25 @@ def test_second_view_of_its_own_distribution(root):
 
 
 @pytest.mark.parametrize(
-    ('batch_size', 'processes', 'parts', 'message'),
+    ('batch_size', 'processes', 'microbatches', 'message'),
     [
-        (16, 3, 1, 'data.batch_size 16 does not divide over 3 processes x 1 parts of a step; nearest that fits: 15'),
-        (16, 2, 3, 'data.batch_size 16 does not divide over 2 processes x 3 parts of a step; nearest that fits: 18'),
-        (4, 4, 1, 'data.batch_size 4 leaves fewer than 2 images to each of 4 processes x 1 parts of a step; nearest'),
-        (4, 8, 1, 'data.batch_size 4 does not divide over 8 processes x 1 parts of a step; nearest that fits: 16'),
+        (16, 3, 1, 'data.batch_size 16 does not divide over 3 processes x 1 microbatches; the nearest that fits is 15'),
+        (16, 2, 3, 'data.batch_size 16 does not divide over 2 processes x 3 microbatches; the nearest that fits is 18'),
+        (4, 4, 1, 'data.batch_size 4 leaves fewer than 2 images to each of 4 processes x 1 microbatches; the nearest'),
+        (4, 8, 1, 'data.batch_size 4 does not divide over 8 processes x 1 microbatches; the nearest that fits is 16'),
         (52, 1, 1, 'data.batch_size 52 is larger than the data set of 50 images'),
-        (16, 1, 0, 'there are 1 processes and 0 parts of a step; give 1 or more of both'),
+        (16, 1, 0, 'there are 1 processes and 0 microbatches; give 1 or more of both'),
     ],
 )
-def test_batch_that_does_not_fit(root, batch_size, processes, parts, message):
+def test_batch_that_does_not_fit(root, batch_size, processes, microbatches, message):
     with pytest.raises(InputError) as error:
-        train_data(root, batch_size=batch_size, processes=processes, parts=parts)
+        train_data(root, batch_size=batch_size, processes=processes, microbatches=microbatches)
     assert str(error.value).startswith(message)
 
 
 def test_largest_batch(root):
     assert train_data(root, batch_size=50).steps_per_epoch == 1
-    assert train_data(root, batch_size=48, processes=4, parts=6).steps_per_epoch == 1
+    assert train_data(root, batch_size=48, processes=4, microbatches=6).steps_per_epoch == 1
 
 
 def test_other_numbers_of_views(root):
@@ -189,10 +189,10 @@ def test_stream_that_cannot_be_entered_in_its_middle(tmp_path, workers):
     dataset = make_dataset(of, of.train_split, training=True)
     dataset.set_loader_cfg(num_workers=workers)
     layout = Layout(processes=1, workers=max(1, workers), images=4, batches=10)
-    view = make_view(VIEWS, 12, of.mean, of.std)
+    view = normalised_view(VIEWS, 12, of.mean, of.std)
     chunks = StreamedChunks(TimmSource(dataset, 0), Views(view, view), layout, 0, 'L', 0)
     feed = OneWayFeed(StreamFeed(chunks, {'num_workers': workers}, (), {}), 'tfds/some')
-    assert 'tfds/some cannot be entered in the middle of an epoch' in feed.notes[0]
+    assert 'tfds/some cannot be entered within an epoch' in feed.notes[0]
     for start in 0, 3:
         batches = list(feed.chunks(0, start, None))
         assert len(batches) >= 10

@@ -9,12 +9,11 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from slimclr_hub.data import DataConfig, ViewConfig
-from slimclr_hub.data.direct import Direct
+from slimclr_hub.data.loaders import ToDevice
 from slimclr_hub.data.training import TrainData
-from slimclr_hub.data.transfer import Normalisation, ToDevice
-from slimclr_hub.data.views import make_crop, make_pixels
-from slimclr_hub.errors import InputError
+from slimclr_hub.data.views import Normalize, SingleImageTransform, make_crop, make_view
 from tests.data_room.files import some_images, write_shards
+from tests.data_room.plain import plain_data
 
 CPU = torch.device('cpu')
 RGB: dict[str, Any] = {'channels': 3, 'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
@@ -46,18 +45,14 @@ def shards(tmp_path_factory):
     return root
 
 
-def by_index(folder, transfer, workers=0, backend='cpu', **values) -> TrainData:
-    of = DataConfig(
-        name='folder', root=str(folder), batch_size=16, num_workers=workers, size=20, transfer=transfer, **RGB
-    )
-    return TrainData(of, ViewConfig(backend=backend), VIEWS, seed=2, **values)
+def by_index(folder, workers=0, backend='cpu', make=TrainData, **values) -> TrainData:
+    of = DataConfig(name='folder', root=str(folder), batch_size=16, num_workers=workers, size=20, **RGB)
+    return make(of, ViewConfig(backend=backend), VIEWS, seed=2, **values)
 
 
-def stream(root, transfer, workers=0, **values) -> TrainData:
-    of = DataConfig(
-        name='wds/', root=str(root), batch_size=8, num_workers=workers, shuffle_buffer=5, transfer=transfer, **values
-    )
-    return TrainData(of, ViewConfig(size=20), VIEWS, seed=2)
+def stream(root, workers=0, make=TrainData, **values) -> TrainData:
+    of = DataConfig(name='wds/', root=str(root), batch_size=8, num_workers=workers, shuffle_buffer=5, **values)
+    return make(of, ViewConfig(size=20), VIEWS, seed=2)
 
 
 def assert_same(batches, expected) -> None:
@@ -75,40 +70,32 @@ def assert_same(batches, expected) -> None:
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('backend', ['cpu', 'kornia'])
 def test_the_same_batches_by_index(folder, workers, backend):
-    data, plain = by_index(folder, 'uint8', workers, backend), by_index(folder, 'float32', 0, backend)
+    data, plain = by_index(folder, workers, backend), by_index(folder, 0, backend, plain_data)
     for epoch in range(2):
         assert_same(list(data.epoch(epoch)), list(plain.epoch(epoch)))
 
 
-def test_the_same_batches_for_parts_of_processes(folder):
-    shared = {'processes': 2, 'rank': 1, 'parts': 2, 'view_count': 1}
-    data, plain = (by_index(folder, transfer, **shared) for transfer in ('uint8', 'float32'))
+def test_the_same_microbatches_of_processes(folder):
+    shared = {'processes': 2, 'rank': 1, 'microbatches': 2, 'view_count': 1}
+    data, plain = (by_index(folder, make=make, **shared) for make in (TrainData, plain_data))
     assert_same(list(data.epoch(1, start=1)), list(plain.epoch(1, start=1)))
 
 
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('channels', [{}, RGB], ids=['gray', 'colour'])
 def test_the_same_batches_of_a_stream(shards, workers, channels):
-    data, plain = (stream(shards, transfer, workers, **channels) for transfer in ('uint8', 'float32'))
+    data, plain = (stream(shards, workers, make, **channels) for make in (TrainData, plain_data))
     for epoch in range(2):
         whole = list(plain.epoch(epoch))
         assert_same(list(data.epoch(epoch)), whole)
-        # A run may be resumed with the other.
         assert_same(list(data.epoch(epoch, 3, whole[2].position)), whole[3:])
 
 
-@pytest.mark.parametrize(('transfer', 'dtype'), [('uint8', torch.uint8), ('float32', torch.float32)])
-def test_what_workers_hand_over(folder, shards, transfer, dtype):
-    for data in by_index(folder, transfer), stream(shards, transfer):
+def test_workers_return_bytes(folder, shards):
+    for data in by_index(folder), stream(shards):
         chunk, _ = next(data.feed.chunks(0, 0, None))
-        assert [view.dtype for view in chunk['views']] == [dtype] * 2
+        assert [view.dtype for view in chunk['views']] == [torch.uint8] * 2
         assert [view.shape[2:] for view in chunk['views']] == [(20, 20), (12, 12)]
-
-
-def test_default_and_wrong_value():
-    assert DataConfig().transfer == 'uint8'
-    with pytest.raises(InputError, match=r"data\.transfer is 'float16'; give uint8 or float32"):
-        DataConfig(transfer='float16')
 
 
 # Normalisation
@@ -119,7 +106,7 @@ def test_normalisation_is_torchvisions(side):
     mean, std = RGB['mean'], RGB['std']
     views = torch.randint(256, (5, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     plain = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
-    result = Normalisation(mean, std, CPU)(views)
+    result = Normalize(mean, std, CPU)(views)
     assert result.equal(torch.stack([plain(view) for view in views]))
     formula = (views.numpy() / 255 - np.array(mean)[:, None, None]) / np.array(std)[:, None, None]
     assert np.allclose(result, formula, atol=1e-6)
@@ -128,7 +115,7 @@ def test_normalisation_is_torchvisions(side):
 def test_normalisation_leaves_what_it_is_given():
     views = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     before = views.clone()
-    Normalisation((0.5,), (0.5,), CPU)(views)
+    Normalize((0.5,), (0.5,), CPU)(views)
     assert views.equal(before)
 
 
@@ -141,11 +128,10 @@ def test_nothing_is_copied_on_the_cpu():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-@pytest.mark.parametrize('transfer', ['uint8', 'float32'])
-def test_copies_beside_computation(folder, transfer):
+def test_copies_beside_computation(folder):
     """While the device is busy with each batch, the next ones come, into memory of those that have been dropped."""
-    data = by_index(folder, transfer, workers=2, device='cuda')
-    expected = [batch.views[0] for batch in by_index(folder, 'float32').epoch(0)]
+    data = by_index(folder, workers=2, device='cuda')
+    expected = [batch.views[0] for batch in by_index(folder, make=plain_data).epoch(0)]
     busy = torch.randn(2000, 2000, device='cuda')
     for _ in range(5):
         seen = []
@@ -165,7 +151,7 @@ def test_copies_beside_computation(folder, transfer):
 def test_direct_transforms_are_torchvisions(mode, name):
     channels = {'L': 1, 'RGB': 3}[mode]
     image = Image.fromarray(some_images('train', 1)[0][0]).convert(mode)
-    assert_direct(make_pixels(DISTRIBUTIONS[name], 20, channels), image)
+    assert_direct(make_view(DISTRIBUTIONS[name], 20, channels), image)
 
 
 def test_direct_crop_is_torchvisions():
@@ -180,7 +166,7 @@ def test_transforms_that_are_not_known_are_called():
 
 
 def assert_direct(view: v2.Compose, image: Image.Image) -> None:
-    direct = Direct(view)
+    direct = SingleImageTransform(view)
     seen = set()
     with torch.random.fork_rng(devices=()):
         for seed in range(40):

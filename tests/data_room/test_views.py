@@ -9,9 +9,10 @@ from torch.utils.data import Dataset
 from slimclr_hub.data import ViewConfig
 from slimclr_hub.data.indexed import IndexedImages
 from slimclr_hub.data.sources import ArrayImages
-from slimclr_hub.data.views import Views, make_view
+from slimclr_hub.data.views import Views
 from slimclr_hub.errors import InputError
 from tests.data_room.files import some_images
+from tests.data_room.plain import normalised_view
 
 PLAIN = ViewConfig(
     crop_min=1.0, brightness=0, contrast=0, saturation=0, hue=0, jitter_prob=0, gray_prob=0, blur_prob=0, flip_prob=0
@@ -25,7 +26,7 @@ def plain_but(**values) -> ViewConfig:
 
 
 def draws(config: ViewConfig, image: Image.Image, size: int, count: int = DRAWS) -> torch.Tensor:
-    view = make_view(config, size, **RGB)
+    view = normalised_view(config, size, **RGB)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         return torch.stack([view(image) for _ in range(count)])
@@ -58,7 +59,7 @@ class Seeded:
 
 
 def seeded(count: int = 12, config: ViewConfig | None = None, seed: int = 3) -> Seeded:
-    view = make_view(config or ViewConfig(), 20, (0.286,), (0.353,))
+    view = normalised_view(config or ViewConfig(), 20, (0.286,), (0.353,))
     return Seeded(ArrayImages(*some_images('train', count), 'L'), Views(view, view), seed)
 
 
@@ -198,14 +199,14 @@ def test_solarize_probability(coordinates):
 
 
 def test_normalisation():
-    view = make_view(PLAIN, 4, (0.2,), (0.5,))(Image.new('L', (4, 4), 255))
+    view = normalised_view(PLAIN, 4, (0.2,), (0.5,))(Image.new('L', (4, 4), 255))
     assert view.shape == (1, 4, 4)
     assert torch.allclose(view, torch.tensor(1.6))
 
 
 @pytest.mark.parametrize('size', [2, 8, 28, 224])
 def test_blur_at_any_size(size):
-    view = make_view(plain_but(blur_prob=1.0), size, **RGB)
+    view = normalised_view(plain_but(blur_prob=1.0), size, **RGB)
     assert view(Image.new('RGB', (40, 30), (10, 200, 30))).shape == (3, size, size)
 
 

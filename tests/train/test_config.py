@@ -291,8 +291,9 @@ def test_slow_start_is_half_of_the_epochs_unless_given():
 def test_round_trip(tmp_path):
     config = parse(
         '--model.widths', '[1.0, 0.3]', '--method.weights', '[2, 1]', '--method.slow_start_epochs', '1.5',
-        '--data.root', '/data/with space: and colon', '--run.name', 'null-ish', '--run.seed', '7',
-        '--optim.weight_decay', '1e-5', '--model.args', '{drop_path_rate: 0.1}', '--data.num_samples', '12',
+        '--data.name', 'folder', '--data.root', '/data/with space: and colon', '--run.name', 'null-ish',
+        '--run.seed', '7', '--optim.weight_decay', '1e-5',
+        '--model.args', '{drop_path_rate: 0.1}', '--data.num_samples', '12',
     )  # fmt: skip
     path = tmp_path / RECIPE
     path.write_text(dump(config))
@@ -337,7 +338,7 @@ def test_default_recipe_trains_on_a_normal_device():
 
 @pytest.fixture
 def run_folder(tmp_path):
-    (tmp_path / RECIPE).write_text(dump(replace(PretrainConfig(), data=DataConfig(root='/old'))))
+    (tmp_path / RECIPE).write_text(dump(replace(PretrainConfig(), data=DataConfig(name='folder', root='/old'))))
     return tmp_path
 
 

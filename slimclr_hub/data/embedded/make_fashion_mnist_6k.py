@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slimclr_hub.data.idx import read_split
+from slimclr_hub.data.sources import read_split
 
 TRAIN_IMAGES_PER_CLASS = 600
 TEST_IMAGES_PER_CLASS = 100

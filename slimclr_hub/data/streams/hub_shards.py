@@ -1,11 +1,11 @@
-"""Streamed Hub data sets: every file of the split is a shard."""
+"""Streamed Hub data sets, in which every file of the split is a shard."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from PIL import Image
 
-from slimclr_hub.data.sources import DataConfig
+from slimclr_hub.data.config import DataConfig
 from slimclr_hub.data.streams.shards import Raw
 from slimclr_hub.errors import InputError
 
@@ -49,11 +49,11 @@ class HubShards:
         self.total = config.num_samples or (info.num_examples if info else None)
 
     def name(self, shard: int) -> str:
-        """Address of a file."""
+        """Return the address of a file."""
         return self.files[shard] if len(self.files) == self.count else f'shard {shard}'
 
     def read(self, shard: int) -> Iterator[Raw]:
-        """Rows of a file, one after another."""
+        """Yield rows of a file."""
         rows = self.stream.shard(self.count, shard)
         name, i = self.name(shard), 0
         # By `iter`, since inside a worker of torch's loader the data set itself would divide the shard once more.
@@ -64,13 +64,13 @@ class HubShards:
                 i += 1
 
     def decode(self, raw: Raw) -> tuple[Image.Image, int]:
-        """Image and label of a row."""
+        """Decode image and label of a row."""
         image, label = raw.payload
         return self.image.decode_example(image), -1 if label is None else int(label)
 
 
 def _parquet_lengths(files: Sequence[str]) -> tuple[int, ...] | None:
-    """Rows of each file, from its footer; none unless all are Parquet files."""
+    """Read the number of rows of each file from its footer; None unless all are Parquet files."""
     import fsspec  # type: ignore[import-untyped]
     from pyarrow import parquet
 

@@ -1,4 +1,4 @@
-"""Which samples of a sharded stream each worker of each process reads in an epoch."""
+"""Division of a sharded stream over processes and workers, for each epoch."""
 
 from dataclasses import dataclass
 from itertools import accumulate
@@ -8,12 +8,12 @@ from slimclr_hub.data.seeding import permutation
 
 @dataclass(frozen=True)
 class Share:
-    """Samples start, start + step, ... below stop of some shards read one after another.
+    """Samples start, start + step, ... below stop of the concatenation of some shards.
 
     Args:
         shards: Indices of the shards, in the order to read.
         start: First sample, counted from the beginning of the first of these shards.
-        stop: Sample before which to stop; null for the end of the last shard.
+        stop: Sample before which to stop; None for the end of the last shard.
         step: 1 for all samples between.
     """
 
@@ -25,13 +25,13 @@ class Share:
 
 @dataclass(frozen=True)
 class Layout:
-    """How an epoch of a stream is divided; it has to be the same where a run is resumed in mid-epoch.
+    """Division of an epoch of a stream; it has to be the same where a run is resumed within an epoch.
 
     Args:
         processes: Number of processes.
         workers: Shares of a process, one for each worker.
-        images: Images of a process in a micro-batch.
-        batches: Micro-batches an epoch.
+        images: Images of a process in a microbatch.
+        batches: Microbatches an epoch.
     """
 
     processes: int
@@ -43,19 +43,18 @@ class Layout:
 def plan_epoch(
     lengths: tuple[int, ...] | None, count: int, layout: Layout, rank: int, seed: int, epoch: int
 ) -> list[Share]:
-    """Shares of one process's workers; those of all processes hold every sample once, but for what fills no batch.
+    """Plan the shares of one process's workers; over all processes every sample occurs once, but for the last batch.
 
-    Where the lengths of shards are known, an epoch is the first samples of the permuted shards, as many as fill whole
-    batches, cut into one range for each process and within it into whole micro-batches for each worker: every worker
-    reads its own shards, and of those at the borders a part. Where they are unknown, the shards are divided over the
-    workers, and each process takes every so many-th sample of them all: it reads all, but no process gets more than
-    the others by more than a sample for each worker.
+    With known lengths, an epoch is the beginning of the permuted shards, in whole batches, cut into one range for each
+    process and within it into whole microbatches for each worker: a worker reads its own shards, and parts of those at
+    its borders. With unknown lengths, shards are divided over the workers, and process r of P takes samples r, r + P,
+    ... of them: every process reads all, and their counts differ by at most one sample for each worker.
 
     Args:
         lengths: Samples of each shard, if known.
         count: Number of shards.
-        layout: How the epoch is divided.
-        rank: The process.
+        layout: Division of the epoch.
+        rank: Rank of the process.
         seed: Seed of all orders.
         epoch: The epoch.
     """

@@ -1,8 +1,7 @@
-"""Training images of a sharded stream: exact shares for workers, and a position from which an epoch goes on.
+"""Training images of a sharded stream: exact shares for workers, and a position from which an epoch is resumed.
 
-Every worker has a share of the epoch of its own and hands it over in micro-batches; they take turns. So a position is
-the number of samples used of every share and whose turn it is, and where workers begin at a position with the turn
-given to the first, the batches that follow are those that would have followed.
+Every worker returns its own share of the epoch in microbatches, and workers take turns. A position is the number of
+samples used of every share and the worker whose turn it is; from there the same batches follow as without a stop.
 """
 
 import random
@@ -14,8 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from slimclr_hub.data.batches import Chunk, Problem, Sample, cut_chunk, join_chunks, make_chunk
-from slimclr_hub.data.corrupt import reason
+from slimclr_hub.data.batches import Chunk, Problem, Sample, cut_chunk, join_chunks, make_chunk, reason
 from slimclr_hub.data.seeding import drawing, mixed_seed
 from slimclr_hub.data.streams.shards import Raw, Shards
 from slimclr_hub.data.streams.shares import Layout, Share, plan_epoch
@@ -23,13 +21,13 @@ from slimclr_hub.errors import DataError, InputError
 
 T = TypeVar('T')
 Place = tuple[int, ...]
-"""Where a sample stands, such as its shard and its number in it."""
+"""Identity of a sample in its epoch, such as its shard and its number in it."""
 Start = tuple[int, int, list[int]]
-"""Epoch, role of the first worker and samples used of each share, where workers begin."""
+"""Epoch, role of the first worker, and samples used of each share when workers begin."""
 
 
 def shuffled(items: Iterator[T], size: int, seed: int) -> Iterator[T]:
-    """Every item once, each drawn from `size` that are held, in an order that follows from the seed."""
+    """Yield every item once, drawn from a buffer of `size` items in an order that follows from the seed."""
     if size <= 1:
         yield from items
         return
@@ -47,13 +45,13 @@ def shuffled(items: Iterator[T], size: int, seed: int) -> Iterator[T]:
 
 
 class Source(Protocol):
-    """A stream in shares, one for each worker of this process."""
+    """A stream divided into shares, one for each worker of this process."""
 
     def order(self, epoch: int, role: int) -> Iterator[tuple[Place, Raw]]:
-        """Samples of a share in the order in which to train on them; a place is a sample's own in the epoch."""
+        """Yield samples of a share in training order; a place is unique in the epoch."""
 
     def decode(self, raw: Raw) -> tuple[Image.Image, int]:
-        """Image and label."""
+        """Decode image and label."""
 
 
 class ShardedSource:
@@ -61,10 +59,10 @@ class ShardedSource:
 
     Args:
         shards: The shards.
-        layout: How an epoch is divided.
-        rank: This process.
+        layout: Division of an epoch.
+        rank: Rank of this process.
         seed: Seed of orders.
-        buffer: Samples to hold for shuffling.
+        buffer: Size of the shuffle buffer.
     """
 
     def __init__(self, shards: Shards, layout: Layout, rank: int, seed: int, buffer: int) -> None:
@@ -75,27 +73,27 @@ class ShardedSource:
         self.buffer = buffer
 
     def order(self, epoch: int, role: int) -> Iterator[tuple[Place, Raw]]:
-        """Samples of a share, shuffled."""
+        """Yield samples of a share, shuffled."""
         shards = self.shards
         share = plan_epoch(shards.lengths, shards.count, self.layout, self.rank, self.seed, epoch)[role]
         seed = mixed_seed(self.seed, epoch, self.rank, role)
         return shuffled(read_share(shards, share), self.buffer, seed)
 
     def decode(self, raw: Raw) -> tuple[Image.Image, int]:
-        """Image and label of a sample."""
+        """Decode image and label of a sample."""
         return self.shards.decode(raw)
 
 
 class StreamedChunks(IterableDataset[Chunk]):
-    """Micro-batches of this process's workers, each of its own share.
+    """Microbatches of this process's workers, each of its own share.
 
     Args:
         source: The shares.
-        transform: Views of an image, which draw from torch's global generator.
-        layout: How an epoch is divided.
+        transform: Views of an image, drawn from torch's global generator.
+        layout: Division of an epoch.
         seed: Seed of views.
         mode: Pillow's mode to convert images to.
-        max_corrupt: Images that cannot be read after which they are told without waiting for a full batch.
+        max_corrupt: Unreadable images after which they are reported without waiting for a full batch.
     """
 
     def __init__(
@@ -117,7 +115,7 @@ class StreamedChunks(IterableDataset[Chunk]):
         self.state = torch.zeros(2 + layout.workers, dtype=torch.int64).share_memory_()
 
     def enter(self, epoch: int, first: int, consumed: list[int]) -> None:
-        """Choose where the next iteration begins."""
+        """Set where the next iteration begins."""
         self.state.copy_(torch.tensor([epoch, first, *consumed]))
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -149,10 +147,10 @@ class StreamedChunks(IterableDataset[Chunk]):
 
 
 def read_share(shards: Shards, share: Share) -> Iterator[tuple[Place, Raw]]:
-    """Samples of a share in the order in which they are stored.
+    """Yield samples of a share in stored order.
 
     Raises:
-        DataError: A shard is not as long as it is said to be, so that samples would be lost or met twice.
+        DataError: A shard has another length than announced, so samples would be lost or repeated.
     """
     begin = 0
     for shard in share.shards:
@@ -177,36 +175,29 @@ def _check_length(shards: Shards, shard: int, found: int) -> None:
 
 
 class StreamFeed:
-    """This process's micro-batches of a stream.
+    """This process's microbatches of a stream; workers begin the next epoch with the last batch of one.
 
     Args:
-        chunks: Those of the workers.
-        options: Of the loader.
-        notes: What a user must know.
-        facts: What else has to be the same where a run is resumed in mid-epoch.
-        ahead: Whether workers begin with the next epoch once the last batch of one is there.
+        chunks: Microbatches of the workers.
+        options: Arguments of the loader.
+        notes: Sentences that a user must read before training.
+        facts: Further values that have to be the same where a run is resumed within an epoch.
     """
 
     def __init__(
-        self,
-        chunks: StreamedChunks,
-        options: dict[str, Any],
-        notes: tuple[str, ...],
-        facts: dict[str, int],
-        ahead: bool = False,
+        self, chunks: StreamedChunks, options: dict[str, Any], notes: tuple[str, ...], facts: dict[str, int]
     ) -> None:
         self.source = chunks
         self.loader: DataLoader[Chunk] = DataLoader(chunks, batch_size=None, collate_fn=_as_it_is, **options)
         self.notes = notes
         self.layout = {**asdict(chunks.layout), **facts}
-        self.ahead = ahead and self.loader.num_workers > 0
+        self.ahead = self.loader.num_workers > 0
         self._begun: tuple[Start, Iterator[Chunk]] | None = None
 
     def chunks(self, epoch: int, start: int, position: Any) -> Iterator[tuple[Chunk, dict[str, Any]]]:
-        """Micro-batches of an epoch after a position; what is left of the workers' shares comes last, joined.
+        """Yield microbatches of an epoch after a position; the remainders of the workers' shares come last, joined.
 
-        There are `batches` of the layout in an epoch at most. The last one may have no samples, where there is nothing
-        but problems left to tell.
+        An epoch has at most `batches` of the layout. The last chunk has no samples if only problems are left to report.
         """
         layout = self.source.layout
         number = start
@@ -235,7 +226,7 @@ class StreamFeed:
                 chunk['problems'], problems = problems, []
                 yield chunk, self._position(first, consumed)
                 continue
-            # A share is at its end, or there are too many problems to go on.
+            # A share is at its end, or there are too many problems to continue.
             tails.append(chunk)
             if len(dict(problems)) > self.source.max_corrupt:
                 break
@@ -270,7 +261,7 @@ class StreamFeed:
 
 
 def _joined(tails: list[Chunk], size: int, consumed: list[int]) -> Iterator[Chunk]:
-    """Micro-batches from what is left of several shares; counts in `consumed` what each of them used."""
+    """Join the remainders of several shares to microbatches; counts in `consumed` the samples used of each."""
     tails = [tail for tail in tails if len(tail['labels'])]
     while sum(len(tail['labels']) for tail in tails) >= size:
         taken: list[Chunk] = []
@@ -289,3 +280,48 @@ def _joined(tails: list[Chunk], size: int, consumed: list[int]) -> Iterator[Chun
 
 def _as_it_is(chunk: Any) -> Any:
     return chunk
+
+
+class TimmSource:
+    """A stream that timm itself divides over workers and processes.
+
+    Args:
+        dataset: timm's `IterableImageDataset`, without a transform.
+        rank: Rank of this process.
+    """
+
+    def __init__(self, dataset: Any, rank: int) -> None:
+        self.dataset = dataset
+        self.rank = rank
+
+    def order(self, epoch: int, role: int) -> Iterator[tuple[tuple[int, ...], Raw]]:
+        """Yield samples of the calling worker."""
+        self.dataset.set_epoch(epoch)
+        for i, sample in enumerate(self.dataset):
+            yield (self.rank, role, i), Raw(f'sample {i}', sample)
+
+    def decode(self, raw: Raw) -> tuple[Image.Image, int]:
+        """Return image and label, which timm has decoded already."""
+        image, label = raw.payload
+        return image, int(label)
+
+
+class OneWayFeed:
+    """A feed that restarts its epoch wherever it is entered.
+
+    Args:
+        feed: The feed.
+        name: Name of the source in messages.
+    """
+
+    def __init__(self, feed: StreamFeed, name: str) -> None:
+        self.feed = feed
+        self.notes = (
+            f'data.name {name} cannot be entered within an epoch nor divided exactly: a resumed run restarts '
+            "the epoch's images, and some may be seen twice or not at all.",
+        )
+
+    def chunks(self, epoch: int, start: int, position: Any) -> Iterator[tuple[Chunk, None]]:
+        """Yield microbatches from the beginning of the epoch's stream."""
+        for chunk, _ in self.feed.chunks(epoch, 0, None):
+            yield chunk, None

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from slimclr_hub.data import DataConfig
-from slimclr_hub.data.sources import HOW_NOT_WHICH
+from slimclr_hub.data import DataConfig, ImagesConfig
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.knn import vote
 from slimclr_hub.evaluate.knn_eval.report import Accuracy, best_of, draw_accuracies, print_accuracies, write_accuracies
@@ -34,7 +33,6 @@ from slimclr_hub.settings import PRECISIONS, above, at_least, one_of, plain
 
 _TOP = 5
 _NO_EFFECT = ('output', 'chunk')
-_NO_EFFECT_IN_DATA = (*HOW_NOT_WHICH, 'root', 'batch_size', 'shuffle_buffer')
 
 
 @dataclass(frozen=True)
@@ -252,5 +250,6 @@ def _check_output(config: KNNEvalConfig) -> None:
 
 
 def _with_effect(settings: Any) -> dict[str, Any]:
-    data = {f'data.{key}': value for key, value in settings.get('data', {}).items() if key not in _NO_EFFECT_IN_DATA}
+    images = {field.name for field in fields(ImagesConfig)}
+    data = {f'data.{key}': value for key, value in settings.get('data', {}).items() if key in images}
     return {key: value for key, value in settings.items() if key not in ('data', *_NO_EFFECT)} | data

@@ -18,7 +18,6 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from slimclr_hub.data.sources import HOW_NOT_WHICH
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig
 from slimclr_hub.evaluate.result import RESULT
@@ -29,7 +28,7 @@ from slimclr_hub.settings import plain
 SETTINGS = 'settings.json'
 # What may differ between two calls that belong to one result.
 _FREE = ('network', 'save_to')
-_FREE_OF = {'data': HOW_NOT_WHICH, 'run': ('output',), 'features': ('cache',)}
+_FREE_OF = {'run': ('output',), 'features': ('cache',)}
 
 
 def choose_folder(config: LinearEvalConfig, weights: str, accelerator: Accelerator) -> Path:
@@ -113,6 +112,8 @@ def _binding(config: LinearEvalConfig) -> dict[str, Any]:
     for section, keys in _FREE_OF.items():
         for key in keys:
             del content[section][key]
+    data = config.data
+    content['data'] = {**data.fingerprint(), 'batch_size': data.batch_size, 'shuffle_buffer': data.shuffle_buffer}
     content['optim']['lr'] = list(config.optim.rates)
     return content
 

@@ -1,0 +1,126 @@
+"""Configuration of training and evaluation images."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from slimclr_hub.errors import InputError
+from slimclr_hub.settings import Incidental, at_least, plain
+
+EMBEDDED = 'fashion-mnist-6k'
+FASHION_MNIST = 'fashion-mnist'
+_TIMM_KINDS = ('folder', 'hfds/', 'hfids/', 'wds/', 'tfds/', 'torch/')
+_STREAMS = ('hfids/', 'wds/', 'tfds/')
+
+
+@dataclass(frozen=True)
+class ImagesConfig:
+    """The images, and what a network sees of them.
+
+    Args:
+        name: `fashion-mnist-6k` (ships with the package), `fashion-mnist` (its IDX files in `root`), `folder` (an image
+            folder or tar in `root`), or a name of timm's: `hfds/USER/NAME` (Hub data set), `hfids/USER/NAME`
+            (streamed), `wds/` (webdataset shards in `root`), `torch/cifar10`.
+        train_split: Split to train on; for webdataset, the pattern of its shards.
+        val_split: Split to evaluate on; null for none.
+        size: Height and width in pixels of the images that the network is made for and evaluated on.
+        channels: 3 for RGB, 1 for gray.
+        mean: Mean of each channel, for images in [0, 1].
+        std: Standard deviation of each channel.
+        crop_pct: Fraction of the image that evaluation crops from its centre.
+        num_samples: Images an epoch, where a stream does not know its own length.
+        image_key: Name of a Hub data set's column of images.
+        label_key: Name of a Hub data set's column of labels.
+    """
+
+    name: str = EMBEDDED
+    train_split: str = 'train'
+    val_split: str | None = 'validation'
+    size: int = 28
+    channels: int = 1
+    mean: tuple[float, ...] = (0.286,)
+    std: tuple[float, ...] = (0.353,)
+    crop_pct: float = 1.0
+    num_samples: int | None = None
+    image_key: str | None = None
+    label_key: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in (EMBEDDED, FASHION_MNIST) and not self.name.startswith(_TIMM_KINDS):
+            raise InputError(
+                f'data.name {self.name!r} is not {EMBEDDED}, {FASHION_MNIST} or one that begins with '
+                f'{", ".join(_TIMM_KINDS)}'
+            )
+        at_least('data.size', self.size, 2)
+        if self.num_samples is not None:
+            at_least('data.num_samples', self.num_samples, 1)
+        if self.channels not in (1, 3):
+            raise InputError(f'data.channels is {self.channels}; give 3 for RGB or 1 for gray')
+        for name in ('mean', 'std'):
+            if len(getattr(self, name)) != self.channels:
+                raise InputError(f'data.{name} has {len(getattr(self, name))} values for data.channels {self.channels}')
+        if min(self.std) <= 0:
+            raise InputError(f'data.std {list(self.std)} holds a value that is not above 0')
+        if not 0 < self.crop_pct <= 1:
+            raise InputError(f'data.crop_pct is {self.crop_pct}; give a fraction in (0, 1]')
+
+    @property
+    def mode(self) -> str:
+        """Pillow's mode of the images."""
+        return 'RGB' if self.channels == 3 else 'L'
+
+    @property
+    def streams(self) -> bool:
+        """True if the source is read in order rather than by index."""
+        return self.name.startswith(_STREAMS)
+
+
+@dataclass(frozen=True)
+class LoaderConfig(Incidental):
+    """How images reach the training process.
+
+    Args:
+        root: Folder of the data set, where the name needs one.
+        num_workers: Worker processes that load and augment, on each process; a stream is divided over them.
+        download: Let torchvision download its data set into `root`.
+        max_corrupt: Distinct unreadable images that each process may replace before training stops.
+    """
+
+    root: str | None = None
+    num_workers: int = 2
+    download: bool = False
+    max_corrupt: int = 100
+
+    def __post_init__(self) -> None:
+        at_least('data.num_workers', self.num_workers, 0)
+        at_least('data.max_corrupt', self.max_corrupt, 0)
+
+
+@dataclass(frozen=True)
+class DataConfig(LoaderConfig, ImagesConfig):
+    """Images to train and evaluate on, and the batches of training.
+
+    Args:
+        batch_size: Images of an optimizer step over all processes.
+        shuffle_buffer: Encoded images that each worker holds to shuffle a stream for training; 0 or 1 disables it.
+    """
+
+    batch_size: int = 128
+    shuffle_buffer: int = 2048
+
+    def __post_init__(self) -> None:
+        ImagesConfig.__post_init__(self)
+        LoaderConfig.__post_init__(self)
+        at_least('data.batch_size', self.batch_size, 2)
+        at_least('data.shuffle_buffer', self.shuffle_buffer, 0)
+        if self.root is not None and self.name == EMBEDDED:
+            raise InputError(
+                f'data.root {self.root}: data.name {EMBEDDED} ships with the package and takes no folder; for images '
+                'of your own give --data.name folder, too'
+            )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what identifies the images of an evaluation, as JSON has it.
+
+        A run may be resumed where its `root` has moved to, but an evaluation of one folder is none of another.
+        """
+        return {name: plain(getattr(self, name)) for name in ('root', *(field.name for field in fields(ImagesConfig)))}
