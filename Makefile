@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 # Pre-train a slimmable ResNet-20 on real images that the package ships, and print what each width has learned.
 demo: $(READY)
@@ -18,7 +18,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What README's section on cost shows; about half an hour on two cores. Each is a command of its own, see benchmarks/.
+# Build the manual to site/; a broken link or an unreachable page fails. `.venv/bin/mkdocs serve` shows it while one writes.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Measure what docs/cost.md shows; about half an hour on two cores. Each is a command of its own, see benchmarks/.
 bench: $(READY)
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/inference.py

@@ -1,0 +1,33 @@
+"""Pages of the manual that stand elsewhere in the repository: shown where they are, stored once."""
+
+import re
+from pathlib import Path, PurePosixPath
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+PAGES = ('RESULTS.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'transfer/README.md')
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages of the repository, and the figures that they show."""
+    figures = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob('benchmarks/figures/*.png'))]
+    for path in (*PAGES, *figures):
+        files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Show a link to a file of the repository that is no page, such as a folder of recipes, as its text alone."""
+
+    def relink(match: re.Match[str]) -> str:
+        text, target = match.groups()
+        folder = PurePosixPath(page.file.src_uri).parent
+        is_page = files.get_file_from_path((folder / target.partition('#')[0]).as_posix()) is not None
+        return match[0] if is_page or not (ROOT / folder / target).exists() else f'`{text.strip("`")}`'
+
+    if page.file.src_uri not in PAGES:
+        return markdown
+    return re.sub(r'(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)\s]+)\)', relink, markdown)
