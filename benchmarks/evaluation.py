@@ -32,11 +32,9 @@ from torch.utils.data import DataLoader
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
-from slimclr_hub.evaluate.feature_cache import SplitFeatures
-from slimclr_hub.evaluate.features import extract_features
+from slimclr_hub.evaluate.features import SplitFeatures, extract_features
 from slimclr_hub.evaluate.knn import knn_predict, vote
-from slimclr_hub.evaluate.knn_eval.evaluation import KNNEvalConfig, rank_of
-from slimclr_hub.evaluate.knn_eval.shares import neighbours_in_all
+from slimclr_hub.evaluate.knn_eval import KNNEvalConfig, neighbours_in_all, rank_of
 from slimclr_hub.evaluate.linear_eval.batches import CachedBatches
 from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig, SweepConfig
 from slimclr_hub.evaluate.linear_eval.probe import make_head, standardisation
@@ -95,8 +93,8 @@ def searches(train: SplitFeatures, validation: SplitFeatures, accelerator: Accel
     bank, queries = train.by_width[1.0], validation.by_width[1.0]
     classes = int(train.labels.max()) + 1
     k = min(K, len(bank))
-    recipe = KNNEvalConfig('')
-    ks = sorted({min(each, len(bank)) for each in recipe.k})
+    recipe = KNNEvalConfig(network='', k=(10, 20, 100, 200))
+    ks = sorted({min(each, len(bank)) for each in recipe.k or ()})
 
     def sklearn() -> np.ndarray:
         weigh = lambda distance: np.exp((1 - distance) / TEMPERATURE)  # noqa: E731
@@ -104,7 +102,7 @@ def searches(train: SplitFeatures, validation: SplitFeatures, accelerator: Accel
         return search.fit(bank.cpu().numpy(), train.labels.cpu().numpy()).predict(queries.cpu().numpy())
 
     def knn_eval() -> torch.Tensor:
-        # What `knn_eval.evaluation` does between features and accuracies.
+        # What `knn_eval` does between features and accuracies.
         unit_bank, unit_queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
         predictions: list[torch.Tensor] = []
         done = 0

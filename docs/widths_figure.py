@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from slimclr_hub.evaluate.compare.reported import REPORTED
+
 from slimclr_hub.runs.figures import line_style, marker, new_figure
 from slimclr_hub.weights.published import PUBLISHED, published_facts
 

@@ -307,8 +307,15 @@ def compare(
     markdown: Annotated[
         Path | None, typer.Option(help='Write the tables as Markdown, too; - prints them so instead.')
     ] = None,
+    csv: Annotated[Path | None, typer.Option(help='Write all numbers as CSV; - as above.')] = None,
+    latex: Annotated[Path | None, typer.Option(help='Write the tables as LaTeX; - as above.')] = None,
     figure: Annotated[Path | None, typer.Option(help='Draw accuracy over multiply-adds, as PNG and PDF.')] = None,
-    reported: Annotated[bool, typer.Option('--reported', help="Add the rows of the paper's tables 1 and 2.")] = False,
+    reported: Annotated[
+        bool, typer.Option('--reported', help='Add what the paper reports of networks of such a cost; alone, of all.')
+    ] = False,
+    seeds: Annotated[
+        bool, typer.Option('--seeds', help='Mean and spread of runs that differ in their seed alone.')
+    ] = False,
     speed: Annotated[bool, typer.Option(help='Measure images/s, here and now.')] = True,
     batch_size: BatchSize = 32,
 ) -> None:
@@ -321,8 +328,11 @@ def compare(
     written = compare_networks(
         networks or [],
         markdown=markdown,
+        csv=csv,
+        latex=latex,
         figure=figure,
         reported=reported,
+        same_recipe=_same_recipe if seeds else None,
         batch_size=batch_size if speed else None,
     )
     for path in written:
@@ -441,6 +451,15 @@ def _extract_detector(
     _say(f'{target}, {written}: a detector of MMDetection at width {width:g}')
     _say_evaluation(written, target)
     return True
+
+
+def _same_recipe(first: Path, second: Path) -> bool:
+    """True if two runs differ in nothing but the seed."""
+    from slimclr_hub.settings import RECIPE, differences
+    from slimclr_hub.train.command import load_recipe
+
+    changes = differences(load_recipe(first / RECIPE), load_recipe(second / RECIPE))
+    return all(change.startswith(('run.seed ', 'run.name ')) for change in changes)
 
 
 def _say_evaluation(config: str | Path, checkpoint: Path) -> None:

@@ -30,7 +30,7 @@ from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import extract_features
-from slimclr_hub.evaluate.subject import data_defaults, default_output, open_subject
+from slimclr_hub.evaluate.network import data_defaults, default_output, open_for_test
 from slimclr_hub.runs.figures import line_style, new_figure, save_figure
 from slimclr_hub.runs.progress import progress_bar
 from slimclr_hub.runs.result import environment
@@ -258,7 +258,7 @@ def measure_condition(network: str, config: ConditionConfig) -> Results:
     Raises:
         InputError: There is no such network, width or split, or its features are not independent.
     """
-    backbone = open_subject(network).model
+    backbone = open_for_test(network).model
     widths = narrower(backbone.widths, config.widths)
     backbone.reset_classifier(0)
     accelerator = Accelerator()

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -36,14 +36,13 @@ from slimclr_hub.analysis.landscape import (
     load_trajectory,
     plane_path,
 )
-from slimclr_hub.analysis.landscape_figure import Panel, planes_figure, reach_of
+from slimclr_hub.analysis.landscape_figure import Panel, draw_planes, reach_of
 from slimclr_hub.analysis.replay import Replay, recipe_of
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import has_validation
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.knn import knn_predict
 from slimclr_hub.methods.split_batchnorm import split_batchnorm
-from slimclr_hub.runs.figures import save_figure
 from slimclr_hub.runs.tables import print_table
 from slimclr_hub.settings import above, at_least, differences, one_of
 
@@ -89,8 +88,21 @@ class SurfaceConfig(OutputOption):
             above('reach', reach, 0)
 
 
+class Measure(Protocol):
+    """Measures the height of a surface at one point.
+
+    Attributes:
+        backbone: The network whose weights are moved.
+    """
+
+    backbone: nn.Module
+
+    def __call__(self) -> Mapping[str, torch.Tensor]:
+        """Return scalars at the present weights of `backbone`; everything else is the same at each point."""
+
+
 class LossMeasure:
-    """Training loss on a fixed set of training batches, the next ones of the run.
+    """The training loss on a fixed set of training batches: the next ones of the run.
 
     Images, views, random numbers, keys and queue are the same at every point: the momentum encoder does not follow the
     weights, and nothing is enqueued. Batches are normalised by their own statistics, as in training, and running
@@ -99,9 +111,6 @@ class LossMeasure:
     Args:
         replay: The run, at a checkpoint.
         batches: Batches, each of an optimizer step, over which the loss is averaged.
-
-    Attributes:
-        backbone: The network whose weights are moved.
     """
 
     def __init__(self, replay: Replay, batches: int) -> None:
@@ -110,7 +119,7 @@ class LossMeasure:
         self._steps = replay.next_steps(batches)
 
     def __call__(self) -> Mapping[str, torch.Tensor]:
-        """Return `loss`, the weighted sum over all widths, and the method's other outputs at the present weights."""
+        """Return `loss`, the weighted sum over all widths, and the method's other outputs."""
         return self._replay.losses(self._steps, momentum=False)
 
 
@@ -161,7 +170,7 @@ class ErrorMeasure:
 
     @torch.no_grad()
     def __call__(self) -> Mapping[str, torch.Tensor]:
-        """Return `error/w` for each width w, in percent, at the present weights."""
+        """Return `error/w` for each width w, in percent."""
         widths = self.backbone.widths
         outputs, truth = self._run(self._queries, widths)
         if self.backbone.num_classes:
@@ -196,7 +205,7 @@ def move(backbone: nn.Module, origin: Weights, first: Weights, second: Weights, 
 
 
 def measure_surface(
-    measure: LossMeasure | ErrorMeasure,
+    measure: Measure,
     directions: tuple[Weights, Weights],
     axes: tuple[Sequence[float], Sequence[float]],
     partial: Path,
@@ -298,7 +307,7 @@ def analyse_surface(runs: Sequence[str], config: SurfaceConfig) -> None:
         for name, path, run, key in zip(labels_of(folders), paths, measured, keys, strict=True)
     ]
     figure = stem if config.quantity != 'total' else stem.with_name(f'{stem.name}-total')
-    save_figure(planes_figure(panels, label), figure)
+    draw_planes(panels, label, figure)
     _print_heights(panels, label)
     print(f'Figure: {figure}.png\nData: {stem}.json')
 
@@ -333,7 +342,7 @@ def _measure_all(
             replay.load(path.steps[-1])
             for note in _notes(replay):
                 bar.write(note)
-            measure = (
+            measure: Measure = (
                 ErrorMeasure(replay, config.images)
                 if config.quantity == 'error'
                 else LossMeasure(replay, config.batches)

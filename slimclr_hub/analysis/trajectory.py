@@ -14,8 +14,7 @@ from slimclr_hub.analysis.command import (
     write_data,
 )
 from slimclr_hub.analysis.landscape import NORMALISATIONS, PlanePath, load_trajectory, plane_path
-from slimclr_hub.analysis.landscape_figure import Panel, planes_figure
-from slimclr_hub.runs.figures import save_figure
+from slimclr_hub.analysis.landscape_figure import Panel, draw_planes
 from slimclr_hub.runs.tables import print_table
 from slimclr_hub.settings import one_of, relevant
 
@@ -49,7 +48,7 @@ def analyse_trajectory(runs: Sequence[str], config: TrajectoryConfig) -> None:
     write_data(data_file(stem), settings, trajectories=found)
     labels = labels_of(folders)
     panels = [Panel(label, both[config.normalise]) for label, both in zip(labels, paths, strict=True)]
-    save_figure(planes_figure(panels, ''), stem)
+    draw_planes(panels, '', stem)
     _print_offsets(labels, [both['none'] for both in paths])
     print(f'Figure: {stem}.png\nData: {stem}.json')
 

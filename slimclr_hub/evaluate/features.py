@@ -1,18 +1,50 @@
-"""Features of a data set at several widths, in one pass over the images."""
+"""Features of images by a frozen network at several widths: computed in one pass, and kept on disk."""
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.utils.data import DataLoader, Subset
 
+from slimclr_hub.data import DataConfig
+from slimclr_hub.data.loaders import eval_loader
+from slimclr_hub.data.sources import ArrayImages
+from slimclr_hub.errors import InputError
 from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.widths import width_key
+from slimclr_hub.runs.progress import progress_bar
+from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
+
+GARMENTS = (
+    'T-shirt/top',
+    'Trouser',
+    'Pullover',
+    'Dress',
+    'Coat',
+    'Sandal',
+    'Shirt',
+    'Sneaker',
+    'Bag',
+    'Ankle boot',
+)
+"""Classes of Fashion-MNIST (Xiao et al. 2017, https://arxiv.org/abs/1708.07747, table 1)."""
+
+_LABELS = 'labels'
 
 
 @torch.inference_mode()
 def extract_features(
     accelerator: Accelerator, backbone: SlimmableResNet, loader: Iterable, widths: Sequence[float]
 ) -> tuple[dict[float, torch.Tensor], torch.Tensor]:
-    """Pooled features and labels, gathered from all processes.
+    """Compute pooled features in one pass over the images, and gather them and the labels from all processes.
 
     Args:
         accelerator: The processes.
@@ -33,3 +65,157 @@ def extract_features(
             features[width].append(output)
         labels.append(gathered[-1])
     return {width: torch.cat(parts) for width, parts in features.items()}, torch.cat(labels)
+
+
+@dataclass(frozen=True)
+class SplitFeatures:
+    """Features of the centre crops of a split.
+
+    Args:
+        by_width: Width -> pooled features, float32 [N, C * width], in descending order of width.
+        labels: Classes [N].
+        class_names: Names of the classes, where the data set knows them.
+    """
+
+    by_width: dict[float, torch.Tensor]
+    labels: torch.Tensor
+    class_names: list[str] | None = None
+
+
+def class_names(name: str, dataset: Any) -> list[str] | None:
+    """Names of the classes of a data set in their order; None if it does not know them.
+
+    Args:
+        name: As `data.name`.
+        dataset: From `make_dataset`.
+    """
+    if name.startswith('fashion-mnist'):
+        return list(GARMENTS)
+    reader = getattr(dataset, 'reader', None)
+    numbered = getattr(reader, 'class_to_idx', None)
+    if isinstance(numbered, dict) and numbered and sorted(numbered.values()) == list(range(len(numbered))):
+        return [str(label) for label in sorted(numbered, key=numbered.__getitem__)]
+    classes = getattr(dataset, 'classes', None)
+    return [str(label) for label in classes] if isinstance(classes, list | tuple) else None
+
+
+def state_hash(model: nn.Module) -> str:
+    """Hash of all tensors of a network, buffers included; it changes if and only if one of them does."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f'{name} {tensor.dtype} {list(tensor.shape)}\n'.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class FeatureCache:
+    """Features of the splits of a data set by one frozen network, kept on disk.
+
+    The name of a file depends on the network's weights and widths, the precision, and the images: their number, a hash
+    of them where that is quick to compute, size, crop and normalisation. Each process holds all of a split in memory.
+
+    Args:
+        folder: Folder of the files.
+        accelerator: The processes; all of them ask together.
+        backbone: The network in eval mode, without a classifier, on the accelerator's device.
+        config: The source.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, backbone: SlimmableResNet, config: DataConfig) -> None:
+        self._folder = folder
+        self._accelerator = accelerator
+        self._backbone = backbone
+        self._config = config
+        self._weights = state_hash(backbone)
+
+    def features(self, split: str, at_most: int | None = None) -> SplitFeatures:
+        """Read or compute features of a split, on the accelerator's device.
+
+        Args:
+            split: The split.
+            at_most: Number of images of which to take a fixed random choice, where there are more.
+
+        Raises:
+            InputError: There is no such split, or the source is a stream and there are several processes.
+        """
+        accelerator = self._accelerator
+        if self._config.streams and accelerator.num_processes > 1:
+            raise InputError(
+                f'data.name {self._config.name}: a stream does not come in equal parts for several processes, and '
+                'evaluation has to see each image once; run one process'
+            )
+        loader = eval_loader(self._config, split, at_most, 0, accelerator.num_processes)
+        whole = loader.dataset.dataset if isinstance(loader.dataset, Subset) else loader.dataset
+        path = self.path(split, whole, len(loader.dataset))  # type: ignore[arg-type]
+        # The main process decides for all: it may be writing the file while another one looks.
+        there: list[Any] = [path.is_file() and self._is_whole(path)] if accelerator.is_main_process else [None]
+        if not broadcast_object_list(there)[0]:
+            self._compute(loader, split, path)
+        return self._read(path, class_names(self._config.name, whole))
+
+    def path(self, split: str, dataset: Any, count: int) -> Path:
+        """File of `count` images of a split, out of the images of `dataset`."""
+        data = self._config.fingerprint()
+        del data['train_split'], data['val_split']
+        facts = {
+            'weights': self._weights,
+            'widths': self._backbone.widths,
+            'precision': self._accelerator.mixed_precision,
+            'split': split,
+            'images': _fingerprint(dataset),
+            'count': count,
+            **data,
+        }
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        name = ''.join(letter if letter.isalnum() else '-' for letter in split)[:40]
+        return self._folder / f'{name}-{key}.safetensors'
+
+    def _compute(self, loader: DataLoader, split: str, path: Path) -> None:
+        accelerator, backbone = self._accelerator, self._backbone
+        total = len(loader.dataset)  # type: ignore[arg-type]
+        prepared = accelerator.prepare_data_loader(loader)
+        with progress_bar(total, f'features of {split}', accelerator.is_main_process) as bar:
+            features, labels = extract_features(
+                accelerator, backbone, _counted(prepared, bar, accelerator.num_processes), backbone.widths
+            )
+        if accelerator.is_main_process:
+            try:
+                save_tensors({**{width_key(w): x for w, x in features.items()}, _LABELS: labels}, path)
+            except OSError as error:
+                raise InputError(
+                    f'features cannot be kept in {self._folder} ({error.strerror}); give another features.cache'
+                ) from error
+        accelerator.wait_for_everyone()
+
+    def _is_whole(self, path: Path) -> bool:
+        try:
+            with TensorFile(path) as file:
+                return set(file.shapes) == {_LABELS, *map(width_key, self._backbone.widths)}
+        except InputError as error:
+            self._accelerator.print(f'Features are computed again: {error}')
+            return False
+
+    def _read(self, path: Path, names: list[str] | None) -> SplitFeatures:
+        device = self._accelerator.device
+        with TensorFile(path) as file:
+            by_width = {width: file.whole(width_key(width)).to(device) for width in self._backbone.widths}
+            return SplitFeatures(by_width, file.whole(_LABELS).to(device), names)
+
+
+def _counted(loader: Iterable, bar: Any, processes: int) -> Iterator[Any]:
+    for images, labels in loader:
+        yield images, labels
+        bar.update(min(len(images) * processes, bar.total - bar.n))
+
+
+def _fingerprint(dataset: Any) -> list[Any]:
+    """Number of images and, where it is quick to compute, a hash of them."""
+    facts: list[Any] = [len(dataset)]
+    samples = getattr(getattr(dataset, 'reader', None), 'samples', None)
+    if isinstance(dataset, ArrayImages):
+        digest = hashlib.sha256(np.ascontiguousarray(dataset.images).data)
+        digest.update(np.ascontiguousarray(dataset.labels).data)
+        facts.append(digest.hexdigest())
+    elif isinstance(samples, list):  # of a folder: paths and classes
+        facts.append(hashlib.sha256(json.dumps(samples, default=str).encode()).hexdigest())
+    return facts

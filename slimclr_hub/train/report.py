@@ -10,9 +10,8 @@ from accelerate import Accelerator
 
 from slimclr_hub.distributed import average_batchnorm
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.compare.entries import read_entry
+from slimclr_hub.evaluate.compare.entries import measure_speed, read_entries
 from slimclr_hub.evaluate.compare.figure import draw_pareto
-from slimclr_hub.evaluate.compare.speed import measure_speed
 from slimclr_hub.evaluate.compare.tables import comparison_tables
 from slimclr_hub.hub.card import training_card
 from slimclr_hub.hub.folder import save_folder
@@ -91,7 +90,7 @@ def compare_with_itself(folder: Path) -> list[Path]:
     Returns:
         The figure's path without suffix, if there was an accuracy to draw.
     """
-    entries = [read_entry(str(folder), folder.name)]
+    entries = read_entries([str(folder)])
     # Training may still hold the memory; a run that is done does not fail for its speed.
     with suppress(InputError):
         entries = measure_speed(entries, _BATCH, _SECONDS)

@@ -1,5 +1,6 @@
 """Networks side by side: what is read of them, tables, Markdown, figure, and the table that a run ends with."""
 
+import csv
 import json
 import os
 import re
@@ -18,25 +19,23 @@ from typer.testing import CliRunner
 from slimclr_hub.cli import app
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.compare.compare import compare_networks
-from slimclr_hub.evaluate.compare.entries import Entry, Measure, read_entries, read_entry
+from slimclr_hub.evaluate.compare.entries import Entry, measure_speed, read_entries
 from slimclr_hub.evaluate.compare.figure import draw_pareto, pareto_figure
-from slimclr_hub.evaluate.compare.reported import REPORTED, REPORTED_DETECTION
-from slimclr_hub.evaluate.compare.speed import measure_speed
-from slimclr_hub.evaluate.compare.tables import TextTable, comparison_tables
-from slimclr_hub.evaluate.knn_eval.report import Accuracy, best_of, write_accuracies
+from slimclr_hub.evaluate.compare.tables import comparison_tables
 from slimclr_hub.evaluate.linear_eval.config import FeaturesConfig, LinearEvalConfig, LinearProbeConfig
-from slimclr_hub.evaluate.result import EvalResult
+from slimclr_hub.evaluate.reported import REPORTED, REPORTED_DETECTION
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cost import cost
-from slimclr_hub.runs.result import IMAGENET
+from slimclr_hub.runs.result import IMAGENET, Protocol, Result, save
+from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.text import human
 from slimclr_hub.train.report import compare_with_itself
 from slimclr_hub.weights.published import PUBLISHED, WIDTHS
 
+BEFORE = Path(__file__).parents[1] / 'data' / 'run_before'
 TAG = 'slimclr_resnet50.mocov2_800e_in1k'
-DATA = {'name': 'fashion-mnist', 'root': '/data/fashion', 'size': 12}
-LINEAR = LinearEvalConfig(network='x').protocol
+LINEAR = replace(LinearEvalConfig(network='x').protocol, data='fashion-mnist')
 AUGMENTED = LinearEvalConfig(network='x', features=FeaturesConfig(mode='augmented')).protocol
 
 
@@ -52,7 +51,7 @@ def save_run(folder: Path, widths: tuple[float, ...], accuracies: list[float], n
     save_network(folder, widths)
     recipe = {
         'model': {'name': 'slimclr_resnet20', 'widths': list(widths)},
-        'data': {'name': name, 'root': '/data/fashion', 'size': 12},
+        'data': {'name': name, 'root': '/data/fashion', 'size': 12, 'channels': 1},
         'knn': {'k': 20, 'every': 1, 'temperature': 0.1},
     }
     (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
@@ -69,23 +68,23 @@ def save_run(folder: Path, widths: tuple[float, ...], accuracies: list[float], n
 def save_linear(
     folder: Path,
     top1: dict[float, float],
-    data: dict = DATA,
     name: str = 'linear_eval',
-    protocol: str = LINEAR,
+    protocol: Protocol = LINEAR,
     time: str | None = None,
 ) -> None:
     top5 = {width: value + 9 for width, value in top1.items()}
     made = {'time': time} if time is not None else {}
-    EvalResult('linear', protocol, str(folder), top1, top5, {'data': data}, made).save(folder / name)
+    save([Result(str(folder), protocol, top1, top5, images=1000, environment=made)], folder / name)
 
 
 def save_knn(folder: Path, values: dict[int, float], name: str = 'knn_eval', time: str | None = None) -> None:
     """k -> accuracy, the same at both widths."""
-    accuracies = [Accuracy(k, 0.1, None, {1.0: value, 0.5: value}, {}) for k, value in values.items()]
-    best = best_of(accuracies)
     made = {'time': time} if time is not None else {}
-    EvalResult('knn', best.protocol, str(folder), best.top1, {}, {'data': DATA}, made).save(folder / name)
-    write_accuracies(accuracies, folder / name)
+    results = [
+        Result(str(folder), Protocol('knn', 'fashion-mnist', None, k, 0.1), {1.0: v, 0.5: v}, environment=made)
+        for k, v in values.items()
+    ]
+    save(sorted(results, key=lambda result: -result.mean), folder / name)
 
 
 @pytest.fixture(scope='module')
@@ -98,8 +97,6 @@ def place(tmp_path_factory):
     save_run(place / 'other', (1.0, 0.5), [30, 50], name='fashion-mnist-6k')
     save_network(place / 'bare', (1.0, 0.5))
     (place / 'nothing').mkdir()
-    (place / 'unfinished').mkdir()
-    (place / 'unfinished' / 'recipe.yaml').write_text((place / 'slim' / 'recipe.yaml').read_text())
     return place
 
 
@@ -114,31 +111,40 @@ def parse_markdown(text: str) -> list[list[dict[str, str]]]:
     return parsed
 
 
-def measures_by_label(network: Path) -> dict:
-    return {measure.label: measure for measure in read_entry(str(network), network.name).measures}
+def by_label(network: Path) -> dict[str, Result]:
+    (entry,) = read_entries([str(network)])
+    return {protocol.label: result for protocol, (result,) in entry.results.items()}
 
 
 # What is read
 
 
 def test_first_and_last_accuracies_of_a_run(place):
-    measure = measures_by_label(place / 'slim')['k-NN']
-    assert measure.start == {1.0: 30, 0.5: 25}
-    assert measure.top1 == {1.0: 71.26, 0.5: 66.26}
-    assert measure.data == 'fashion-mnist'
-    assert measure.protocol.startswith('k-NN, k=20, tau=0.1')
+    result = by_label(place / 'slim')['k-NN']
+    assert result.start == {1.0: 30, 0.5: 25}
+    assert result.top1 == {1.0: 71.26, 0.5: 66.26}
+    assert result.protocol == Protocol('knn', 'fashion-mnist', None, 20, 0.1, while_training=True)
 
 
 def test_results_of_evaluations(place):
-    measure = measures_by_label(place / 'slim')['linear eval']
-    assert measure.top1 == {1.0: 80.04, 0.5: 75.0}
-    assert measure.top5 == {1.0: 89.04, 0.5: 84.0}
-    assert measure.protocol == 'linear evaluation, switchable, cached, 50 epochs'
+    result = by_label(place / 'slim')['linear eval']
+    assert result.top1 == {1.0: 80.04, 0.5: 75.0}
+    assert result.top5 == {1.0: 89.04, 0.5: 84.0}
+    assert result.protocol == LINEAR
 
 
 def test_cost_is_that_of_the_network(place):
-    entry = read_entry(str(place / 'slim'), 'slim')
+    (entry,) = read_entries([str(place / 'slim')])
     assert [(of.parameters, of.multiply_adds) for of in entry.facts] == [cost(entry.model, w, 12) for w in (1.0, 0.5)]
+
+
+def test_unfinished_run_has_cost_and_the_accuracies_so_far(place, tmp_path):
+    run = save_run(tmp_path / 'run', (1.0, 0.5), [30, 60])
+    (finished,) = read_entries([str(run)])
+    for file in 'config.json', 'model.safetensors':
+        (run / file).unlink()
+    (entry,) = read_entries([str(run)])
+    assert (entry.facts, entry.size, entry.results) == (finished.facts, 12, finished.results)
 
 
 def test_one_k_for_all_that_have_it(tmp_path):
@@ -147,16 +153,16 @@ def test_one_k_for_all_that_have_it(tmp_path):
     save_knn(first, {10: 70, 20: 68, 50: 55})
     save_knn(second, {5: 90, 10: 50, 20: 65, 50: 66})
     entries = read_entries([str(first), str(second)])
-    assert [entry.measures[0].protocol for entry in entries] == ['k-NN, k=20, tau=0.1'] * 2
-    assert [entry.measures[0].top1 for entry in entries] == [{1.0: 68, 0.5: 68}, {1.0: 65, 0.5: 65}]
+    found = [(protocol.k, result.top1) for entry in entries for protocol, (result,) in entry.results.items()]
+    assert found == [(20, {1.0: 68, 0.5: 68}), (20, {1.0: 65, 0.5: 65})]
     (alone,) = read_entries([str(second)])
-    assert alone.measures[0].protocol == 'k-NN, k=5, tau=0.1'
+    assert [protocol.k for protocol in alone.results] == [5]
 
 
 def test_linear_evaluations_of_other_training_images_stand_apart(tmp_path, capsys):
     network = save_network(tmp_path / 'network', (1.0, 0.5))
     for i, (images, value) in enumerate({12000: 80.0, 600: 70.0, None: 81.0}.items()):
-        protocol = LinearEvalConfig(network='x', features=FeaturesConfig(train_images=images)).protocol
+        protocol = replace(LINEAR, train_images=images)
         save_linear(network, {1.0: value}, name=f'linear_eval-{i}', protocol=protocol)
     compare_networks([str(network)], markdown=Path('-'), batch_size=None)
     text = capsys.readouterr().out
@@ -211,43 +217,42 @@ def test_one_k_makes_two_evaluations_equal(tmp_path, capsys):
 
 def test_published_tag_has_what_the_paper_reports(place):
     (entry,) = read_entries([TAG])
-    (measure,) = entry.measures
+    ((protocol, (result,)),) = entry.results.items()
     reported = PUBLISHED['mocov2_800e_in1k'].reported
-    assert measure.top1 == {width: of.top1 for width, of in reported.items()}
-    assert 'reported' in measure.label
+    assert result.top1 == {width: of.top1 for width, of in reported.items()}
+    assert protocol.label == 'linear, reported'
     assert [human(fact.multiply_adds) for fact in entry.facts] == ['4.09 G', '2.32 G', '1.05 G', '278 M']
 
 
 @pytest.mark.parametrize('tag', ['mocov2_200e_in1k', 'mocov2_800e_in1k', 'mocov3_300e_in1k'])
 def test_table_1_has_the_published_networks(tag):
     published = PUBLISHED[tag]
-    rows = [row for row in REPORTED if row.series == f'SlimCLR-{published.method}, {published.epochs} epochs']
-    assert {row.width: (row.top1, row.top5) for row in rows} == {
-        width: (of.top1, of.top5) for width, of in published.reported.items()
-    }
+    (network,) = (of for of in REPORTED if of.method == f'SlimCLR-{published.method}, {published.epochs} epochs')
+    assert network.result.top1 == {width: of.top1 for width, of in published.reported.items()}
+    assert network.result.top5 == {width: of.top5 for width, of in published.reported.items()}
 
 
 def test_table_1_has_the_differences_that_the_paper_names():
     """The arrows: by how much the full width falls behind its own baseline."""
-    for series, baseline, arrow in (
+    for method, baseline, arrow in (
         ('supervised slimmable (Yu et al. 2019)', 'supervised', 0.6),
         ('SlimCLR-MoCo v2, 200 epochs', 'MoCo v2, individual networks', 0.1),
         ('SlimCLR-MoCo v2, 800 epochs', 'MoCo v2', 0.7),
         ('SlimCLR-MoCo v3, 300 epochs', 'MoCo v3', 0.5),
     ):
-        (full,) = (row for row in REPORTED if row.series == series and row.width == 1.0)
-        (reference,) = (row for row in REPORTED if (row.method, row.backbone, row.width) == (baseline, 'R-50', None))
-        assert reference.top1 - full.top1 == pytest.approx(arrow)
+        (full,) = (of for of in REPORTED if of.method == method)
+        (reference,) = (of for of in REPORTED if (of.method, of.backbone, len(of.costs)) == (baseline, 'R-50', 1))
+        assert reference.result.top1[1.0] - full.result.top1[1.0] == pytest.approx(arrow)
         assert reference.epochs == full.epochs
 
 
 def test_reported_costs_and_teachers():
-    assert len(REPORTED) == 3 + 4 + 5 + 2 + 12 + 6 + 7
-    assert {row.backbone: (row.parameters, row.multiply_adds) for row in REPORTED if row.width is None} == {
+    assert sum(len(of.costs) for of in REPORTED) == 3 + 4 + 5 + 2 + 12 + 6 + 7
+    assert {of.backbone: of.costs[1.0] for of in REPORTED} == {
         'R-50': (25.6e6, 4.1e9), 'R-34': (21.8e6, 3.7e9), 'R-18': (11.9e6, 1.8e9),
     }  # fmt: skip
     # A teacher in all rows of a small network trained without labels, and in no other.
-    assert all((row.teacher is not None) == (row.method in ('SEED', 'DisCo', 'BINGO', 'CompRess')) for row in REPORTED)
+    assert all((of.teacher is not None) == (of.method in ('SEED', 'DisCo', 'BINGO', 'CompRess')) for of in REPORTED)
 
 
 def test_table_2_has_the_published_network():
@@ -267,7 +272,7 @@ def test_markdown_parsed_back(place, tmp_path, capsys):
     file = tmp_path / 'tables' / 'table.md'
     assert compare_networks(networks, markdown=file, batch_size=None) == [file]
     (rows,) = parse_markdown(file.read_text())
-    entry = read_entry(networks[0], 'slim')
+    (entry,) = read_entries(networks[:1])
     assert rows == [
         {
             'network': name, 'width': f'{width:g}', 'parameters': human(cost(entry.model, width, 12)[0]),
@@ -306,24 +311,94 @@ def test_protocols_stand_apart(place, tmp_path, capsys):
     assert [(row[ours], row[theirs]) for row in rows] == [('63.0', ''), ('', '20.0'), ('', '15.0')]
 
 
-def test_cells_with_a_bar():
-    table = TextTable('title', ['network', 'k-NN'], [['a|b', '1.0']])
-    assert r'| a\|b | 1.0 |' in table.markdown()
+def test_network_without_accuracy_has_its_cost(place, capsys):
+    """Beside one that has some; alone it is `cost by width`."""
+    networks = [str(place / name) for name in ('slim', 'bare', 'other')]
+    compare_networks(networks, markdown=Path('-'), batch_size=None)
+    first, second = parse_markdown(capsys.readouterr().out)
+    assert [(row['network'], row['linear eval']) for row in first if row['width'] == '1'] == [
+        ('slim', '80.0 / 89.0'), ('bare', ''),
+    ]  # fmt: skip
+    assert all(row['multiply-adds'] for row in first)
+    assert {row['network'] for row in second} == {'other'}
+    compare_networks(networks[1:2], batch_size=None)
+    assert 'bare: cost by width' in capsys.readouterr().out
 
 
-def test_reported_rows(place, tmp_path):
+def test_special_characters_in_cells():
+    table = TextTable('100 %', ['network', 'k-NN'], [['a|b_c', '1.0 ± 0.1']], ['note'])
+    assert r'| a\|b_c | 1.0 ± 0.1 |' in table.markdown()
+    assert table.latex().splitlines() == [
+        r'\begin{table}', r'\centering', r'\caption{100 \%}', r'\begin{tabular}{lr}', r'\hline',
+        r'network & k-NN \\', r'\hline', r'a|b\_c & 1.0 $\pm$ 0.1 \\', r'\hline', r'\end{tabular}', r'\end{table}',
+        '% note',
+    ]  # fmt: skip
+
+
+def test_csv_has_every_number(place, tmp_path, capsys):
+    file = tmp_path / 'all.csv'
+    networks = [str(place / name) for name in ('slim', 'bare')]
+    assert compare_networks(networks, csv=file, latex=Path('-'), batch_size=None) == [file]
+    assert capsys.readouterr().out.startswith(r'\begin{table}')
+    rows = list(csv.DictReader(file.open()))
+    assert [(row['network'], row['width'], row['top1'], row['top5'], row['start']) for row in rows] == [
+        ('slim', '1.0', '71.26', '', '30.0'), ('slim', '0.5', '66.26', '', '25.0'),
+        ('slim', '1.0', '80.04', '89.04', ''), ('slim', '0.5', '75.0', '84.0', ''),
+        ('bare', '1.0', '', '', ''), ('bare', '0.5', '', '', ''),
+    ]  # fmt: skip
+    assert rows[2]['protocol'] == str(LINEAR)
+    assert (rows[2]['test_images'], rows[2]['networks']) == ('1000', '1')
+
+
+def test_reported_rows_of_such_a_cost(place, tmp_path, capsys):
     file = tmp_path / 'table.md'
-    compare_networks([str(place / 'slim')], markdown=file, reported=True, batch_size=None)
-    ours, first, second = parse_markdown(file.read_text())
-    assert len(ours) == 2
-    assert len(first) == len(REPORTED)
-    assert {
+    compare_networks([], markdown=file, reported=True, batch_size=None)
+    first, second = parse_markdown(file.read_text())
+    assert len(first) == sum(len(of.costs) for of in REPORTED)
+    bingo = {
         'method': 'BINGO', 'backbone': 'R-34', 'width': '-', 'teacher': 'R-50x2 (77.3)', 'epochs': '200',
         'parameters': '21.8 M', 'multiply-adds': '3.7 G', 'top-1': '68.9', 'top-5': '88.9',
-    } in first  # fmt: skip
+    }  # fmt: skip
+    assert bingo in first
     assert {row['multiply-adds'] for row in first if row['width'] == '0.25'} == {'278 M'}
     assert len(second) == len(REPORTED_DETECTION)
     assert file.read_text().count('Reported by the paper') == 2
+
+    compare_networks([TAG], markdown=file, reported=True, batch_size=None)
+    ours, theirs = parse_markdown(file.read_text())
+    assert len(ours) == 4
+    assert bingo in theirs
+    assert not any(row['method'] == 'SlimCLR-MoCo v2, 800 epochs' for row in theirs)
+
+    compare_networks([str(place / 'slim')], markdown=file, reported=True, batch_size=None)
+    (ours,) = parse_markdown(file.read_text())
+    assert len(ours) == 2
+    assert 'The paper reports no network of about this cost' in file.read_text()
+
+
+# Seeds
+
+
+def test_runs_that_differ_in_their_seed_alone(tmp_path):
+    """By the command: two seeds of one recipe, one of another, and an evaluation of one of the first."""
+    recipe = yaml.safe_load((BEFORE / 'recipe.yaml').read_text())
+    for name, seed, momentum, last in (('a-0', 0, 0.9, 70.0), ('a-1', 1, 0.9, 72.0), ('b-0', 0, 0.99, 60.0)):
+        run = save_run(tmp_path / name, (0.5, 0.25), [30.0 + seed, last])
+        changed = {**recipe, 'run': {**recipe['run'], 'seed': seed, 'name': name}}
+        changed['method'] = {**recipe['method'], 'momentum': momentum}
+        (run / 'recipe.yaml').write_text(yaml.safe_dump(changed))
+    save_linear(tmp_path / 'a-1', {0.5: 80.0, 0.25: 75.0}, protocol=replace(LINEAR, data='fashion-mnist-6k'))
+    runs = [str(tmp_path / name) for name in ('a-0', 'b-0', 'a-1')]
+    result = CliRunner().invoke(app, ['compare', *runs, '--seeds', '--no-speed', '--markdown', '-'])
+    assert result.exit_code == 0, result.output
+    (rows,) = parse_markdown(result.stdout)
+    assert [(row['network'], row['width'], row['k-NN'], row['linear eval']) for row in rows] == [
+        ('a', '0.5', '66.0 ± 1.4', '80.0 / 89.0 (of 1)'), ('a', '0.25', '63.5 ± 1.4', '75.0 / 84.0 (of 1)'),
+        ('b-0', '0.5', '55.0', ''), ('b-0', '0.25', '52.5', ''),
+    ]  # fmt: skip
+    assert f'a: mean and standard deviation of 2 runs that differ in their seed alone ({runs[0]}, {runs[2]})' in (
+        result.stdout
+    )
 
 
 # Speed
@@ -347,7 +422,7 @@ def test_speed_of_every_width(place, capsys):
 
 @pytest.mark.parametrize(
     ('names', 'reported', 'size'),
-    [(('slim', 'alone'), False, (1500, 663)), (('slim', 'other'), False, (2250, 631)), ((), True, (1275, 825))],
+    [(('slim', 'alone'), False, (1650, 684)), (('slim', 'other'), False, (2475, 657)), ((), True, (825, 954))],
     ids=['two protocols', 'two data sets', 'reported alone'],
 )
 def test_figure(place, tmp_path, names, reported, size):
@@ -361,12 +436,17 @@ def test_figure(place, tmp_path, names, reported, size):
     assert (colours.get((0x88, 0x88, 0x88), 0) > 100) == reported
 
 
-def with_measures(place: Path, name: str, *protocols: str) -> Entry:
+def with_results(place: Path, name: str, *protocols: Protocol) -> Entry:
     """The network under another name, with accuracies on ImageNet by some protocols."""
-    entry = read_entry(str(place / 'slim'), name)
+    (entry,) = read_entries([str(place / 'slim')])
     height = 40 + 9 * len(name)
-    measures = [Measure('linear eval', of, IMAGENET, {1.0: height + 5, 0.5: height}) for of in protocols]
-    return replace(entry, measures=measures)
+    results = [Result(name, replace(of, data=IMAGENET), {1.0: height + 5, 0.5: height}) for of in protocols]
+    return replace(entry, name=name, results={result.protocol: [result] for result in results})
+
+
+def of_resnet50(entry: Entry) -> Entry:
+    """The entry with about the cost of the networks that the paper reports."""
+    return replace(entry, facts=[replace(of, multiply_adds=400 * of.multiply_adds) for of in entry.facts])
 
 
 def drawn(entries: list[Entry], reported: bool = False) -> Figure:
@@ -380,7 +460,7 @@ def drawn(entries: list[Entry], reported: bool = False) -> Figure:
 
 @pytest.mark.parametrize('count', [1, 2, 5])
 def test_legend_covers_nothing_and_widths_are_marked(place, count):
-    entries = [with_measures(place, 'n' * (i + 1), LINEAR, AUGMENTED) for i in range(count)]
+    entries = [with_results(place, 'n' * (i + 1), LINEAR, AUGMENTED) for i in range(count)]
     figure = drawn(entries)
     for axis in figure.axes:
         legend = axis.get_legend().get_window_extent()
@@ -389,7 +469,7 @@ def test_legend_covers_nothing_and_widths_are_marked(place, count):
         assert legend.y0 >= 0
         # Networks of the same cost share a number, above the highest.
         assert {text.get_text(): text.xy[1] for text in axis.texts} == {
-            f'{width:g}': max(entry.measures[0].top1[width] for entry in entries) for width in (1.0, 0.5)
+            f'{width:g}': 40 + 9 * count + (5 if width == 1 else 0) for width in (1.0, 0.5)
         }
         assert axis.get_window_extent().height > 250
     plt.close(figure)
@@ -400,20 +480,35 @@ def test_legend_covers_nothing_and_widths_are_marked(place, count):
 def test_the_papers_rows_lie_behind_its_protocol_alone(place, head, distillation):
     probe = LinearProbeConfig(head=head, distillation=distillation)
     like = LinearEvalConfig(network='x', features=FeaturesConfig(mode='augmented'), probe=probe).protocol
-    figure = drawn([with_measures(place, 'n', LINEAR, like)], reported=True)
+    figure = drawn([of_resnet50(with_results(place, 'n', LINEAR, like))], reported=True)
     cached, augmented, *own = figure.axes
     is_the_papers = head == 'switchable' and distillation
     assert len(own) == (0 if is_the_papers else 1)
     for axis, grey in (cached, False), (augmented, is_the_papers), *((axis, True) for axis in own):
-        assert any('(reported)' in name for name in axis.get_legend_handles_labels()[1]) == grey
-        assert axis.get_subplotspec().get_gridspec().get_width_ratios()[axis.get_subplotspec().colspan.start] == (
-            8.5 if grey else 5
-        )
+        labels = axis.get_legend_handles_labels()[1]
+        assert any('(reported)' in label for label in labels) == grey
+        assert axis in own or labels[0] == 'n'  # one's own come first
     plt.close(figure)
 
 
+def test_three_networks_beside_the_papers(place):
+    """Panels of one size, each legend below its panel and within the figure."""
+    entries = [of_resnet50(with_results(place, 'n' * i, LINEAR, AUGMENTED)) for i in (1, 2, 3)]
+    figure = drawn(entries, reported=True)
+    augmented = figure.axes[1]
+    sizes = [axis.get_window_extent() for axis in figure.axes]
+    assert sizes[0].width == pytest.approx(sizes[1].width, rel=0.01)
+    legend = augmented.get_legend().get_window_extent()
+    assert legend.y1 < sizes[1].y0
+    assert legend.y0 >= 0
+    assert augmented.get_legend_handles_labels()[1][:3] == ['n', 'nn', 'nnn']
+    plt.close(figure)
+    assert len(drawn([with_results(place, 'n', LINEAR)], reported=True).axes) == 1  # none costs as little
+    plt.close('all')
+
+
 def test_no_accuracy_to_draw(place, tmp_path):
-    assert not draw_pareto([read_entry(str(place / 'bare'), 'bare')], tmp_path / 'pareto')
+    assert not draw_pareto(read_entries([str(place / 'bare')]), tmp_path / 'pareto')
     assert not (tmp_path / 'pareto.png').exists()
 
 
@@ -432,7 +527,7 @@ def test_a_run_ends_with_its_own_comparison(place, capsys, monkeypatch):
     for title in 'other: accuracies (%)', 'parameters', 'multiply-adds', 'images/s', 'k-NN at start', 'gain':
         assert title in printed
     with Image.open(place / 'other' / 'pareto.png') as image:
-        assert image.size == (750, 631)
+        assert image.size == (825, 657)
 
 
 def test_a_run_without_accuracies_tells_its_cost(place, capsys):
@@ -447,14 +542,14 @@ def test_a_run_without_accuracies_tells_its_cost(place, capsys):
 
 MISTAKES = {
     'no run': (['nothing'], {}, 'neither a run'),
-    'no result': (['slim', 'unfinished'], {}, 'without a result yet'),
-    'no accuracy': (['bare'], {}, 'recipes/knn_eval.py --network'),
-    'not there': (['nowhere'], {}, 'does not exist|is not a tag'),
+    'not there': (['nowhere'], {}, 'does not exist'),
     'twice': (['slim', 'slim'], {}, 'once'),
     'nothing at all': ([], {}, '--reported'),
     'figure in another format': (['slim'], {'figure': Path('a.jpg')}, 'PNG and PDF'),
     'figure that is a folder': (['slim'], {'figure': Path('nothing')}, 'is a folder'),
     'Markdown that is a folder': (['slim'], {'markdown': Path('nothing')}, 'is a folder'),
+    'CSV that is a folder': (['slim'], {'csv': Path('nothing')}, '--csv nothing is a folder'),
+    'two on standard output': (['slim'], {'csv': Path('-'), 'latex': Path('-')}, 'only one of --markdown, --csv'),
     'no batch': (['slim'], {'batch_size': 0}, '--batch-size is 0'),
 }
 
@@ -468,7 +563,7 @@ def test_mistake(place, mistake, monkeypatch):
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('option', ['markdown', 'figure'])
+@pytest.mark.parametrize('option', ['markdown', 'csv', 'latex', 'figure'])
 def test_a_folder_that_cannot_be_made_is_noticed_before_any_network_is_opened(place, tmp_path, option):
     (tmp_path / 'file').touch()
     with pytest.raises(InputError, match=rf'--{option} .*{tmp_path}/file/deep cannot be made \(.*\); give another'):

@@ -10,8 +10,8 @@ from accelerate.state import AcceleratorState
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.feature_cache import FeatureCache, state_hash
-from slimclr_hub.evaluate.linear_eval.classes import GARMENTS, check_labels, class_names
+from slimclr_hub.evaluate.features import GARMENTS, FeatureCache, class_names, state_hash
+from slimclr_hub.evaluate.linear_eval.evaluation import check_labels
 from tests.data_room.files import some_images, write_classes, write_idx, write_idx_set
 from tests.networks import randomise_batchnorm
 from tests.train.runs import contents

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import re
 import runpy
 import subprocess
@@ -21,13 +20,11 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import extract_features
-from slimclr_hub.evaluate.knn import knn_predict, nearest, vote
-from slimclr_hub.evaluate.knn_eval.evaluation import KNNEvalConfig, _knn_eval, classes_of, rank_of
-from slimclr_hub.evaluate.knn_eval.report import Accuracy, best_of
-from slimclr_hub.evaluate.knn_eval.shares import neighbours_in_all
-from slimclr_hub.evaluate.result import load_result
+from slimclr_hub.evaluate.knn import default_k, knn_predict, nearest, vote
+from slimclr_hub.evaluate.knn_eval import KNNEvalConfig, _knn_eval, classes_of, neighbours_in_all, rank_of
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models.calibrate import calibrate_width
+from slimclr_hub.runs.result import Result, load
 from tests.data_room.files import some_images, write_idx_set
 from tests.evaluate.test_knn import classify_by_loops, features
 from tests.train.runs import TIMEOUT, environment
@@ -76,9 +73,8 @@ def alone(monkeypatch):
     AcceleratorState._reset_state(True)
 
 
-def accuracies_in(folder: Path) -> dict[tuple[int, float | None], dict]:
-    records = json.loads((folder / 'accuracies.json').read_text())
-    return {(record['k'], record['temperature']): record for record in records}
+def results_by_k(folder: Path) -> dict[tuple[int | None, float | None], Result]:
+    return {(of.protocol.k, of.protocol.temperature): of for of in load(folder / 'result.json')}
 
 
 # The search
@@ -133,13 +129,6 @@ def test_rank_of_the_true_class():
     assert (rank_of(votes, truth) < 5).equal(in_five)
 
 
-def test_the_best_is_that_of_the_mean_over_widths():
-    listed = [
-        Accuracy(k, 0.1, None, {1.0: high, 0.5: low}, {}) for k, high, low in ((1, 90, 10), (2, 60, 60), (3, 60, 60))
-    ]
-    assert best_of(listed).k == 2
-
-
 # The script
 
 
@@ -166,34 +155,39 @@ def test_accuracies_are_those_of_the_features(place, result, alone):
     accelerator = Accelerator()
     bank, labels = extract_features(accelerator, model, batches('train', BANK), WIDTHS)
     queries, truth = extract_features(accelerator, model, batches('test', QUERIES), WIDTHS)
-    found = accuracies_in(result[0])
+    found = results_by_k(result[0])
     assert found.keys() == {(k, t) for k in KS for t in (0.1, None)}
-    for (k, temperature), record in found.items():
+    for (k, temperature), measured in found.items():
         for width in WIDTHS:
             predictions = knn_predict(queries[width], bank[width], labels, k, temperature)
             expected = 100 * (predictions == truth).double().mean().item()
-            assert record['top1'][str(width)] == pytest.approx(expected)
-            assert record['top5'][str(width)] >= record['top1'][str(width)]
-    assert len({record['top1']['1.0'] for record in found.values()}) > 1
+            assert measured.top1[width] == pytest.approx(expected)
+            assert measured.top5[width] >= measured.top1[width]
+    assert len({measured.top1[1.0] for measured in found.values()}) > 1
 
 
-def test_result_is_that_of_the_best(place, result):
+def test_results_are_listed_from_the_best_on(place, result):
     folder, printed = result
-    saved = load_result(folder / 'result.json')
-    values = accuracies_in(folder)
-    assert saved.kind == 'knn'
-    assert saved.network == str(place / 'network')
-    (k, temperature), best = max(values.items(), key=lambda item: sum(item[1]['top1'].values()))
-    assert saved.protocol == f'k-NN, k={k}, ' + ('unweighted' if temperature is None else f'tau={temperature:g}')
-    assert saved.top1 == {float(width): value for width, value in best['top1'].items()}
-    assert saved.top5 == {float(width): value for width, value in best['top5'].items()}
+    results = load(folder / 'result.json')
+    assert [of.mean for of in results] == sorted((of.mean for of in results), reverse=True)
+    assert {(of.network, of.protocol.kind, of.protocol.data, of.images) for of in results} == {
+        (str(place / 'network'), 'knn', 'fashion-mnist', QUERIES)
+    }
     rows = [re.split(r'\s*[│┃]\s*', line.strip(' │┃')) for line in printed.splitlines()]
-    for (k, temperature), record in values.items():
-        cells = [f'{record["top1"][str(width)]:.1f} / {record["top5"][str(width)]:.1f}' for width in WIDTHS]
+    for (k, temperature), measured in results_by_k(folder).items():
+        cells = [f'{measured.top1[width]:.1f} / {measured.top5[width]:.1f}' for width in WIDTHS]
         row = next(row for row in rows if row[:2] == [str(k), '-' if temperature is None else f'{temperature:g}'])
         assert row[2:4] == cells
-        assert ('best' in row) == (record == best)
+        assert ('best' in row) == (measured == results[0])
     assert 'chosen on the very images' in printed
+
+
+def test_k_follows_the_images_of_a_class(place, alone):
+    argv = arguments(place, output='default')
+    del argv[argv.index('--k') : argv.index('--k') + 2]
+    _knn_eval(argv)
+    classes = len(set(some_images('train', BANK)[1].tolist()))
+    assert {of.protocol.k for of in load(place / 'default' / 'result.json')} == {default_k(BANK, classes)}
 
 
 def test_figure(result):
@@ -208,7 +202,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from slimclr_hub.evaluate.knn import vote
-from slimclr_hub.evaluate.knn_eval.shares import neighbours_in_all
+from slimclr_hub.evaluate.knn_eval import neighbours_in_all
 from tests.evaluate.test_knn import features
 
 accelerator = Accelerator()
@@ -253,7 +247,8 @@ def test_two_processes_predict_as_one(two_processes, size, k):
 
 
 def test_two_processes_have_the_accuracies_of_one(two_processes, result):
-    assert accuracies_in(two_processes[0] / 'two') == accuracies_in(result[0])
+    two, one = (results_by_k(folder) for folder in (two_processes[0] / 'two', result[0]))
+    assert {key: (of.top1, of.top5) for key, of in two.items()} == {key: (of.top1, of.top5) for key, of in one.items()}
     assert two_processes[1].stdout.count('Result:') == 1
 
 
@@ -272,9 +267,9 @@ MISTAKES = {
     'width that is none of its': (['--widths', '[0.5]'], [], '0.5'),
     'precision': (['--precision', 'fp8'], [], 'fp8'),
     'no validation images': (['--data.val_split', 'null'], [], 'data.val_split'),
-    # Of a network that names no images, before it is looked for.
+    'network before its images': (['--network', 'nowhere', '--data.root', 'nowhere either'], [], '--network nowhere'),
     'no folder of images': (
-        ['--network', 'nowhere', '--data.name', 'folder', '--data.root', 'data/imagenet'],
+        ['--data.name', 'folder', '--data.root', 'data/imagenet'],
         [],
         'data.root data/imagenet does not exist; give the folder of the images by --data.root',
     ),
@@ -304,7 +299,7 @@ def test_mistake(place, mistake, alone, monkeypatch):
 
 def test_result_by_other_settings_is_not_overwritten(place, result, alone):
     before = {path.name: path.read_bytes() for path in result[0].iterdir()}
-    with pytest.raises(InputError, match=r'by other settings \(bank\).*--output .*out-2') as error:
+    with pytest.raises(InputError, match=r'by other settings \(bank None, not 90\).*--output .*out-2') as error:
         _knn_eval(arguments(place, '--bank', '90'))
     assert '\n' not in str(error.value)
     assert {path.name: path.read_bytes() for path in result[0].iterdir()} == before
@@ -316,7 +311,7 @@ def test_script_ends_in_one_line(place, alone, monkeypatch, capsys):
         runpy.run_path(str(SCRIPT), run_name='__main__')
     assert end.value.code == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line)
-    assert line == 'error: k 91 is more than the 90 training images to search; give at most 90'
+    assert line == 'error: k 91 is more than the 90 training images; give at most 90'
 
 
 def test_a_width_that_never_trained_is_refused(place, alone):

@@ -28,20 +28,20 @@ from slimclr_hub.data.sources import EMBEDDED
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import DivergedError, InputError, PreemptedError
 from slimclr_hub.evaluate.compare.compare import compare_networks
-from slimclr_hub.evaluate.compare.entries import read_entry
-from slimclr_hub.evaluate.feature_cache import FeatureCache, state_hash
+from slimclr_hub.evaluate.compare.entries import read_entries
+from slimclr_hub.evaluate.features import GARMENTS, FeatureCache, state_hash
 from slimclr_hub.evaluate.linear_eval.batches import AugmentedBatches, CachedBatches, FeatureBatches
-from slimclr_hub.evaluate.linear_eval.classes import GARMENTS
 from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig, parse_linear_eval
 from slimclr_hub.evaluate.linear_eval.evaluation import check_frozen, linear_eval
 from slimclr_hub.evaluate.linear_eval.probe import make_head, standardisation
-from slimclr_hub.evaluate.linear_eval.report import accuracies_figure, paper_row, print_result
+from slimclr_hub.evaluate.linear_eval.report import accuracies_figure, print_result
 from slimclr_hub.evaluate.linear_eval.training import ProbeTraining
-from slimclr_hub.evaluate.result import EvalResult, load_result, results_in
+from slimclr_hub.evaluate.reported import reported_probe
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.inference.predict import predict
 from slimclr_hub.models.calibrate import calibrate_batchnorm
 from slimclr_hub.runs.job import StopSignals
+from slimclr_hub.runs.result import Protocol, Result, load, results_in
 from slimclr_hub.weights.published import PUBLISHED
 from tests.data_room.files import write_idx_set
 from tests.train.runs import TIMEOUT, contents, environment
@@ -117,8 +117,9 @@ def test_saved_network_reaches_what_the_table_says(place, network, tmp_path, hea
     saved = tmp_path / 'saved'
     config = configured(place, network, f'--probe.head={head}', '--save_to', str(saved))
     result = linear_eval(config)
-    assert results_in(network) == [result]
-    assert (result.kind, result.protocol) == ('linear', f'linear evaluation, {head}, cached, 4 epochs')
+    assert results_in(network) == {network / 'linear_eval' / 'result.json': [result]}
+    assert str(result.protocol) == f'linear evaluation, {head}, cached, 4 epochs'
+    assert result.images == VALIDATION
     assert {path.name for path in (network / 'linear_eval').iterdir()} == {
         'settings.json',
         'metrics.jsonl',
@@ -158,7 +159,7 @@ def test_saved_network_reaches_what_the_table_says(place, network, tmp_path, hea
 def test_saved_network_is_compared_by_what_it_reached(place, network, tmp_path, capsys):
     saved = tmp_path / 'saved'
     result = linear_eval(configured(place, network, '--save_to', str(saved)))
-    assert results_in(saved) == [result]
+    assert results_in(saved) == {saved / 'linear_eval' / 'result.json': [result]}
     capsys.readouterr()
     assert compare_networks([str(saved)], batch_size=None) == []
     printed = capsys.readouterr().out
@@ -167,8 +168,9 @@ def test_saved_network_is_compared_by_what_it_reached(place, network, tmp_path, 
     # It is judged again by its images, not by what comes to mind; and that is the newest then.
     again = linear_eval(configured(place, saved))
     assert again.top1 == result.top1
-    measures = read_entry(str(saved), 'saved').measures
-    assert [(of.source, of.older) for of in measures] == [('linear_eval-2', ('linear_eval',))]
+    (entry,) = read_entries([str(saved)])
+    assert entry.results == {again.protocol: [again]}
+    assert entry.notes[again.protocol] == 'of linear_eval-2, the newest by this protocol; left out: linear_eval'
 
 
 def test_the_best_learning_rate_is_kept_and_the_others_are_told(place, network, capsys):
@@ -191,17 +193,13 @@ def test_the_best_learning_rate_is_kept_and_the_others_are_told(place, network, 
     assert all(heads[0][name].equal(heads[1][name]) for name in heads[0])
 
 
-RESULT = EvalResult(
-    'linear',
-    'linear evaluation, switchable, cached, 50 epochs',
+RESULT = Result(
     'slimclr_resnet50.mocov2_200e_in1k',
+    Protocol('linear', 'ImageNet', head='switchable', features='cached', distillation=True, epochs=50),
     {1.0: 67.0, 0.5: 62.0, 0.25: 55.5},
     {1.0: 87.0, 0.5: 84.0, 0.25: 79.0},
-    {
-        'probe': {'head': 'switchable', 'distillation': True},
-        'features': {'mode': 'cached'},
-        'optim': {'epochs': 50},
-        'validation_images': 50000,
+    images=50000,
+    settings={
         'chosen_lr': 0.1,
         'chosen_by': 'highest mean',
         'sweep': [{'lr': lr, 'top1': {'1': lr, '0.5': lr, '0.25': lr}} for lr in (1.0, 0.1, 0.01)],
@@ -212,8 +210,8 @@ RESULT = EvalResult(
 @pytest.mark.parametrize(
     ('tag', 'head', 'table', 'row'),
     [
-        ('mocov2_200e_in1k', 'switchable', 'table 1 ', ('62.5', '84.8')),
-        ('mocov3_300e_lincls_in1k', 'switchable', 'table 1 ', ('67.6', '88.2')),
+        ('mocov2_200e_in1k', 'switchable', 'table 1.', ('62.5', '84.8')),
+        ('mocov3_300e_lincls_in1k', 'switchable', 'table 1.', ('67.6', '88.2')),
         ('mocov2_200e_in1k', 'slimmable', 'table 3a ', ('59.6', '82.9')),
         ('mocov2_800e_in1k', 'slimmable', None, ()),
         ('mocov3_300e_in1k', 'slimmable', None, ()),
@@ -221,12 +219,12 @@ RESULT = EvalResult(
     ],
 )
 def test_the_papers_row_stands_beside(capsys, tag, head, table, row):
-    print_result(RESULT, paper_row(PUBLISHED[tag] if tag else None, head))
+    print_result(RESULT, reported_probe(PUBLISHED[tag] if tag else None, head))
     printed = capsys.readouterr().out
     (line,) = (line.strip('│').split('│') for line in printed.splitlines() if line.startswith('│   0.5 '))
     assert [cell.strip() for cell in line] == ['0.5', '62.0', '84.0', *row]
     assert ('reported' in printed) == bool(row)
-    assert f'Reported: the paper, {table}' in printed if table else 'the paper' not in printed
+    assert f'as reported by Zhao et al., {table}' in printed if table else 'Zhao' not in printed
     assert 'Learning rate 0.1, the best of 0.01 ... 1.0: highest mean.' in printed
     assert 'Note' not in printed
 
@@ -273,20 +271,27 @@ def test_finished_is_shown_and_anything_else_lies_beside(place, network, tmp_pat
     assert contents(network / 'linear_eval') == result
     assert {**contents(network / 'features'), **features} == contents(network / 'features')
     assert len(contents(network / 'features')) == 4
-    assert results_in(network) == [first, other]
+    assert list(results_in(network).values()) == [[first], [other]]
+
+
+def test_evaluation_of_before_typed_protocols_is_finished(tmp_path, capsys):
+    before = Path(__file__).parents[1] / 'data' / 'run_before'
+    run = shutil.copytree(before, tmp_path / 'run')
+    result = linear_eval(parse_linear_eval(['--network', str(run), '--optim.epochs=2']))
+    assert 'finished already' in capsys.readouterr().out
+    assert [result] == load(before / 'linear_eval' / 'result.json')
 
 
 @pytest.mark.parametrize(
     ('more', 'message'),
     [
-        (['--network', 'nowhere'], r"'nowhere' is not a tag such as"),
-        (['--data.root', 'nowhere'], 'nowhere'),
-        # Before there is a network.
+        # Before its images, which are those of ImageNet for a network without a recipe.
         (
-            ['--network', 'nowhere', *FOLDER, '--data.root', 'images'],
-            r'data\.root images does not exist; give the folder',
+            ['--network', 'nowhere', '--data.root', 'images'],
+            r'--network nowhere does not exist; give a folder, .* a tag',
         ),
-        (['--network', 'nowhere', '--data.val_split=null'], r'data\.val_split None is not apart'),
+        (['--data.root', 'nowhere'], 'nowhere'),
+        ([*FOLDER, '--data.root', 'images'], r'data\.root images does not exist; give the folder'),
         (['--data.val_split=null'], r'data\.val_split None is not apart'),
         (['--data.channels=3', '--data.mean=[0,0,0]', '--data.std=[1,1,1]'], r'takes images of 1 channels.*--data\.ch'),
         (['--data.batch_size=97'], r'data\.batch_size 97 is larger than the data set of 96 images'),
@@ -303,11 +308,22 @@ def test_a_mistake_is_named(place, network, more, message):
     with pytest.raises(InputError, match=message) as raised:
         linear_eval(configured(place, network, *more))
     assert '\n' not in str(raised.value)
+    assert not (network / 'linear_eval').exists()
 
 
 def test_no_learning_rate_converges(place, network):
     with pytest.raises(DivergedError, match=r'not finite at any of optim\.lr \[1e\+38, 3e\+38\]; lower them'):
         linear_eval(configured(place, network, '--optim.lr=[1e38,3e38]'))
+
+
+@pytest.mark.parametrize('mode', ['cached', 'augmented'])
+def test_default_batch_is_no_larger_than_the_images(place, network, capsys, mode):
+    config = configured(place, network, '--data.batch_size=256', '--optim.epochs=1', f'--features.mode={mode}')
+    result = linear_eval(config)
+    assert result.settings['data']['batch_size'] == TRAIN
+    assert f'data.batch_size is {TRAIN} instead of 256: there are {TRAIN} training images' in capsys.readouterr().out
+    assert linear_eval(config) == result  # finished: the same settings
+    assert not (network / 'linear_eval-2').exists()
 
 
 # The frozen network
@@ -417,7 +433,7 @@ def test_two_processes_are_as_one(place, network, tmp_path):
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count('accuracies by width') == 1
-    together = load_result(tmp_path / 'two' / 'result.json')
+    (together,) = load(tmp_path / 'two' / 'result.json')
     assert together.top1 == alone.top1
     assert together.top5 == alone.top5
     heads = [load_file(tmp_path / name / 'probe.safetensors') for name in ('one', 'two')]

@@ -30,16 +30,16 @@ def test_recipe_is_read_as_it_is_written(path, tmp_path):
 def test_recipes_are_the_papers():
     config = recipe('mocov2_imagenet', '--data.root', '/images')
     assert (config.data.batch_size, config.data.root, config.data.size) == (1024, '/images', 224)
-    assert (config.optim.rates, config.optim.falls, config.optim.epochs) == ((60.0,), (60, 80), 100)
+    assert (config.optim.rates, config.optim.milestone_epochs, config.optim.epochs) == ((60.0,), (60, 80), 100)
     assert (config.optim.schedule, config.optim.momentum, config.optim.weight_decay) == ('step', 0.9, 0)
-    assert config.protocol == 'linear evaluation, switchable, augmented, 100 epochs'
+    assert str(config.protocol) == 'linear evaluation, switchable, augmented, 100 epochs'
     assert config.probe.distillation
     views = config.views
     assert (views.jitter_prob, views.gray_prob, views.blur_prob, views.solarize_prob) == (0, 0, 0, 0)
     assert (views.crop_min, views.flip_prob) == (0.08, 0.5)
     assert not config.features.standardised
     slimmable = recipe('mocov2_imagenet_slimmable', '--data.root', '/images')
-    assert slimmable.protocol == 'linear evaluation, slimmable, augmented, 100 epochs'
+    assert str(slimmable.protocol) == 'linear evaluation, slimmable, augmented, 100 epochs'
     assert slimmable.optim == config.optim
     third = recipe('mocov3_imagenet')
     assert (third.data.batch_size, third.optim.rates, third.optim.epochs) == (1024, (0.4,), 90)
@@ -59,7 +59,7 @@ def test_recipes_are_the_papers():
     ],
 )
 def test_protocol_names_what_accuracies_depend_on(arguments, words):
-    assert parse_linear_eval(['--network', 'x', *arguments]).protocol == f'linear evaluation, {words}'
+    assert str(parse_linear_eval(['--network', 'x', *arguments]).protocol) == f'linear evaluation, {words}'
 
 
 def test_recipe_of_fashion_mnist_is_the_default():
@@ -76,14 +76,14 @@ def test_images_are_those_of_the_run(tmp_path):
 
 
 def test_default_milestones():
-    assert SweepConfig(schedule='step', epochs=30).falls == (18, 24)
+    assert SweepConfig(schedule='step', epochs=30).milestone_epochs == (18, 24)
 
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ([], r'no network to judge; give --network'),
-        (['--optim.epochs', '3'], r'no network to judge; give --network'),
+        ([], r'no network to test; give --network'),
+        (['--optim.epochs', '3'], r'no network to test; give --network'),
         (['--network', 'x', '--probe.head', 'both'], r"probe.head 'both' is not one of switchable, slimmable"),
         (['--network', 'x', '--features.mode', 'fast'], r"features.mode 'fast' is not one of cached, augmented"),
         (['--network', 'x', '--optim.schedule', 'flat'], r"optim.schedule 'flat' is not one of cosine, step"),

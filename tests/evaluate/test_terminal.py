@@ -7,8 +7,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from slimclr_hub.evaluate.compare.tables import TextTable
-from slimclr_hub.runs.tables import print_table
+from slimclr_hub.runs.tables import TextTable, print_table
 
 NAMES = ['mocov2_slimclr_resnet20_fashion-mnist-6k_12e', 'supervised_slimclr_resnet20_fashion-mnist-6k_12e']
 HEADERS = [

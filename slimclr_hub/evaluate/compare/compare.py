@@ -1,14 +1,14 @@
-"""A comparison from its networks to its tables and figure: what `slimclr-hub compare` runs."""
+"""Comparison of networks, from their names to tables, files and a figure: `slimclr-hub compare`."""
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.compare.entries import read_entries
+from slimclr_hub.evaluate.compare.entries import SameRecipe, measure_speed, read_entries
 from slimclr_hub.evaluate.compare.figure import draw_pareto, figure_path
-from slimclr_hub.evaluate.compare.speed import measure_speed
-from slimclr_hub.evaluate.compare.tables import comparison_tables, reported_tables
+from slimclr_hub.evaluate.compare.tables import comparison_tables, csv_text, reported_networks, reported_tables
 from slimclr_hub.files import write_text
 from slimclr_hub.runs.result import environment
 
@@ -19,63 +19,79 @@ def compare_networks(
     networks: Sequence[str],
     *,
     markdown: Path | None = None,
+    csv: Path | None = None,
+    latex: Path | None = None,
     figure: Path | None = None,
     reported: bool = False,
+    same_recipe: SameRecipe | None = None,
     batch_size: int | None = 32,
 ) -> list[Path]:
-    """Print tables of networks side by side, and write them and a figure where asked to.
+    """Print tables of networks side by side; write files and a figure where asked to.
 
     Args:
         networks: Folders of runs and networks, and names of published ones.
-        markdown: File for the tables as Markdown; `-` for standard output, in the place of the usual tables.
+        markdown: File for the tables in Markdown; `-` prints them so, instead of the usual tables.
+        csv: Likewise for all numbers in CSV, a row for each network, width and protocol.
+        latex: Likewise for the tables in LaTeX.
         figure: Where to draw accuracy over multiply-adds, as PNG and PDF.
-        reported: Whether to add what the paper reports.
+        reported: Add networks of such a cost that the paper reports, or all without `networks`.
+        same_recipe: Combines runs that differ in nothing but the seed, as in `read_entries`.
         batch_size: Images at a time while speed is measured; None to leave speed out.
 
     Returns:
         The files that were written.
 
     Raises:
-        InputError: There is nothing to compare, one of the networks is none or has no accuracy, or a file cannot be
-            written there.
+        InputError: There is nothing to compare, one of the networks is none, or a file cannot be written there.
     """
     if not networks and not reported:
         raise InputError('nothing to compare; name runs, networks or tags, or give --reported')
     target = figure_path(figure) if figure else None
-    if markdown is not None and markdown.is_dir():
-        raise InputError(f'--markdown {markdown} is a folder; give the name of a file in it')
-    for option, file in ('--markdown', markdown), ('--figure', target):
+    outputs = {'--markdown': markdown, '--csv': csv, '--latex': latex}
+    if list(outputs.values()).count(_STANDARD_OUTPUT) > 1:
+        raise InputError(f'only one of {", ".join(outputs)} can be printed by -; give the others the name of a file')
+    for option, file in (*outputs.items(), ('--figure', target)):
         if file is not None and file != _STANDARD_OUTPUT:
-            _make_room(option, file)
+            _check_writable(option, file)
     if batch_size is not None and batch_size < 1:
         raise InputError(f'--batch-size is {batch_size}; give 1 or more')
-    entries = read_entries(networks)
+    entries = read_entries(networks, same_recipe)
     if entries and batch_size:
         entries = measure_speed(entries, batch_size)
     tables = comparison_tables(entries, batch_size or 0, environment()['hardware']) if entries else []
-    tables += reported_tables() if reported else []
-    text = '\n'.join(table.markdown() for table in tables)
-    written = []
-    if markdown == _STANDARD_OUTPUT:
-        print(text, end='')
-    else:
+    if reported and entries and not reported_networks(entries):
+        note = 'The paper reports no network of about this cost; --reported alone shows all that it reports.'
+        tables[-1] = replace(tables[-1], notes=[*tables[-1].notes, note])
+    elif reported:
+        tables += reported_tables(entries)
+    texts = {
+        '--markdown': '\n'.join(table.markdown() for table in tables),
+        '--csv': csv_text(entries, reported),
+        '--latex': '\n'.join(table.latex() for table in tables),
+    }
+    if _STANDARD_OUTPUT not in outputs.values():
         for table in tables:
             table.print()
-        if markdown is not None:
-            write_text(markdown, text)
-            written.append(markdown)
-    if target is not None:
-        draw_pareto(entries, target, reported)
+    written = []
+    for option, file in outputs.items():
+        if file == _STANDARD_OUTPUT:
+            print(texts[option], end='')
+        elif file is not None:
+            write_text(file, texts[option])
+            written.append(file)
+    if target is not None and draw_pareto(entries, target, reported):
         written += [target.parent / f'{target.name}.{suffix}' for suffix in ('png', 'pdf')]
     return written
 
 
-def _make_room(option: str, file: Path) -> None:
+def _check_writable(option: str, file: Path) -> None:
     """Make the folder of a file, before there is any work to lose.
 
     Raises:
-        InputError: It cannot be made or written to.
+        InputError: The file is a folder, or its folder cannot be made or written to.
     """
+    if option != '--figure' and file.is_dir():
+        raise InputError(f'{option} {file} is a folder; give the name of a file in it')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,207 +1,274 @@
-"""What is known of a network for a comparison: its cost, and every accuracy that lies in its folder."""
+"""Networks to compare: their cost and speed, and every accuracy in their folders."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from itertools import takewhile
 from pathlib import Path
-from statistics import mean
+from statistics import mean, quantiles
+from time import perf_counter
 
 import timm
-from timm.models import parse_model_name
+import torch
+import yaml
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.compare.reported import TABLE_1
-from slimclr_hub.evaluate.knn_eval.report import ACCURACIES, read_accuracies
-from slimclr_hub.evaluate.result import RESULT, load_result
-from slimclr_hub.evaluate.subject import default_output, open_subject
+from slimclr_hub.evaluate.network import default_output, folder_of, open_for_test, published_network
+from slimclr_hub.evaluate.reported import published_result
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cost import WidthFacts, width_facts
-from slimclr_hub.runs.result import IMAGENET, METRICS, data_name, results_in
+from slimclr_hub.runs.result import Protocol, Result, results_in
 from slimclr_hub.settings import RECIPE
-from slimclr_hub.weights.published import PUBLISHED, Published
 
-_EVALUATIONS = {'linear': 'linear eval', 'knn': 'k-NN eval'}
+_REPETITIONS = 7
+_LEAST_REPETITIONS = 3
+_MOMENT = 0.01  # seconds; shorter forwards are timed several at once
+_SEED = re.compile(r'[-_.](seed)?[-_.]?\d*$')
 
-
-@dataclass(frozen=True)
-class Measure:
-    """Accuracies of one network by one protocol on one data set; only those of the same both compare.
-
-    Args:
-        label: The protocol in a word or two.
-        protocol: The protocol.
-        data: The data set.
-        top1: Width -> top-1 accuracy in percent.
-        top5: Width -> top-5 accuracy in percent, where measured.
-        start: Width -> top-1 accuracy before training, where measured.
-        others: The same by other values of the protocol's parameters, from the same evaluation.
-        source: Folder of the evaluation within that of the network, if it was one.
-        time: When it was made, in UTC and ISO 8601, so that the later is the greater.
-        older: Folders of others that differ in nothing that the protocol names, and so had to give way.
-    """
-
-    label: str
-    protocol: str
-    data: str
-    top1: Mapping[float, float]
-    top5: Mapping[float, float] = field(default_factory=dict)
-    start: Mapping[float, float] = field(default_factory=dict)
-    others: 'Sequence[Measure]' = ()
-    source: str = ''
-    time: str = ''
-    older: Sequence[str] = ()
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """Equal for what compares."""
-        return self.data, self.label, self.protocol
+SameRecipe = Callable[[Path, Path], bool]
+"""True if two folders are runs of one recipe that differ in nothing but the seed."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A network in a comparison.
+    """A network in a comparison, or several that differ in nothing but the seed.
 
     Args:
-        name: What to call it.
-        model: The network in eval mode; a published one has random weights, as only its cost is asked for.
+        name: Name in tables.
+        model: The network in eval mode; only its cost and speed count, so it may have random weights.
         size: Height and width of its images in pixels.
         facts: Parameters and multiply-adds of each width, in descending order.
-        measures: Its accuracies.
+        results: Protocol -> the result of each network.
+        notes: Protocol -> remarks on the choice of a result.
+        networks: Names of the networks.
         speed: Width -> images per second, if measured.
-        spread: Interquartile range of the repetitions as a share of their median, for the width where it is largest.
+        spread: Interquartile range of the repetitions over their median, at the width where it is largest.
     """
 
     name: str
     model: SlimmableResNet
     size: int
     facts: Sequence[WidthFacts]
-    measures: Sequence[Measure]
+    results: Mapping[Protocol, Sequence[Result]]
+    notes: Mapping[Protocol, str] = field(default_factory=dict)
+    networks: Sequence[str] = ()
     speed: Mapping[float, float] = field(default_factory=dict)
     spread: float = 0.0
 
+    def values(self, protocol: Protocol, kind: str, width: float) -> list[float]:
+        """Accuracies of each network that has one; `kind` is `top1`, `top5` or `start`."""
+        found = (getattr(result, kind).get(width) for result in self.results.get(protocol, ()))
+        return [value for value in found if value is not None]
 
-def read_entries(networks: Sequence[str]) -> list[Entry]:
-    """Read what is known of networks that are to be compared.
+
+@dataclass(frozen=True)
+class _Measurement:
+    """Results of one evaluation, by several values of k and tau if it is a k-NN evaluation; the best one first."""
+
+    results: Sequence[Result]
+    source: str
+    time: str
+
+    @property
+    def place(self) -> Protocol:
+        """Equal for measurements of which one k and tau is chosen."""
+        return replace(self.results[0].protocol, k=None, temperature=None)
+
+
+def read_entries(networks: Sequence[str], same_recipe: SameRecipe | None = None) -> list[Entry]:
+    """Read cost and accuracies of networks.
 
     Args:
         networks: Folders of runs and networks, and names of published ones.
+        same_recipe: Puts runs that differ in nothing but the seed into one entry, if given.
 
     Raises:
-        InputError: One of them is none of these, a run has no result yet, or there is no accuracy to compare it by.
+        InputError: One of them is none of these.
     """
     networks = [network.removeprefix('local-dir:') for network in networks]
     if len(set(networks)) != len(networks):
         raise InputError(f'{", ".join(networks)}: one network is there twice; name each once')
     last = [Path(network).name if Path(network).is_dir() else network for network in networks]
     names = last if len(set(last)) == len(last) else networks
-    entries = [read_entry(network, name) for network, name in zip(networks, names, strict=True)]
-    for network, entry in zip(networks, entries, strict=True):
-        if not entry.measures:
-            raise InputError(
-                f'{network} has no accuracy to compare; measure one: recipes/knn_eval.py --network {network}'
-            )
-    return _alike(entries)
+    models = [_open(network) for network in networks]
+    measurements = [_measurements(network) for network in networks]
+    chosen = _chosen([each for several in measurements for each in several])
+    entries = []
+    for network, name, (model, size), found in zip(networks, names, models, measurements, strict=True):
+        results, notes = _newest(found, chosen)
+        entries.append(Entry(name, model, size, width_facts(model, size), results, notes, [network]))
+    return entries if same_recipe is None else _merge_seeds(entries, same_recipe)
 
 
-def read_entry(network: str, name: str) -> Entry:
-    """Read what is known of one network, be it no accuracy at all.
-
-    Raises:
-        InputError: As in `read_entries`.
-    """
-    network = network.removeprefix('local-dir:')
-    folder = Path(network)
-    if folder.is_dir() and not any((folder / file).is_file() for file in (RECIPE, 'config.json')):
+def _open(network: str) -> tuple[SlimmableResNet, int]:
+    """Open a network and tell the size of its images; of a published or unfinished one, with random weights."""
+    folder, published = folder_of(network), published_network(network)
+    recipe = folder / RECIPE
+    if folder.is_dir() and not any(file.is_file() for file in (recipe, folder / 'config.json')):
         raise InputError(f'{network} is neither a run, it has no {RECIPE}, nor a network, it has no config.json')
-    published = _published(network)
-    # Of a published one the accuracies are known, and cost and speed need no weights.
-    model = open_subject(network).model if published is None else timm.create_model(published.name).eval()
+    if recipe.is_file() and not (folder / 'config.json').is_file():
+        settings = yaml.safe_load(recipe.read_text())
+        name, widths, data = settings['model']['name'], tuple(settings['model']['widths']), settings['data']
+        classes = settings.get('method', {}).get('num_classes') or 0
+        model = timm.create_model(name, num_classes=classes, in_chans=data.get('channels', 3), widths=widths).eval()
+        assert isinstance(model, SlimmableResNet)
+        return model, data['size']
+    model = timm.create_model(published.name).eval() if published is not None else open_for_test(network).model
     assert isinstance(model, SlimmableResNet)
-    measures = [] if published is None else [_reported(published)]
-    measures += _while_training(folder) if (folder / RECIPE).is_file() else []
-    measures += [_evaluated(file) for file in sorted(default_output(network, '-').parent.glob(f'*/{RESULT}'))]
-    measures = _newest(measures)
-    size = model.pretrained_cfg['input_size'][-1]
-    return Entry(name, model, size, width_facts(model, size), measures)
+    return model, model.pretrained_cfg['input_size'][-1]
 
 
-def _published(network: str) -> Published | None:
-    if Path(network).exists() or '/' in network:
-        return None
-    _, name = parse_model_name(network)
-    return next((published for published in PUBLISHED.values() if published.name == name), None)
-
-
-def _reported(published: Published) -> Measure:
-    reported = published.reported
-    return Measure(
-        'linear, reported',
-        TABLE_1,
-        IMAGENET,
-        {width: of.top1 for width, of in reported.items()},
-        {width: of.top5 for width, of in reported.items()},
-    )
-
-
-def _evaluated(file: Path) -> Measure:
-    result = load_result(file)
-    data = result.settings.get('data')
-    name = data_name(data) if isinstance(data, Mapping) else 'unknown data'
-    label = _EVALUATIONS.get(result.kind, result.kind)
-    written = datetime.fromtimestamp(file.stat().st_mtime, timezone.utc).isoformat(timespec='microseconds')
-    time = result.environment.get('time', written)
-    measure = Measure(label, result.protocol, name, result.top1, result.top5, source=file.parent.name, time=time)
-    if not (file.parent / ACCURACIES).is_file():
-        return measure
-    return replace(
-        measure,
-        others=[
-            replace(measure, protocol=protocol, top1=accuracy.top1, top5=accuracy.top5)
-            for protocol, accuracy in read_accuracies(file.parent / ACCURACIES).items()
-        ],
-    )
-
-
-def _newest(measures: Sequence[Measure]) -> list[Measure]:
-    """Measures of which no two have the same key: of those that have, the newest, which names the others."""
-    of: dict[tuple[str, str, str], list[Measure]] = {}
-    for measure in measures:
-        of.setdefault(measure.key, []).append(measure)
-    found = []
-    for several in of.values():
-        *older, newest = sorted(several, key=lambda measure: measure.time)
-        sources = [name for each in older for name in (*each.older, each.source)]
-        found.append(replace(newest, older=(*newest.older, *sources)))
+def _measurements(network: str) -> list[_Measurement]:
+    published = published_network(network)
+    found = [] if published is None else [_Measurement([published_result(published)], '', '')]
+    folder = default_output(network, '-').parent
+    for file, results in results_in(folder).items():
+        written = datetime.fromtimestamp(file.stat().st_mtime, timezone.utc).isoformat(timespec='microseconds')
+        source = '' if file.parent == folder else file.parent.name
+        by_place: dict[Protocol, list[Result]] = {}
+        for result in results:
+            by_place.setdefault(replace(result.protocol, k=None, temperature=None), []).append(result)
+        for several in by_place.values():
+            found.append(_Measurement(several, source, several[0].environment.get('time', written)))
     return found
 
 
-def _alike(entries: Sequence[Entry]) -> list[Entry]:
-    """One k and tau for all k-NN evaluations on a data set, where they share any: the best in the mean.
+def _chosen(measurements: Sequence[_Measurement]) -> dict[Protocol, Protocol]:
+    """Choose one k and tau for all k-NN evaluations on the same images, if they share any: the best in the mean.
 
-    Each evaluation names its own best, and two networks would stand in two columns.
+    Each evaluation has a best one of its own, and two networks would stand in two columns.
     """
-    chosen: dict[tuple[str, str], str] = {}
-    for place in {of.key[:2] for entry in entries for of in entry.measures if of.others}:
-        several = [of for entry in entries for of in entry.measures if of.others and of.key[:2] == place]
-        means: dict[str, list[float]] = {}
-        for other in (other for of in several for other in of.others):
-            means.setdefault(other.protocol, []).append(mean(other.top1.values()))
+    chosen = {}
+    for place in {each.place for each in measurements if len(each.results) > 1}:
+        several = [each for each in measurements if each.place == place]
+        means: dict[Protocol, list[float]] = {}
+        for result in (result for each in several for result in each.results):
+            means.setdefault(result.protocol, []).append(result.mean)
         common = [protocol for protocol, values in means.items() if len(values) == len(several)]
         if common:
             chosen[place] = max(common, key=lambda protocol: mean(means[protocol]))
-
-    def choose(measure: Measure) -> Measure:
-        protocol = chosen.get(measure.key[:2])
-        found = next((other for other in measure.others if other.protocol == protocol), measure)
-        return replace(found, older=measure.older)
-
-    # Evaluations of one network that had a best k each may have the same now.
-    return [replace(entry, measures=_newest([choose(measure) for measure in entry.measures])) for entry in entries]
+    return chosen
 
 
-def _while_training(folder: Path) -> list[Measure]:
-    """The last accuracies in metrics.jsonl, and the first beside them."""
+def _newest(
+    measurements: Sequence[_Measurement], chosen: Mapping[Protocol, Protocol]
+) -> tuple[dict[Protocol, list[Result]], dict[Protocol, str]]:
+    """The newest result by each protocol, and a note where there are older ones."""
+    results: dict[Protocol, list[Result]] = {}
+    sources: dict[Protocol, list[str]] = {}
+    found: dict[Protocol, list[tuple[str, str, Result]]] = {}
+    for each in measurements:
+        wanted = chosen.get(each.place)
+        result = next((one for one in each.results if one.protocol == wanted), each.results[0])
+        found.setdefault(result.protocol, []).append((each.time, each.source, result))
+    for protocol, several in found.items():
+        *older, (_, source, newest) = sorted(several, key=lambda one: one[0])
+        results[protocol] = [newest]
+        if older:
+            sources[protocol] = [source, *(name for _, name, _ in older)]
+    return results, {
+        protocol: f'of {source}, the newest by this protocol; left out: {", ".join(older)}'
+        for protocol, (source, *older) in sources.items()
+    }
+
+
+def _merge_seeds(entries: Sequence[Entry], same_recipe: SameRecipe) -> list[Entry]:
+    groups: list[list[Entry]] = []
+    for entry in entries:
+        (path,) = map(folder_of, entry.networks)
+        runs = (path / RECIPE).is_file()
+        group = next((each for each in groups if runs and _is_run(each[0]) and same_recipe(_path(each[0]), path)), None)
+        if group is None:
+            groups.append([entry])
+        else:
+            group.append(entry)
+    return [group[0] if len(group) == 1 else _merged(group) for group in groups]
+
+
+def _path(entry: Entry) -> Path:
+    return folder_of(entry.networks[0])
+
+
+def _is_run(entry: Entry) -> bool:
+    return (_path(entry) / RECIPE).is_file()
+
+
+def _merged(group: Sequence[Entry]) -> Entry:
+    results: dict[Protocol, list[Result]] = {}
+    for entry in group:
+        for protocol, found in entry.results.items():
+            results.setdefault(protocol, []).extend(found)
+    name = _SEED.sub('', ''.join(_common(entry.name for entry in group))) or group[0].name
+    networks = [network for entry in group for network in entry.networks]
+    return replace(group[0], name=name, results=results, networks=networks, notes={})
+
+
+def _common(names: Iterable[str]) -> Iterator[str]:
+    """Leading characters that all names share."""
+    return (letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False)))
+
+
+@torch.inference_mode()
+def measure_speed(entries: Sequence[Entry], batch_size: int, seconds: float = 20) -> list[Entry]:
+    """Measure images per second of several networks at every width: inference in float32 on random images.
+
+    Every width of every network takes its turn in each repetition, so that other load on the machine affects all alike.
+    The median of seven repetitions counts, or of at least three once `seconds` have passed.
+
+    Args:
+        entries: The networks.
+        batch_size: Images at a time.
+        seconds: About how long it may take.
+
+    Raises:
+        InputError: The batch does not fit in memory.
+    """
+    if batch_size < 1:
+        raise InputError(f'batch size is {batch_size}; give 1 or more')
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = device or torch.device('cpu')
+    begun = perf_counter()
+    try:
+        turns = [
+            (i, width, torch.randn(batch_size, entry.model.in_chans, entry.size, entry.size, device=device))
+            for i, entry in enumerate(entries)
+            for width in entry.model.to(device).widths
+        ]
+        # The first pass is slower; the second one tells how many forwards fit in a moment.
+        _ = [_time(entries[i].model, images, width, 1) for i, width, images in turns]
+        times = [_time(entries[i].model, images, width, 1) for i, width, images in turns]
+        counts = [int(_MOMENT / time) + 1 for time in times]
+        measured: list[list[float]] = [[] for _ in turns]
+        for repetition in range(_REPETITIONS):
+            if repetition >= _LEAST_REPETITIONS and perf_counter() - begun > seconds:
+                break
+            for turn, ((i, width, images), count) in enumerate(zip(turns, counts, strict=True)):
+                measured[turn].append(_time(entries[i].model, images, width, count))
+    except torch.OutOfMemoryError as error:
+        raise InputError(f'a batch of {batch_size} does not fit in memory; give a smaller --batch-size') from error
+    speeds: list[dict[float, float]] = [{} for _ in entries]
+    spreads = [0.0 for _ in entries]
+    for (i, width, _), found in zip(turns, measured, strict=True):
+        first, middle, third = quantiles(found, n=4, method='inclusive')
+        speeds[i][width] = batch_size / middle
+        spreads[i] = max(spreads[i], (third - first) / middle)
     return [
-        Measure(of.protocol.label, str(of.protocol), str(of.protocol.data), of.top1, of.top5, of.start)
-        for of in results_in(folder).get(folder / METRICS, ())
+        replace(entry, speed=speed, spread=spread)
+        for entry, speed, spread in zip(entries, speeds, spreads, strict=True)
     ]
+
+
+def _time(model: SlimmableResNet, images: torch.Tensor, width: float, count: int) -> float:
+    """Mean seconds of one forward, of `count`."""
+    _synchronise(images.device)
+    begun = perf_counter()
+    for _ in range(count):
+        model.forward_at(images, width)
+    _synchronise(images.device)
+    return (perf_counter() - begun) / count
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)

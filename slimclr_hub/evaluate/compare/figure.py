@@ -1,29 +1,28 @@
 """The Pareto figure of a comparison: accuracy over multiply-adds."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean, stdev
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.compare.entries import Entry, Measure
-from slimclr_hub.evaluate.compare.reported import REPORTED, TABLE_1
-from slimclr_hub.runs.figures import line_style, marker, new_figure, save_figure
-from slimclr_hub.runs.result import IMAGENET
-from slimclr_hub.weights.published import PUBLISHED
+from slimclr_hub.evaluate.compare.entries import Entry
+from slimclr_hub.evaluate.compare.tables import reported_networks
+from slimclr_hub.evaluate.reported import TABLE_1
+from slimclr_hub.runs.figures import GREY, line_style, marker, new_figure, save_figure
+from slimclr_hub.runs.result import IMAGENET, Protocol
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_GREY = '#888888'
-_MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '*', '<', '>', 'p', 'h', 'd')  # one for each series of the paper's
+_MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '*', '<', '>', 'p', 'h', 'd')  # one for each method of the paper's
 _COLUMNS = 3
-_PAPER = (IMAGENET, 'linear, reported', TABLE_1)
-_LIKE_THE_PAPERS = 'linear evaluation, switchable, augmented, '  # what the protocol of such an evaluation begins with
-_SIZE = (5, 4)  # inches of a panel
-_SIZE_WITH_PAPER = (8.5, 5.5)  # its legend stands beside it
-_LINE = 0.21  # inches of a line of a legend
+_LIKE_THE_PAPERS = Protocol('linear', IMAGENET, head='switchable', features='augmented', distillation=True)
+_WIDTH, _HEIGHT = 5.5, 4.2  # inches of a panel without its legend
+_LINE = 0.18  # inches of a line of a legend
 
 
 def draw_pareto(entries: Sequence[Entry], path: Path, reported: bool = False) -> bool:
@@ -35,7 +34,7 @@ def draw_pareto(entries: Sequence[Entry], path: Path, reported: bool = False) ->
         reported: As in `pareto_figure`.
 
     Returns:
-        Whether there was any accuracy to draw.
+        True if there was any accuracy to draw.
     """
     figure = pareto_figure(entries, reported)
     if figure is not None:
@@ -44,45 +43,48 @@ def draw_pareto(entries: Sequence[Entry], path: Path, reported: bool = False) ->
 
 
 def pareto_figure(entries: Sequence[Entry], reported: bool = False) -> 'Figure | None':
-    """The figure that `draw_pareto` writes, if there is any accuracy to draw.
+    """Make the figure that `draw_pareto` writes; None if there is no accuracy to draw.
 
-    The widths of a network are joined by a line and marked by their numbers; a network of one width is a point.
+    The widths of a network are joined by a line and marked by their numbers; a network of one width is a point. Bars
+    are standard deviations over seeds.
 
     Args:
         entries: The networks.
-        reported: Whether to add the rows of the paper's table 1, in grey, to linear evaluations on ImageNet by the
-            paper's protocol, or in a panel of their own where there is none.
+        reported: Add networks of about the same cost from the paper's table 1 in grey, to linear evaluations by its
+            protocol, or in a panel of their own if there is none.
     """
-    panels = list(dict.fromkeys(measure.key for entry in entries for measure in entry.measures))
-    if reported and not any(_is_like_the_papers(key) for key in panels):
-        panels.append(_PAPER)
+    panels = list(dict.fromkeys(protocol for entry in entries for protocol in entry.results))
+    if reported and reported_networks(entries) and not any(map(_is_like_the_papers, panels)):
+        panels.append(TABLE_1)
     if not panels:
         return None
     columns = min(len(panels), _COLUMNS)
-    sizes = [_size(entries, key, reported and _is_like_the_papers(key)) for key in panels]
-    rows = [sizes[start : start + columns] for start in range(0, len(sizes), columns)]
-    widths = [max(width for width, _ in sizes[column::columns]) for column in range(columns)]
-    figure, axes = new_figure(columns, len(rows), widths, [max(height for _, height in row) for row in rows])
-    for axis, key in zip(axes, panels, strict=False):
+    grey = {protocol for protocol in panels if reported and _is_like_the_papers(protocol)}
+    lines = [
+        sum(protocol in entry.results for entry in entries) + (_paper_lines(entries) if protocol in grey else 0)
+        for protocol in panels
+    ]
+    heights = [_HEIGHT + _LINE * max(lines[start : start + columns]) for start in range(0, len(panels), columns)]
+    figure, axes = new_figure(columns, len(heights), _WIDTH, heights)
+    for axis, protocol in zip(axes, panels, strict=False):
         points: list[tuple[float, float, float]] = []
         for i, entry in enumerate(entries):
-            for measure in (measure for measure in entry.measures if measure.key == key):
-                points += _draw(axis, entry, measure, i, alone=len(entries) == 1)
+            if protocol in entry.results:
+                points += _draw(axis, entry, protocol, i, alone=len(entries) == 1)
         _mark_widths(axis, points)
-        with_paper = reported and _is_like_the_papers(key)
-        if with_paper:
-            _draw_paper(axis, {entry.name for entry in entries})
-        _finish(axis, key, beside=with_paper)
+        if protocol in grey:
+            _draw_paper(axis, entries)
+        _finish(axis, protocol)
     for axis in axes[len(panels) :]:
         axis.remove()
     return figure
 
 
 def figure_path(path: Path) -> Path:
-    """Where a figure that was asked for as `path` goes, without its suffix.
+    """Path of a figure without its suffix.
 
     Raises:
-        InputError: The suffix is of another format, or it is a folder.
+        InputError: The suffix is of another format, or the path is a folder.
     """
     if path.suffix not in ('', '.png', '.pdf'):
         raise InputError(f'--figure {path}: figures are written as PNG and PDF; give a name in .png or without suffix')
@@ -91,26 +93,21 @@ def figure_path(path: Path) -> Path:
     return path.with_suffix('')
 
 
-def _size(entries: Sequence[Entry], key: tuple[str, str, str], with_paper: bool) -> tuple[float, float]:
-    if with_paper:
-        return _SIZE_WITH_PAPER
-    width, height = _SIZE
-    return width, height + _LINE * sum(any(of.key == key for of in entry.measures) for entry in entries)
-
-
 def _draw(
-    axis: 'Axes', entry: Entry, measure: Measure, number: int, alone: bool
+    axis: 'Axes', entry: Entry, protocol: Protocol, number: int, alone: bool
 ) -> Sequence[tuple[float, float, float]]:
     """Draw a network, and return multiply-adds, accuracy and width of its points."""
-    points = [
-        (fact.multiply_adds, measure.top1[fact.width], fact.width) for fact in entry.facts if fact.width in measure.top1
-    ]
+    found = [(fact, entry.values(protocol, 'top1', fact.width)) for fact in entry.facts]
+    points = [(fact.multiply_adds, mean(values), fact.width) for fact, values in found if values]
+    spreads = [stdev(values) if len(values) > 1 else 0 for _, values in found if values]
     style = line_style(number) if len(points) > 1 else {**line_style(number), 'linestyle': 'none'}
     xs, ys = zip(*(point[:2] for point in points), strict=True)
     axis.plot(xs, ys, label=entry.name, marker=marker(number), zorder=3, **style)
-    if alone and measure.start:
-        began = [(x, measure.start[width]) for x, _, width in points if width in measure.start]
-        axis.plot(*zip(*began, strict=True), label='before training', marker='x', color=_GREY, linestyle=':')
+    if any(spreads):
+        axis.errorbar(xs, ys, spreads, fmt='none', capsize=3, zorder=3, color=style['color'])
+    began = [(x, values[0]) for x, _, width in points if (values := entry.values(protocol, 'start', width))]
+    if alone and began:
+        axis.plot(*zip(*began, strict=True), label='before training', marker='x', color=GREY, linestyle=':')
     return points
 
 
@@ -123,32 +120,32 @@ def _mark_widths(axis: 'Axes', points: Sequence[tuple[float, float, float]]) -> 
         axis.annotate(f'{width:g}', (x, y), textcoords='offset points', xytext=(0, 7), ha='center', fontsize='small')
 
 
-def _draw_paper(axis: 'Axes', shown: set[str]) -> None:
-    series = list(dict.fromkeys(row.series for row in REPORTED))
-    # Those that are there in colour already are the same numbers.
-    theirs = {f'SlimCLR-{of.method}, {of.epochs} epochs' for of in PUBLISHED.values() if of.name in shown}
-    for i, name in enumerate(series):
-        if name in theirs:
-            continue
-        rows = [row for row in REPORTED if row.series == name]
+def _paper_lines(entries: Sequence[Entry]) -> int:
+    return len({network.method for network, _ in reported_networks(entries)})
+
+
+def _draw_paper(axis: 'Axes', entries: Sequence[Entry]) -> None:
+    found = reported_networks(entries)
+    for i, method in enumerate(dict.fromkeys(network.method for network, _ in found)):
+        networks = [(network, widths) for network, widths in found if network.method == method]
+        points = [(network.costs[w][1], network.result.top1[w]) for network, widths in networks for w in widths]
+        first = networks[0][0]
         axis.plot(
-            [row.multiply_adds for row in rows],
-            [row.top1 for row in rows],
-            label=f'{name} (reported)',
+            *zip(*points, strict=True),
+            label=f'{method} (reported)',
             marker=_MARKERS[i],
             markersize=5,
-            markerfacecolor='none' if rows[0].teacher else _GREY,
-            color=_GREY,
-            linestyle='-' if rows[0].slimmable else 'none',
+            markerfacecolor='none' if first.teacher else GREY,
+            color=GREY,
+            linestyle='-' if first.slimmable else 'none',
             linewidth=0.8,
             zorder=2,
         )
 
 
-def _finish(axis: 'Axes', key: tuple[str, str, str], beside: bool) -> None:
+def _finish(axis: 'Axes', protocol: Protocol) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    data, _, protocol = key
     axis.set_xscale('log')
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
@@ -156,16 +153,9 @@ def _finish(axis: 'Axes', key: tuple[str, str, str], beside: bool) -> None:
     axis.margins(x=0.1, y=0.12)
     axis.set_xlabel('multiply-adds for one image')
     axis.set_ylabel('top-1 accuracy (%)')
-    axis.set_title(f'{data}\n{_folded(protocol)}', fontsize='medium')
-    # Where it covers nothing.
-    if beside:
-        axis.legend(loc='center left', bbox_to_anchor=(1.01, 0.5), fontsize='small')
-    else:
-        axis.legend(loc='upper center', bbox_to_anchor=(0.5, -0.16), fontsize='small')
-
-
-def _folded(text: str) -> str:
-    return '\n'.join(wrap(text, 60))
+    axis.set_title('\n'.join([str(protocol.data), *wrap(str(protocol), 60)]), fontsize='medium')
+    # Below the panel it covers nothing, and panels are of one size.
+    axis.legend(loc='upper center', bbox_to_anchor=(0.5, -0.16), fontsize='small')
 
 
 def _short(value: float) -> str:
@@ -175,8 +165,5 @@ def _short(value: float) -> str:
     return f'{value:g}'
 
 
-def _is_like_the_papers(key: tuple[str, str, str]) -> bool:
-    data, _, protocol = key
-    return key == _PAPER or (
-        data == IMAGENET and protocol.startswith(_LIKE_THE_PAPERS) and 'without distillation' not in protocol
-    )
+def _is_like_the_papers(protocol: Protocol) -> bool:
+    return protocol == TABLE_1 or replace(protocol, epochs=None, standardised=None) == _LIKE_THE_PAPERS

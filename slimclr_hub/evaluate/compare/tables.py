@@ -1,166 +1,169 @@
-"""Tables of a comparison, for a terminal and as Markdown."""
+"""Tables of a comparison: a row for each network and width, a column for each protocol."""
 
+import csv
+import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from statistics import mean, stdev
 
-from slimclr_hub.evaluate.compare.entries import Entry, Measure
-from slimclr_hub.evaluate.compare.reported import REPORTED, REPORTED_DETECTION, TABLE_1, TABLE_2
-from slimclr_hub.evaluate.result import RESULT
-from slimclr_hub.runs.tables import print_table
+from slimclr_hub.evaluate.compare.entries import Entry
+from slimclr_hub.evaluate.reported import REPORTED, REPORTED_DETECTION, TABLE_1, TABLE_2, ReportedNetwork
+from slimclr_hub.runs.result import RESULT, Protocol
+from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.text import human
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-_STEADY = 0.2  # spread of repetitions from which on a speed is not to be relied on
-
-
-@dataclass(frozen=True)
-class TextTable:
-    """A table of texts.
-
-    Args:
-        title: What stands above it.
-        headers: Titles of the columns.
-        rows: A text for each column.
-        notes: What stands below it, line by line.
-        names: Columns of names, from the left, which are aligned there.
-    """
-
-    title: str
-    headers: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = field(default_factory=tuple)
-    names: int = 1
-
-    def markdown(self) -> str:
-        """The table in Markdown, title and notes around it."""
-        rules = ['---' if i < self.names else '---:' for i in range(len(self.headers))]
-        cells = [self.headers, rules, *self.rows]
-        lines = ['| ' + ' | '.join(cell.replace('|', r'\|') for cell in row) + ' |' for row in cells]
-        return '\n'.join([f'**{self.title}**', '', *lines, '', *(f'- {note}' for note in self.notes)]).rstrip() + '\n'
-
-    def print(self, console: 'Console | None' = None) -> None:
-        """Print the table, with all of each cell however narrow the terminal is.
-
-        Args:
-            console: Where to; standard output unless given.
-        """
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title=self.title)
-        for i, header in enumerate(self.headers):
-            table.add_column(header, justify='left' if i < self.names else 'right')
-        for row in self.rows:
-            table.add_row(*row)
-        console = console or Console(markup=False, emoji=False, highlight=False)
-        print_table(table, console)
-        for note in self.notes:
-            console.print(note, soft_wrap=True)
+_STEADY = 0.2  # spread of repetitions from which on a speed is not reliable
+_NEAR = 1.5  # ratio of multiply-adds within which a reported network is of such a cost
 
 
 def comparison_tables(entries: Sequence[Entry], batch_size: int, hardware: str) -> list[TextTable]:
-    """A table for each data set, with a row for each network and width and a column for each protocol.
+    """Tables of networks, one for each data set; networks without any accuracy stand in the first one.
 
     Args:
         entries: The networks.
         batch_size: Images at a time while speed was measured.
-        hardware: What it was measured on.
+        hardware: Machine that speed was measured on.
     """
-    sets = list(dict.fromkeys(measure.data for entry in entries for measure in entry.measures))
-    if not sets:
-        return [_table(entries, None, batch_size, hardware)]
-    tables = [_table(entries, data, batch_size, hardware) for data in sets]
+    sets = list(dict.fromkeys(protocol.data for entry in entries for protocol in entry.results))
+    tables = []
+    for i, data in enumerate(sets or [None]):
+        shown = [
+            entry
+            for entry in entries
+            if any(protocol.data == data for protocol in entry.results) or (i == 0 and not entry.results)
+        ]
+        tables.append(_table(shown, data, len(entries) == 1, batch_size, hardware))
     if len(sets) > 1:
         notes = [*tables[-1].notes, 'Accuracies on different data sets do not compare.']
         tables[-1] = replace(tables[-1], notes=notes)
     return tables
 
 
-def reported_tables() -> list[TextTable]:
-    """Tables 1 and 2 of the paper, as reported there."""
-    first = [
+def reported_networks(entries: Sequence[Entry]) -> list[tuple[ReportedNetwork, list[float]]]:
+    """Networks of the paper's table 1 that cost about as much as some to compare, and their widths that do.
+
+    All are returned if there are none to compare. Networks that are among those to compare are left out.
+    """
+    costs = [fact.multiply_adds for entry in entries for fact in entry.facts]
+    names = {name for entry in entries for name in (entry.name, *entry.networks)}
+    found = []
+    for network in REPORTED:
+        widths = [
+            width
+            for width, (_, multiply_adds) in network.costs.items()
+            if not costs or min(costs) / _NEAR <= multiply_adds <= max(costs) * _NEAR
+        ]
+        if widths and network.result.network not in names:
+            found.append((network, widths))
+    return found
+
+
+def reported_tables(entries: Sequence[Entry]) -> list[TextTable]:
+    """Rows of table 1 of the paper that cost about as much as the networks; without networks, all of tables 1 and 2."""
+    rows = [
         (
-            row.method,
-            row.backbone,
-            _number(row.width, 'g'),
-            row.teacher or '-',
-            str(row.epochs or '-'),
-            _rounded(row.parameters),
-            _rounded(row.multiply_adds),
-            _number(row.top1),
-            _number(row.top5),
+            network.method,
+            network.backbone,
+            f'{width:g}' if len(network.costs) > 1 else '-',
+            network.teacher or '-',
+            str(network.epochs or '-'),
+            *(_rounded(cost) for cost in network.costs[width]),
+            f'{network.result.top1[width]:.1f}',
+            f'{network.result.top5[width]:.1f}' if width in network.result.top5 else '-',
         )
-        for row in REPORTED
+        for network, widths in reported_networks(entries)
+        for width in widths
     ]
-    second = [
+    notes = ['Reported by the paper, not measured here; cost as rounded there, with a classifier of 1000 classes.']
+    if entries:
+        notes.append(
+            'Only networks of about the cost of those above; --reported alone shows all. These compare with linear '
+            'evaluation on ImageNet, switchable and augmented, and with no other accuracy.'
+        )
+    costs = ('parameters', 'multiply-adds')
+    headers = ['method', 'backbone', 'width', 'teacher', 'epochs', *costs, 'top-1', 'top-5']
+    first = TextTable(f'Reported: {TABLE_1.data}, {TABLE_1}', headers, rows, notes, names=4)
+    if entries:
+        return [first]
+    detection = [
         (
             row.method,
             row.backbone,
-            _number(row.width, 'g'),
+            '-' if row.width is None else f'{row.width:g}',
             _rounded(row.parameters),
-            _number(row.box_ap),
-            _number(row.mask_ap),
+            f'{row.box_ap:.1f}',
+            f'{row.mask_ap:.1f}',
         )
         for row in REPORTED_DETECTION
     ]
-    costs = ('parameters', 'multiply-adds')
-    return [
-        TextTable(
-            f'Reported: {TABLE_1}',
-            ['method', 'backbone', 'width', 'teacher', 'epochs', *costs, 'top-1', 'top-5'],
-            first,
-            ['Reported by the paper, not measured here; cost as rounded there, with a classifier of 1000 classes.'],
-            names=4,
-        ),
-        TextTable(
-            f'Reported: {TABLE_2}',
-            ['pre-training', 'backbone', 'width', costs[0], 'box AP', 'mask AP'],
-            second,
-            ['Reported by the paper, not measured here.'],
-            names=3,
-        ),
-    ]
+    headers = ['pre-training', 'backbone', 'width', costs[0], 'box AP', 'mask AP']
+    notes = ['Reported by the paper, not measured here.']
+    return [first, TextTable(f'Reported: {TABLE_2}', headers, detection, notes, names=3)]
 
 
-def _table(entries: Sequence[Entry], data: str | None, batch_size: int, hardware: str) -> TextTable:
-    shown = [entry for entry in entries if data is None or any(of.data == data for of in entry.measures)]
-    alone = len(entries) == 1
-    columns = {of.key: of for entry in shown for of in entry.measures if of.data == data}
-    labels = [label for _, label, _ in columns]
+def csv_text(entries: Sequence[Entry], reported: bool) -> str:
+    """All numbers as CSV, with a row for each network, width and protocol.
+
+    Args:
+        entries: The networks.
+        reported: Add the rows of `reported_networks`.
+    """
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator='\n')
+    headers = ('network', 'width', 'parameters', 'multiply_adds', 'images_per_second', 'data', 'protocol')
+    writer.writerow([*headers, 'top1', 'top1_std', 'top5', 'start', 'networks', 'test_images'])
+    for entry in entries:
+        for protocol in entry.results or [None]:
+            for fact in entry.facts:
+                cost = [entry.name, fact.width, fact.parameters, fact.multiply_adds, entry.speed.get(fact.width, '')]
+                if protocol is None:
+                    writer.writerow([*cost, *[''] * 8])
+                elif top1 := entry.values(protocol, 'top1', fact.width):
+                    spread = stdev(top1) if len(top1) > 1 else ''
+                    others = [entry.values(protocol, kind, fact.width) for kind in ('top5', 'start')]
+                    means = [mean(values) if values else '' for values in others]
+                    images = entry.results[protocol][0].images or ''
+                    writer.writerow([*cost, protocol.data, protocol, mean(top1), spread, *means, len(top1), images])
+    for network, widths in reported_networks(entries) if reported else ():
+        for width in widths:
+            result, teacher = network.result, f', teacher {network.teacher}' if network.teacher else ''
+            about = [f'{result.network}{teacher}', width, *map(int, network.costs[width]), '', TABLE_1.data, TABLE_1]
+            writer.writerow([*about, result.top1[width], '', result.top5.get(width, ''), '', 1, ''])
+    return file.getvalue()
+
+
+def _table(entries: Sequence[Entry], data: str | None, alone: bool, batch_size: int, hardware: str) -> TextTable:
+    protocols = list(dict.fromkeys(of for entry in entries for of in entry.results if of.data == data))
+    labels = [protocol.label for protocol in protocols]
     headers = ['width', 'parameters', 'multiply-adds']
-    headers += ['images/s'] if shown[0].speed else []
+    headers += ['images/s'] if entries[0].speed else []
     notes = []
-    for key, measure in columns.items():
-        # One word where it says enough, else in full.
-        header = measure.label if labels.count(measure.label) == 1 else measure.protocol
-        headers += [f'{header} at start', header, 'gain'] if alone and measure.start else [header]
-        both = ' (top-1 / top-5)' if any(of.top5 for entry in shown for of in entry.measures if of.key == key) else ''
-        notes.append(f'{header}: {measure.protocol}{both}' if header != measure.protocol else f'{header}{both}')
-        notes += [
-            f'{header} of {entry.name}: of {of.source}, the newest by this protocol; left out: {", ".join(of.older)} '
-            f'(how they differ stands in the settings of their {RESULT})'
-            for entry in shown
-            for of in entry.measures
-            if of.key == key and of.older
-        ]
-    if len(columns) > 1:
+    with_start = {of for of in protocols if alone and any(result.start for result in entries[0].results[of])}
+    for protocol in protocols:
+        # One word where it says enough, else all of them.
+        header = protocol.label if labels.count(protocol.label) == 1 else str(protocol)
+        headers += [f'{header} at start', header, 'gain'] if protocol in with_start else [header]
+        notes += _notes(entries, protocol, header)
+    if len(protocols) > 1:
         notes.append('Accuracies by different protocols do not compare: look along a column.')
-    if shown[0].speed:
+    notes += [
+        f'{entry.name}: mean and standard deviation of {len(entry.networks)} runs that differ in their seed alone '
+        f'({", ".join(entry.networks)})'
+        for entry in entries
+        if len(entry.networks) > 1
+    ]
+    if entries[0].speed:
         notes.append(f'images/s: a batch of {batch_size} at a time, in float32, measured now on {hardware}')
-        if (spread := max(entry.spread for entry in shown)) > _STEADY:
+        if (spread := max(entry.spread for entry in entries)) > _STEADY:
             notes.append(f'The machine was busy: repetitions of images/s differ by {100 * spread:.0f} %.')
     rows = []
-    for entry in shown:
-        measures = {of.key: of for of in entry.measures}
+    for entry in entries:
         for fact in entry.facts:
             row = [] if alone else [entry.name]
             row += [f'{fact.width:g}', human(fact.parameters), human(fact.multiply_adds)]
             row += [f'{entry.speed[fact.width]:,.0f}'] if entry.speed else []
-            for key in columns:
-                row += _cells(measures.get(key), fact.width, alone and bool(columns[key].start))
+            for protocol in protocols:
+                row += _cells(entry, protocol, fact.width, protocol in with_start)
             rows.append(row)
     title = 'cost by width' if data is None else f'accuracies (%) by width on {data}'
     if alone:
@@ -168,21 +171,36 @@ def _table(entries: Sequence[Entry], data: str | None, batch_size: int, hardware
     return TextTable(title, ['network', *headers], rows, notes)
 
 
-def _cells(measure: Measure | None, width: float, with_start: bool) -> list[str]:
-    if measure is None or width not in measure.top1:
+def _notes(entries: Sequence[Entry], protocol: Protocol, header: str) -> list[str]:
+    results = [result for entry in entries for result in entry.results.get(protocol, ())]
+    both = ' (top-1 / top-5)' if any(result.top5 for result in results) else ''
+    errors = [result.standard_error(width) or 0 for result in results for width in result.top1]
+    counts = {result.images for result in results if result.images}
+    sampling = f'; {max(counts)} test images, standard error up to {max(errors):.1f} points' if counts else ''
+    notes = [(header if header == str(protocol) else f'{header}: {protocol}') + both + sampling]
+    return notes + [
+        f'{header} of {entry.name}: {entry.notes[protocol]} (how they differ stands in the settings of their {RESULT})'
+        for entry in entries
+        if protocol in entry.notes
+    ]
+
+
+def _cells(entry: Entry, protocol: Protocol, width: float, with_start: bool) -> list[str]:
+    top1, top5, start = (entry.values(protocol, kind, width) for kind in ('top1', 'top5', 'start'))
+    if not top1:
         return ['', '', ''] if with_start else ['']
-    cell = f'{measure.top1[width]:.1f}' + (f' / {measure.top5[width]:.1f}' if width in measure.top5 else '')
+    cell = _mean(top1) + (f' / {_mean(top5)}' if top5 else '')
+    if 1 < len(entry.networks) != len(top1):
+        cell += f' (of {len(top1)})'
     if not with_start:
         return [cell]
-    if width not in measure.start:
-        return ['', cell, '']
-    return [f'{measure.start[width]:.1f}', cell, f'{measure.top1[width] - measure.start[width]:+.1f}']
+    return [_mean(start), cell, f'{mean(top1) - mean(start):+.1f}'] if start else ['', cell, '']
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f'{mean(values):.1f}' + (f' ± {stdev(values):.1f}' if len(values) > 1 else '')
 
 
 def _rounded(cost: float) -> str:
     # No more digits than the paper gives.
     return f'{cost / 1e9:.1f} G' if cost >= 1e9 else f'{cost / 1e6:.1f} M' if cost < 1e8 else f'{cost / 1e6:.0f} M'
-
-
-def _number(value: float | None, form: str = '.1f') -> str:
-    return '-' if value is None else format(value, form)

@@ -1,4 +1,4 @@
-"""What the probe learns from: features of augmented views as they come, or cached features of centre crops."""
+"""Batches that the probe is trained on: features of augmented views, or cached features of centre crops."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,19 +9,18 @@ from accelerate import Accelerator
 
 from slimclr_hub.data.seeding import permutation
 from slimclr_hub.data.training import Position, TrainData
-from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.feature_cache import SplitFeatures
+from slimclr_hub.evaluate.features import SplitFeatures
 from slimclr_hub.models import SlimmableResNet
 
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """This process's part of a batch.
+    """The part of a batch that this process trains on.
 
     Args:
         features: Width -> features [b, C * width].
         labels: Classes [b].
-        position: Where this process stands in its stream after the batch, for a checkpoint.
+        position: Position in this process's stream after the batch, for a checkpoint.
     """
 
     features: dict[float, torch.Tensor]
@@ -30,7 +29,7 @@ class FeatureBatch:
 
 
 class FeatureBatches(Protocol):
-    """Source of this process's batches, whose epochs can be entered at any step."""
+    """Batches of this process; an epoch can be entered at any step."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -38,19 +37,19 @@ class FeatureBatches(Protocol):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user must know before training starts."""
+        """Notes for the user before training starts."""
 
     def epoch(self, epoch: int, start: int = 0, position: Position = None) -> Iterator[FeatureBatch]:
         """Batches of an epoch from a step on; a stream may end early."""
 
 
 class AugmentedBatches:
-    """Each epoch's views through the frozen network.
+    """Features of each epoch's augmented views.
 
     Args:
         data: Labelled images in one view.
         backbone: The network in eval mode, without a classifier.
-        accelerator: Whose precision the network runs in.
+        accelerator: Decides the precision of the network.
     """
 
     def __init__(self, data: TrainData, backbone: SlimmableResNet, accelerator: Accelerator) -> None:
@@ -61,7 +60,7 @@ class AugmentedBatches:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user must know before training starts."""
+        """Notes for the user before training starts."""
         return self._data.notes
 
     def epoch(self, epoch: int, start: int = 0, position: Position = None) -> Iterator[FeatureBatch]:
@@ -73,30 +72,20 @@ class AugmentedBatches:
 
 
 class CachedBatches:
-    """Cached features in an order of each epoch's own; as with images, what is left of a batch waits for the next.
+    """Cached features in a new order for each epoch; images that do not fill a batch are left out, as in training.
 
     Args:
         features: Features of the training images, as the probe is to see them.
-        batch_size: Images a step over all processes.
+        batch_size: Images a step over all processes, a multiple of them and no more than there are.
         seed: Seed of all orders.
         processes: Number of processes.
-        rank: Which of them this is.
-
-    Raises:
-        InputError: The batch does not fit the images or the processes.
+        rank: Rank of this process.
     """
 
     notes: tuple[str, ...] = ()
 
     def __init__(self, features: SplitFeatures, batch_size: int, seed: int, processes: int = 1, rank: int = 0) -> None:
         length = len(features.labels)
-        if batch_size % processes:
-            nearest = max(round(batch_size / processes), 1) * processes
-            raise InputError(
-                f'data.batch_size {batch_size} does not divide over {processes} processes; nearest that fits: {nearest}'
-            )
-        if batch_size > length:
-            raise InputError(f'data.batch_size {batch_size} is larger than the data set of {length} images')
         self._features = features
         self._batch_size = batch_size
         self._seed = seed

@@ -1,19 +1,19 @@
-"""What `recipes/linear_eval.py` is told: frozen dataclasses that check themselves on construction."""
+"""The configuration of a linear evaluation: frozen dataclasses that check their values."""
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
 from slimclr_hub.data import DataConfig, ViewConfig
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.subject import data_defaults
+from slimclr_hub.evaluate.network import data_defaults
 from slimclr_hub.runs.command_line import make_parser, parse
-from slimclr_hub.settings import PRECISIONS, above, at_least, one_of, share
+from slimclr_hub.runs.result import Protocol, data_name
+from slimclr_hub.settings import PRECISIONS, Incidental, above, at_least, one_of, share
 
 BATCH_SIZE = 256
 HEADS = ('switchable', 'slimmable')
 SCHEDULES = ('cosine', 'step')
-MODES = ('cached', 'augmented')
 
 
 def _plain_views() -> ViewConfig:
@@ -22,14 +22,14 @@ def _plain_views() -> ViewConfig:
 
 @dataclass(frozen=True)
 class LinearProbeConfig:
-    """The linear layers that learn.
+    """The linear probe.
 
     Args:
         head: `switchable`, a linear layer for each width (the paper's), or `slimmable`, one layer that all widths share
             (the ablation of its Table 3a).
-        distillation: Let narrower widths learn from the labels and from the outputs of the full width, half each, as
-            in the paper; from the labels alone without.
-        num_classes: Classes; found out where the data set tells.
+        distillation: Train narrower widths on the labels and the outputs of the full width, half each, as in the paper;
+            on the labels alone without.
+        num_classes: Number of classes; that of the data set where null.
     """
 
     head: str = 'switchable'
@@ -47,13 +47,13 @@ class SweepConfig:
     """Stochastic gradient descent with momentum, at one learning rate or at several side by side.
 
     Args:
-        lr: Learning rate, or several. Each has a probe of its own, all of which learn in one pass over the images; the
+        lr: Learning rate, or several. Each has a probe of its own, and all are trained in one pass over the images; the
             one with the highest mean top-1 accuracy over the widths on the validation split is kept.
         schedule: `cosine`, to zero, or `step`, to a tenth at each milestone.
-        milestones: Epochs after which the learning rate of `step` falls; 60 % and 80 % of all where null.
+        milestones: Epochs after which `step` divides the learning rate by ten; 60 % and 80 % of all where null.
         momentum: Momentum.
         weight_decay: Weight decay.
-        epochs: Epochs.
+        epochs: Number of epochs.
     """
 
     lr: float | tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -86,33 +86,43 @@ class SweepConfig:
         return self.lr if isinstance(self.lr, tuple) else (self.lr,)
 
     @property
-    def falls(self) -> tuple[float, ...]:
-        """The milestones in epochs."""
+    def milestone_epochs(self) -> tuple[float, ...]:
+        """The milestones, with their default."""
         return (0.6 * self.epochs, 0.8 * self.epochs) if self.milestones is None else self.milestones
 
 
 @dataclass(frozen=True)
-class FeaturesConfig:
-    """What the probe learns from.
+class CacheConfig(Incidental):
+    """Features on disk.
 
     Args:
-        mode: `augmented`, random crops of each epoch through the frozen network (the paper's), or `cached`, features of
-            centre crops that are computed once, at all widths, and kept on disk. These are two protocols, whose
-            accuracies differ.
+        cache: Folder of cached features; beside the results where null.
+    """
+
+    cache: str | None = None
+
+
+@dataclass(frozen=True)
+class FeaturesConfig(CacheConfig):
+    """Inputs of the probe.
+
+    Args:
+        mode: `augmented`, features of new random crops in each epoch (the paper's), or `cached`, features of centre
+            crops that are computed once, at all widths, and kept on disk. These are two protocols, whose accuracies
+            differ.
         standardise: Divide features by their standard deviation over the training images, and with the switchable head
-            subtract their mean, so that learning rates mean the same for all networks. It is worked into the saved
-            layers, which take features as they are. Where null, as `mode` is `cached`, which it needs.
-        cache: Folder of the features on disk; beside the results where null.
-        train_images: Training images that `cached` learns from at most, of a fixed random choice; all where null.
+            subtract their mean, so that learning rates mean the same for all networks. The saved layers include it and
+            take features as the network gives them. Needs `cached`, for which it is the default.
+        train_images: Number of training images that `cached` uses, a fixed random choice, where there are more; all
+            where null.
     """
 
     mode: str = 'cached'
     standardise: bool | None = None
-    cache: str | None = None
     train_images: int | None = None
 
     def __post_init__(self) -> None:
-        one_of('features.mode', self.mode, MODES)
+        one_of('features.mode', self.mode, ('cached', 'augmented'))
         if self.train_images is not None:
             at_least('features.train_images', self.train_images, 2)
             if self.mode != 'cached':
@@ -124,24 +134,33 @@ class FeaturesConfig:
 
     @property
     def standardised(self) -> bool:
-        """Whether features are standardised."""
+        """True if features are standardised."""
         return self.mode == 'cached' if self.standardise is None else self.standardise
 
 
 @dataclass(frozen=True)
-class LinearRunConfig:
-    """Where and how to run.
+class LinearOutputConfig(Incidental):
+    """Output.
 
     Args:
         output: Folder of the results; `linear_eval` in the folder of the network where null, or `linear_eval-2` and so
             on where that has the results of other settings.
+    """
+
+    output: str | None = None
+
+
+@dataclass(frozen=True)
+class LinearRunConfig(LinearOutputConfig):
+    """Seed, precision and output.
+
+    Args:
         seed: Seed of initialisation, order and views.
         precision: Of the frozen network: no for float32, bf16 or fp16; what accelerate was told where null. The probe
             is always in float32.
         channels_last: Memory layout of convolutions in which the channels of a pixel lie together.
     """
 
-    output: str | None = None
     seed: int = 0
     precision: str | None = None
     channels_last: bool = True
@@ -154,43 +173,57 @@ class LinearRunConfig:
 
 
 @dataclass(frozen=True)
-class LinearEvalConfig:
-    """A linear evaluation.
+class LinearNetworkConfig(Incidental):
+    """The network; a hash of its weights says whether it is the same one.
 
     Args:
-        network: The network to judge: the folder of a run, a tag such as slimclr_resnet50.mocov2_200e_in1k,
+        network: The network under test: the folder of a run, a tag such as slimclr_resnet50.mocov2_200e_in1k,
             hf-hub:USER/NAME, or a file.
-        data: The images; those that a run has trained on, and ImageNet for other networks, unless given.
-        views: Views that the probe learns from with features.mode augmented; random crops and flips unless given.
-        probe: The linear layers.
-        optim: Learning rates and their course.
-        features: What the probe learns from.
-        run: Where and how to run.
         save_to: Folder to write the network to with the probe as its head, for `slimclr-hub predict` and timm.
     """
 
     network: str = ''
+    save_to: str | None = None
+
+
+@dataclass(frozen=True)
+class LinearEvalConfig(LinearNetworkConfig):
+    """A linear evaluation.
+
+    Args:
+        data: The images; those that a run was trained on, and ImageNet for other networks, unless given. A batch of 256
+            becomes one of all training images where there are fewer.
+        views: Augmentation for features.mode augmented; random crops and flips unless given.
+        probe: The linear probe.
+        optim: Optimizer and learning rates.
+        features: Inputs of the probe.
+        run: Seed, precision and output.
+    """
+
     data: DataConfig = field(default_factory=lambda: DataConfig(batch_size=BATCH_SIZE))
     views: ViewConfig = field(default_factory=_plain_views)
     probe: LinearProbeConfig = field(default_factory=LinearProbeConfig)
     optim: SweepConfig = field(default_factory=SweepConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     run: LinearRunConfig = field(default_factory=LinearRunConfig)
-    save_to: str | None = None
 
     def __post_init__(self) -> None:
         if not self.network:
-            raise InputError('no network to judge; give --network with the folder of a run, or a tag')
+            raise InputError('no network to test; give --network with the folder of a run, or a tag')
 
     @property
-    def protocol(self) -> str:
-        """How it is measured, in a few words; accuracies by different ones do not compare."""
-        features, epochs = self.features, self.optim.epochs
-        words = ['linear evaluation', self.probe.head, features.mode]
-        words += [] if self.probe.distillation else ['without distillation']
-        words += [] if features.train_images is None else [f'at most {features.train_images} training images']
-        words += ['not standardised'] if features.mode == 'cached' and not features.standardised else []
-        return ', '.join([*words, f'{epochs} epoch{"s" if epochs > 1 else ""}'])
+    def protocol(self) -> Protocol:
+        """The protocol of its accuracies."""
+        return Protocol(
+            'linear',
+            data_name(asdict(self.data)),
+            self.features.train_images,
+            head=self.probe.head,
+            features='cached' if self.features.mode == 'cached' else 'augmented',
+            distillation=self.probe.distillation,
+            standardised=self.features.standardised,
+            epochs=self.optim.epochs,
+        )
 
 
 def parse_linear_eval(argv: Sequence[str] | None = None) -> LinearEvalConfig:

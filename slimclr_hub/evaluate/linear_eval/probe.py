@@ -39,7 +39,7 @@ def make_head(backbone: SlimmableResNet, kind: str, num_classes: int, seed: int)
 
 
 class ProbeSweep(nn.Module):
-    """Copies of a head that learn side by side, each for itself.
+    """Copies of a head that are trained side by side, one for each learning rate.
 
     The full width learns from the labels; narrower ones half from them and half from the full width's detached outputs
     by cross-entropy at tau_2 = 1, where distillation is on; widths are summed (paper, sections 3.2 and 4.1).
@@ -47,8 +47,8 @@ class ProbeSweep(nn.Module):
     Args:
         head: The head that all start from.
         widths: Widths of the network, in descending order.
-        copies: How many.
-        distillation: Whether narrower widths learn from the full one.
+        copies: Number of copies.
+        distillation: True if narrower widths also learn from the full one.
     """
 
     def __init__(self, head: Head, widths: Sequence[float], copies: int, distillation: bool) -> None:
@@ -100,20 +100,20 @@ def make_optimizer(sweep: ProbeSweep, config: SweepConfig) -> torch.optim.SGD:
 
 
 def lr_factor(config: SweepConfig, step: int, steps_per_epoch: int) -> float:
-    """What learning rates are multiplied by at a step (paper, section 4.1): a half cosine, or a tenth by milestone."""
+    """Factor of learning rates at a step (paper, section 4.1): a half cosine, or a tenth at each milestone."""
     if config.schedule == 'cosine':
         return warmup_cosine(step, config.epochs * steps_per_epoch, 0, 1.0)
-    return 0.1 ** sum(step >= milestone * steps_per_epoch for milestone in config.falls)
+    return 0.1 ** sum(step >= milestone * steps_per_epoch for milestone in config.milestone_epochs)
 
 
 def standardisation(head: Head, features: Mapping[float, torch.Tensor]) -> Scaling:
-    """How features of training images are brought to unit variance, so that a head can take it up.
+    """Shift and scale that bring features of training images to unit variance, such that `folded` can undo them.
 
-    Layers of their own subtract the mean, too. A layer that all widths share can only do what is the same for all of
-    them: it divides by the root of the mean variance over the widths that have the feature.
+    For a linear layer of each width they also subtract the mean. A layer that all widths share needs one scale for all:
+    the root of the mean variance over the widths that have the feature.
 
     Args:
-        head: The head that they are for.
+        head: The head that the features are for.
         features: Width -> features [N, D].
     """
     variances = {width: x.var(0, correction=0) for width, x in features.items()}
@@ -130,13 +130,13 @@ def standardisation(head: Head, features: Mapping[float, torch.Tensor]) -> Scali
 
 
 def _inverse_root(variance: torch.Tensor) -> torch.Tensor:
-    # A feature that never moves would be divided by zero; it has nothing to say.
+    # A constant feature would be divided by zero; it carries no information.
     return torch.where(variance > 0, variance.rsqrt(), torch.zeros_like(variance))
 
 
 @torch.no_grad()
 def folded(head: Head, scaling: Scaling | None) -> Head:
-    """A copy of a head that does to features as they are what `head` does to standardised ones."""
+    """Fold a standardisation into a copy of a head, which then takes features as the network gives them."""
     head = copy.deepcopy(head)
     if scaling is None:
         return head
@@ -157,13 +157,13 @@ def folded(head: Head, scaling: Scaling | None) -> Head:
 def accuracies(
     head: Head, features: Mapping[float, torch.Tensor], labels: torch.Tensor, k: int, chunk: int = 8192
 ) -> dict[float, float]:
-    """Share of images in percent whose class is among the k most probable, by width; logits that are not finite miss.
+    """Top-k accuracy in percent by width; logits that are not finite count as wrong.
 
     Args:
         head: The head.
-        features: Width -> features [N, D] as they are.
+        features: Width -> features [N, D] as the network gives them.
         labels: Classes [N].
-        k: As in top-k.
+        k: Number of classes that may contain the true one.
         chunk: Images at a time, which bounds the memory by chunk x classes.
     """
     counts = []
@@ -174,5 +174,5 @@ def accuracies(
             found = (logits.topk(k, dim=1).indices == truth[:, None]).any(1)
             hits += (found & logits.isfinite().all(1)).sum()
         counts.append(hits)
-    # One answer for all widths, for which the device is waited for once.
+    # One transfer for all widths waits for the device once.
     return {width: 100 * hit / len(labels) for width, hit in zip(features, torch.stack(counts).tolist(), strict=True)}

@@ -1,64 +1,64 @@
-"""What a linear evaluation ends with: the choice of a learning rate, a table beside the paper's row, and a figure."""
+"""The end of a linear evaluation: choice of a learning rate, result, table, figure, and the network with its probe."""
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from slimclr_hub.evaluate.compare.reported import REPORTED_SLIMMABLE_PROBE
+import torch
+
+from slimclr_hub.data import DataConfig
 from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig
 from slimclr_hub.evaluate.linear_eval.training import Record
-from slimclr_hub.evaluate.result import EvalResult
+from slimclr_hub.hub.card import card_table
+from slimclr_hub.hub.folder import save_folder
+from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.cost import width_facts
 from slimclr_hub.runs.figures import line_style, new_figure, save_figure
-from slimclr_hub.runs.result import environment
+from slimclr_hub.runs.result import Result, environment, save
 from slimclr_hub.runs.tables import print_table
 from slimclr_hub.settings import plain
-from slimclr_hub.weights.published import Published, Reported
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CHOICE = 'highest mean top-1 over the widths on the validation split, after the last epoch'
 _ACROSS = 55  # letters above a panel
+_WORDNET = re.compile(r'n\d{8}')
+_CARD = """\
+---
+library_name: timm
+tags:
+- image-classification
+- timm
+- slimclr
+---
+# {name} with a linear probe
 
+`{network}`, frozen, with a {head} linear classifier for the {classes} classes of `{data}`.
 
-@dataclass(frozen=True)
-class PaperRow:
-    """What the paper reports of the network that is judged, or of the nearest to it.
+```python
+import timm, slimclr_hub
+model = timm.create_model('local-dir:{folder}', pretrained=True, width={smallest})
+model.set_width({largest})
+```
 
-    Args:
-        accuracies: Width -> accuracies.
-        source: Where they stand, and of what they are.
-    """
+{table}
 
-    accuracies: Mapping[float, Reported]
-    source: str
+Parameters are those of the network at that width; multiply-adds are for one image of {size}x{size} pixels. Top-1 is the
+accuracy (%) of the classifier on {images} images of the split `{split}`, by linear evaluation ({protocol}; learning
+rate {lr:g}{choice}).
 
-
-def paper_row(published: Published | None, head: str) -> PaperRow | None:
-    """The paper's row for a network under a head.
-
-    Args:
-        published: The network, if it is one of the published.
-        head: `switchable`, which table 1 has for each of them, or `slimmable`, which table 3a has for one alone.
-    """
-    if published is None:
-        return None
-    if head == 'switchable':
-        return PaperRow(published.reported, 'table 1 (switchable, augmented, with distillation, ImageNet)')
-    if (published.method, published.epochs) != ('MoCo v2', 200):
-        return None
-    return PaperRow(
-        REPORTED_SLIMMABLE_PROBE,
-        'table 3a (slimmable, augmented, ImageNet; of a network without slow start, distillation and loss weights, '
-        'which this one has)',
-    )
+Method: Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, https://arxiv.org/abs/2209.15525. The
+weights of the network are those of whoever made it, and so is their licence.
+"""
 
 
 def best_rate(record: Record) -> int:
-    """Number of the learning rate to keep: that of the highest mean top-1 accuracy over widths, the first of equals.
+    """Index of the learning rate with the highest mean top-1 accuracy over widths; of equal ones the first.
 
     Args:
         record: Of the last epoch.
@@ -74,26 +74,26 @@ def make_result(
     images: int,
     names: Sequence[str] | None,
     weights: str,
-) -> EvalResult:
-    """The result of an evaluation, with all learning rates and how one was chosen in its settings.
+) -> Result:
+    """Make the result of an evaluation; its settings tell all learning rates and how one was chosen.
 
     Args:
         config: The configuration.
-        history: What each epoch gave.
+        history: Loss and accuracies of each epoch.
         classes: Number of classes.
-        images: Images that accuracies were measured on.
+        images: Number of images that accuracies were measured on.
         names: Names of the classes, where they are known.
-        weights: Hash of the network's weights, which it had before and has now.
+        weights: Hash of the network's weights, before and after.
     """
     last = history[-1]
     best = best_rate(last)
     measured = {name: last[name] for name in ('top1', 'top5') if name in last}
     rates = config.optim.rates
-    return EvalResult(
-        kind='linear',
-        protocol=config.protocol,
-        network=config.network,
+    return Result(
+        config.network,
+        config.protocol,
         **{name: {float(width): value for width, value in each[best].items()} for name, each in measured.items()},
+        images=images,
         settings={
             **plain(asdict(config)),
             'chosen_lr': rates[best],
@@ -101,22 +101,21 @@ def make_result(
             'sweep': [{'lr': lr, **{name: each[i] for name, each in measured.items()}} for i, lr in enumerate(rates)],
             'classes': classes,
             'class_names': names,
-            'validation_images': images,
             'frozen': weights,
         },
         environment=environment(),
     )
 
 
-def print_result(result: EvalResult, row: PaperRow | None) -> None:
+def print_result(result: Result, reported: Result | None) -> None:
     """Print the accuracies of each width, those that the paper reports beside them, and how they were measured."""
     from rich.table import Table
 
-    settings = result.settings
+    protocol, settings = result.protocol, result.settings
     sentences = [
-        f'{settings["features"]["mode"].capitalize()} features, {settings["probe"]["head"]} head, '
-        f'{"with" if settings["probe"]["distillation"] else "without"} distillation, '
-        f'{settings["optim"]["epochs"]} epochs, {settings["validation_images"]} images.',
+        f'{str(protocol.features).capitalize()} features, {protocol.head} head, '
+        f'{"with" if protocol.distillation else "without"} distillation, {protocol.epochs} epochs, '
+        f'{result.images} images.',
         *_about_rates(settings['chosen_lr'], [each['lr'] for each in settings['sweep']], settings['chosen_by']),
     ]
     if 'frozen' in settings:
@@ -124,17 +123,16 @@ def print_result(result: EvalResult, row: PaperRow | None) -> None:
             'Checked: the network has not moved; all its tensors have the hash that they had before '
             f'({settings["frozen"][:12]}).'
         )
-    if row is not None:
-        sentences.append(f'Reported: the paper, {row.source}.')
+    if reported is not None:
+        sentences.append(f'Reported: {reported.protocol.data}, {reported.protocol}.')
     table = Table(title='linear evaluation (%)')
     columns = {'width': [f'{width:g}' for width in result.top1]}
     for title, values in ('top-1', result.top1), ('top-5', result.top5):
         if values:
             columns[title] = [f'{value:.1f}' for value in values.values()]
-    if row is not None:
-        of = [row.accuracies.get(width) for width in result.top1]
-        columns['top-1, reported'] = [f'{each.top1:.1f}' if each else '' for each in of]
-        columns['top-5, reported'] = [f'{each.top5:.1f}' if each else '' for each in of]
+    if reported is not None:
+        for title, values in ('top-1, reported', reported.top1), ('top-5, reported', reported.top5):
+            columns[title] = [f'{values[width]:.1f}' if width in values else '' for width in result.top1]
     for title in columns:
         table.add_column(title, justify='right', no_wrap=True)
     for cells in zip(*columns.values(), strict=True):
@@ -145,7 +143,7 @@ def print_result(result: EvalResult, row: PaperRow | None) -> None:
 
 
 def _about_rates(chosen: float, rates: Sequence[float], why: str) -> list[str]:
-    """Which learning rate was kept of which, and that one beyond them may be better where it is the last of them."""
+    """Tell which learning rate was kept, and that one beyond the sweep may be better if it is at its end."""
     if len(rates) == 1:
         return [f'Learning rate {_rate(chosen)}.']
     lowest, highest = min(rates), max(rates)
@@ -164,18 +162,18 @@ def _rate(rate: float) -> str:
     return str(float(rate))
 
 
-def draw_accuracies(history: Sequence[Record], result: EvalResult, path: Path) -> None:
+def draw_accuracies(history: Sequence[Record], result: Result, path: Path) -> None:
     """Draw accuracy by width over epochs at the chosen learning rate and, of a sweep, over learning rates.
 
     Args:
-        history: What each epoch gave.
-        result: What came of it.
+        history: Loss and accuracies of each epoch.
+        result: The result.
         path: Files to write, without suffix: a PNG and a PDF.
     """
     save_figure(accuracies_figure(history, result), path)
 
 
-def accuracies_figure(history: Sequence[Record], result: EvalResult) -> 'Figure':
+def accuracies_figure(history: Sequence[Record], result: Result) -> 'Figure':
     """The figure that `draw_accuracies` writes."""
     from matplotlib.ticker import MaxNLocator
 
@@ -201,5 +199,59 @@ def accuracies_figure(history: Sequence[Record], result: EvalResult) -> 'Figure'
     for axis in axes:
         axis.set_ylabel('top-1 accuracy (%)')
         axis.legend()
-    figure.suptitle(fill(result.protocol, _ACROSS * len(axes)), fontsize='medium')
+    figure.suptitle(fill(str(result.protocol), _ACROSS * len(axes)), fontsize='medium')
     return figure
+
+
+def save_with_head(
+    backbone: SlimmableResNet,
+    head: Mapping[str, torch.Tensor],
+    folder: Path,
+    result: Result,
+    data: DataConfig,
+) -> None:
+    """Write the network with the probe as its head, and the result beside it.
+
+    Args:
+        backbone: The network, which stays without a head.
+        head: State dict of the linear layers, for features as the network gives them.
+        folder: Folder to write.
+        result: The result, whose settings name the classes.
+        data: The images that it was tested on.
+    """
+    settings, kind = result.settings, str(result.protocol.head)
+    backbone.reset_classifier(settings['classes'], head=kind)
+    backbone.fc.load_state_dict(head)
+    facts = [replace(fact, top1=result.top1[fact.width]) for fact in width_facts(backbone, data.size)]
+    card = _CARD.format(
+        name=folder.name,
+        network=result.network,
+        head=kind,
+        classes=settings['classes'],
+        data=data.name,
+        folder=folder,
+        smallest=backbone.widths[-1],
+        largest=backbone.widths[0],
+        table=card_table(facts),
+        size=data.size,
+        images=result.images,
+        split=data.val_split,
+        protocol=result.protocol,
+        lr=settings['chosen_lr'],
+        choice=f', the {settings["chosen_by"]}' if len(settings['sweep']) > 1 else '',
+    )
+    names = settings['class_names']
+    if names is not None and (len(names) != settings['classes'] or all(map(_WORDNET.fullmatch, names))):
+        names = None  # for ImageNet's own numbers there are better names, which timm knows
+    save_folder(
+        backbone,
+        folder,
+        size=data.size,
+        mean=data.mean,
+        std=data.std,
+        crop_pct=data.crop_pct,
+        card=card,
+        label_names=names,
+    )
+    save([result], folder / 'linear_eval')  # where comparisons find it
+    backbone.reset_classifier(0)

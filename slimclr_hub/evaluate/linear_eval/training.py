@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from slimclr_hub.errors import DivergedError
-from slimclr_hub.evaluate.feature_cache import SplitFeatures
+from slimclr_hub.evaluate.features import SplitFeatures
 from slimclr_hub.evaluate.linear_eval.batches import FeatureBatch, FeatureBatches
 from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig
 from slimclr_hub.evaluate.linear_eval.probe import (

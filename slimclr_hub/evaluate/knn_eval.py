@@ -1,0 +1,394 @@
+"""Weighted k-NN accuracy of a network at every width, for several k and tau: `recipes/knn_eval.py`.
+
+The features of training and validation images are divided over the processes, so that none of them holds all.
+Shapes: Q queries of this process, N labelled images of this process, D features.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Subset
+
+from slimclr_hub.data import DataConfig
+from slimclr_hub.data.loaders import eval_loader, loader_options
+from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.knn import Neighbours, default_k, merge, nearest, vote
+from slimclr_hub.evaluate.network import (
+    NetworkUnderTest,
+    changes,
+    check_channels,
+    check_images,
+    check_network,
+    data_defaults,
+    default_output,
+    open_for_test,
+)
+from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.calibrate import is_calibrated
+from slimclr_hub.models.widths import check_width, check_widths
+from slimclr_hub.runs.command_line import make_parser, parse, run_script
+from slimclr_hub.runs.figures import line_style, marker, new_figure, save_figure
+from slimclr_hub.runs.progress import progress_bar
+from slimclr_hub.runs.result import RESULT, Protocol, Result, data_name, environment, load, save
+from slimclr_hub.runs.tables import print_table
+from slimclr_hub.settings import PRECISIONS, Incidental, above, at_least, one_of, plain, relevant
+
+_TOP = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig(Incidental):
+    """Memory and output.
+
+    Args:
+        chunk: Queries of all processes at a time. A process needs at most about chunk x 65,536 numbers for it.
+        output: Folder of the result; knn_eval in the folder of the network where null.
+    """
+
+    chunk: int = 1024
+    output: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KNNEvalConfig(OutputConfig):
+    """Weighted k-NN of a network: each validation image is classified by its neighbours among the training images.
+
+    Args:
+        network: Folder of a run or a network, a tag, or hf-hub:USER/NAME.
+        data: The images; those of the run unless given, else ImageNet. `data.batch_size` is that of one process.
+        k: Numbers of neighbours, which one search serves; a tenth of the training images of a class where null, but at
+            least 5 and at most 200.
+        temperature: Values of tau; null for votes without weights, the limit of a large one.
+        widths: Widths to evaluate; all of the network where null.
+        bank: Number of training images to search, a fixed random choice, where there are more; all where null.
+        seed: Seed of that choice.
+        precision: no for float32, bf16 or fp16; what accelerate was told where null.
+    """
+
+    network: str
+    data: DataConfig = field(default_factory=DataConfig)
+    k: tuple[int, ...] | None = None
+    temperature: tuple[float | None, ...] = (0.07, 0.1)
+    widths: tuple[float, ...] | None = None
+    bank: int | None = None
+    seed: int = 0
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in 'k', 'temperature':
+            values = getattr(self, name)
+            if values is not None and (not values or len(set(values)) != len(values)):
+                raise InputError(f'{name} is {list(values)}; give one value or several different ones')
+        for k in self.k or ():
+            at_least('k', k, 1)
+        for temperature in self.temperature:
+            if temperature is not None:
+                above('temperature', temperature, 0)
+        if self.widths is not None:
+            check_widths(self.widths)
+        if self.bank is not None:
+            at_least('bank', self.bank, 1)
+        at_least('chunk', self.chunk, 1)
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f'seed is {self.seed}; give 0 to 2**32 - 1')
+        if self.precision is not None:
+            one_of('precision', self.precision, PRECISIONS)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the result."""
+        return Path(self.output) if self.output is not None else default_output(self.network, 'knn_eval')
+
+
+def main() -> None:
+    """Read the command line, evaluate, print a table and draw a figure."""
+    run_script(lambda: _knn_eval(sys.argv[1:]))
+
+
+def _knn_eval(argv: Sequence[str]) -> None:
+    parser = make_parser(KNNEvalConfig, 'knn_eval.py', '--network NETWORK', 'Weighted k-NN at every width.')
+    parser.set_defaults(data_defaults(argv))
+    built = parse(parser, argv)
+    config = KNNEvalConfig(**{name: built[name] for name in KNNEvalConfig.__dataclass_fields__})
+    check_network(config.network)
+    _check_output(config)
+    check_images(config.data)
+    try:
+        accelerator = Accelerator(mixed_precision=config.precision)
+    except ValueError as error:
+        raise InputError(f'precision {config.precision}: {error}') from error
+    results = evaluate(config, open_for_test(config.network), accelerator)
+    if accelerator.is_main_process:
+        draw_results(results, config.folder / 'knn')
+        best_first = sorted(results, key=lambda result: -result.mean)
+        save(best_first, config.folder)  # last: its presence says that the evaluation is finished
+        print_results(results, best_first[0])
+        print(f'Result: {config.folder / RESULT}\nFigure: {config.folder / "knn.png"}')
+    accelerator.end_training()
+
+
+def evaluate(config: KNNEvalConfig, network: NetworkUnderTest, accelerator: Accelerator) -> list[Result]:
+    """Measure accuracies for every k and tau, the same on all processes.
+
+    Of P processes each holds the features of 1/P of the training images and 1/P of the validation images at all widths
+    in main memory, 4 bytes a number: for ImageNet and ResNet-50 at four widths 27 GB / P. Its device holds those of the
+    training images at one width at a time, at most 10.5 GB / P, and one chunk of the search.
+
+    Args:
+        config: The configuration.
+        network: The network; it loses its classifier.
+        accelerator: The processes.
+
+    Raises:
+        InputError: The images have no labels, are fewer than k, are not apart from the training images or do not suit
+            the network; or a width is not one of the network's or has never been trained.
+    """
+    model = network.model
+    widths = model.widths if config.widths is None else check_widths(config.widths)
+    for width in widths:
+        if not is_calibrated(model, check_width(width, model.widths)):
+            raise InputError(
+                f'{config.network} has never been trained at width {width:g}; leave it out of --widths, or see '
+                'slimclr_hub.models.calibrate'
+            )
+    check_images(config.data)
+    check_channels(network, config.data)
+    assert config.data.val_split is not None
+    bank_loader, size = _share_loader(config.data, config.data.train_split, config.bank, config.seed, accelerator)
+    query_loader, count = _share_loader(config.data, config.data.val_split, None, config.seed, accelerator)
+    if max(config.k or (1,)) > size:
+        raise InputError(f'k {max(config.k or ())} is more than the {size} training images; give at most {size}')
+    model.reset_classifier(0)
+    model.to(accelerator.device)
+    bank, labels = _share_features(accelerator, model, bank_loader, widths, size)
+    queries, truth = _share_features(accelerator, model, query_loader, widths, count)
+    labels, truth = labels.to(accelerator.device), truth.to(accelerator.device)
+    classes = classes_of(accelerator, torch.cat([labels, truth]), config.data.name)
+    ks = tuple(sorted(config.k)) if config.k else (min(default_k(size, classes), size),)
+    hits = {}
+    with progress_bar(count * len(widths), 'neighbours', accelerator.is_main_process) as bar:
+        for width in widths:
+            hits[width] = _hits(accelerator, config, ks, (queries[width], truth), (bank[width], labels), classes, bar)
+    data, made = data_name(asdict(config.data)), environment()
+    limit = config.bank if config.bank == size else None
+    return [
+        Result(
+            config.network,
+            Protocol('knn', data, limit, k, temperature),
+            top1={width: 100 * hits[width][k, temperature][0] / count for width in widths},
+            top5={width: 100 * hits[width][k, temperature][1] / count for width in widths} if classes > _TOP else {},
+            images=count,
+            settings=plain(asdict(config)),
+            environment=made,
+        )
+        for temperature in config.temperature
+        for k in ks
+    ]
+
+
+def _hits(
+    accelerator: Accelerator,
+    config: KNNEvalConfig,
+    ks: Sequence[int],
+    queries: tuple[torch.Tensor, torch.Tensor],
+    bank: tuple[torch.Tensor, torch.Tensor],
+    classes: int,
+    bar: Any,
+) -> dict[tuple[int, float | None], list[int]]:
+    """Count queries of all processes whose class comes first, and among the first five, for each k and tau."""
+    (features, truth), (others, labels) = queries, bank
+    others = others.to(accelerator.device)
+    combinations = product(ks, config.temperature)
+    counts = {combination: torch.zeros(2, dtype=torch.long, device=truth.device) for combination in combinations}
+    done = 0
+    for neighbours in neighbours_in_all(accelerator, features, others, labels, max(ks), config.chunk):
+        expected = truth[done : done + len(neighbours.labels)]
+        done += len(expected)
+        for temperature in config.temperature:
+            for k, votes in vote(neighbours, ks, temperature, classes):
+                rank = rank_of(votes, expected)
+                counts[k, temperature] += torch.stack([(rank < top).sum() for top in (1, _TOP)])
+        bar.update(len(expected) * accelerator.num_processes)
+    summed = accelerator.reduce(torch.stack(list(counts.values())), 'sum')
+    return dict(zip(counts, summed.tolist(), strict=True))
+
+
+def rank_of(votes: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Rank the true class by votes, from 0; of equal votes the lower class comes first, and a class without one last.
+
+    Args:
+        votes: Votes for each class [Q, C].
+        truth: True classes [Q].
+
+    Returns:
+        Integers [Q].
+    """
+    truth = truth[:, None]
+    own = votes.gather(1, truth)
+    earlier = torch.arange(votes.shape[1], device=votes.device) < truth
+    rank = ((votes > own) | ((votes == own) & earlier)).sum(1)
+    return torch.where(own[:, 0] > 0, rank, votes.shape[1])
+
+
+def classes_of(accelerator: Accelerator, labels: torch.Tensor, name: str) -> int:
+    """Number of classes among the labels of all processes.
+
+    Args:
+        accelerator: The processes.
+        labels: Labels of this process, integers [N] on the device; N may be 0.
+        name: Name of the data set, for the error.
+
+    Raises:
+        InputError: A label is negative, which stands for an image without one.
+    """
+    lowest, highest = labels.aminmax() if len(labels) else (labels.new_zeros(()), labels.new_zeros(()))
+    of_all = accelerator.gather(torch.stack([lowest, highest]))
+    if of_all.min() < 0:
+        raise InputError(f'k-NN needs a label for every image, and some of data.name {name} have none')
+    return int(of_all.max()) + 1
+
+
+def _share_loader(
+    config: DataConfig, split: str, at_most: int | None, seed: int, accelerator: Accelerator
+) -> tuple[DataLoader, int]:
+    """Loader of this process's share of a split, and the number of images in all shares.
+
+    Raises:
+        InputError: There are no such images, or they are a stream, which cannot be divided over processes.
+    """
+    loader = eval_loader(config, split, at_most, seed)
+    dataset: Any = loader.dataset
+    total = len(dataset)
+    if accelerator.num_processes == 1:
+        return loader, total
+    if config.streams:
+        raise InputError(f'data.name {config.name} is a stream, which does not divide; run it on one process')
+    share = Subset(dataset, range(accelerator.process_index, total, accelerator.num_processes))
+    return DataLoader(share, batch_size=loader.batch_size, **loader_options(config, seed)), total
+
+
+@torch.inference_mode()
+def _share_features(
+    accelerator: Accelerator, backbone: SlimmableResNet, loader: DataLoader, widths: Sequence[float], total: int
+) -> tuple[dict[float, torch.Tensor], torch.Tensor]:
+    """Compute features [N, D] of length 1 of this process's share at all widths, in main memory, and labels [N]."""
+    features: dict[float, list[torch.Tensor]] = {
+        width: [torch.empty(0, _features_at(backbone, width))] for width in widths
+    }
+    labels = [torch.empty(0, dtype=torch.long)]
+    with progress_bar(total, 'features', accelerator.is_main_process) as bar:
+        for images, label in loader:
+            with accelerator.autocast():
+                outputs = backbone.forward_widths(images.to(accelerator.device, non_blocking=True), widths)
+            for width, output in outputs.items():
+                features[width].append(F.normalize(output.float(), dim=1).cpu())
+            labels.append(label)
+            # Other processes are about as far.
+            bar.update(min(len(label) * accelerator.num_processes, total - bar.n))
+    return {width: torch.cat(parts) for width, parts in features.items()}, torch.cat(labels)
+
+
+def neighbours_in_all(
+    accelerator: Accelerator, queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, k: int, chunk: int
+) -> Iterator[Neighbours]:
+    """Find the nearest neighbours of this process's queries among the labelled images of all processes.
+
+    Each process searches its own share for a chunk of everybody's queries; the candidates are exchanged and merged. All
+    processes have to exhaust this iterator together.
+
+    Args:
+        accelerator: The processes.
+        queries: Features [Q, D] of length 1.
+        bank: Features of this process's share [N, D] of length 1, on the device.
+        labels: Their classes [N], on the device.
+        k: Neighbours, no more than there are labelled images on all processes.
+        chunk: Queries of all processes at a time.
+
+    Yields:
+        Neighbours of the next queries [q, k] on the device, in their order; in the last chunks q may be 0.
+    """
+    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    own = -(-chunk // world)
+    longest = int(accelerator.gather(torch.tensor([len(queries)], device=device)).max())
+    for start in range(0, longest, own):
+        mine = queries[start : start + own].to(device)
+        # Gathered tensors have to have one shape on all processes; the padding is dropped again.
+        everyone = accelerator.gather(F.pad(mine, (0, 0, 0, own - len(mine))))
+        found = nearest(everyone, bank, labels, k)
+        missing = k - found.similarity.shape[1]
+        similarity = accelerator.gather(F.pad(found.similarity, (0, missing), value=-torch.inf))
+        classes = accelerator.gather(F.pad(found.labels, (0, missing)))
+        candidates = [
+            Neighbours(*(tensor[other + rank * own :][: len(mine)] for tensor in (similarity, classes)))
+            for other in range(0, world * len(everyone), len(everyone))
+        ]
+        yield merge(candidates, k)
+
+
+def _features_at(backbone: SlimmableResNet, width: float) -> int:
+    with backbone.set_width(width):
+        return backbone.num_features
+
+
+def _check_output(config: KNNEvalConfig) -> None:
+    file = config.folder / RESULT
+    if not file.exists():
+        return
+    settings = {key: value for key, value in relevant(config).items() if not key.startswith('data.')}
+    settings |= relevant({'data': config.data.fingerprint()})
+    if changed := changes(relevant(load(file)[0].settings), settings):
+        raise InputError(
+            f'{file} is there already, by other settings ({"; ".join(changed)}); give another folder, such as '
+            f'--output {config.folder}-2, or remove it'
+        )
+
+
+def print_results(results: Sequence[Result], best: Result) -> None:
+    """Print top-1 / top-5 of every width for every k and tau, and mark the best in the mean over widths."""
+    from rich.table import Table
+
+    has_top5 = bool(best.top5)
+    table = Table(title=f'{best.network}: k-NN, {"top-1 / top-5" if has_top5 else "top-1"} accuracy (%) by width')
+    for title in 'k', 'tau', *(f'{width:g}' for width in best.top1), '':
+        table.add_column(title, justify='right', no_wrap=True)
+    for result in results:
+        cells = [
+            f'{top1:.1f} / {result.top5[width]:.1f}' if has_top5 else f'{top1:.1f}'
+            for width, top1 in result.top1.items()
+        ]
+        temperature = '-' if result.protocol.temperature is None else f'{result.protocol.temperature:g}'
+        marked = ('best', 'bold') if result is best and len(results) > 1 else ('', None)
+        table.add_row(str(result.protocol.k), temperature, *cells, marked[0], style=marked[1])
+    print_table(table)
+    if len(results) > 1:
+        print('Best in the mean over widths, chosen on the very images that it is measured on.')
+
+
+def draw_results(results: Sequence[Result], path: Path) -> None:
+    """Draw top-1 accuracy over k, a line for each width and a panel for each tau, into `path`.png and `path`.pdf."""
+    temperatures = list(dict.fromkeys(result.protocol.temperature for result in results))
+    figure, axes = new_figure(len(temperatures))
+    lowest, highest = (f(value for one in results for value in one.top1.values()) for f in (min, max))
+    margin = max(0.05 * (highest - lowest), 0.5)
+    for axis, temperature in zip(axes, temperatures, strict=True):
+        shown = [result for result in results if result.protocol.temperature == temperature]
+        ks = [result.protocol.k or 0 for result in shown]
+        for i, width in enumerate(shown[0].top1):
+            values = [result.top1[width] for result in shown]
+            axis.plot(ks, values, label=f'width {width:g}', marker=marker(i), **line_style(i))
+        axis.set_xscale('log')
+        axis.set_xticks(ks, [str(k) for k in ks])
+        axis.minorticks_off()
+        axis.set_ylim(lowest - margin, highest + margin)
+        axis.set_xlabel('k, neighbours')
+        axis.set_ylabel('k-NN accuracy, top-1 (%)')
+        axis.set_title('unweighted' if temperature is None else f'tau={temperature:g}')
+        axis.legend()
+    save_figure(figure, path)

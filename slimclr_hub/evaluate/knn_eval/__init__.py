@@ -1,1 +1,0 @@
-"""Weighted k-NN accuracy of a network, on one process or several."""

@@ -1,0 +1,168 @@
+"""The network under test, and the images to test it on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+from timm.models import parse_model_name
+
+from slimclr_hub.data import DataConfig
+from slimclr_hub.data.sources import has_validation
+from slimclr_hub.errors import InputError
+from slimclr_hub.hub.opening import open_network
+from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.runs.command_line import early
+from slimclr_hub.settings import RECIPE
+from slimclr_hub.weights.published import PUBLISHED, Published
+
+_TRAINING_ALONE = ('batch_size', 'num_samples', 'max_corrupt', 'shuffle_buffer')
+_IMAGENET = DataConfig(
+    name='folder',
+    root='data/imagenet',
+    size=224,
+    channels=3,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    crop_pct=0.875,
+)
+
+
+@dataclass(frozen=True)
+class NetworkUnderTest:
+    """A network and the name it was asked for by.
+
+    Args:
+        name: The name.
+        model: The network in eval mode, with the head that it has.
+        published: Facts of the network if it is a published one.
+    """
+
+    name: str
+    model: SlimmableResNet
+    published: Published | None
+
+
+def open_for_test(network: str) -> NetworkUnderTest:
+    """Open a network to test.
+
+    Args:
+        network: The folder of a run, or what `open_network` takes.
+
+    Raises:
+        InputError: There is no such network, or a run has no result yet.
+    """
+    check_network(network)
+    return NetworkUnderTest(network, open_network(network).eval(), published_network(network))
+
+
+def check_network(network: str) -> None:
+    """Check that a name can be that of a network, without fetching anything.
+
+    Raises:
+        InputError: It cannot, or it is a run that has no result yet.
+    """
+    folder = folder_of(network)
+    if (folder / RECIPE).is_file() and not (folder / 'config.json').is_file():
+        raise InputError(f'{network} is a run without a result yet; finish it: --resume {network}')
+    source, _, name = network.rpartition(':')
+    known = source == 'hf-hub' or (name.startswith('slimclr_') and timm.is_model(name.partition('.')[0]))
+    if not folder.exists() and not known:
+        raise InputError(
+            f'--network {network} does not exist; give a folder, a .safetensors file, hf-hub:USER/NAME, or a tag such '
+            'as slimclr_resnet50.mocov2_200e_in1k'
+        )
+
+
+def published_network(network: str) -> Published | None:
+    """Facts of a published network that is asked for by its name or tag, else None."""
+    if Path(network).exists() or '/' in network:
+        return None
+    _, name = parse_model_name(network)
+    return PUBLISHED.get(name.partition('.')[2])
+
+
+def check_images(data: DataConfig) -> None:
+    """Check that there are images to test on, before a network is fetched.
+
+    Raises:
+        InputError: Their folder does not exist, or none of them are apart from the training images.
+    """
+    if data.name == 'folder' and data.root is not None and not Path(data.root).exists():
+        raise InputError(
+            f'data.root {data.root} does not exist; give the folder of the images by --data.root, or other images by '
+            '--data.name'
+        )
+    if not has_validation(data):
+        raise InputError(f'data.val_split {data.val_split} is not apart from the training images; give another')
+
+
+def check_channels(network: NetworkUnderTest, data: DataConfig) -> None:
+    """Raise an InputError if a network takes images of another number of channels."""
+    if (channels := network.model.in_chans) != data.channels:
+        raise InputError(
+            f'{network.name} takes images of {channels} channels, and data.channels is {data.channels}; give '
+            f'--data.channels {channels}, with data.mean and data.std to fit'
+        )
+
+
+def folder_of(network: str) -> Path:
+    """Path of a network, be there a folder or not."""
+    return Path(network.removeprefix('local-dir:'))
+
+
+def default_output(network: str, kind: str) -> Path:
+    """Folder for the results of an evaluation: in the network's own folder if it has one, else among the runs."""
+    folder = folder_of(network)
+    if folder.is_dir():
+        return folder / kind
+    return Path('runs') / network.removeprefix('hf-hub:').replace('/', '--') / kind
+
+
+def data_defaults(argv: Sequence[str]) -> dict[str, Any]:
+    """Default images for the network that a command line names, as `data.key` -> value.
+
+    They are those that a run was trained on, and ImageNet for other networks.
+
+    Args:
+        argv: Arguments, of which `--network`, or `network` in the recipe of `--config`, names the network.
+
+    Raises:
+        InputError: The network is a run whose recipe cannot be read.
+    """
+    network = early(argv, '--network') or _network_in_recipe(early(argv, '--config'))
+    recipe = folder_of(network) / RECIPE if network else None
+    data = _recorded_data(recipe) if recipe is not None and recipe.is_file() else _IMAGENET
+    return {f'data.{key}': value for key, value in asdict(data).items() if key not in _TRAINING_ALONE}
+
+
+def changes(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """List settings that differ from recorded ones, as `key old, not new`; those that were not recorded do not."""
+    return [
+        f'{key} {recorded[key]}, not {value}'
+        for key, value in settings.items()
+        if key in recorded and recorded[key] != value
+    ]
+
+
+def _recorded_data(recipe: Path) -> DataConfig:
+    try:
+        section = yaml.safe_load(recipe.read_text())['data']
+        known: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in section.items()
+            if key in DataConfig.__dataclass_fields__
+        }
+        return DataConfig(**known)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise InputError(f'{recipe} does not say which images the run was trained on ({error!r})') from error
+
+
+def _network_in_recipe(config: str | None) -> str | None:
+    try:
+        content = yaml.safe_load(Path(config).read_text()) if config else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None  # the parser reports it
+    return content.get('network') if isinstance(content, dict) else None
