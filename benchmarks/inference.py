@@ -49,8 +49,6 @@ def call(network: nn.Module, width: float, mode: str, images: torch.Tensor, bf16
     forward: Callable[[torch.Tensor], object] = network
     if isinstance(network, SlimmableResNet):
         forward = lambda images: network.forward_at(images, width)  # noqa: E731
-        if mode == 'compile':
-            network.prepare([width])
     if mode == 'compile':
         # One shape for each, as a service would have it; a second batch size would make the graph's shapes dynamic.
         forward = torch.compile(forward, dynamic=False)

@@ -169,7 +169,7 @@ def extract(
 
     Of a slimmable detector's checkpoint, `--format mmdet` takes the detector.
     """
-    from slimclr_hub.hub import dense
+    from slimclr_hub.hub import formats
     from slimclr_hub.hub.conversion import check_file, check_folder
     from slimclr_hub.hub.opening import open_network
 
@@ -184,7 +184,7 @@ def extract(
     model = open_network(network, width=width)
     if format is DenseFormat.timm:
         cfg = model.pretrained_cfg
-        dense.save_timm_folder(
+        formats.save_timm_folder(
             model,
             width,
             target,
@@ -196,11 +196,11 @@ def extract(
         )
         _say(f"Open it: timm.create_model('local-dir:{target}', pretrained=True)")
     elif format is DenseFormat.torchvision:
-        dense.save_tensors(dense.torchvision_state_dict(model, width), target)
+        formats.save_tensors(formats.torchvision_state_dict(model, width), target)
         _say(f'{target}: a state dict for torchvision')
     else:
-        backbone = dense.mmdet_config(model, width, str(target))
-        dense.save_tensors(dense.mmdet_state_dict(model, width), target)
+        backbone = formats.mmdet_config(model, width, str(target))
+        formats.save_tensors(formats.mmdet_state_dict(model, width), target)
         _say(f'backbone = {backbone!r}')
         _say(f'neck in_channels: {[int(channels * width) for channels in (256, 512, 1024, 2048)]}')
 
@@ -373,7 +373,7 @@ def cards(
     folder: Annotated[Path, typer.Argument(help='Where to write them.')] = Path('model_cards'),
 ) -> None:
     """Write the model cards of the published networks, as they are in model_cards/."""
-    from slimclr_hub.hub.published_card import all_cards
+    from slimclr_hub.hub.card import all_cards
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in all_cards().items():

@@ -280,7 +280,8 @@ class Handler(BaseHTTPRequestHandler):
         raw, _, query = self.path.partition('?')
         body = self.rfile.read(int(self.headers.get('Content-Length', 0)))
         self.asked = Request(self.command, unquote(raw), parse_qs(query), self.headers, body)
-        self.hub.requests.append(self.asked)
+        if (self.command, raw) != ('HEAD', '/'):  # which only tries whether there is a connection
+            self.hub.requests.append(self.asked)
         where = (self.command, self.asked.path)
         try:
             self.hub.stopped.wait(self.hub.take('delay', *where).get('seconds', 0))

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from slimclr_hub.weights.layouts import DESCENDING, RESNET50_STAGES, backbone_name
+from slimclr_hub.models.convert import DESCENDING, RESNET50_STAGES, backbone_name
 from tests.formula import tensor, uniform
 
 DATA = Path(__file__).parent / 'data'

@@ -20,8 +20,9 @@ GROUND = {'errors', 'text', 'version', 'files', 'distributed', 'settings'}
 BELOW |= {'files': {'errors'}, 'distributed': {'errors'}, 'settings': {'errors'}}
 BELOW |= {'weights': GROUND, 'data': GROUND, 'runs': GROUND | {'weights'}}
 BELOW['models'] = GROUND | {'weights'}
-BELOW['methods'] = BELOW['hub'] = BELOW['models'] | {'models'}
-BELOW['inference'] = BELOW['hub'] | {'runs'}
+BELOW['methods'] = BELOW['models'] | {'models'}
+BELOW['hub'] = BELOW['methods'] | {'runs'}
+BELOW['inference'] = BELOW['hub']
 BELOW['evaluate'] = BELOW['models'] | {'models', 'hub', 'inference', 'methods', 'data', 'runs'}
 BELOW['train'] = BELOW['evaluate'] | {'evaluate'}
 BELOW['analysis'] = BELOW['train'] | {'train'}

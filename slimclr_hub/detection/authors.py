@@ -12,8 +12,8 @@ from slimclr_hub.detection.coco import CLASSES
 from slimclr_hub.errors import InputError, shorten
 from slimclr_hub.files import written_whole
 from slimclr_hub.hub.conversion import check_file
+from slimclr_hub.models.convert import convert
 from slimclr_hub.weights.checkpoint import read_checkpoint
-from slimclr_hub.weights.convert import convert
 from slimclr_hub.weights.layouts import Layout, differences, layout_of
 
 NETWORK = 'backbone.network.'

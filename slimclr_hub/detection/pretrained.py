@@ -12,10 +12,10 @@ from timm.models import adapt_input_conv
 from slimclr_hub.errors import InputError
 from slimclr_hub.hub.opening import open_network
 from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
+from slimclr_hub.models.convert import convert
 from slimclr_hub.models.loading import FIRST_CONV, checkpoint_filter_fn
 from slimclr_hub.models.registry import slimmable_models
 from slimclr_hub.weights.checkpoint import read_checkpoint
-from slimclr_hub.weights.convert import convert
 from slimclr_hub.weights.layouts import layout_of
 from slimclr_hub.weights.slices import key_width, switched_key
 from slimclr_hub.weights.source import WEIGHTS

@@ -1,10 +1,19 @@
-"""Model cards of networks that were trained or converted here."""
+"""Model cards: of networks that were trained or converted here, and of the published ones."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from slimclr_hub.models.cost import WidthFacts
+from slimclr_hub.runs.result import Result
+from slimclr_hub.weights.published import (
+    ARCHITECTURE,
+    AUTHORS_REPOSITORY,
+    PUBLISHED,
+    Published,
+    WidthFacts,
+    published_facts,
+)
 
-_TEMPLATE = """\
+_TRAINED = """\
 ---
 library_name: timm
 license: apache-2.0
@@ -43,7 +52,7 @@ _CONVERTED = """\
 ---
 library_name: timm
 tags:
-- {pipeline}
+- image-feature-extraction
 - timm
 - slimclr
 ---
@@ -71,63 +80,232 @@ file is in), and of no use as it is.
 """
 
 
-_EXPLAINED = {
-    'k-NN': 'k-NN is weighted k-nearest-neighbour accuracy (%) on held-out images.',
-    'linear': 'Linear is the accuracy (%) of a logistic regression on frozen features.',
-    'top-1': 'Top-1 is the accuracy (%) of its own classifier.',
-}
-
-
-def training_card(facts: Sequence[WidthFacts], about: Mapping[str, str]) -> str:
-    """Card of a run's result.
+def training_card(facts: Sequence[WidthFacts], about: Mapping[str, str], results: Sequence[Result] = ()) -> str:
+    """Write the card of a network that was pre-trained here.
 
     Args:
-        facts: The widths, in descending order.
+        facts: Cost of each width, in descending order.
         about: `name`, `folder`, `architecture`, `method`, `data`, `epochs` and `size`.
+        results: Accuracies of the network.
     """
-    explained = [text for title, text in _EXPLAINED.items() if title in facts[0].cells]
-    return _TEMPLATE.format(
-        count=len(facts),
-        plural='' if len(facts) == 1 else 's',
-        smallest=facts[-1].width,
-        largest=facts[0].width,
-        table=card_table(facts),
+    return _TRAINED.format(
+        **_widths(facts, results),
         how='with labels' if about['method'] == 'supervised' else f'without labels by SlimCLR on {about["method"]}',
-        explained=''.join(f' {text}' for text in explained),
+        explained=''.join(
+            f' `{label}` is the top-1 accuracy (%) on held-out images by {result.protocol}.'
+            for label, result in _by_label(results).items()
+        ),
         **about,
     )
-
-
-def card_table(facts: Sequence[WidthFacts]) -> str:
-    """The widths as a table in Markdown."""
-    titles = list(facts[0].cells)
-    rows = [titles, ['---:'] * len(titles), *([fact.cells[title] for title in titles] for fact in facts)]
-    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 
 def converted_card(
     facts: Sequence[WidthFacts], architecture: str, source: str, folder: str, size: int, calibrated: bool
 ) -> str:
-    """Card of a network that was converted from a file of another kind.
+    """Write the card of a network that was converted from a file of another kind.
 
     Args:
-        facts: The widths, in descending order.
-        architecture: Its name in timm's registry.
+        facts: Cost of each width, in descending order.
+        architecture: Name of the network in timm's registry.
         source: Name of the file.
-        folder: Where the network is.
+        folder: Folder of the network.
         size: Height and width of the images in pixels.
-        calibrated: Whether the normalisation of every width has seen images.
+        calibrated: True if the normalisation of every width has seen images.
     """
     return _CONVERTED.format(
-        pipeline='image-feature-extraction',
+        **_widths(facts),
         architecture=architecture,
         source=source,
         folder=folder,
-        count=len(facts),
-        plural='' if len(facts) == 1 else 's',
-        smallest=facts[-1].width,
-        largest=facts[0].width,
-        table=card_table(facts),
         size=size,
         uncalibrated='' if calibrated else _UNCALIBRATED.format(architecture=architecture),
     )
+
+
+def card_table(facts: Sequence[WidthFacts], results: Sequence[Result] = ()) -> str:
+    """Format cost and accuracies of each width as a table in Markdown, a column for each kind of accuracy."""
+    rows = [list(facts[0].cells), *(list(fact.cells.values()) for fact in facts)]
+    for label, result in _by_label(results).items():
+        for title, accuracies in (f'{label} at start', result.start), (label, result.top1):
+            if accuracies:
+                rows[0].append(title)
+                for row, fact in zip(rows[1:], facts, strict=True):
+                    row.append(f'{accuracies[fact.width]:.1f}' if fact.width in accuracies else '')
+    rows.insert(1, ['---:'] * len(rows[0]))
+    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
+
+def _by_label(results: Sequence[Result]) -> dict[str, Result]:
+    """The first, which is the best, of the results that would have the same column head."""
+    return {result.protocol.label: result for result in reversed(results)}
+
+
+def _widths(facts: Sequence[WidthFacts], results: Sequence[Result] = ()) -> dict[str, Any]:
+    return {
+        'count': len(facts),
+        'plural': '' if len(facts) == 1 else 's',
+        'smallest': facts[-1].width,
+        'largest': facts[0].width,
+        'table': card_table(facts, results),
+    }
+
+
+# Published networks
+
+_PUBLISHED = """\
+---
+library_name: timm
+pipeline_tag: {pipeline}
+license: other
+license_name: not-stated
+license_link: {repository}
+datasets:
+- imagenet-1k
+tags:
+- {pipeline}
+- timm
+- slimclr
+- self-supervised-learning
+---
+# {name}
+
+A slimmable ResNet-50: one file of weights, four networks, at 100, 75, 50 and 25 % of the channels. SlimCLR on {method}
+pre-trained it for {epochs} epochs on ImageNet-1k without labels{probe}.
+
+| width | parameters | multiply-adds | linear top-1 (%) | linear top-5 (%) |{detection_head}
+| ---: | ---: | ---: | ---: | ---: |{detection_line}
+{rows}
+
+Parameters are those of the network in this file at that width; multiply-adds are for one image of 224x224 pixels.
+Accuracies are **reported by the paper**, not measured here: a linear probe on ImageNet (table 1){detection_note}.
+
+## Usage
+
+Install slimclr_hub (`pip install .` in its repository), and import it so that timm knows the architecture.
+
+{usage}
+
+### Less memory
+
+With `lazy=True` only the active width is in memory; others are read from the file when they are switched to.
+
+```python
+model = timm.create_model('{name}', pretrained=True, width=0.25, lazy=True)
+model.set_width(1.0)
+```
+
+### One width as an ordinary network
+
+```python
+dense = timm.create_model('{dense}', pretrained=True).eval()  # also _075 and _025
+```
+
+### Detection and other dense tasks
+
+```python
+backbone = timm.create_model('{name}', pretrained=True, features_only=True).eval()
+backbone.set_width(0.5)
+with torch.inference_mode():
+    maps = backbone(images)  # five maps, of strides 2 to 32
+```
+
+## Training
+
+{training}
+
+## Limits
+
+- Trained on ImageNet-1k, photographs of single objects for the most part: expect less on other kinds of image, and the
+  biases of that set.
+- The widths are those four. `slimclr_hub.models.calibrate_width` adds one between them from a few thousand images, at a
+  price in accuracy.
+{limits}
+## Licence
+
+The authors publish these weights without naming a licence; ask them before you use the weights in a product. They are
+at [{short_repository}]({repository}), file `{file}`.
+
+## Citation
+
+```bibtex
+@article{{zhao2024slimclr,
+  title   = {{Slimmable Networks for Contrastive Self-supervised Learning}},
+  author  = {{Zhao, Shuai and Zhu, Linchao and Wang, Xiaohan and Yang, Yi}},
+  journal = {{International Journal of Computer Vision}},
+  year    = {{2024}}
+}}
+```
+"""
+
+_USAGE = """\
+```python
+import timm, torch, slimclr_hub
+from PIL import Image
+
+model = timm.create_model('{name}', pretrained=True, width=0.5).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+images = transform(Image.open('image.jpg').convert('RGB')).unsqueeze(0)
+with torch.inference_mode():
+    {at_050}
+    model.set_width(0.25)
+    {at_025}
+```"""
+
+_FEATURES = {'at_050': 'features = model(images)  # [1, 1024]', 'at_025': 'features = model(images)  # [1, 512]'}
+_CLASSES = dict.fromkeys(('at_050', 'at_025'), 'probabilities, classes = model(images).softmax(-1).topk(5)')
+_ABOUT_PROBE = '\n\nEach width has a linear layer of its own; `num_classes=0` gives the features that it sees.'
+
+
+def published_card(published: Published) -> str:
+    """Write the card of a published network."""
+    detected = any(reported.box_ap is not None for reported in published.reported.values())
+    with_probe = published.num_classes > 0
+    usage = _USAGE.format(name=published.name, **(_CLASSES if with_probe else _FEATURES))
+    method = published.method
+    return _PUBLISHED.format(
+        name=published.name,
+        dense=f'{ARCHITECTURE}_050.{published.tag}',
+        file=published.file,
+        method=method,
+        epochs=published.epochs,
+        pipeline='image-classification' if with_probe else 'image-feature-extraction',
+        probe='; a linear probe of each width, trained afterwards, is with it' if with_probe else '',
+        repository=AUTHORS_REPOSITORY,
+        short_repository=AUTHORS_REPOSITORY.removeprefix('https://github.com/'),
+        detection_head=' box AP | mask AP |' if detected else '',
+        detection_line=' ---: | ---: |' if detected else '',
+        detection_note=',\nand AP on COCO val2017 of a Mask R-CNN fine-tuned from it (table 2)' if detected else '',
+        rows='\n'.join(_rows(published)),
+        usage=usage + _ABOUT_PROBE if with_probe else usage,
+        training=_training(published),
+        limits=_LIMITS[with_probe],
+    )
+
+
+_LIMITS: Mapping[bool, str] = {
+    True: '- The classes are those of ImageNet-1k; the probe is linear, a fine-tuned network is better.\n',
+    False: '- It gives features; for classes train a head, or take the tag with `lincls` in its name.\n',
+}
+
+
+def _training(published: Published) -> str:
+    recipe = f'recipes/configs/{published.recipe}.yaml'
+    return (
+        f"The recipe with the values of the paper is `{recipe}`; the weights here are the authors' own, made by their "
+        f'code.\n\n```\naccelerate launch recipes/pretrain.py --config {recipe} --data.root /data/imagenet\n```'
+    )
+
+
+def _rows(published: Published) -> list[str]:
+    rows = []
+    for fact in published_facts(published.num_classes):
+        reported = published.reported[fact.width]
+        cells = [*fact.cells.values(), f'{reported.top1}', f'{reported.top5}']
+        cells += [f'{ap}' for ap in (reported.box_ap, reported.mask_ap) if ap is not None]
+        rows.append(f'| {" | ".join(cells)} |')
+    return rows
+
+
+def all_cards() -> dict[str, str]:
+    """Write the cards of all published networks: file name -> text."""
+    return {f'{published.name}.md': published_card(published) for published in PUBLISHED.values()}

@@ -1,4 +1,4 @@
-"""From a checkpoint of others to a folder or file of ours."""
+"""Conversion of a checkpoint of another kind into a folder or file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,13 +7,12 @@ from pathlib import Path
 import timm
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.hub.card import converted_card
-from slimclr_hub.hub.folder import write_folder
-from slimclr_hub.hub.published_card import published_card
+from slimclr_hub.hub.card import converted_card, published_card
+from slimclr_hub.hub.folder import check_overlap, write_folder
 from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
+from slimclr_hub.models.convert import convert
 from slimclr_hub.models.cost import width_facts
 from slimclr_hub.weights.checkpoint import read_checkpoint
-from slimclr_hub.weights.convert import convert
 from slimclr_hub.weights.layouts import Layout, layout_of
 from slimclr_hub.weights.published import PUBLISHED
 from slimclr_hub.weights.tensor_file import save_tensors
@@ -24,14 +23,14 @@ _SUFFIXES = ('.pth', '.pt', '.tar', '.bin', '.ckpt', '.npz', '.safetensors')
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion made.
+    """Result of a conversion.
 
     Args:
         path: The folder or file.
         layout: The network in it.
-        calibrated: Whether the normalisation of every width has seen images; false for the start of slimmable
-            training out of a plain network.
-        tag: Tag of the published network that it is, if the source's name is that of the authors' file.
+        calibrated: True if the normalisation of every width has seen images; false for a plain network, as a starting
+            point for slimmable training.
+        tag: Tag of the published network, if the source has the name of the authors' file.
     """
 
     path: Path
@@ -51,14 +50,15 @@ def convert_file(
     """Convert a checkpoint into a folder that timm opens, or into a safetensors file.
 
     Args:
-        source: A checkpoint of a kind that `weights.convert.convert` takes.
+        source: A checkpoint of a kind that `models.convert.convert` takes.
         target: A name in `.safetensors`, or else a folder.
         encoder: `online` or `momentum`, of a pre-training checkpoint.
         widths: Widths to give to a plain network.
-        overwrite: Replace what is there.
+        overwrite: True to replace existing files.
 
     Raises:
-        InputError: The source cannot be read or is of no known kind, or the target is there already.
+        InputError: The source cannot be read, is of no known kind or has widths that do not overlap, or the target
+            exists already.
     """
     to_file = target.suffix == '.safetensors'
     if to_file:
@@ -70,8 +70,8 @@ def convert_file(
     except InputError as error:
         raise InputError(f'{source}: {error}' if str(source) not in str(error) else str(error)) from error
     layout = layout_of({name: tensor.shape for name, tensor in tensors.items()})
-    if layout.architecture is None:
-        raise InputError(f'{source} holds {layout}, which is none of the networks here')
+    assert layout.architecture is not None  # or converting had failed
+    check_overlap(layout.overlap, source)
     calibrated = all(int(tensor) > 0 for name, tensor in tensors.items() if name.endswith('num_batches_tracked'))
     published = next((p for p in PUBLISHED.values() if p.file == source.name and encoder == 'online'), None)
     if to_file:
@@ -81,7 +81,6 @@ def convert_file(
         model = timm.create_model(
             name,
             widths=layout.widths,
-            overlap=layout.overlap,
             num_classes=layout.num_classes,
             in_chans=layout.in_chans,
             device='meta',
@@ -102,7 +101,6 @@ def convert_file(
             model_args={
                 'widths': layout.widths,
                 'head': layout.head if layout.num_classes else 'switchable',
-                **({} if layout.overlap else {'overlap': False}),
             },
             data_config={},
             card=card,
@@ -112,10 +110,10 @@ def convert_file(
 
 
 def check_file(path: Path, overwrite: bool) -> None:
-    """Find out before any work whether a file may be written.
+    """Check before any work that a file may be written.
 
     Raises:
-        InputError: It is there already, or is a folder.
+        InputError: It exists already, or is a folder.
     """
     if path.is_dir():
         raise InputError(f'{path} is a folder; give the name of a file')
@@ -124,10 +122,10 @@ def check_file(path: Path, overwrite: bool) -> None:
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Find out before any work whether a network may be written to a folder, in which other files may be.
+    """Check before any work that a network may be written to a folder, which may hold other files.
 
     Raises:
-        InputError: A network or a card is there already, or the name is that of a file.
+        InputError: A network or a card exists already, or the name is that of a file.
     """
     if folder.is_file() or folder.suffix in _SUFFIXES:
         raise InputError(f'{folder} is the name of a file; give a folder')

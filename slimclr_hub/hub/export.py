@@ -1,4 +1,4 @@
-"""Networks as single files for other runtimes, ONNX and PyTorch's `.pt2`; each is run and compared before it stays."""
+"""Export of networks to single files for other runtimes, ONNX and PyTorch's `.pt2`, each run and compared first."""
 
 import copy
 import importlib
@@ -14,6 +14,7 @@ from torch import nn
 
 from slimclr_hub.errors import ExportError, InputError
 from slimclr_hub.files import written_whole
+from slimclr_hub.hub.folder import check_overlap
 from slimclr_hub.models import SlimmableResNet
 
 DEFAULT_OPSET = 18
@@ -25,7 +26,7 @@ _TOLERANCE = 1e-4
 
 
 def export_onnx(model: nn.Module, path: Path, *, size: int, opset: int = DEFAULT_OPSET) -> float:
-    """Write a network as one ONNX file, which onnxruntime has run with the same outputs.
+    """Write a network as one ONNX file, after onnxruntime has run it with the same outputs.
 
     Input `pixel_values` [N, C, size, size], output `logits` [N, num_classes], or `features` where the network has no
     head; N is free. A slimmable network is exported at its active width, as the dense network of that width. The file
@@ -82,7 +83,7 @@ def export_onnx(model: nn.Module, path: Path, *, size: int, opset: int = DEFAULT
 
 
 def export_pt2(model: nn.Module, path: Path, *, size: int) -> float:
-    """Write a network as a `.pt2` file, which `torch.export.load` has opened and run with the same outputs.
+    """Write a network as a `.pt2` file, after `torch.export.load` has opened it and run it with the same outputs.
 
     `torch.export.load(path).module()` runs it without this package and without timm. Otherwise as `export_onnx`.
 
@@ -126,7 +127,9 @@ def _package(name: str) -> Any:
 
 
 def _prepared(model: nn.Module, size: int) -> tuple[nn.Module, list[torch.Tensor], list[torch.Tensor]]:
-    """What to export, images to check it with, and the outputs of `model` itself for them."""
+    """Make the network to export, images to check it with, and the outputs of `model` for them."""
+    if isinstance(model, SlimmableResNet):
+        check_overlap(model.overlap, 'export')
     # On the CPU, where float32 is float32 and where every runtime is; a copy, so that the caller's stays as it is.
     reference = copy.deepcopy(model).to('cpu', torch.float32).to(memory_format=torch.contiguous_format).eval()
     generator = torch.Generator().manual_seed(0)
@@ -176,7 +179,7 @@ def _difference(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings and no log lines of the exporters, which speak of their own insides."""
+    """Suppress the exporters' warnings and log lines, which are about their internals."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

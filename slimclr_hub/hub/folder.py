@@ -8,13 +8,30 @@ import torch
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from slimclr_hub.errors import InputError
 from slimclr_hub.files import written_whole
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.lazy import LazySlimmableResNet
 from slimclr_hub.weights.tensor_file import save_tensors
 
-# What a published network's configuration says of its origin, which no other network's may.
 OF_A_TAG = ('tag', 'description', 'origin_url', 'notes', 'license')
+"""Entries of a published network's configuration that no other network's may have."""
+
+WIDTH = 'slimclr_width'
+"""Entry of config.json: the width that a folder of timm's own ResNet was extracted at."""
+
+
+def check_overlap(overlap: bool, name: object) -> None:
+    """Refuse a network that was built with `overlap=False`; it trains, and its run's folder can be evaluated.
+
+    Raises:
+        InputError: `overlap` is false.
+    """
+    if not overlap:
+        raise InputError(
+            f'{name}: the widths of this network do not overlap (overlap=False), which is an ablation: it is trained '
+            'and evaluated in its folder, but not converted, extracted, exported or published'
+        )
 
 
 def save_folder(
@@ -28,20 +45,20 @@ def save_folder(
     card: str,
     label_names: Sequence[str] | None = None,
 ) -> None:
-    """Write `config.json`, `model.safetensors` and `README.md`, each whole or not at all.
+    """Write `config.json`, `model.safetensors` and `README.md`, each atomically.
 
     `timm.create_model('local-dir:FOLDER', pretrained=True, width=0.5)` opens the folder; without `width` it opens at
     the width that is active now.
 
     Args:
         model: A network from timm's factory.
-        folder: Where to write; made if it is not there.
+        folder: Where to write; made if it does not exist.
         size: Height and width of the images in pixels.
-        mean: Mean of each channel that images are normalised by.
-        std: Standard deviation of each channel that images are normalised by.
-        crop_pct: Share of the image that evaluation crops.
+        mean: Mean of each channel for normalising images.
+        std: Standard deviation of each channel for normalising images.
+        crop_pct: Fraction of the image that evaluation crops.
         card: Text of the model card.
-        label_names: Names of the classes in their order, where they are known.
+        label_names: Names of the classes in their order, if known.
     """
     if isinstance(model, LazySlimmableResNet):
         model.hold()
@@ -72,18 +89,20 @@ def write_folder(
     card: str,
     label_names: Sequence[str] | None = None,
     tagged: bool = False,
+    width: float | None = None,
 ) -> None:
-    """Write the three files of a network, each whole or not at all.
+    """Write the three files of a network, each atomically.
 
     Args:
-        model: A network from timm's factory, which the configuration describes; its tensors are not looked at.
+        model: A network from timm's factory, which the configuration describes; its tensors are not used.
         tensors: Its state dict.
-        folder: Where to write; made if it is not there.
-        model_args: Arguments of the model that timm has not noted by itself.
+        folder: Where to write; made if it does not exist.
+        model_args: Arguments of the model that timm has not recorded itself.
         data_config: `input_size`, `mean`, `std` and `crop_pct`, as in timm.
         card: Text of the model card.
-        label_names: Names of the classes in their order, where they are known.
-        tagged: Whether these are the weights of the tag that the network was built with.
+        label_names: Names of the classes in their order, if known.
+        tagged: True if these are the weights of the tag that the network was built with.
+        width: The width that a network of timm's own was extracted at.
     """
     with written_whole(folder) as partial:
         save_config_for_hf(
@@ -95,12 +114,14 @@ def write_folder(
         )
         config = json.loads((partial / 'config.json').read_text())
         save_tensors(tensors, partial / 'model.safetensors')
-        # It stands at the top of the file already; transformers passes both, and a repeated keyword is an error there.
+        # It is at the top level already; transformers passes both, and a repeated keyword is an error there.
         config['model_args'].pop('num_classes', None)
         for key in {'lazy', 'width', 'overlap'} - model_args.keys():
-            config['model_args'].pop(key, None)  # how it was opened, or a default, not what it is
+            config['model_args'].pop(key, None)  # arguments of how it was opened, or defaults
         if not tagged:
             for key in OF_A_TAG:
                 config['pretrained_cfg'].pop(key, None)
+        if width is not None:
+            config[WIDTH] = width
         (partial / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
         (partial / 'README.md').write_text(card)

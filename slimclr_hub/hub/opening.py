@@ -1,4 +1,4 @@
-"""Opening a network by whatever names it: a tag, a repository on the Hub, a folder or a file."""
+"""Opening a network by any name for it: a tag, a repository on the Hub, a folder or a file."""
 
 import json
 from pathlib import Path
@@ -9,25 +9,43 @@ from timm.models import parse_model_name
 from torch import nn
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.hub.folder import OF_A_TAG
-from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.weights.layouts import layout_of
+from slimclr_hub.hub.folder import OF_A_TAG, WIDTH, check_overlap
+from slimclr_hub.models import DenseResNet, SlimmableResNet
+from slimclr_hub.models.registry import slimmable_models
+from slimclr_hub.models.widths import check_width, width_key
+from slimclr_hub.weights.layouts import ARCHITECTURES, layout_of
+from slimclr_hub.weights.slices import leading, unswitch_name
 from slimclr_hub.weights.source import from_hub
 from slimclr_hub.weights.tensor_file import TensorFile
 
-_ENOUGH = 500  # characters
+_MAX_MESSAGE = 500  # characters
 _KINDS = 'a tag such as slimclr_resnet50.mocov2_200e_in1k, a folder, a .safetensors file, or hf-hub:USER/NAME'
 
 
 def open_network(name: str, **kwargs: Any) -> SlimmableResNet:
-    """As `open_any`, but nothing other than a slimmable network.
+    """Open a slimmable network with its weights, or a dense one as a network of its only width.
+
+    Args:
+        name: As in `open_any`.
+        kwargs: Arguments for `timm.create_model`, such as `width` and `lazy`.
 
     Raises:
-        InputError: It is another one, or as in `open_any`.
+        InputError: It is a network without widths, or as in `open_any`.
     """
-    model = _open(name, kwargs, slimmable=True)
-    if not isinstance(model, SlimmableResNet):
-        raise InputError(f'{name} is a {type(model).__name__}, not a slimmable network')
+    name, kwargs, config = _resolve(name, kwargs)
+    architecture = config['architecture']
+    if architecture in slimmable_models():
+        model = _create(name, kwargs)
+        assert isinstance(model, SlimmableResNet)
+        return model
+    if not architecture.startswith('slimclr_') and WIDTH not in config:
+        raise InputError(f'{name.removeprefix("local-dir:")} is a {architecture}, not a slimmable network')
+    asked = kwargs.pop('width', None)
+    kwargs.pop('lazy', None)  # one width is all there is to read
+    dense = _create(name, kwargs)
+    model = _of_one_width(dense, dense.width if isinstance(dense, DenseResNet) else float(config[WIDTH]), config)
+    if asked is not None:
+        check_width(asked, model.widths)
     return model
 
 
@@ -41,63 +59,93 @@ def open_any(name: str, **kwargs: Any) -> nn.Module:
     Raises:
         InputError: There is no such network, or its weights cannot be had or do not fit.
     """
-    return _open(name, kwargs)
+    name, kwargs, _ = _resolve(name, kwargs)
+    return _create(name, kwargs)
 
 
-def _open(name: str, kwargs: dict[str, Any], slimmable: bool = False) -> nn.Module:
-    path = Path(name.removeprefix('local-dir:'))
-    if path.is_file():
-        name, kwargs = _from_file(path, kwargs)
-    elif path.is_dir():
-        if not (path / 'config.json').is_file():
-            raise InputError(f'{path} has no config.json; it is not a folder that timm opens')
-        _check_config(path / 'config.json', path, slimmable)
-        name = f'local-dir:{path}'
-    else:
-        _check_name(name, slimmable)
+def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=True, **kwargs)
     except (TypeError, RuntimeError, KeyError) as error:
         words = ' '.join(str(error).split())  # PyTorch lists tensors that do not fit, each on a line
-        raise InputError(f'{name}: {words[:_ENOUGH]}{"..." if len(words) > _ENOUGH else ""}') from error
+        raise InputError(f'{name}: {words[:_MAX_MESSAGE]}{"..." if len(words) > _MAX_MESSAGE else ""}') from error
 
 
-def _from_file(path: Path, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    with TensorFile(path) as file:
-        layout = layout_of(file.shapes)
-    if layout.architecture is None or not layout.widths:
-        raise InputError(f'{path} holds {layout}, which is none of the slimmable networks here')
-    found = {'widths': layout.widths, 'num_classes': layout.num_classes, 'in_chans': layout.in_chans}
-    if layout.num_classes:
-        found['head'] = layout.head
-    if not layout.overlap:
-        found['overlap'] = False
-    # The architecture's default tag would otherwise be taken for that of the file.
-    overlay = {**dict.fromkeys(OF_A_TAG), 'file': str(path)}
-    return layout.architecture, {**found, 'pretrained_cfg_overlay': overlay, **kwargs}
-
-
-def _check_name(name: str, slimmable: bool) -> None:
+def _resolve(name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Translate a name to timm's name and arguments, and to the configuration, which names the architecture."""
+    path = Path(name.removeprefix('local-dir:'))
+    if path.is_file():
+        return _from_file(path, kwargs)
+    if path.is_dir():
+        if not (path / 'config.json').is_file():
+            raise InputError(f'{path} has no config.json; it is not a folder that timm opens')
+        return f'local-dir:{path}', kwargs, _read_config(path / 'config.json', path)
     try:
         source, rest = parse_model_name(name)
     except ValueError as error:
         raise InputError(f'{name!r} is not {_KINDS}') from error
     if source == 'hf-hub':
-        # For its errors: timm fetches the configuration by itself, and would show the client's.
-        _check_config(from_hub(rest, 'config.json'), name, slimmable)
-    elif source == 'local-dir':
+        return name, kwargs, _read_config(from_hub(rest, 'config.json'), name)
+    if source == 'local-dir':
         raise InputError(f'{rest} does not exist')
-    elif not timm.is_model(rest.partition('.')[0]) or not rest.startswith('slimclr_'):
+    architecture = rest.partition('.')[0]
+    if not timm.is_model(architecture) or not architecture.startswith('slimclr_'):
         raise InputError(f'{name!r} is not {_KINDS}')
+    return name, kwargs, {'architecture': architecture}
 
 
-def _check_config(file: Path, name: object, slimmable: bool) -> None:
-    # Of a wrong one timm shows what Python says of it, and of another network than ours only after its download.
+def _from_file(path: Path, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    with TensorFile(path) as file:
+        layout = layout_of(file.shapes)
+    if layout.architecture is None or not layout.widths:
+        raise InputError(f'{path} holds {layout}, which is none of the slimmable networks here')
+    check_overlap(layout.overlap, path)
+    found = {'widths': layout.widths, 'num_classes': layout.num_classes, 'in_chans': layout.in_chans}
+    if layout.num_classes:
+        found['head'] = layout.head
+    # The architecture's default tag would otherwise be taken for that of the file.
+    overlay = {**dict.fromkeys(OF_A_TAG), 'file': str(path)}
+    arguments = {**found, 'pretrained_cfg_overlay': overlay, **kwargs}
+    return layout.architecture, arguments, {'architecture': layout.architecture}
+
+
+def _read_config(file: Path, name: object) -> dict[str, Any]:
+    # timm's own errors about a wrong one are Python's, and come after the download of the weights.
     try:
         config = json.loads(file.read_text())
     except ValueError as error:
         raise InputError(f'{name}: its config.json is not JSON ({error})') from error
     if not isinstance(config, dict) or not isinstance(config.get('architecture'), str):
         raise InputError(f"{name}: its config.json is not timm's, which names an architecture")
-    if slimmable and not config['architecture'].startswith('slimclr_'):
-        raise InputError(f'{name} is a {config["architecture"]}, not a slimmable network')
+    return config
+
+
+def _of_one_width(dense: Any, width: float, config: dict[str, Any]) -> SlimmableResNet:
+    """Build a slimmable network that holds the tensors of a dense one, without channels of zeros, as its only width."""
+    tensors = dense.state_dict()
+    layout = layout_of({name: tensor.shape for name, tensor in tensors.items()})
+    architecture = ARCHITECTURES[layout.expansion, layout.stages, 64]
+    model = timm.create_model(
+        architecture,
+        pretrained_cfg={
+            **dense.pretrained_cfg,
+            'architecture': architecture,
+            'classifier': f'fc.{width_key(width)}',
+        },
+        widths=(width,),
+        num_classes=dense.num_classes,
+        in_chans=layout.in_chans,
+        global_pool=dense.global_pool.pool_type,
+        output_stride=config.get('model_args', {}).get('output_stride', 32),
+        device='meta',
+    )
+    assert isinstance(model, SlimmableResNet)
+    runs = model.global_pool.feat_mult()  # times that the features stand side by side in the head's input
+    fitted = {}
+    for name, wanted in model.state_dict().items():
+        tensor, shape = tensors[unswitch_name(name)], tuple(wanted.shape)
+        if name.startswith('fc.') and len(shape) == 2:
+            tensor, shape = tensor.unflatten(1, (runs, -1)), (shape[0], runs, shape[1] // runs)
+        fitted[name] = leading(tensor, shape).reshape(wanted.shape)
+    model.load_state_dict(fitted, assign=True)
+    return model.train(dense.training)

@@ -1,32 +1,34 @@
-"""Publishing a folder as a repository on the Hub."""
+"""Upload of a folder as a repository on the Hub."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from slimclr_hub.errors import InputError
+from slimclr_hub.hub.folder import check_overlap
 from slimclr_hub.hub.opening import open_any
+from slimclr_hub.runs.result import RESULT, results_in
 from slimclr_hub.text import first_line
-from slimclr_hub.weights.network import is_transport_error, with_retries
+from slimclr_hub.weights.source import is_transport_error, with_retries
 
 _NEEDED = ('config.json', 'model.safetensors', 'README.md')
-# What else a run leaves at the top of its folder and a reader of the card may want. Checkpoints stay at home.
-_WELCOME = ('recipe.yaml', 'metrics.jsonl', '*.png')
+# Files of a run that a reader of the card may want; not its checkpoints.
+_OPTIONAL = ('recipe.yaml', 'metrics.jsonl', '*.png', RESULT, f'*/{RESULT}')
 _LOCAL = re.compile(r"(?<=['\"`])local-dir:[^'\"`\n]+|local-dir:[^'\"`\s]+")
 _ABOUT_LOCAL = re.compile(r'From the Hugging Face Hub it is `hf-hub:USER/NAME` instead of `local-dir:`\.\s*')
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a push is to do.
+    """Files to upload.
 
     Args:
         repo: Name of the repository, `account/name`.
-        files: Path in the repository -> content: a file, or text that was made for the Hub.
+        files: Path in the repository -> content: a file, or text that was written for the Hub.
     """
 
     repo: str
@@ -41,16 +43,18 @@ class Plan:
 
 
 def plan_push(folder: Path, repo: str) -> Plan:
-    """Check a folder and list what would be uploaded; touches no network.
+    """Check a folder and list the files to upload, without using the network.
 
-    In the card, `local-dir:...` becomes `hf-hub:REPO`, so that its usage works for its readers.
+    In the card, `local-dir:...` becomes `hf-hub:REPO`, so that its usage works for its readers, and the accuracies in
+    the folder's `result.json` become evaluation results of the Hub.
 
     Args:
         folder: A folder that timm opens, as `save_folder` or `slimclr-hub convert` write it.
         repo: Name of the repository, `account/name`.
 
     Raises:
-        InputError: A file is missing, the weights do not fit the configuration, or the name is not one.
+        InputError: A file is missing, the weights do not fit the configuration, the widths do not overlap, or the name
+            is not one.
     """
     try:
         validate_repo_id(repo)
@@ -62,24 +66,51 @@ def plan_push(folder: Path, repo: str) -> Plan:
         raise InputError(f'{folder} is not a folder')
     if missing := [name for name in _NEEDED if not (folder / name).is_file()]:
         raise InputError(f'{folder} lacks {", ".join(missing)}; `slimclr-hub convert` and training write them')
-    open_any(str(folder))  # whoever downloads it will do the same
+    model = open_any(str(folder))  # whoever downloads it will do the same
+    check_overlap(getattr(model, 'overlap', True), folder)
     files: dict[str, Path | str] = {
-        path.name: path for pattern in (*_NEEDED, *_WELCOME) for path in sorted(folder.glob(pattern))
+        str(path.relative_to(folder)): path
+        for pattern in (*_NEEDED, *_OPTIONAL)
+        for path in sorted(folder.glob(pattern))
     }
     card = _ABOUT_LOCAL.sub('', (folder / 'README.md').read_text())
-    files['README.md'] = _LOCAL.sub(f'hf-hub:{repo}', card)
+    files['README.md'] = _with_results(_LOCAL.sub(f'hf-hub:{repo}', card), folder, repo)
     return Plan(repo, files)
 
 
+def _with_results(text: str, folder: Path, repo: str) -> str:
+    # Of the results in a file the first is the best.
+    results = [results[0] for results in results_in(folder).values() if results]
+    if not results:
+        return text
+    card = ModelCard(text)
+    assert isinstance(card.data, ModelCardData)
+    card.data.model_name = repo.partition('/')[2]
+    card.data.eval_results = [
+        EvalResult(
+            task_type='image-classification',
+            dataset_type=re.sub(r'[^a-z0-9]+', '-', str(result.protocol.data).lower()).strip('-'),
+            dataset_name=str(result.protocol.data),
+            metric_type='accuracy',
+            metric_name=f'{name} at width {width:g}, {result.protocol}',
+            metric_value=round(value, 2),
+        )
+        for result in results
+        for name, accuracies in (('top-1 (%)', result.top1), ('top-5 (%)', result.top5))
+        for width, value in accuracies.items()
+    ]
+    return str(card)
+
+
 def push(plan: Plan, *, private: bool = False, revision: str | None = None, message: str | None = None) -> str:
-    """Upload as one commit, into a repository that is made if it is not there.
+    """Upload as one commit, into a repository that is made if it does not exist.
 
     Endpoint and token are those of huggingface_hub (`HF_ENDPOINT`, `HF_TOKEN`, `hf auth login`).
 
     Args:
         plan: What to upload.
-        private: Whether a new repository is private.
-        revision: Branch to commit to, made if it is not there; `main` unless given.
+        private: True to make a new repository private.
+        revision: Branch to commit to, made if it does not exist; `main` unless given.
         message: Message of the commit.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Batch normalisation of a width that has not been trained, estimated from data."""
+"""Batch normalisation statistics of a width that was not trained, estimated from images."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -14,7 +14,7 @@ from slimclr_hub.models.widths import width_key
 
 
 def batchnorms_of(model: nn.Module, width: float) -> Iterator[_BatchNorm]:
-    """The batch normalisations that a network uses at `width`."""
+    """Yield the batch normalisations that a network uses at `width`."""
     for module in model.modules():
         if isinstance(module, SwitchableBatchNorm2d):
             norm = module[width_key(width)]
@@ -23,7 +23,7 @@ def batchnorms_of(model: nn.Module, width: float) -> Iterator[_BatchNorm]:
 
 
 def is_calibrated(model: SlimmableResNet, width: float) -> bool:
-    """Whether the batch normalisation of `width` has seen any batch."""
+    """True if the batch normalisation of `width` has seen any batch."""
     return all(norm.num_batches_tracked != 0 for norm in batchnorms_of(model, model._ready(width)))
 
 
@@ -33,17 +33,15 @@ def calibrate_width(
     """Add a width to a trained network, by estimating its batch-normalisation statistics from images.
 
     Convolutions are shared and need no training; scale, shift and head begin as the leading part of the next wider
-    width's. This is the post-statistics of universally slimmable networks (Yu & Huang 2019,
-    https://arxiv.org/abs/1903.05134, section 3.2), here of a network that was trained at a few widths only: the
-    further a new width is from those, the worse. A width that the network has already is estimated anew.
-
-    The result is saved and loaded like any other: `save_folder`, then `create_model('local-dir:...', width=0.6)`.
+    width's. These are the post-statistics of universally slimmable networks (Yu & Huang 2019,
+    https://arxiv.org/abs/1903.05134, section 3.2), here for a network that was trained at a few widths only: the
+    further a new width is from those, the worse. A width that exists is estimated anew.
 
     Args:
         model: The network; its mode and active width are restored.
         width: The width to add.
         loader: Batches of images [N, C, H, W], normalised as in training, alone or first in a sequence as with
-            labels; moved to the network's device. A few thousand images do.
+            labels. A few thousand images suffice.
 
     Raises:
         InputError: No images, or a width above the largest.

@@ -1,7 +1,7 @@
 """Dense networks: timm's ResNet with every channel count, the stem's included, scaled by a width.
 
-This is what `SlimmableResNet.extract` returns and what `slimclr_resnet50_050` builds. timm's class does the work; its
-stem is fixed at 64 channels, so stem and stages are built here, from timm's own blocks and under timm's own names.
+`SlimmableResNet.extract` returns one, and `slimclr_resnet50_050` builds one. The stem of timm's class has 64 channels
+always, so stem and stages are built here, of timm's blocks and under timm's names.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class DenseResNet(ResNet):
         block: timm's `BasicBlock` or `Bottleneck`.
         layers: Blocks in each stage; four stages, or three for the networks for 32x32 images.
         channels: Channels of each stage at width 1.0, before the block's expansion; the stem has those of the first.
-        width: Share of the channels to use.
+        width: Fraction of the channels to use.
         small_stem: For 32x32 images, a 3x3 convolution of stride 1 instead of 7x7, stride 2 and pooling.
         in_chans: Channels of the images.
         output_stride: 8, 16 or 32; below 32 later stages dilate instead of striding, as in timm.
@@ -105,7 +105,7 @@ class DenseResNet(ResNet):
         self.head_hidden_size = features * self.global_pool.feat_mult()
 
     def init_head(self) -> None:
-        """The head anew, as timm begins it."""
+        """Initialise the head as timm does."""
         if isinstance(self.fc, nn.Linear):
             self.fc.reset_parameters()
 
@@ -122,14 +122,14 @@ class DenseResNet(ResNet):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """As timm's, but for networks of three stages too."""
+        """Extend timm's method to networks of three stages."""
         taken, _ = feature_take_indices(len(self.feature_info), indices)
         return super().forward_intermediates(x, taken, norm, stop_early, output_fmt, intermediates_only)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """As timm's, but for networks of three stages too."""
+        """Extend timm's method to networks of three stages."""
         taken, last = feature_take_indices(len(self.feature_info), indices)
         if last == len(self.feature_info) - 1:
             if prune_head:

@@ -24,9 +24,9 @@ class SlimmableConv2d(SlicedWeight, nn.Conv2d):
         in_channels: Input channels at width 1.0.
         out_channels: Output channels at width 1.0.
         kernel_size: As in `nn.Conv2d`.
-        max_width: Largest width that will be asked for.
-        disjoint: Widths whose channels do not overlap, if they do not; see `channel_span`.
-        slim_in: Whether the input has width w too; false for the stem, which sees images.
+        max_width: Largest width that will be used.
+        disjoint: Widths whose channels do not overlap, if any; see `channel_span`.
+        slim_in: True if the input has width w too; false for the stem, whose input is images.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class SlimmableLinear(SlicedWeight, nn.Linear):
     Args:
         in_features: Input features at width 1.0.
         out_features: Output features at width 1.0.
-        max_width: Largest width that will be asked for.
-        disjoint: Widths whose features do not overlap, if they do not; see `channel_span`.
-        slim_in: Whether the input has width w.
-        slim_out: Whether the output has width w; false for the last layer of a head.
+        max_width: Largest width that will be used.
+        disjoint: Widths whose features do not overlap, if any; see `channel_span`.
+        slim_in: True if the input has width w.
+        slim_out: True if the output has width w; false for the last layer of a head.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Switchable(nn.ModuleDict):
         self._names = {width: width_key(width) for width in modules}  # which takes as long as a small layer to spell
 
     def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:
-        """What the module of `width` makes of x."""
+        """Apply the module of `width`."""
         return self[self._names.get(width) or width_key(width)](x)
 
 
@@ -161,7 +161,7 @@ class SwitchableBatchNorm1d(Switchable):
     Args:
         num_features: Features at width 1.0.
         widths: The widths to hold.
-        slim: Whether the features have the width; false after the last layer of a head.
+        slim: True if the features have the width; false after the last layer of a head.
     """
 
     def __init__(self, num_features: int, widths: Sequence[float], *, slim: bool = True, **kwargs: Any) -> None:
@@ -204,7 +204,7 @@ class SwitchableLinear(Switchable):
 
 
 class SlimmableSequential(nn.Sequential):
-    """`nn.Sequential` that hands the width to each of its modules."""
+    """`nn.Sequential` that passes the width to each of its modules."""
 
     def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:  # type: ignore[override]
         """Run the modules one after the other, each at `width`."""
@@ -214,7 +214,7 @@ class SlimmableSequential(nn.Sequential):
 
 
 def slice_starts(model: nn.Module, width: float) -> dict[str, tuple[int, ...]]:
-    """Where `width` begins in the weights and biases of a model's slimmable layers, by name."""
+    """Name -> first index of `width` in each weight and bias of a model's slimmable layers."""
     starts: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():
         if isinstance(module, SlimmableConv2d | SlimmableLinear):

@@ -1,4 +1,4 @@
-"""A slimmable network that holds the widths it was asked for, and reads others from its file when they are."""
+"""A slimmable network that holds the widths in use and reads others from its file on demand."""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -16,24 +16,24 @@ from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_width, check_widths,
 from slimclr_hub.weights.layouts import layout_of
 from slimclr_hub.weights.tensor_file import TensorFile
 
-# Given the tensor that grows, and rows and columns of the larger one: those rows and columns.
+# Maps the tensor that grows, and rows and columns of the larger one, to these rows and columns.
 Reader = Callable[[torch.Tensor, slice, slice], torch.Tensor]
 
 
 class LazySlimmableResNet(SlimmableResNet):
-    """What `timm.create_model('slimclr_resnet50', pretrained=True, width=0.25, lazy=True)` builds.
+    """Slimmable ResNet that `timm.create_model(..., pretrained=True, width=0.25, lazy=True)` builds.
 
-    It has the tensors of one width; `set_width`, `forward_at`, `forward_widths` and `extract` read from the safetensors
-    file what another one needs beyond them, and keep it. What is held already stays as it is, fine-tuned or not.
-    Parameters that grow are new ones, which an optimizer made before does not know: to train, take the network without
-    `lazy`, or call `hold` first.
+    It begins with the tensors of one width. `set_width`, `forward_at`, `forward_widths` and `extract` read the further
+    tensors of another width from the safetensors file, and keep them. Tensors that are held already stay as they are,
+    fine-tuned or not. Parameters that grow are new ones, unknown to an optimizer made before: to train, take the
+    network without `lazy`, or call `hold` first.
 
     Args:
-        block: As in `SlimmableResNet`.
+        block: As in `SlimmableResNet`, like all arguments that are not named here.
         layers: As in `SlimmableResNet`.
         channels: As in `SlimmableResNet`.
         widths: The widths to choose from.
-        width: The one to begin with; the largest unless given.
+        width: The first width to hold; the largest unless given.
         kwargs: As in `SlimmableResNet`.
     """
 
@@ -55,7 +55,7 @@ class LazySlimmableResNet(SlimmableResNet):
         self._head_from_file = False
 
     def load_pretrained(self, path: str | Path) -> None:
-        """Load the widths that are held, and remember the file for the others.
+        """Load the held widths, and remember the file for the others.
 
         Raises:
             InputError: The file does not fit, or lacks one of the widths.
@@ -75,17 +75,17 @@ class LazySlimmableResNet(SlimmableResNet):
         return self._held
 
     def hold(self, widths: Iterable[float] | None = None) -> None:
-        """Read what is missing for `widths`, all of them unless given.
+        """Read the tensors of `widths`, all of them unless given, that are not in memory.
 
         Raises:
-            InputError: The network has no such width, or its file is not there any more or was changed.
+            InputError: The network has no such width, or its file was removed or changed.
         """
         wanted = {check_width(width, self._widths) for width in (self._widths if widths is None else widths)}
         for width in sorted(wanted - set(self._held)):
             self._grow(width)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, head: str | None = None) -> None:
-        """As in `SlimmableResNet`; widths that are read later get a new head too."""
+        """Replace the head as `SlimmableResNet` does; widths that are read later get a new head too."""
         super().reset_classifier(num_classes, global_pool, head)
         self._head_from_file = False
 

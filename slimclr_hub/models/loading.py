@@ -1,14 +1,15 @@
-"""Fitting a file of tensors to a network, strictly: what does not fit is an error that names the tensor."""
+"""Strict loading of tensors into a network: one that does not fit is an error that names it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import timm
 import torch
 from timm.models import adapt_input_conv
 
 from slimclr_hub.errors import InputError, shorten
-from slimclr_hub.weights.layouts import layout_of
+from slimclr_hub.weights.layouts import ARCHITECTURES, Layout, differences, layout_of
 from slimclr_hub.weights.slices import DISJOINT, key_width, leading, switch_name, switched_key, unswitch_name, width_key
 from slimclr_hub.weights.tensor_file import TensorFile
 
@@ -19,7 +20,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 class Loadable(Protocol):
-    """What loading needs to know of a network, slimmable or dense."""
+    """A network, slimmable or dense, as loading sees it."""
 
     in_chans: int
     pretrained_cfg: dict[str, Any]
@@ -33,7 +34,7 @@ class Loadable(Protocol):
 
 
 def checkpoint_filter_fn(tensors: Mapping[str, torch.Tensor], model: Loadable) -> dict[str, torch.Tensor]:
-    """Cut a slimmable network's tensors to those of `model`, which may hold fewer widths or be dense.
+    """Cut the tensors of a slimmable network to those of `model`, which may hold fewer widths or be dense.
 
     A head of other classes is left out, as timm does; the first convolution keeps its input channels, which timm
     adapts after this.
@@ -58,17 +59,17 @@ def checkpoint_filter_fn(tensors: Mapping[str, torch.Tensor], model: Loadable) -
 
 @torch.no_grad()
 def load_file(model: Loadable, path: Path) -> None:
-    """Load a network's tensors from a safetensors file, of which only the slices that it needs are read.
+    """Load a network's tensors from a safetensors file, reading only the slices that it needs.
 
-    A head of other classes than the file's stays as it is; a first convolution for other image channels is adapted as
-    timm does. Nothing of the network changes if anything does not fit.
+    A head of other classes than the file's is left as it is; a first convolution for other image channels is adapted as
+    timm does. If a tensor does not fit, none is changed.
 
     Args:
         model: A network of timm's factory.
         path: File of a slimmable network, or of a network just like `model`.
 
     Raises:
-        InputError: The file is not whole, or a tensor is missing, misshapen or not expected.
+        InputError: The file is damaged, or a tensor is missing, misshapen or not expected.
     """
     state = model.state_dict()
     with TensorFile(path) as file:
@@ -88,7 +89,7 @@ def load_file(model: Loadable, path: Path) -> None:
 
 
 def expects_head(model: Loadable) -> bool:
-    """Whether the head of a network from timm's factory is to come from its weights, rather than be a new one."""
+    """True if the head of a network from timm's factory comes from its weights; false if it is a new one."""
     num_classes = getattr(model, 'num_classes', 0)
     return num_classes > 0 and model.pretrained_cfg.get('num_classes') == num_classes
 
@@ -100,9 +101,9 @@ def read_first_conv(file: TensorFile, rows: slice, in_chans: int) -> torch.Tenso
 
 
 def fit(wanted: Shapes, available: Shapes, width: float) -> dict[str, str]:
-    """For each tensor of a network, the tensor of the file whose leading block it is.
+    """Map each tensor of a network to the tensor of the file whose leading block it is.
 
-    A head is left out where the file has none, or one of other classes.
+    A head is left out if the file has none, or one of other classes.
 
     Args:
         wanted: Names and shapes of the network's tensors.
@@ -148,8 +149,44 @@ def fit(wanted: Shapes, available: Shapes, width: float) -> dict[str, str]:
     return fitted
 
 
+def check_complete(shapes: Shapes) -> Layout:
+    """Check that tensors are those of one complete slimmable network, with or without a head.
+
+    They are compared with a network of the recognised architecture, built without memory. Its size is bounded by the
+    number of tensors, so that no file can ask for more than it holds.
+
+    Raises:
+        InputError: A tensor is missing, unexpected or misshapen, which the message names, or there is no such network.
+    """
+    layout = layout_of(shapes)
+    if layout.architecture is None:
+        raise InputError(f'{layout} is none of the networks here, {", ".join(ARCHITECTURES.values())}')
+    if not layout.widths or len(shapes) < len(layout.widths) * sum(layout.stages):
+        raise InputError(f'not {layout}: {len(shapes)} tensors are too few for a normalisation of each width')
+    try:
+        network = timm.create_model(
+            layout.architecture,
+            widths=layout.widths,
+            overlap=layout.overlap,
+            head='switchable' if layout.head == 'none' else layout.head,
+            num_classes=layout.num_classes,
+            in_chans=layout.in_chans,
+            device='meta',
+        )
+    except RuntimeError as error:  # sizes beyond what a tensor can have
+        raise InputError(f'not {layout}: {error}') from None
+    expected = _shapes(network.state_dict())
+    # Some kinds of pooling give a head twice as many features.
+    twice = {name: (n[0], 2 * n[1]) for name, n in expected.items() if name.startswith(_HEAD) and len(n) == 2}
+    if all(tuple(shapes.get(name, shape)) == shape for name, shape in twice.items()):
+        expected.update(twice)
+    if problems := differences(expected, shapes):
+        raise InputError(f'not {layout}: {shorten(problems)}')
+    return layout
+
+
 def _check_overlap(wanted: Shapes, available: Shapes) -> None:
-    # Leading blocks mean something where widths overlap; where they do not, only the very same widths do.
+    # If widths do not overlap, a leading block is no sub-network, and only the very same widths fit.
     if DISJOINT not in wanted and DISJOINT not in available:
         return
     if DISJOINT not in available:
@@ -163,7 +200,7 @@ def _check_overlap(wanted: Shapes, available: Shapes) -> None:
 
 
 def _explain(wanted: Shapes, available: Shapes) -> str:
-    # The tensors are named before; this is what they most likely amount to.
+    # The tensors have been named; this adds the likely reason.
     try:
         ours, theirs = layout_of(wanted), layout_of(available)
     except InputError:

@@ -1,20 +1,37 @@
-"""The networks in timm's registry."""
+"""Registration of the networks in timm, and a factory that finds their weights before it builds."""
 
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models._pretrained import PretrainedCfg
 
 from slimclr_hub.errors import InputError
+from slimclr_hub.models.convert import convert
 from slimclr_hub.models.dense import DenseResNet
-from slimclr_hub.models.factory import build
 from slimclr_hub.models.lazy import LazySlimmableResNet
+from slimclr_hub.models.loading import checkpoint_filter_fn
 from slimclr_hub.models.slimmable_resnet import BasicBlock, Bottleneck, SlimmableFeatureGetter, SlimmableResNet
 from slimclr_hub.models.widths import DEFAULT_WIDTHS, width_key
+from slimclr_hub.weights import source
+from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.layouts import ARCHITECTURES
-from slimclr_hub.weights.published import AUTHORS_REPOSITORY, LICENSE_NOTE, PAPER, PAPER_ID, PUBLISHED, hub_name
+from slimclr_hub.weights.published import (
+    ARCHITECTURE,
+    AUTHORS_REPOSITORY,
+    LICENSE_NOTE,
+    PAPER,
+    PAPER_ID,
+    PUBLISHED,
+    hub_name,
+)
 
 __all__: list[str] = []
+
+Network = TypeVar('Network', SlimmableResNet, DenseResNet)
 
 
 def slimmable_models() -> list[str]:
@@ -87,6 +104,95 @@ default_cfgs = generate_default_cfgs(
         **_published('slimclr_resnet50_025', _cfg()),
     }
 )
+
+
+def build(
+    cls: type[Network],
+    variant: str,
+    pretrained: bool,
+    *,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    **kwargs: Any,
+) -> Network:
+    """Build a network by timm's factory, after finding its weights: a file, the Hub, or the authors' release.
+
+    timm alone takes the first source that a configuration names and tries no other.
+
+    Args:
+        cls: Class of the network; its `load_pretrained(path)` loads a safetensors file.
+        variant: Name of the architecture.
+        pretrained: True to load weights.
+        pretrained_cfg: As in timm's factory.
+        pretrained_cfg_overlay: As in timm's factory; `file` names a file or folder of one's own.
+        cache_dir: Folder of downloads.
+        kwargs: Arguments of the class and of timm's factory.
+
+    Raises:
+        InputError: There are no weights, they cannot be had, or they do not fit.
+    """
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    overlay = pretrained_cfg_overlay
+    make: Callable[..., Network] = cls
+    if pretrained and not cfg.state_dict:
+        path = _locate(cfg, variant, None if cache_dir is None else Path(cache_dir), kwargs.get('overlap', True))
+        if path.name == source.PICKLED_WEIGHTS:
+            if cls is LazySlimmableResNet:
+                raise InputError(f'{path}: lazy=True reads safetensors; leave lazy out')
+            overlay = {**(overlay or {}), 'state_dict': read_checkpoint(path)}
+        else:
+            overlay = {**(overlay or {}), 'file': str(path), 'source': '', 'custom_load': True}
+            make = _uninitialised(cls)
+    model = build_model_with_cfg(
+        make,
+        variant,
+        pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        **kwargs,
+    )
+    if pretrained:
+        for module in model.modules():
+            # transformers' TimmBackbone sets the statistics of a batch normalisation without this mark back to zero
+            # and one (5.23; transformers pull request 43520 reports the same).
+            vars(module)['_is_hf_initialized'] = True
+    # The configuration that was asked for, not the one that timm was given.
+    for key in ('file', 'source', 'custom_load', 'state_dict'):
+        value = getattr(cfg, key)
+        if value is None:
+            model.pretrained_cfg.pop(key, None)
+        else:
+            model.pretrained_cfg[key] = value
+    return model
+
+
+def _uninitialised(cls: type[Network]) -> Callable[..., Network]:
+    """The class without its random initialisation, which takes longer than loading and is replaced by it."""
+
+    def make(*, device: Any = None, **kwargs: Any) -> Network:
+        model = cls(device='meta', **kwargs)
+        model.to_empty(device=torch.get_default_device() if device is None else device)
+        model.init_head()  # the one part that weights may leave out
+        return model
+
+    return make
+
+
+def _locate(cfg: PretrainedCfg, variant: str, cache_dir: Path | None, overlap: bool) -> Path:
+    if cfg.source != 'hf-hub' and cfg.file:
+        return source.from_file(Path(cfg.file))
+    if cfg.source != 'hf-hub' and cfg.tag is not None and cfg.tag in PUBLISHED and cfg.hf_hub_id == hub_name(cfg.tag):
+        if not overlap:
+            raise InputError(f'overlap=False: the widths of the published {cfg.tag} overlap; leave overlap out')
+        return source.published(cfg.tag, convert, cache_dir)
+    if cfg.hf_hub_id:
+        return source.from_hub(cfg.hf_hub_id, cfg.hf_hub_filename or source.WEIGHTS, cache_dir)
+    raise InputError(
+        f'there are no pretrained weights of {variant}; there are of {ARCHITECTURE}, with the tags '
+        f'{", ".join(PUBLISHED)}. pretrained=False gives a network of random weights'
+    )
 
 
 def _slimmable(variant: str, pretrained: bool, lazy: bool = False, **kwargs: Any) -> SlimmableResNet:

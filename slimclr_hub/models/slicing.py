@@ -1,4 +1,4 @@
-"""Slices of weights that are made once, where the forward of each layer would make them again.
+"""Slices of weights, made once where the forward of each layer would make them again.
 
 A width's slice of a weight is no contiguous block, so a convolution copies it, and once more in its backward; and the
 gradient of a slice is a tensor as large as the whole weight, zero but for the slice, for each width. `sliced_once`
@@ -24,7 +24,7 @@ Layer = TypeVar('Layer', bound='SlicedWeight')
 
 
 class Transient(dict[Any, Any]):
-    """What can be made anew at any time: it is empty in a copy of what holds it, and is not pickled."""
+    """Cache that is empty in a copy of its owner and is not pickled."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> 'Transient':
         return Transient()
@@ -34,14 +34,13 @@ class Transient(dict[Any, Any]):
 
 
 class SlicedWeight(nn.Module):
-    """What slimmable layers with one weight for all widths have in common: where the slice of a width comes from.
+    """Base class of slimmable layers with one weight, of which each width uses a slice.
 
-    It is cut anew for each forward, unless it is there already:
+    The slice is cut anew for each forward, unless it exists already:
 
     - inside `sliced_once`, for a step that trains several widths;
     - in eval mode under `torch.inference_mode`, kept from the first forward at the width on, for as long as the weight
-      is the same tensor and has not been written to. Its version tells, but not of a write through `.data`;
-    - after `prepare`, for `torch.compile`, which cannot look at versions.
+      is the same tensor and has not been written to. Its version tells, but not of a write through `.data`.
     """
 
     weight: torch.Tensor
@@ -50,7 +49,6 @@ class SlicedWeight(nn.Module):
         super().__init__(*args, **kwargs)
         self._step = Transient()
         self._kept = Transient()
-        self._prepared = Transient()
 
     def spans(self, width: float) -> tuple[Span, Span]:
         """The output and the input channels that `width` uses."""
@@ -64,21 +62,10 @@ class SlicedWeight(nn.Module):
         """The slice of `width`, [out * width, in * width, ...], for a forward of `x`, which torch.fx may be tracing."""
         if width in self._step:
             return self._step[width]
-        if not self.training:
-            if torch.compiler.is_compiling():
-                if width in self._prepared:
-                    return self._prepared[width]
-            elif torch.is_inference_mode_enabled() and not isinstance(x, fx.Proxy):
-                return self._keep(width)
+        keeps = not self.training and not torch.compiler.is_compiling()  # compiled code cannot compare versions
+        if keeps and torch.is_inference_mode_enabled() and not isinstance(x, fx.Proxy):
+            return self._keep(width)
         return part(self.weight, self.full_size(), self.spans(width))
-
-    def prepare(self, widths: Iterable[float]) -> None:
-        """Make the slices of `widths` now, for a network in eval mode that is going to be compiled.
-
-        They are forgotten when the layer is trained, loaded or moved. Compiled code does not see what is written to the
-        weight in other ways.
-        """
-        self._prepared.update({width: self._keep(width) for width in widths})
 
     def _keep(self, width: float) -> torch.Tensor:
         kept = self._kept.get(width)
@@ -101,12 +88,11 @@ class SlicedWeight(nn.Module):
         return found
 
     def forget(self) -> None:
-        """Drop what has been kept and prepared, as where the weight is replaced."""
+        """Drop the kept slices, as where the weight is replaced."""
         self._kept.clear()
-        self._prepared.clear()
 
     def train(self: Layer, mode: bool = True) -> Layer:
-        """As `nn.Module.train`; what inference has kept is forgotten when training begins."""
+        """Set the mode as `nn.Module.train` does; training drops the slices that inference has kept."""
         if mode:
             self.forget()
         return super().train(mode)

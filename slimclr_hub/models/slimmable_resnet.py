@@ -29,7 +29,7 @@ from slimclr_hub.models.layers import (
     slice_starts,
 )
 from slimclr_hub.models.loading import load_file
-from slimclr_hub.models.slicing import SlicedWeight, Transient, cut, sliced_once
+from slimclr_hub.models.slicing import Transient, cut, sliced_once
 from slimclr_hub.models.widths import (
     DEFAULT_WIDTHS,
     check_width,
@@ -51,14 +51,14 @@ class BasicBlock(nn.Module):
 
     Args:
         inplanes: Input channels at width 1.0.
-        planes: Output channels at width 1.0.
+        planes: Output channels at width 1.0; a `Bottleneck` has four times as many.
         widths: Widths that the network holds.
-        stride: Stride of the first convolution.
-        dilation: Dilation of the second convolution.
-        first_dilation: Dilation of the first convolution.
+        stride: Stride of the first 3x3 convolution.
+        dilation: Dilation of the second 3x3 convolution, if there is one.
+        first_dilation: Dilation of the first 3x3 convolution.
         downsample: Projection of the shortcut, or none.
         drop_path: Stochastic depth, or none.
-        disjoint: Widths that do not overlap, if they do not.
+        disjoint: Widths that do not overlap, if any.
     """
 
     expansion = 1
@@ -107,19 +107,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Residual block of 1x1, 3x3 and 1x1 convolutions, the stride in the 3x3; timm's, with a width in its forward.
-
-    Args:
-        inplanes: Input channels at width 1.0.
-        planes: Channels of the 3x3 convolution at width 1.0; the output has four times as many.
-        widths: Widths that the network holds.
-        stride: Stride of the 3x3 convolution.
-        dilation: Unused, for the signature it shares with `BasicBlock`.
-        first_dilation: Dilation of the 3x3 convolution.
-        downsample: Projection of the shortcut, or none.
-        drop_path: Stochastic depth, or none.
-        disjoint: Widths that do not overlap, if they do not.
-    """
+    """Residual block of 1x1, 3x3 and 1x1 convolutions, the stride in the 3x3; arguments as in `BasicBlock`."""
 
     expansion = 4
     dense = timm_resnet.Bottleneck
@@ -171,7 +159,7 @@ class Bottleneck(nn.Module):
 
 
 class WidthSwitch:
-    """What `set_width` returns: as a context manager it switches back on leaving."""
+    """Context manager that `set_width` returns; it switches back on leaving."""
 
     def __init__(self, model: 'SlimmableResNet | SlimmableFeatureGetter', previous: float) -> None:
         self._model = model
@@ -203,9 +191,9 @@ class SlimmableResNet(nn.Module):
         channels: Channels of each stage at width 1.0, before the block's expansion; the stem has those of the first.
         widths: The widths to hold, in any order.
         width: The width that is active at first; the largest unless given.
-        held: Those of the widths to have tensors for; all unless given. `LazySlimmableResNet` begins with one.
-        overlap: Whether sub-networks share channels with each other, or only with the largest. If not, the widths
-            below the largest must add up to no more than that.
+        held: Widths to have tensors for; all unless given. `LazySlimmableResNet` begins with one.
+        overlap: True if sub-networks share channels with each other; false if only with the largest, in which case the
+            widths below it must add up to no more than it.
         head: `switchable`, a linear layer for each width, or `slimmable`, one whose inputs are sliced.
         num_classes: Classes; 0 for no head.
         in_chans: Channels of the images.
@@ -217,7 +205,7 @@ class SlimmableResNet(nn.Module):
         zero_init_last: Start the last normalisation of each block at zero.
 
     Raises:
-        InputError: A width, head or output stride that does not exist, or widths that do not fit beside each other.
+        InputError: A width, head or output stride does not exist, or the widths do not fit beside each other.
     """
 
     pretrained_cfg: dict[str, Any]  # set by timm's factory
@@ -415,31 +403,14 @@ class SlimmableResNet(nn.Module):
         self._active = self._widths.index(self._ready(width))
         return WidthSwitch(self, previous)
 
-    def prepare(self, widths: Sequence[float] | None = None) -> None:
-        """Make slices of the weights for `widths`, all unless named, so that a compiled network does not.
-
-        For a network in eval mode; without compilation, inference under `torch.inference_mode` keeps slices by itself.
-        They take as much memory as dense networks of these widths (the full one none), and are forgotten when the
-        network is trained, loaded or moved. Call this again after changing weights in any other way.
-
-        Raises:
-            InputError: The network does not hold one of the widths, or is in training mode.
-        """
-        if self.training:
-            raise InputError('prepare is for inference, and this network is in training mode; call eval() first')
-        chosen = [self._ready(width) for width in (self._widths if widths is None else widths)]
-        for layer in self.modules():
-            if isinstance(layer, SlicedWeight):
-                layer.prepare(chosen)
-
     def add_width(self, width: float) -> None:
         """Add a width between those of the network: new normalisations and a new head, everything else is shared.
 
-        They begin as the leading part of the next wider one's. Before use the statistics want to be estimated at the
-        new width, which `slimclr_hub.models.calibrate.calibrate_width` does.
+        They begin as the leading part of the next wider one's. Before use, the statistics have to be estimated at the
+        new width, as `slimclr_hub.models.calibrate.calibrate_width` does.
 
         Raises:
-            InputError: The network has that width already, is nowhere as wide, or its widths do not overlap.
+            InputError: The network has that width already, is narrower, or its widths do not overlap.
         """
         if not self.overlap:
             raise InputError(
@@ -519,10 +490,9 @@ class SlimmableResNet(nn.Module):
         return dict(zip(widest_first, cut(self.conv1(x, widest_first[0]), blocks), strict=True))
 
     def compile_widths(self, **options: Any) -> None:
-        """Compile what follows the first convolution, for training: one graph for each width.
+        """Compile the layers after the first convolution for training, one graph for each width.
 
-        Inference, and what calls `torch.compile` itself, are left as they are. The widest has a second graph for steps
-        that train it alone.
+        Inference is not affected. The widest has a second graph for steps that train it alone.
 
         Args:
             options: Of `torch.compile`, such as `mode`.
@@ -631,7 +601,7 @@ class SlimmableResNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the feature levels `indices` do not need; returns them as non-negative indices."""
+        """Drop modules that the feature levels `indices` do not need; return these as non-negative indices."""
         taken, last = feature_take_indices(len(self._feature_info), indices)
         pruned = self._feature_info[last + 1 :]
         for info in pruned:
@@ -653,7 +623,7 @@ class SlimmableResNet(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward instead of keeping its activations."""
+        """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -662,7 +632,7 @@ class SlimmableResNet(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, head: str | None = None) -> None:
-        """Put in a new head, on the same device and in the same dtype and mode.
+        """Replace the head by a new one on the same device and in the same dtype and mode.
 
         Args:
             num_classes: Classes; 0 for no head.
@@ -705,14 +675,14 @@ class SlimmableResNet(nn.Module):
         tensors = dense_tensors(self.state_dict(), shapes, width_key(width), slice_starts(self, width))
         dense.load_state_dict(tensors, assign=True)
         if cfg := getattr(self, 'pretrained_cfg', None):
-            # How images are prepared stays; where weights come from does not.
+            # Preprocessing stays, the source of the weights does not.
             kept = {key: value for key, value in cfg.items() if key not in _SOURCE}
             dense.pretrained_cfg = {**kept, 'classifier': 'fc'}
         return dense.train(self.training)
 
 
 class SlimmableFeatureGetter(FeatureGetterNet):
-    """What `features_only=True` builds: timm's wrapper, switchable like the network inside."""
+    """timm's wrapper for `features_only=True`, switchable like the network inside."""
 
     model: SlimmableResNet
     feature_info: FeatureInfo

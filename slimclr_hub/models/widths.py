@@ -1,4 +1,4 @@
-"""What a width is: the share of channels that a sub-network uses, and its name in parameter keys."""
+"""Widths, the fraction of channels that a sub-network uses: their checks, and their names in parameter keys."""
 
 from collections.abc import Iterable
 from math import isfinite
@@ -34,7 +34,7 @@ def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
 
 
 def disjoint_widths(widths: Iterable[float], overlap: bool) -> tuple[float, ...]:
-    """The widths whose channels do not overlap, in descending order, as `channel_span` takes them: all or none.
+    """The widths whose channels do not overlap, in descending order, for `channel_span`: all, or none.
 
     Raises:
         InputError: They do not fit beside each other, or as in `check_widths`.
@@ -51,10 +51,10 @@ def disjoint_widths(widths: Iterable[float], overlap: bool) -> tuple[float, ...]
 
 
 def check_width(width: float, widths: tuple[float, ...]) -> float:
-    """The one of `widths` that equals `width`, itself a constant for torch.compile.
+    """Return the element of `widths` that equals `width`, which is a constant for torch.compile.
 
     Raises:
-        InputError: It is not; the message lists those that are.
+        InputError: There is none; the message lists `widths`.
     """
     if width not in widths:
         raise InputError(f"width {width!r} is not one of this network's widths, {', '.join(map(str, widths))}")

@@ -1,4 +1,4 @@
-"""Reading checkpoints that others wrote, without running what is in them."""
+"""Reading of checkpoints by others, without running their content."""
 
 import pickle
 import pickletools
@@ -21,18 +21,17 @@ _HOLDERS = ('state_dict', 'model', 'model_state_dict')
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint, on the CPU.
+    """Read the tensors of a checkpoint to the CPU.
 
-    Reads safetensors and what `torch.save` writes: a state dict, or a dictionary that holds one as `state_dict` or
-    `model`. Of a pickle only tensors, containers and numbers are read; anything else in it is refused unexecuted.
+    The file is safetensors, or written by `torch.save`: a state dict, or a dictionary that holds one as `state_dict`
+    or `model`. Of a pickle only tensors, containers and numbers are read; anything else is refused and not executed.
 
     Raises:
-        InputError: The file does not exist, is damaged, holds no state dict, or anything that loading would have to
-            run.
+        InputError: The file does not exist, is damaged, holds no state dict, or code that loading would execute.
     """
     if path.suffix == '.safetensors':
         with TensorFile(path):
-            pass  # for its errors
+            pass  # its checks
         return load_file(path)
     return _state_dict(_load(path), path)
 
@@ -41,7 +40,7 @@ def _load(path: Path) -> Any:
     try:
         if not path.is_file():
             raise InputError(f'{path} does not exist or is not a file')
-        # On leaving, torch takes out what was named, even where it had been allowed before.
+        # On leaving, torch disallows all that is named here, even if it had been allowed before.
         allowed = torch.serialization.get_safe_globals()
         with torch.serialization.safe_globals([entry for entry in _numpy_scalars() if entry not in allowed]):
             try:
@@ -69,7 +68,7 @@ def _load(path: Path) -> Any:
 
 
 def _names(path: Path) -> list[str]:
-    # What a pickle would look up to run, as far as it can be told without running it.
+    # Names that unpickling would import, found without unpickling.
     names, texts, memo = [], ['', ''], dict[int, str]()
     with suppress(Exception), path.open('rb') as file:
         if zipfile.is_zipfile(file):
@@ -95,7 +94,7 @@ def _names(path: Path) -> list[str]:
 
 
 def _numpy_scalars() -> list[Any]:
-    # The best accuracy is often kept as one; they are numbers like others.
+    # The best accuracy is often saved as one.
     kinds = [np.dtype(kind) for kind in f'{np.typecodes["AllInteger"]}efd?']
     scalar = np.float64(0).__reduce__()[0]
     names = ['numpy._core.multiarray.scalar', 'numpy.core.multiarray.scalar']

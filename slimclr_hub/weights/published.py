@@ -1,6 +1,6 @@
-"""The published networks: where their files are, what each width costs, and what the paper reports of it.
+"""Table of the published networks: files, cost of each width, accuracies that the paper reports. Needs no PyTorch.
 
-Facts alone, which need no PyTorch. Accuracies are those of tables 1 and 2 of Zhao et al.,
+Accuracies are those of tables 1 and 2 of Zhao et al.,
 https://arxiv.org/abs/2209.15525.
 """
 
@@ -16,7 +16,7 @@ ORGANISATION = 'slimclr-hub'
 
 RELEASE = '1.0.0'
 RELEASE_URL = f'https://github.com/mzhaoshuai/SlimCLR/releases/download/{RELEASE}'
-"""Where the authors publish their files; the environment variable `SLIMCLR_RELEASE_URL` names a mirror."""
+"""Address of the authors' files; the environment variable `SLIMCLR_RELEASE_URL` names a mirror."""
 
 AUTHORS_REPOSITORY = 'https://github.com/mzhaoshuai/SlimCLR'
 PAPER = 'Slimmable Networks for Contrastive Self-supervised Learning'
@@ -63,7 +63,7 @@ class WidthFacts:
 
 @dataclass(frozen=True)
 class Reported:
-    """What the paper reports of one width.
+    """Accuracies that the paper reports for one width.
 
     Args:
         top1: Top-1 accuracy of the linear probe on ImageNet in percent (table 1).
@@ -80,7 +80,7 @@ class Reported:
 
 @dataclass(frozen=True)
 class Published:
-    """One published network.
+    """A published network.
 
     Args:
         tag: Its tag in timm's registry.
@@ -89,7 +89,7 @@ class Published:
         epochs: Epochs of pre-training.
         num_classes: Classes of its switchable probe; 0 for a backbone alone.
         recipe: Recipe of `recipes/configs/` with the same values.
-        reported: Width -> what the paper reports, of a probe on this backbone.
+        reported: Width -> accuracies that the paper reports for this backbone.
     """
 
     tag: str
@@ -145,64 +145,25 @@ _MOCOV3_300 = {
     0.25: Reported(62.4, 84.4),
 }
 
+
+def _of_run(
+    prefix: str, method: str, epochs: int, probe_hash: str, backbone_hash: str, reported: Mapping[float, Reported]
+) -> list[Published]:
+    # Each run of the authors gave two files, with and without the linear probe.
+    name, recipe = f'{prefix}_{epochs}e', f'{prefix}_resnet50_imagenet_{epochs}e'
+    file = f'slimclr-{prefix}-ep{epochs}'
+    return [
+        Published(f'{name}_lincls_in1k', f'{file}-lincls-{probe_hash}.pth.tar', method, epochs, 1000, recipe, reported),
+        Published(f'{name}_in1k', f'{file}-{backbone_hash}.pth.tar', method, epochs, 0, recipe, reported),
+    ]
+
+
 PUBLISHED: Mapping[str, Published] = {
     published.tag: published
     for published in (
-        # The first is the default of its architecture.
-        Published(
-            'mocov3_300e_lincls_in1k',
-            'slimclr-mocov3-ep300-lincls-e35321e95c.pth.tar',
-            'MoCo v3',
-            300,
-            1000,
-            'mocov3_resnet50_imagenet_300e',
-            _MOCOV3_300,
-        ),
-        Published(
-            'mocov3_300e_in1k',
-            'slimclr-mocov3-ep300-57e298e9cd.pth.tar',
-            'MoCo v3',
-            300,
-            0,
-            'mocov3_resnet50_imagenet_300e',
-            _MOCOV3_300,
-        ),
-        Published(
-            'mocov2_800e_lincls_in1k',
-            'slimclr-mocov2-ep800-lincls-35600f623f.pth.tar',
-            'MoCo v2',
-            800,
-            1000,
-            'mocov2_resnet50_imagenet_800e',
-            _MOCOV2_800,
-        ),
-        Published(
-            'mocov2_800e_in1k',
-            'slimclr-mocov2-ep800-eda810a6a9.pth.tar',
-            'MoCo v2',
-            800,
-            0,
-            'mocov2_resnet50_imagenet_800e',
-            _MOCOV2_800,
-        ),
-        Published(
-            'mocov2_200e_lincls_in1k',
-            'slimclr-mocov2-ep200-lincls-789b1a3b17.pth.tar',
-            'MoCo v2',
-            200,
-            1000,
-            'mocov2_resnet50_imagenet_200e',
-            _MOCOV2_200,
-        ),
-        Published(
-            'mocov2_200e_in1k',
-            'slimclr-mocov2-ep200-48213217.pth.tar',
-            'MoCo v2',
-            200,
-            0,
-            'mocov2_resnet50_imagenet_200e',
-            _MOCOV2_200,
-        ),
+        *_of_run('mocov3', 'MoCo v3', 300, 'e35321e95c', '57e298e9cd', _MOCOV3_300),
+        *_of_run('mocov2', 'MoCo v2', 800, '35600f623f', 'eda810a6a9', _MOCOV2_800),
+        *_of_run('mocov2', 'MoCo v2', 200, '789b1a3b17', '48213217', _MOCOV2_200),
     )
 }
 """Tag -> network, the default first."""

@@ -1,4 +1,4 @@
-"""Sub-networks as slices of a slimmable network's tensors, by name and shape alone."""
+"""Sub-networks as slices of a slimmable network's tensors, by name and shape."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,12 @@ import torch
 from slimclr_hub.errors import InputError
 
 WIDTH_DIGITS = 4
-"""Decimals of a width that its key can tell."""
+"""Decimals of a width in its key."""
 
 DISJOINT = 'disjoint_widths'
-"""Tensor that a network has if its sub-networks do not overlap, so that no other one takes its weights for its own.
+"""Tensor that marks a network whose sub-networks do not overlap, so that no other network loads its weights.
 
-It holds the widths in units of the last decimal that a key can tell, and nothing computes with it.
+It holds the widths in units of the last decimal of a key; no computation uses it.
 """
 
 _SWITCHED = re.compile(r'\.(w\d{3,5})\.')
@@ -34,8 +34,8 @@ def channel_span(channels: int, width: float, disjoint: Sequence[float] = ()) ->
     Args:
         channels: Channels at width 1.0.
         width: The width.
-        disjoint: Widths that do not overlap: each begins where the next narrower one ends, and the widest has all. If
-            there are none, every width begins at 0.
+        disjoint: Widths that do not overlap: each begins where the next narrower one ends, and the widest has all
+            channels. If empty, every width begins at 0.
 
     Raises:
         InputError: The width is not one of those that do not overlap.
@@ -61,7 +61,7 @@ def key_width(key: str) -> float:
 
 
 def switch_name(name: str, key: str) -> str:
-    """Name of a dense network's tensor in the slimmable one, for tensors that are kept for each width.
+    """Name of a dense network's tensor in the slimmable one, for tensors that each width has for itself.
 
     `layer1.0.bn1.weight`, `w050` -> `layer1.0.bn1.w050.weight`.
     """
@@ -91,13 +91,13 @@ def dense_tensors(
     key: str,
     starts: Mapping[str, Sequence[int]],
 ) -> dict[str, torch.Tensor]:
-    """Tensors of the dense network of one width, cut out of a slimmable network's tensors.
+    """Cut the tensors of one width's dense network out of those of a slimmable network.
 
     Args:
         source: State dict of the slimmable network.
         shapes: Name and shape of every tensor of the dense network.
         key: Key of the width (`w050`).
-        starts: Name -> where the width begins in the tensor, for those where it may begin elsewhere than at 0.
+        starts: Name -> first index of the width in the tensor, where it may be other than 0.
     """
     return {
         name: _block(source[name if name in source else switch_name(name, key)], shape, starts.get(name, ()))

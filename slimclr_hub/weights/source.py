@@ -1,34 +1,62 @@
-"""Where a network's weights come from: a file, the Hub, or the authors' release."""
+"""Sources of a network's weights: a file, the Hub, or the authors' release, converted once and kept as safetensors."""
 
 import logging
 import os
 import re
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
-from huggingface_hub import cached_assets_path, constants, hf_hub_download
+import torch
+from huggingface_hub import cached_assets_path, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import WeakFileLock, get_session, hf_raise_for_status
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import file_hash
 from slimclr_hub.text import first_line
 from slimclr_hub.version import __version__
-from slimclr_hub.weights import release
-from slimclr_hub.weights.network import is_transport_error, with_retries
-from slimclr_hub.weights.published import ORGANISATION, PUBLISHED, hub_name
+from slimclr_hub.weights.checkpoint import read_checkpoint
+from slimclr_hub.weights.published import (
+    AUTHORS_REPOSITORY,
+    ORGANISATION,
+    PUBLISHED,
+    RELEASE,
+    RELEASE_URL,
+    Published,
+    hub_name,
+)
+from slimclr_hub.weights.tensor_file import save_tensors
 
 WEIGHTS = 'model.safetensors'
-_logger = logging.getLogger(__name__)
+PICKLED_WEIGHTS = 'pytorch_model.bin'
+"""What timm's `save_for_hf` writes unless told otherwise."""
+
+Answer = TypeVar('Answer')
+Convert = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+
+_OWN_FILE = (
+    'A file of your own is loaded by pretrained_cfg_overlay=dict(file=PATH); `slimclr-hub convert` makes one out of '
+    "the authors' checkpoint"
+)
+_ATTEMPTS = 3
+_SECONDS_TO_CONNECT = 3
+_HASHES = ('sha256', 'sha1', 'md5')
 _SHA256 = re.compile(r'[0-9a-f]{64}')
+_logger = logging.getLogger(__name__)
 
 
 class NotOnHubError(InputError):
@@ -36,23 +64,27 @@ class NotOnHubError(InputError):
 
 
 def from_file(path: Path) -> Path:
-    """A weights file by its name, or the one in a folder that timm opens.
+    """Find a weights file by its own name or by that of its folder, as timm writes one.
 
     Raises:
         InputError: It does not exist.
     """
-    file = path / WEIGHTS if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f'{file} does not exist' + (f'; {path} has no {WEIGHTS}' if path.is_dir() else ''))
+    candidates = [path / WEIGHTS, path / PICKLED_WEIGHTS] if path.is_dir() else [path]
+    file = next((file for file in candidates if file.is_file()), None)
+    if file is None:
+        raise InputError(f'{candidates[0]} does not exist' + (f'; {path} has no {WEIGHTS}' if path.is_dir() else ''))
     _logger.info('Weights from the file %s', file)
     return file
 
 
+# The Hub
+
+
 def from_hub(repo: str, filename: str = WEIGHTS, cache_dir: Path | None = None) -> Path:
-    """A file of a repository on the Hub, downloaded unless it is in huggingface_hub's cache.
+    """Download a file of a repository on the Hub, unless it is in huggingface_hub's cache.
 
     Endpoint, token, cache and offline mode are those of huggingface_hub (`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`,
-    `HF_HUB_OFFLINE`). What was downloaded is held against the Hub's sha256.
+    `HF_HUB_OFFLINE`). A download is checked against the Hub's sha256.
 
     Args:
         repo: `account/name`, or `account/name@revision`.
@@ -60,71 +92,44 @@ def from_hub(repo: str, filename: str = WEIGHTS, cache_dir: Path | None = None) 
         cache_dir: Another cache.
 
     Raises:
-        NotOnHubError: There is no such repository, or neither the Hub can be reached nor has the cache the file.
+        NotOnHubError: There is no such repository, or the Hub cannot be reached and the cache lacks the file.
         InputError: Access is refused, there is no such file or revision, or the file is not what the Hub announced.
     """
     name, _, revision = repo.partition('@')
     try:
         path = _download(name, filename, revision or None, cache_dir)
-    except GatedRepoError as error:
-        raise InputError(f'{repo} on the Hub is gated: accept its conditions there, then `hf auth login`') from error
-    except RevisionNotFoundError as error:
-        raise InputError(f'{name} on the Hub has no revision {revision or "main"}') from error
-    except RepositoryNotFoundError as error:
+    except GatedRepoError:
+        raise InputError(f'{repo} on the Hub is gated: accept its conditions there, then `hf auth login`') from None
+    except RevisionNotFoundError:
+        raise InputError(f'{name} on the Hub has no revision {revision or "main"}') from None
+    except RepositoryNotFoundError:
         raise NotOnHubError(
             f'the Hub has no {name}, or does not show it to you: check the name, and for a private one `hf auth login`'
-        ) from error
+        ) from None
     except LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
-            raise NotOnHubError(f'offline (HF_HUB_OFFLINE), and the cache has no {filename} of {repo}') from error
+            raise NotOnHubError(f'offline (HF_HUB_OFFLINE), and the cache has no {filename} of {repo}') from None
         raise NotOnHubError(
             f'the Hub cannot be reached for {repo}, and the cache has no {filename}: {first_line(error.__cause__)}'
-        ) from error
-    except EntryNotFoundError as error:
-        raise InputError(f'{repo} on the Hub has no {filename}; only safetensors are loaded') from error
+        ) from None
+    except EntryNotFoundError:
+        raise InputError(f'{repo} on the Hub has no {filename}; only safetensors are loaded') from None
     except HFValidationError as error:
-        raise InputError(f'{repo!r} is not the name of a repository on the Hub, account/name: {error}') from error
+        raise InputError(f'{repo!r} is not the name of a repository on the Hub, account/name: {error}') from None
     except HfHubHTTPError as error:
         status = error.response.status_code
         remedy = '; check your token, or `hf auth login`' if status == 401 else ''
-        raise InputError(f'{repo}: the Hub answered {status} ({error.server_message}){remedy}') from error
+        raise InputError(f'{repo}: the Hub answered {status} ({error.server_message}){remedy}') from None
     except (OSError, RuntimeError) as error:  # hf_xet has no classes of its own for most errors
-        raise InputError(f'the download of {filename} of {repo} failed: {first_line(error)}') from error
+        raise InputError(f'the download of {filename} of {repo} failed: {first_line(error)}') from None
     except Exception as error:
         if not is_transport_error(error):
             raise
-        raise NotOnHubError(f'the Hub cannot be reached for {repo}: {first_line(error)}') from error
+        raise NotOnHubError(f'the Hub cannot be reached for {repo}: {first_line(error)}') from None
     _check_hash(path, repo)
     if filename != 'config.json':
         _logger.info('Weights from the Hub: %s, %s', repo, path)
     return path
-
-
-def published(tag: str, cache_dir: Path | None = None) -> Path:
-    """The weights of a published network: from the Hub, or where it has none, from the authors' release.
-
-    Args:
-        tag: Its tag, a key of `PUBLISHED`.
-        cache_dir: Another cache.
-
-    Raises:
-        InputError: Neither has it; the message says why.
-    """
-    repo = hub_name(tag, os.environ.get('SLIMCLR_HUB_ORG', ORGANISATION))
-    try:
-        return from_hub(repo, cache_dir=cache_dir)
-    except NotOnHubError as error:
-        path = release.cached(PUBLISHED[tag], cache_dir)
-        if path is None:
-            if constants.HF_HUB_OFFLINE:
-                raise
-            _logger.info('%s', error)
-            try:
-                path = release.fetch(PUBLISHED[tag], cache_dir)
-            except InputError as second:
-                raise InputError(f'{second}; before that, {error}') from second
-        _logger.info("Weights from the authors' release, converted: %s (%s)", path, error)
-        return path
 
 
 def _download(repo: str, filename: str, revision: str | None, cache_dir: Path | None) -> Path:
@@ -137,6 +142,10 @@ def _download(repo: str, filename: str, revision: str | None, cache_dir: Path | 
         library_name='slimclr_hub',
         library_version=__version__,
     )
+    if not constants.HF_HUB_OFFLINE and not isinstance(
+        try_to_load_from_cache(repo, filename, cache_dir, revision), str
+    ):
+        _check_connection(constants.ENDPOINT)
     try:
         return Path(with_retries(download))
     except Exception as error:
@@ -146,6 +155,15 @@ def _download(repo: str, filename: str, revision: str | None, cache_dir: Path | 
         with suppress(LocalEntryNotFoundError):
             return Path(download(local_files_only=True))
         raise
+
+
+def _check_connection(url: str) -> None:
+    # The client would try again for half a minute where there is no network at all, and print each attempt.
+    try:
+        get_session().head('/'.join(url.split('/')[:3]), timeout=_SECONDS_TO_CONNECT)
+    except Exception as error:
+        if is_transport_error(error) and type(error).__name__ in ('ConnectError', 'ConnectTimeout'):
+            raise
 
 
 def _check_hash(path: Path, repo: str) -> None:
@@ -159,7 +177,7 @@ def _check_hash(path: Path, repo: str) -> None:
     checked = None
     with suppress(OSError):  # a cache that is only readable
         checked = cached_assets_path('slimclr_hub', 'checked') / blob.name
-    # What was downloaded again since is another file.
+    # A file that was downloaded again since is another one.
     if checked and checked.is_file() and checked.stat().st_mtime_ns >= blob.stat().st_mtime_ns:
         return
     found = file_hash(blob)
@@ -172,3 +190,152 @@ def _check_hash(path: Path, repo: str) -> None:
     if checked:
         with suppress(OSError):
             checked.touch()
+
+
+# Published networks, and the authors' release
+
+
+def published(tag: str, convert: Convert, cache_dir: Path | None = None) -> Path:
+    """Find the weights of a published network: on the Hub, or where it has none, in the authors' release.
+
+    Args:
+        tag: Its tag, a key of `PUBLISHED`.
+        convert: Converts the authors' tensors to this package's names, and checks them.
+        cache_dir: Another cache.
+
+    Raises:
+        InputError: Neither has it; the message says why.
+    """
+    network = PUBLISHED[tag]
+    repo = hub_name(tag, os.environ.get('SLIMCLR_HUB_ORG', ORGANISATION))
+    try:
+        return from_hub(repo, cache_dir=cache_dir)
+    except NotOnHubError as error:
+        reason = str(error)
+    path = _release_folder(network, cache_dir) / WEIGHTS
+    if not path.is_file():
+        if constants.HF_HUB_OFFLINE:
+            raise InputError(f'{reason}. {_OWN_FILE}')
+        try:
+            path = from_release(network, convert, cache_dir)
+        except InputError as error:
+            raise InputError(f'{error}; before that, {reason}. {_OWN_FILE}') from None
+    _logger.info("Weights from the authors' release, converted: %s (%s)", path, reason)
+    return path
+
+
+def from_release(network: Published, convert: Convert, cache_dir: Path | None = None) -> Path:
+    """Download and convert a file of the authors' release, unless the result is in the cache.
+
+    An interrupted download is resumed. Processes that start at once wait for the one that downloads.
+
+    Args:
+        network: The published network.
+        convert: Converts the authors' tensors to this package's names, and checks them.
+        cache_dir: Where to keep it instead of huggingface_hub's cache of assets.
+
+    Raises:
+        InputError: Offline, not found, or the file is not what it should be.
+    """
+    folder = _release_folder(network, cache_dir)
+    target = folder / WEIGHTS
+    with WeakFileLock(folder / '.lock'):
+        if not target.is_file():
+            source = folder / f'{network.file}.incomplete'
+            resumed = source.is_file()
+            _download_release(network, source)
+            if resumed and not _hash_fits(network.file, source):
+                # The beginning that was there may have been another file's.
+                source.unlink()
+                _download_release(network, source)
+            if not _hash_fits(network.file, source):
+                _logger.warning('%s: its name ends in none of its hashes (%s)', network.file, ', '.join(_HASHES))
+            try:
+                tensors = convert(read_checkpoint(source))
+            except InputError as error:
+                source.unlink()  # resuming would not help
+                raise InputError(f'{network.file} of {AUTHORS_REPOSITORY}: {error}') from None
+            save_tensors(tensors, target)
+            source.unlink()
+    return target
+
+
+def _release_folder(network: Published, cache_dir: Path | None) -> Path:
+    try:
+        return cached_assets_path('slimclr_hub', f'release-{RELEASE}', network.tag, assets_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise InputError(f'{network.name}: its folder in the cache cannot be made ({error})') from None
+
+
+def _download_release(network: Published, path: Path) -> None:
+    url = f'{os.environ.get("SLIMCLR_RELEASE_URL", RELEASE_URL).rstrip("/")}/{network.file}'
+    if constants.HF_HUB_OFFLINE:
+        raise InputError(f'{network.name}: offline (HF_HUB_OFFLINE) and not in the cache; load it once while online')
+    size = None
+    try:
+        _check_connection(url)
+        size = with_retries(partial(_size, url))
+        _logger.warning(
+            '%s: from the release of the authors, %s. It is converted once and kept in %s',
+            network.name,
+            url,
+            path.parent,
+        )
+        if size is not None and path.is_file() and path.stat().st_size > size:
+            path.unlink()
+        with path.open('ab') as file:
+            with_retries(partial(_append, url, file, size, network.file))
+    except HfHubHTTPError as error:
+        raise InputError(f'{network.name}: {url} answered {error.response.status_code}') from None
+    except OfflineModeIsEnabled:
+        raise InputError(f'{network.name}: offline and not in the cache') from None
+    except OSError as error:
+        if size is not None and path.is_file() and path.stat().st_size > size:
+            path.unlink()
+        raise InputError(
+            f'{network.name}: the download of {url} stopped early; try again to go on ({first_line(error)})'
+        ) from None
+    except Exception as error:
+        if not is_transport_error(error):
+            raise
+        raise InputError(f'{network.name}: {url} cannot be reached ({first_line(error)})') from None
+
+
+def _append(url: str, file: BinaryIO, size: int | None, name: str) -> None:
+    http_get(url, file, resume_size=file.seek(0, os.SEEK_END), expected_size=size, displayed_filename=name)
+
+
+def _size(url: str) -> int | None:
+    response = get_session().head(url, follow_redirects=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    hf_raise_for_status(response)
+    length = response.headers.get('Content-Length')
+    return int(length) if length else None
+
+
+def _hash_fits(name: str, path: Path) -> bool:
+    # The authors end a file's name in the beginning of a hash, and do not say of which kind.
+    match = re.search(r'[-_]([0-9a-f]{8,10})\.pth', name)
+    assert match, name
+    return any(file_hash(path, kind).startswith(match[1]) for kind in _HASHES)
+
+
+# Failures of the network
+
+
+def is_transport_error(error: Exception) -> bool:
+    """True if no answer came, or not all of it: refused, cut off or timed out."""
+    # huggingface_hub uses requests, httpx or httpx2, depending on its version; their classes share no base.
+    return type(error).__module__.partition('.')[0] in ('requests', 'httpx', 'httpx2', 'httpcore')
+
+
+def with_retries(call: Callable[[], Answer]) -> Answer:
+    """Call again, after a second and after two, if the server has a problem of its own (5xx)."""
+    for attempt in range(1, _ATTEMPTS):
+        try:
+            return call()
+        except HfHubHTTPError as error:
+            if error.response is None or error.response.status_code < 500:
+                raise
+            _logger.info('%s; trying again', first_line(error))
+            time.sleep(attempt)
+    return call()

@@ -1,4 +1,4 @@
-"""Safetensors files: read piece by piece, written whole."""
+"""Safetensors files, read by slices and written atomically."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -39,17 +39,17 @@ class _Entry:
 
 
 class TensorFile:
-    """An open safetensors file, of which single tensors and slices are read; nothing else of it reaches memory.
+    """An open safetensors file, of which single tensors and slices are read into memory.
 
-    The library checks the file and maps it; the reading is done here, by plain reads into the tensors' own memory.
-    Through the mapping every page that a slice touches counts as memory until the file is closed, four times a narrow
-    network's own, and on network file systems comes by itself.
+    The library checks the file; reading is done here, by plain reads into the tensors' own memory. Through the
+    library's mapping, every page that a slice touches counts as memory until the file is closed, four times a narrow
+    network's own, and is a request of its own on network file systems.
 
     Args:
         path: The file.
 
     Raises:
-        InputError: There is no such file, or it is not a whole safetensors file.
+        InputError: There is no such file, or it is not a complete safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,7 +70,7 @@ class TensorFile:
         try:
             if not self.path.is_file():
                 raise InputError(f'{self.path} does not exist or is not a file')
-            self.path.open('rb').close()  # the library takes one that may not be read for one that does not exist
+            self.path.open('rb').close()  # the library says of an unreadable file that it does not exist
         except OSError as error:
             raise InputError(f'{self.path} cannot be read: {error.strerror}') from error
         try:
@@ -100,12 +100,12 @@ class TensorFile:
         return {name: entry.shape for name, entry in self._entries.items()}
 
     def whole(self, name: str) -> torch.Tensor:
-        """A tensor."""
+        """Read a tensor."""
         entry = self._entries[name]
         return self._fill(torch.empty(entry.shape, dtype=entry.dtype), entry.begin)
 
     def part(self, name: str, index: Sequence[slice]) -> torch.Tensor:
-        """The part of a tensor that slices of step 1 select, one for each dimension from the first on."""
+        """Read the block of a tensor that slices of step 1 select, one for each dimension from the first on."""
         entry = self._entries[name]
         if not index:
             return self.whole(name)
@@ -123,10 +123,7 @@ class TensorFile:
         return out
 
     def copy_leading(self, name: str, target: torch.Tensor) -> None:
-        """Copy the leading block of a tensor that has `target`'s shape into it, whatever its type and device.
-
-        No gradient may be asked of `target`; tensors of a state dict are like that.
-        """
+        """Read the leading block of a tensor into `target`, of any shape, dtype and device but without gradient."""
         entry = self._entries[name]
         if tuple(target.shape) != entry.shape:
             target.copy_(self.part(name, [slice(0, n) for n in target.shape]))
@@ -147,9 +144,9 @@ class TensorFile:
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file, whole or not at all; one that is there already is replaced.
+    """Write a safetensors file atomically; an existing one is replaced.
 
-    Equal tensors give equal bytes: more than one word of metadata would come in an order of its own each time.
+    Equal tensors give equal bytes: more than one entry of metadata would be written in random order.
 
     Args:
         tensors: Tensors by name; views and layouts other than contiguous are copied.

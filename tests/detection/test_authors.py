@@ -17,8 +17,8 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.models import DEFAULT_WIDTHS
 from tests.formula import tensor
 from tests.hub.files import ROOT
+from tests.models.test_convert import FORWARD, MASK_RCNN, Formula, assert_close, mask_rcnn, write
 from tests.reference import image
-from tests.weights.test_convert import FORWARD, MASK_RCNN, Formula, assert_close, mask_rcnn, write
 
 # Layers of MMDetection 0.6 beside the backbone, with the shapes of their weights; all have a bias.
 LAYERS = {

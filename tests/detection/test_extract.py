@@ -186,9 +186,7 @@ def test_predictions_of_mmdetection_alone(mask_rcnn, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize('width', [0.75, 0.25])
-@pytest.mark.parametrize(
-    ('kind', 'backbone'), [('FasterRCNN', {'overlap': False, 'widths': (1.0, 0.75, 0.25)}), ('RetinaNet', {})]
-)
+@pytest.mark.parametrize(('kind', 'backbone'), [('FasterRCNN', {'widths': (1.0, 0.75, 0.25)}), ('RetinaNet', {})])
 def test_other_detectors(kind, backbone, width):
     """RetinaNet has a level of the pyramid that is made of the backbone's last map."""
     cfg = config(kind, **backbone)

@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
-from slimclr_hub.hub.published_card import all_cards
+from slimclr_hub.hub.card import all_cards
 from slimclr_hub.models.cost import width_facts
 from slimclr_hub.models.registry import slimmable_models
 from slimclr_hub.weights.published import ARCHITECTURE, PUBLISHED, published_facts

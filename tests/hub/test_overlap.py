@@ -1,23 +1,24 @@
-"""Networks whose sub-networks do not overlap, as folders and files, and in the formats of others."""
+"""Networks whose sub-networks do not overlap: saved and opened as folders, refused by everything else."""
 
 import json
+from typing import Any
 
 import pytest
 import timm
 import torch
-import torchvision
 from safetensors.torch import load_file, save_file
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.hub.conversion import convert_file
-from slimclr_hub.hub.dense import mmdet_state_dict, save_timm_folder, torchvision_state_dict
-from slimclr_hub.hub.export import export_pt2
+from slimclr_hub.hub.export import export_onnx, export_pt2
 from slimclr_hub.hub.folder import save_folder
+from slimclr_hub.hub.formats import mmdet_config, mmdet_state_dict, save_timm_folder, torchvision_state_dict
 from slimclr_hub.hub.opening import open_any, open_network
+from slimclr_hub.hub.push import plan_push
 from tests.hub.files import save_small, small_network
 
 WIDTHS = (1.0, 0.5, 0.25)
-ABOUT = {'size': 64, 'mean': (0.1, 0.2, 0.3), 'std': (0.4, 0.5, 0.6), 'crop_pct': 1.0}
+ABOUT: dict[str, Any] = {'size': 64, 'mean': (0.1, 0.2, 0.3), 'std': (0.4, 0.5, 0.6), 'crop_pct': 1.0}
 
 
 def images(batch=2, channels=3, size=32):
@@ -73,12 +74,6 @@ def test_folder_of_widths_that_overlap(saved):
     assert open_network(str(ordinary)).overlap is True
 
 
-def test_file_tells_by_itself(saved):
-    model, folder, ordinary = saved
-    assert_same(open_network(str(folder / 'model.safetensors')), model)
-    assert open_network(str(ordinary / 'model.safetensors')).overlap is True
-
-
 def test_other_classes_and_channels(saved):
     model, folder, _ = saved
     opened = open_network(str(folder), num_classes=7, in_chans=1, width=0.5).eval()
@@ -106,9 +101,8 @@ def test_state_dict_in_the_configuration(saved):
 def test_other_widths_are_refused(saved, kwargs):
     """A width has other channels where the others are other ones."""
     _, folder, _ = saved
-    for name in folder, folder / 'model.safetensors':
-        with pytest.raises(InputError, match=r'do not overlap.* overlap=False and widths=\(1\.0, 0\.5, 0\.25\)'):
-            open_any(str(name), **kwargs)
+    with pytest.raises(InputError, match=r'do not overlap.* overlap=False and widths=\(1\.0, 0\.5, 0\.25\)'):
+        open_any(str(folder), **kwargs)
 
 
 def test_weights_that_overlap_are_refused(saved):
@@ -138,59 +132,29 @@ def test_dense_networks_are_refused(resnet50, tmp_path, name):
         )
 
 
-# Formats of others
+# What they are refused by
 
 
-@pytest.mark.parametrize('width', WIDTHS)
-def test_timm_folder(resnet50, tmp_path, width):
-    save_timm_folder(resnet50, width, tmp_path / 'dense', **ABOUT)
-    opened, x = timm.create_model(f'local-dir:{tmp_path / "dense"}', pretrained=True).eval(), images(size=64)
-    assert 'overlap' not in arguments(tmp_path / 'dense')
-    with torch.no_grad():
-        torch.testing.assert_close(opened(x), resnet50.forward_at(x, width), rtol=1e-4, atol=1e-4)
-
-
-def test_torchvision_and_mmdetection(resnet50):
-    theirs, x = torchvision.models.resnet50(num_classes=10).eval(), images(size=64)
-    theirs.load_state_dict(torchvision_state_dict(resnet50))
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(x), resnet50(x), rtol=1e-4, atol=1e-4)
-    tensors = mmdet_state_dict(resnet50, 0.5)
-    assert torch.equal(tensors['layer1.0.conv2.weight'], resnet50.layer1[0].conv2.weight[16:48, 16:48])
-    assert torch.equal(tensors['conv1.weight'], resnet50.conv1.weight[16:48])
-
-
-def test_pt2(saved, tmp_path):
+@pytest.mark.parametrize(
+    'refused',
+    [
+        lambda model, folder, new: save_timm_folder(model, 0.5, new, **ABOUT),
+        lambda model, folder, new: torchvision_state_dict(model),
+        lambda model, folder, new: mmdet_state_dict(model, 0.5),
+        lambda model, folder, new: mmdet_config(model, 0.5, 'x.pth'),
+        lambda model, folder, new: export_pt2(model, new.with_suffix('.pt2'), size=32),
+        lambda model, folder, new: export_onnx(model, new.with_suffix('.onnx'), size=32),
+        lambda model, folder, new: convert_file(folder / 'model.safetensors', new),
+        lambda model, folder, new: open_network(str(folder / 'model.safetensors')),
+        lambda model, folder, new: plan_push(folder, 'me/net'),
+    ],
+    ids=['timm', 'torchvision', 'mmdet', 'mmdet config', 'pt2', 'onnx', 'convert', 'file', 'push'],
+)
+def test_refused_at_the_door(saved, tmp_path, refused):
     model, folder, _ = saved
-    assert export_pt2(open_network(str(folder), width=0.5), tmp_path / 'network.pt2', size=32) < 1e-5
-    x = images(4)
-    with torch.no_grad():
-        expected = model.forward_at(x, 0.5)
-        torch.testing.assert_close(torch.export.load(tmp_path / 'network.pt2').module()(x), expected)
-
-
-# Conversion
-
-
-@pytest.mark.parametrize('target', ['folder', 'file.safetensors'])
-def test_checkpoint_of_training(saved, tmp_path, target):
-    """Ours: the backbone beside other networks."""
-    model, _, _ = saved
-    state = {f'backbone.{name}': tensor for name, tensor in model.state_dict().items()}
-    torch.save({**state, 'head.fc1.weight': torch.zeros(3)}, tmp_path / 'run.pth')
-    done = convert_file(tmp_path / 'run.pth', tmp_path / target)
-    assert done.layout.overlap is False
-    assert done.layout.widths == WIDTHS
-    assert_same(open_network(str(tmp_path / target)), model)
-    if target == 'folder':
-        assert arguments(tmp_path / target)['overlap'] is False
-        assert '| 0.5 |' in (tmp_path / target / 'README.md').read_text()
-
-
-def test_conversion_of_widths_that_overlap(saved, tmp_path):
-    _, _, ordinary = saved
-    convert_file(ordinary / 'model.safetensors', tmp_path / 'folder')
-    assert 'overlap' not in arguments(tmp_path / 'folder')
+    with pytest.raises(InputError, match=r'do not overlap \(overlap=False\).* not converted, extracted, exported or'):
+        refused(model, folder, tmp_path / 'new')
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mark_that_is_not_of_these_widths(saved, tmp_path):
@@ -199,5 +163,3 @@ def test_a_mark_that_is_not_of_these_widths(saved, tmp_path):
     save_file(tensors, tmp_path / 'wrong.safetensors')
     with pytest.raises(InputError, match=r'disjoint_widths has shape \[2\], not \[3\]'):
         convert_file(tmp_path / 'wrong.safetensors', tmp_path / 'folder')
-    with pytest.raises(InputError, match='disjoint_widths has shape'):
-        open_network(str(tmp_path / 'wrong.safetensors'))

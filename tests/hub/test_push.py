@@ -6,12 +6,15 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from slimclr_hub.models import DEFAULT_WIDTHS
+from slimclr_hub.runs.result import Protocol, Result, save
 from tests.hub.files import Ended, save_small
 from tests.hub_server import HubServer
 from tests.reference import DATA, image
@@ -104,8 +107,9 @@ def run_folder(tmp_path):
     """A folder as training leaves it, at a path with a space and brackets in it."""
     folder = tmp_path / 'my [best] run'
     save_small(folder)
-    for name in ('recipe.yaml', 'metrics.jsonl', 'training.png', 'log.txt', '.secret'):
+    for name in ('metrics.jsonl', 'training.png', 'log.txt', '.secret'):
         (folder / name).write_text(name)
+    (folder / 'recipe.yaml').write_text('data: {name: fashion-mnist-6k}\n')
     (folder / 'checkpoints').mkdir()
     (folder / 'checkpoints' / 'epoch_3.safetensors').write_text('large')
     return folder
@@ -121,6 +125,7 @@ def test_a_run_is_published_without_its_checkpoints(hub, publisher, reader, run_
     assert not hub.repos['me/run'].private
     files = main_files(hub, 'me/run')
     sent = {'config.json', 'model.safetensors', 'README.md', 'recipe.yaml', 'metrics.jsonl', 'training.png'}
+    assert 'model-index' not in files['README.md'].decode()
     assert files.keys() - {'.gitattributes'} == sent
     assert all(files[name] == (run_folder / name).read_bytes() for name in sent - {'README.md'})
     (commit,) = (request for request in hub.requests if request.path == '/api/models/me/run/commit/main')
@@ -134,6 +139,32 @@ def test_a_run_is_published_without_its_checkpoints(hub, publisher, reader, run_
     (block,) = BLOCK.findall(card)
     assert "timm.create_model('hf-hub:me/run', pretrained=True, width=0.25)" in block
     assert reader.run(f'{block}\nresult = [model.width, model.num_classes]') == [1.0, 10]
+
+
+def test_results_become_evaluation_results_of_the_hub(hub, publisher, reader, run_folder):
+    knn = [Protocol('knn', 'fashion-mnist-6k', k=k, temperature=0.07) for k in (10, 20)]
+    save([Result('net', protocol, {1.0: 80.126, 0.5: 70.0}) for protocol in knn], run_folder)
+    linear = Protocol('linear', 'ImageNet', head='switchable', features='cached', epochs=90)
+    save([Result('net', linear, {1.0: 72.3}, {1.0: 90.8})], run_folder / 'linear_eval')
+    ended = publisher.command('push', run_folder, 'me/judged', HF_TOKEN=hub.token)
+    assert ended.status == 0, ended.err
+    files = main_files(hub, 'me/judged')
+    assert {'result.json', 'linear_eval/result.json'} <= files.keys()
+    card = ModelCard(files['README.md'].decode())
+    assert card.data.model_name == 'judged'
+    assert [
+        (each.dataset_type, each.dataset_name, each.metric_type, each.metric_name, each.metric_value)
+        for each in card.data.eval_results
+    ] == [
+        ('fashion-mnist-6k', 'fashion-mnist-6k', 'accuracy', f'top-1 (%) at width {width}, {knn[0]}', value)
+        for width, value in ((1, 80.13), (0.5, 70.0))
+    ] + [
+        ('imagenet', 'ImageNet', 'accuracy', f'top-{top} (%) at width 1, {linear}', value)
+        for top, value in ((1, 72.3), (5, 90.8))
+    ]
+    assert card.text.strip().startswith('# my [best] run')
+    assert 'model-index' not in (run_folder / 'README.md').read_text()  # only what is sent is changed
+    reader.run(f'from huggingface_hub import ModelCard\nModelCard({str(card)!r}).validate()')
 
 
 def test_a_repository_that_is_there_gets_a_commit_more(hub, publisher, small):
@@ -198,13 +229,15 @@ def test_one_width_as_an_ordinary_network(hub, published, publisher, reader, tmp
     assert 'local-dir:' not in card
     (block,) = BLOCK.findall(card)
     assert reader.run(f'{block}\nresult = [type(model).__name__, model.num_features]') == ['ResNet', 512]
-    # The commands for slimmable networks say so before they download it.
-    hub.requests.clear()
+    # The commands take it as a network of one width.
     Image.new('RGB', (32, 32)).save(tmp_path / 'x.png')
     embed = ['embed', 'hf-hub:me/quarter', tmp_path / 'x.png', '-o', tmp_path / 'x.npy']
-    for command in ['info', 'hf-hub:me/quarter'], embed:
-        assert_refused(reader.command(*command), 'hf-hub:me/quarter is a resnet50, not a slimmable network')
-    assert not [request for request in hub.requests if request.path.startswith('/cdn/')]
+    for command in ['info', 'hf-hub:me/quarter'], embed, ['export', folder, tmp_path, '--format', 'pt2', '--size', 64]:
+        ended = reader.command(*command)
+        assert ended.status == 0, ended.err
+        assert '0.25' in ended.out
+    assert np.load(tmp_path / 'x.npy').shape == (1, 512)
+    assert (tmp_path / 'slimclr_resnet50_w025.pt2').is_file()
 
 
 # What is refused

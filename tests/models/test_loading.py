@@ -8,7 +8,9 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 
+from slimclr_hub.errors import InputError
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models import DEFAULT_WIDTHS
 from slimclr_hub.models.loading import checkpoint_filter_fn
@@ -78,6 +80,23 @@ def test_opens_with_the_same_tensors(saved):
     assert tuple(data['mean']) == ABOUT['mean']
     assert tuple(data['std']) == ABOUT['std']
     assert data['crop_pct'] == 1.0
+
+
+@pytest.mark.parametrize('safe', [False, True, 'both'])
+def test_opens_what_timm_saves(tmp_path, safe):
+    """timm writes a pickle unless told otherwise."""
+    model = make(widths=(1.0, 0.5), num_classes=3, in_chans=1)
+    save_for_hf(model, tmp_path, safe_serialization=safe)
+    opened = open_folder(tmp_path, width=0.5)
+    assert opened.widths == (1.0, 0.5)
+    assert torch.equal(opened(images(channels=1)), model.forward_at(images(channels=1), 0.5))
+    assert 'state_dict' not in opened.pretrained_cfg
+    if safe is False:
+        with pytest.raises(InputError, match='lazy=True reads safetensors'):
+            open_folder(tmp_path, lazy=True)
+        torch.save({'conv1.weight': torch.zeros(3)}, tmp_path / 'pytorch_model.bin')
+        with pytest.raises(InputError, match='do not fit'):
+            open_folder(tmp_path)
 
 
 @pytest.mark.parametrize('width', WIDTHS)
@@ -176,6 +195,7 @@ def test_opens_in_a_new_process(saved, tmp_path):
     script = f"""
 import timm, slimclr_hub
 from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 model = timm.create_model('local-dir:{folder}', pretrained=True, width=0.5).eval()
 model.set_width(0.25)
 x = load_file({str(tmp_path / 'images.safetensors')!r})['x']

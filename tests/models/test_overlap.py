@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods.heads import SlimmableMLP, SlimmableProjector
@@ -295,24 +294,6 @@ def test_width_that_has_been_seen_is_estimated_anew():
 # Compilers
 
 
-@pytest.mark.parametrize('name', ['slimclr_resnet20', 'slimclr_resnet50'])
-def test_compile_at_each_width(name):
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    # A block for each stage: more of them are more of the same.
-    model, x = make(name, layers=(1, 1, 1) if name == 'slimclr_resnet20' else (1, 1, 1, 1)), images()
-    compiled = torch.compile(model, fullgraph=True, backend=count)
-    with torch.no_grad():
-        for width in WIDTHS * 2:
-            compiled.set_width(width)
-            torch.testing.assert_close(compiled(x), model.forward_at(x, width))
-    assert len(graphs) == len(WIDTHS)
-
-
 def test_compile_all_widths_of_a_training_step():
     eager, x = make(layers=(1, 1, 1)).train(), images(4)
     other = copy.deepcopy(eager)
@@ -323,15 +304,6 @@ def test_compile_all_widths_of_a_training_step():
     torch.testing.assert_close(outputs[1], outputs[0])
     for (name, ours), theirs in zip(eager.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(theirs.grad, ours.grad, rtol=1e-4, atol=1e-5, msg=name)
-
-
-@pytest.mark.parametrize('width', WIDTHS)
-def test_export_and_fx(width):
-    model, x = make(width=width), images(3)
-    exported = torch.export.export(model, (x,), dynamic_shapes={'x': {0: torch.export.Dim('batch')}})
-    with torch.no_grad():
-        torch.testing.assert_close(exported.module()(images(5)), model(images(5)))
-        torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
 
 
 @pytest.mark.parametrize('overlap', [True, False])
@@ -435,18 +407,3 @@ def test_published_weights_are_refused_before_they_are_looked_for(monkeypatch, w
     for name in 'slimclr_resnet50', 'slimclr_resnet50.mocov2_200e_in1k':
         with pytest.raises(InputError, match=r'overlap=False: the widths of the published .* leave overlap out'):
             timm.create_model(name, pretrained=True, widths=widths, overlap=False)
-
-
-def test_unknown_widths_are_refused_as_ever():
-    model = make()
-    for use in (model.set_width, model.extract, lambda width: model.forward_at(images(), width)):
-        with pytest.raises(InputError, match=r'width 0\.75 is not one of'):
-            use(0.75)
-
-
-def test_normalisations_are_each_widths_own():
-    model = make()
-    assert all(
-        isinstance(norm, nn.BatchNorm2d) and norm.num_features == size
-        for norm, size in zip(model.bn1.values(), (16, 8, 4), strict=True)
-    )

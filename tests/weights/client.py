@@ -91,18 +91,20 @@ def from_hub(repo: str, cache_dir: str, **kwargs: Any) -> str:
 
 
 def published(tag: str, cache_dir: str) -> str:
+    from slimclr_hub.models.convert import convert
     from slimclr_hub.weights import source
 
-    return str(source.published(tag, Path(cache_dir)))
+    return str(source.published(tag, convert, Path(cache_dir)))
 
 
 def fetch(file: str, cache_dir: str) -> str:
     """A release's file of any name."""
-    from slimclr_hub.weights import release
+    from slimclr_hub.models.convert import convert
+    from slimclr_hub.weights import source
     from slimclr_hub.weights.published import PUBLISHED
 
     network = dataclasses.replace(PUBLISHED['mocov2_200e_in1k'], file=file)
-    return str(release.fetch(network, Path(cache_dir)))
+    return str(source.from_release(network, convert, Path(cache_dir)))
 
 
 def create(name: str, **kwargs: Any) -> str:

@@ -3,6 +3,8 @@
 import itertools
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from safetensors.torch import save
 
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.weights.published import PUBLISHED
-from tests.hub_server import sha256
+from tests.hub_server import HubServer, sha256
 from tests.weights.client import digest
 from tests.weights.conftest import is_refused, make, trapped
 
@@ -196,6 +198,33 @@ def test_a_file_in_the_store_that_repositories_share(hub, repo, client, home, ca
 def test_a_cache_that_cannot_be(repo, client, tmp_path):
     (tmp_path / 'file').touch()
     assert is_refused(client('from_hub', repo.name, tmp_path / 'file'), repo.name, f'{tmp_path}/file')
+
+
+NO_NETWORK = """
+import time
+import timm, slimclr_hub
+start = time.monotonic()
+try:
+    timm.create_model('NAME', pretrained=True)
+except ValueError as error:
+    assert time.monotonic() - start < 5
+    assert error.__cause__ is None and error.__suppress_context__
+    print(error)
+"""
+
+
+@pytest.mark.parametrize('name', [f'slimclr_resnet50.{TAG}', f'slimclr_resnet50_050.{TAG}'])
+def test_no_network_is_one_line_in_seconds(tmp_path, name):
+    """Without retries, and it tells how to do without."""
+    with HubServer() as server:
+        environment = server.environment(tmp_path, SLIMCLR_RELEASE_URL=f'{server.url}/files')
+    code = NO_NETWORK.replace('NAME', name)
+    done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == ''
+    (line,) = done.stdout.splitlines()
+    assert line.count('cannot be reached') == 2
+    assert 'pretrained_cfg_overlay=dict(file=PATH)' in line
+    assert 'slimclr-hub convert' in line
 
 
 # Refused by the Hub

@@ -1,6 +1,7 @@
 """Checkpoints of others as they are published, converted, saved, and opened by timm: the authors' numbers come out."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from torch import nn
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.models import DEFAULT_WIDTHS
+from slimclr_hub.models.convert import convert
 from slimclr_hub.weights.checkpoint import read_checkpoint
-from slimclr_hub.weights.convert import convert
 from slimclr_hub.weights.tensor_file import save_tensors
 from tests.formula import tensor
 from tests.networks import randomise_batchnorm
@@ -485,6 +486,34 @@ def test_our_own_that_are_not_whole():
     for name in 'layer2.7.conv2.weight', 'layer1.1.bn2.w060.bias', 'fc.extra.bias', 'neck.weight':
         with pytest.raises(InputError, match=r'(is not expected|is missing)'):
             convert({**tensors, name: torch.zeros(7)})
+
+
+@pytest.mark.parametrize(
+    'hostile',
+    [
+        {'layer999999999.0.conv1.weight': (1,)},
+        {'layer3.999999999.conv1.weight': (1,), 'layer3.999999999.conv2.weight': (1,)},
+        {'layer3.999.conv1.weight': (1,), 'layer3.999.conv2.weight': (1,)},
+        {f'bn1.w0{i}.{leaf}': (1,) for i in range(1000, 9999) for leaf in ('weight', 'bias')},
+        {'bn1.w00000.weight': (1,)},
+        {'bn1.w999.weight': (1,)},
+        {'conv1.weight': (16, 1 << 50, 3, 3)},
+        {'conv1.weight': (0, 3, 3, 3)},
+        {'fc.w100.weight': (1 << 50, 64)},
+    ],
+)
+def test_size_is_bounded_by_what_a_file_holds(hostile):
+    """One line in a moment, whatever names and shapes say; the shapes of strided tensors in a pickle are free."""
+    tensors = dict(timm.create_model('slimclr_resnet20').state_dict())
+    for name, shape in hostile.items():
+        tensors[name] = torch.empty(1).as_strided(shape, [0] * len(shape))
+    start = time.monotonic()
+    with pytest.raises(InputError) as refused:
+        convert(
+            {**tensors, **{name: torch.empty(1).as_strided(shape, [0] * len(shape)) for name, shape in hostile.items()}}
+        )
+    assert time.monotonic() - start < 5
+    assert len(str(refused.value).splitlines()) == 1
 
 
 def test_tensors_are_contiguous(formula):

@@ -1,17 +1,23 @@
-"""Tensors of others' checkpoints, under this package's names."""
+"""Conversion of others' checkpoints to this package's names."""
 
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 
 from slimclr_hub.errors import InputError, shorten
-from slimclr_hub.weights.layouts import ARCHITECTURES, backbone_name, check_complete
+from slimclr_hub.models.loading import check_complete
+from slimclr_hub.weights.layouts import ARCHITECTURES
 from slimclr_hub.weights.slices import WIDTH_DIGITS, leading, scale_channels, switch_name, switched_key, width_key
 
 ENCODERS = ('online', 'momentum')
-"""Networks that a pre-training checkpoint holds: the one that was trained, and its moving average."""
+"""Networks that a pre-training checkpoint holds: the trained one and its moving average."""
+
+RESNET50_STAGES = (3, 4, 6, 3)
+DESCENDING = ('w100', 'w075', 'w050', 'w025')
+"""Keys of the widths in the order in which the authors' pre-training checkpoints number them."""
 
 _PREFIXES = {
     # MoCo v2, MoCo v3, this package's detectors, and others' or this package's backbone; a bare network has none.
@@ -19,9 +25,9 @@ _PREFIXES = {
     'momentum': ('encoder_k.', 'momentum_encoder.'),
 }
 _FIRST = 'conv1.weight'
-_AUTHORS_NORM = re.compile(r'^(.*\.|)bn\.(\d+)\.weight$')
-_AUTHORS_SWITCHED = re.compile(r'\.(?:bn|linears)\.(\d+)\.')
-_AUTHORS_BLOCK = re.compile(r'^features\.(\d+)\.')
+_AUTHORS_NORM = re.compile(r'^(.*\.|)bn\.(\d{1,4})\.weight$')
+_AUTHORS_SWITCHED = re.compile(r'\.(?:bn|linears)\.(\d{1,4})\.')
+_AUTHORS_BLOCK = re.compile(r'^features\.(\d{1,4})\.')
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -29,27 +35,32 @@ Tensors = Mapping[str, torch.Tensor]
 def convert(
     tensors: Tensors, encoder: str = 'online', widths: Sequence[float] = (1.0, 0.75, 0.5, 0.25)
 ) -> dict[str, torch.Tensor]:
-    """A slimmable ResNet's tensors in this package's names, out of a checkpoint of another kind.
+    """Rename the tensors of a checkpoint to those of a slimmable ResNet here, and check that they are complete.
 
-    It takes the authors' checkpoints (pre-training by MoCo v2 and v3, the switchable probe, Mask R-CNN), plain
-    ResNets of timm or torchvision, pre-training checkpoints of MoCo v2 and v3, and this package's own. All with or
+    Accepted are the authors' checkpoints (pre-training by MoCo v2 and v3, the switchable probe, Mask R-CNN), plain
+    ResNets of timm or torchvision, pre-training checkpoints of MoCo v2 and v3, and this package's own, all with or
     without `module.`. Heads of pre-training are left out, the switchable probe is kept.
 
-    A plain network gives the start of slimmable training: its convolutions, and for each of `widths` the leading part
-    of its normalisations; the narrow ones have seen no batch (`num_batches_tracked` is 0) and its head is left out.
+    A plain network gives a starting point for slimmable training: its convolutions, and for each of `widths` the
+    leading part of its normalisations. The narrow ones have seen no batch (`num_batches_tracked` is 0), and the head
+    is left out.
 
     Args:
         tensors: State dict of the checkpoint.
-        encoder: `online` for the network that was trained, `momentum` for its moving average. Of that one, widths
-            whose normalisation has never seen a batch are left out.
+        encoder: `online` for the trained network, `momentum` for its moving average, from which widths are left out
+            whose normalisation has never seen a batch.
         widths: The widths to give to a plain network.
 
     Raises:
-        InputError: It is none of these kinds, or not whole; a tensor that is missing, unexpected or misshapen is
-            named.
+        InputError: The checkpoint is of none of these kinds, or not complete; a tensor that is missing, unexpected or
+            misshapen is named.
     """
     if encoder not in ENCODERS:
         raise InputError(f'encoder {encoder!r} is not one of {", ".join(ENCODERS)}')
+    for name, tensor in tensors.items():
+        # A pickle may give any shape to a few bytes, which making it contiguous would allocate.
+        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise InputError(f'{name} has shape {list(tensor.shape)}, more than the file holds of it')
     names = {name.removeprefix('module.'): tensor for name, tensor in tensors.items()}
     ours = _body(names, encoder)
     if not any(switched_key(name) for name in ours):
@@ -57,10 +68,29 @@ def convert(
         body = {k: v for k, v in ours.items() if not k.startswith('fc.') or k.startswith('fc.linears.')}
         from_authors = any(_AUTHORS_NORM.match(name) for name in body)
         ours = _from_authors(body, encoder) if from_authors else _from_plain(body, widths)
-    layout = check_complete({name: tensor.shape for name, tensor in ours.items()})
-    if layout.architecture is None:
-        raise InputError(f'{layout} is none of the networks here, {", ".join(ARCHITECTURES.values())}')
+    check_complete({name: tensor.shape for name, tensor in ours.items()})
     return {name: tensor.contiguous() for name, tensor in ours.items()}
+
+
+def backbone_name(reference: str, stages: Sequence[int] = RESNET50_STAGES, keys: Sequence[str] = DESCENDING) -> str:
+    """Translate the authors' name of a backbone's or switchable probe's tensor.
+
+    `features.3.shortcut.1.bn.2.weight` -> `layer2.0.downsample.1.w050.weight`.
+
+    Args:
+        reference: The authors' name, without `module.` and encoder prefix.
+        stages: Blocks in each stage; theirs are numbered through.
+        keys: Keys of the widths in the checkpoint's order.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        index = int(match[1])
+        starts = (0, *accumulate(stages))
+        stage = max(i for i, start in enumerate(starts) if start <= index)
+        return f'layer{stage + 1}.{index - starts[stage]}.'
+
+    name = _AUTHORS_BLOCK.sub(block, reference).replace('.shortcut.', '.downsample.')
+    return _AUTHORS_SWITCHED.sub(lambda match: f'.{keys[int(match[1])]}.', name)
 
 
 def _body(names: Tensors, encoder: str) -> dict[str, torch.Tensor]:
@@ -128,7 +158,7 @@ def _from_plain(body: Tensors, widths: Sequence[float]) -> dict[str, torch.Tenso
             part = torch.zeros_like(tensor) if leaf == 'num_batches_tracked' and width < 1 else leading(tensor, shape)
             converted[switch_name(name, width_key(width))] = part
     for module in norms:
-        # Checkpoints of old leave it out.
+        # Old checkpoints lack it.
         for width in widths:
             name = switch_name(f'{module}.num_batches_tracked', width_key(width))
             converted.setdefault(name, torch.tensor(int(width == 1)))
@@ -142,5 +172,5 @@ def _without_unseen(tensors: Tensors) -> dict[str, torch.Tensor]:
         if re.match(r'bn1\.\w+\.num_batches', name)
     }
     if not any(batches.values()):
-        return dict(tensors)  # a network that has seen nothing at any width is kept as it is
+        return dict(tensors)  # kept as it is: no width has seen anything
     return {name: tensor for name, tensor in tensors.items() if batches.get(switched_key(name), 1)}

@@ -10,17 +10,19 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 from torch import nn
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.hub.dense import (
+from slimclr_hub.hub.folder import save_folder
+from slimclr_hub.hub.formats import (
     mmdet_config,
     mmdet_state_dict,
     save_tensors,
     save_timm_folder,
     torchvision_state_dict,
 )
-from slimclr_hub.hub.folder import save_folder
+from slimclr_hub.hub.opening import open_network
 from slimclr_hub.models import DEFAULT_WIDTHS
 from tests.networks import randomise_batchnorm
 
@@ -96,6 +98,36 @@ def test_timm_opens_each_width_without_this_package(tmp_path):
     save_file({'x': x}, tmp_path / 'images.safetensors')
     subprocess.run([sys.executable, '-c', BLOCKED, *expected], cwd=tmp_path, check=True)
     torch.testing.assert_close(load_file(tmp_path / 'outputs.safetensors'), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize('pool', ['avg', 'catavgmax'])
+def test_open_network_takes_it_as_a_network_of_one_width(tmp_path, pool):
+    """Without the channels of zeros; also where the pooled features stand side by side."""
+    model, x = make(widths=(1.0, 0.8, 0.25), global_pool=pool), images()
+    for width in model.widths:
+        save_timm_folder(model, width, tmp_path / f'{width}', **ABOUT)
+        opened = open_network(str(tmp_path / f'{width}'), width=width, lazy=True).eval()
+        assert opened.widths == (width,)
+        assert opened.num_features == int(2048 * width)
+        with torch.no_grad():
+            torch.testing.assert_close(opened(x), model.forward_at(x, width), rtol=1e-4, atol=1e-4)
+    assert opened.pretrained_cfg['mean'] == list(ABOUT['mean'])
+    save_folder(opened, tmp_path / 'again', **ABOUT, card='')
+    assert open_network(str(tmp_path / 'again')).widths == (0.25,)
+    with pytest.raises(InputError, match=r"width 0\.5 is not one of this network's widths, 0\.25"):
+        open_network(str(tmp_path / '0.25'), width=0.5)
+
+
+def test_open_network_takes_dense_networks_of_ours(tmp_path):
+    dense = make('slimclr_resnet50_050')
+    save_for_hf(dense, tmp_path / 'dense', safe_serialization=True)
+    opened, x = open_network(str(tmp_path / 'dense')).eval(), images()
+    assert opened.widths == (0.5,)
+    with torch.no_grad():
+        torch.testing.assert_close(opened(x), dense(x), rtol=1e-4, atol=1e-4)
+    save_for_hf(timm.create_model('resnet18', num_classes=2), tmp_path / 'other', safe_serialization=True)
+    with pytest.raises(InputError, match='other is a resnet18, not a slimmable network'):
+        open_network(str(tmp_path / 'other'))
 
 
 @pytest.mark.parametrize(
@@ -351,7 +383,7 @@ def test_what_mmdet_does_not_have(kwargs, width, message):
 @pytest.mark.parametrize('name', ['slimclr_resnet20', 'slimclr_resnet20x4'])
 def test_networks_for_small_images_are_nowhere_else(tmp_path, name):
     model = make(name)
-    remedy = rf'no {name}; .*save_folder writes a folder that timm opens after `import slimclr_hub`'
+    remedy = rf'no {name}; keep it as it is, in a folder that timm opens after `import slimclr_hub`'
     with pytest.raises(InputError, match=f'timm has {remedy}'.replace('has no', 'has ResNets of .*no')):
         save_timm_folder(model, 1.0, tmp_path / 'network', **ABOUT)
     with pytest.raises(InputError, match='torchvision has ResNets'):

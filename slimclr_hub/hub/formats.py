@@ -1,8 +1,8 @@
 """One width of a slimmable network in the formats of other libraries: timm, torchvision and MMDetection.
 
-All three call the tensors of a ResNet by the same names; they differ in the channels that they allow. torchvision has
-those of width 1.0 alone, MMDetection scales all of them by one factor, and timm chooses them for each stage, which with
-some channels of zeros is enough for every width.
+All three give the tensors of a ResNet the same names and differ in the channels that they allow: torchvision has those
+of width 1.0 alone, MMDetection scales all by one factor, and timm chooses them for each stage, which with some channels
+of zeros is enough for every width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from torch import nn
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import written_whole
-from slimclr_hub.hub.folder import write_folder
+from slimclr_hub.hub.folder import check_overlap, write_folder
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.widths import check_width, scale_channels
 from slimclr_hub.weights.tensor_file import save_tensors as save_safetensors
@@ -25,7 +25,7 @@ _DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 _STEM = 64
 _CHANNELS = (64, 128, 256, 512)
 _EXPANSION = 4
-_OWN_FOLDER = 'slimclr_hub.hub.folder.save_folder writes a folder that timm opens after `import slimclr_hub`'
+_OWN_FOLDER = 'keep it as it is, in a folder that timm opens after `import slimclr_hub`'
 
 _CARD = """\
 ---
@@ -72,23 +72,22 @@ def save_timm_folder(
     `timm.create_model('local-dir:FOLDER', pretrained=True)` opens it as a `resnet50` (101, 152) with the same output.
 
     A `resnet50` has a stem of 64 channels, blocks with four times as many output as inner channels, and a projection in
-    the first block only where that changes the channel count. What a width has less of is filled up with channels of
-    zeros: in the stem at every width below 1.0; in the first stage where it would have 16 channels, as at 0.25; and
-    wherever `int(C * width)` drops a fraction. That last case alone reaches the features, which then end in up to
-    three zeros (1640 features instead of 1638 at width 0.8, but 512 as they should be at 0.25). Such channels stay
-    zeros in training, since a ReLU passes no gradient at zero.
+    the first block only if that changes the number of channels. Channels that a width lacks are zeros: in the stem at
+    every width below 1.0; in the first stage if it would have 16 channels, as at 0.25; and wherever `int(C * width)`
+    drops a fraction. Only in the last case do the features end in up to three zeros (1640 features instead of 1638 at
+    width 0.8). Such channels stay zeros in training, since a ReLU passes no gradient at zero.
 
     Args:
         model: A slimmable ResNet-50, 101 or 152.
         width: One of its widths.
-        folder: Where to write; made if it is not there.
+        folder: Where to write; made if it does not exist.
         size: Height and width of the images in pixels.
-        mean: Mean of each channel that images are normalised by.
-        std: Standard deviation of each channel that images are normalised by.
-        crop_pct: Share of the image that evaluation crops.
-        card: Text of the model card; one that says how to open it unless given.
-        tagged: Whether these are the weights of the tag that the network was built with, whose origin and licence are
-            then noted.
+        mean: Mean of each channel for normalising images.
+        std: Standard deviation of each channel for normalising images.
+        crop_pct: Fraction of the image that evaluation crops.
+        card: Text of the model card; by default one that says how to open the folder.
+        tagged: True if these are the weights of the tag that the network was built with; origin and licence are then
+            recorded.
 
     Raises:
         InputError: The network does not hold `width`, or timm has no such network.
@@ -102,17 +101,17 @@ def save_timm_folder(
     runs = model.global_pool.feat_mult()
     padded = {name: _padded(name, tensors[name], whole.shape, runs) for name, whole in network.state_dict().items()}
     data_config = {'input_size': (model.in_chans, size, size), 'mean': mean, 'std': std, 'crop_pct': crop_pct}
-    write_folder(network, padded, folder, model_args={}, data_config=data_config, card=card, tagged=tagged)
+    write_folder(network, padded, folder, model_args={}, data_config=data_config, card=card, tagged=tagged, width=width)
 
 
 def torchvision_state_dict(model: SlimmableResNet, width: float = 1.0) -> dict[str, torch.Tensor]:
-    """State dict for `torchvision.models.resnet50` (101, 152), which loads it strictly.
+    """Make a state dict for `torchvision.models.resnet50` (101, 152), which loads it strictly.
 
-    Without a head there is no `fc` in it; it then loads once torchvision's `fc` is replaced by `nn.Identity()`.
+    Without a head it has no `fc`; replace torchvision's by `nn.Identity()` before loading.
 
     Args:
         model: A slimmable ResNet-50, 101 or 152.
-        width: 1.0, the only one that torchvision has.
+        width: 1.0, the only width that torchvision has.
 
     Raises:
         InputError: torchvision has no such network; the message names the formats that do.
@@ -131,11 +130,11 @@ def torchvision_state_dict(model: SlimmableResNet, width: float = 1.0) -> dict[s
 
 
 def mmdet_state_dict(model: SlimmableResNet, width: float) -> dict[str, torch.Tensor]:
-    """State dict of the backbone for MMDetection's `ResNet`, which `mmdet_config` describes; a head is left out.
+    """Make a state dict of the backbone, without a head, for the `ResNet` of MMDetection that `mmdet_config` describes.
 
     Args:
         model: A slimmable ResNet-50, 101 or 152.
-        width: One of its widths, of which 64 times must be whole.
+        width: One of its widths; 64 times the width must be an integer.
 
     Raises:
         InputError: MMDetection has no such network; the message names the formats that do.
@@ -146,14 +145,14 @@ def mmdet_state_dict(model: SlimmableResNet, width: float) -> dict[str, torch.Te
 
 
 def mmdet_config(model: SlimmableResNet, width: float, checkpoint: str) -> dict[str, Any]:
-    """The backbone of an MMDetection config, loading what `mmdet_state_dict` gave.
+    """Make the backbone of an MMDetection config that loads the tensors of `mmdet_state_dict`.
 
-    The neck has to be told the channels of the feature maps: `in_channels` is `width` times (256, 512, 1024, 2048). A
-    config that inherits another needs `_delete_=True` beside these entries.
+    The neck needs the channels of the feature maps: `in_channels` is `width` times (256, 512, 1024, 2048). A config
+    that inherits another needs `_delete_=True` beside these entries.
 
     Args:
         model: A slimmable ResNet-50, 101 or 152.
-        width: One of its widths, of which 64 times must be whole.
+        width: One of its widths; 64 times the width must be an integer.
         checkpoint: Path or address of the tensors as `.pth`.
 
     Raises:
@@ -178,9 +177,7 @@ def mmdet_config(model: SlimmableResNet, width: float, checkpoint: str) -> dict[
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write tensors to a file, whole or not at all: `.safetensors`, or `.pth` and `.pt` in the way of `torch.save`.
-
-    `torch.load(path, weights_only=True)` reads the latter.
+    """Write tensors to a file atomically: `.safetensors`, or `.pth` and `.pt` for `torch.load(weights_only=True)`.
 
     Raises:
         InputError: The file's name ends in none of these.
@@ -188,7 +185,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     if path.suffix == '.safetensors':
         save_safetensors(tensors, path)
     elif path.suffix in ('.pth', '.pt'):
-        # Copies, since a tensor that is a view would take along all that it looks into.
+        # Copies: a view would be saved with all of its storage.
         copies = {
             name: tensor.detach().to('cpu', copy=True, memory_format=torch.contiguous_format)
             for name, tensor in tensors.items()
@@ -200,7 +197,8 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def _depth(model: SlimmableResNet, library: str) -> int:
-    """Layers of the network, if `library` has it at width 1.0."""
+    """Layers of the network, which `library` has at width 1.0 and whose widths overlap."""
+    check_overlap(model.overlap, _configuration(model).get('architecture', type(model).__name__))
     stages = [stage for name, stage in model.named_children() if name.startswith('layer')]
     blocks = tuple(len(stage) for stage in stages if isinstance(stage, nn.Sequential))
     full = _EXPANSION * _CHANNELS[-1]
@@ -230,7 +228,7 @@ def _mmdet_channels(model: SlimmableResNet, width: float) -> int:
 
 
 def _timm_network(model: SlimmableResNet, tensors: Mapping[str, torch.Tensor]) -> ResNet:
-    """timm's network that has room for the tensors of one width, without memory for its own."""
+    """Build timm's network that has room for the tensors of one width, on the meta device."""
     architecture = f'resnet{_depth(model, "timm")}'
     channels = []
     for stage in range(1, len(_CHANNELS) + 1):
@@ -262,11 +260,14 @@ def _timm_network(model: SlimmableResNet, tensors: Mapping[str, torch.Tensor]) -
 
 
 def _padded(name: str, tensor: torch.Tensor, shape: Sequence[int], runs: int) -> torch.Tensor:
-    """The tensor `name`, filled up to `shape` such that the additional channels are zero.
+    """Pad the tensor `name` to `shape` such that the additional channels are zero.
 
     Args:
-        runs: Times that the features stand side by side in the head's input: more than one if they are pooled in more
-            than one way. Zeros belong at the end of each.
+        name: Name of the tensor.
+        tensor: The tensor.
+        shape: Shape to pad to.
+        runs: Copies of the features side by side in the head's input, if they are pooled in several ways; zeros belong
+            at the end of each.
     """
     if name == 'fc.weight':
         tensor, shape = tensor.unflatten(1, (runs, -1)), (shape[0], runs, shape[1] // runs)
@@ -286,6 +287,6 @@ def _card(model: SlimmableResNet, width: float, folder: Path, network: ResNet, n
         licence=f'\nlicense: {licence}' if licence else '',
         architecture=architecture,
         width=width,
-        folder=folder.name,  # not the whole path, which is of this machine
+        folder=folder.name,  # the whole path is of this machine alone
         padding=padding if held != needed else '',
     )
