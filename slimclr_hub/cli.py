@@ -1,7 +1,9 @@
-"""The command `slimclr-hub`. Each command parses, calls the room that does the work, and prints what it gave."""
+"""The command `slimclr-hub`. Each sub-command parses, calls the room that does the work, and prints the outcome."""
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -76,7 +78,7 @@ def main() -> None:
 
 @app.command('list')
 def list_networks() -> None:
-    """List the published networks: what each width costs, and what the paper reports of it."""
+    """List the published networks: cost of each width, and accuracies that the paper reports."""
     from slimclr_hub.weights.published import ARCHITECTURE, PUBLISHED, published_facts
 
     table = _table(['tag', 'width', 'params', 'mult-adds', 'top-1', 'box AP', 'mask AP'], f'{ARCHITECTURE}.TAG')
@@ -98,12 +100,11 @@ def list_networks() -> None:
 
 @app.command()
 def info(network: Network) -> None:
-    """Tell what a network is: widths, cost, head, preprocessing, and where its weights come from."""
-    from slimclr_hub.hub.opening import open_network
+    """Describe a network: widths, cost, head, preprocessing, and the origin of its weights."""
     from slimclr_hub.models.cost import width_facts
     from slimclr_hub.text import human
 
-    model = open_network(network)
+    model = _described(network)
     cfg = model.pretrained_cfg
     size = cfg['input_size'][-1]
     head = f'{model.head}, {model.num_classes} classes' if model.num_classes else 'none'
@@ -252,8 +253,8 @@ def embed(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the features of images, or of all images in folders, at one width."""
+    from slimclr_hub.inference.embed import check_output, save_embeddings
     from slimclr_hub.inference.embed import embed as run
-    from slimclr_hub.inference.embedding_files import check_output, save_embeddings
     from slimclr_hub.inference.images import list_images
 
     check_output(out, overwrite)
@@ -320,11 +321,8 @@ def compare(
     batch_size: BatchSize = 32,
 ) -> None:
     """Compare runs and networks: accuracy by width, parameters, multiply-adds and images/s."""
-    try:
+    with _train_extra('comparing'):
         from slimclr_hub.evaluate.compare.compare import compare_networks
-    except ModuleNotFoundError as error:
-        raise InputError(f'comparing needs {error.name}; pip install "slimclr-hub[train]"') from error
-
     written = compare_networks(
         networks or [],
         markdown=markdown,
@@ -337,6 +335,18 @@ def compare(
     )
     for path in written:
         _say(f'Written: {path}')
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={'allow_extra_args': True, 'ignore_unknown_options': True, 'allow_interspersed_args': False},
+)
+def analyze(context: typer.Context) -> None:
+    """Analyse runs: gradients, trajectories, error surfaces, linear-probe condition; `analyze --help` lists them."""
+    from slimclr_hub.analysis.entry import main as run
+
+    with _train_extra('analysing'):
+        run(context.args)
 
 
 @app.command()
@@ -470,6 +480,29 @@ def _say_evaluation(config: str | Path, checkpoint: Path) -> None:
     _say(f'Evaluate it: mim test mmdet {config} --checkpoint {checkpoint}')
     if find_spec('mmcv') and install_ops() != 'compiled' and not linked_ops().exists():
         _say('For `mim test`, once: slimclr-hub doctor --link-ops')
+
+
+@contextmanager
+def _train_extra(doing: str) -> Iterator[None]:
+    """Name the extra that is missing where a module is."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise InputError(f'{doing} needs {error.name}; pip install "slimclr-hub[train]"') from error
+
+
+def _described(network: str) -> Any:
+    """The network itself, or for a published one a network of its kind without weights, which needs no download."""
+    import timm
+
+    from slimclr_hub.hub.opening import open_network
+    from slimclr_hub.weights.published import ARCHITECTURE, PUBLISHED
+
+    tag = network.removeprefix(f'{ARCHITECTURE}.') if network != ARCHITECTURE else next(iter(PUBLISHED))
+    if tag == network or tag not in PUBLISHED or Path(network).exists():
+        return open_network(network)
+    published = PUBLISHED[tag]
+    return timm.create_model(published.name, num_classes=published.num_classes, device='meta')
 
 
 def _on_device(network: str, width: float | None, device: str | None) -> Any:

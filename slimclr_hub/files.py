@@ -1,21 +1,23 @@
 """Atomic writes, hashes and JSON lines."""
 
 import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder in `folder`; what is written into it moves up on leaving, and goes if there was an error.
+def atomic_files(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder whose files move to `folder` on leaving, or are removed if there was an error.
 
-    Files that are there already are replaced.
+    Files of the same names are replaced.
 
     Args:
-        folder: Where the files are to lie; made if it is not there.
+        folder: Folder of the files, created if it does not exist.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix='.partial-') as name:
@@ -28,7 +30,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it sees the old one or the new one, never a part."""
+    """Write a file atomically: readers see the old content or the new one."""
     partial = path.with_name(f'{path.name}.partial')
     with partial.open('w') as file:
         file.write(text)
@@ -38,7 +40,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Let the names in a folder reach the disk, too."""
+    """Flush the names in a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -46,13 +48,34 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def file_hash(path: Path, kind: str = 'sha256') -> str:
-    """Hexadecimal hash of a file's content.
+def read_json_lines(path: Path) -> list[Any]:
+    """Read a file of one JSON value a line, without lines that a kill cut off; a missing file has none."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
 
-    Args:
-        path: The file.
-        kind: A name that hashlib knows.
-    """
+
+def append_json_line(path: Path, value: Any) -> None:
+    """Append a JSON value as one line, on a line of its own even where a kill cut the last one off."""
+    with path.open('ab+') as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b'\n':
+                file.write(b'\n')
+        file.write(json.dumps(value).encode() + b'\n')
+
+
+def write_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write a file of one JSON value a line atomically."""
+    write_text(path, ''.join(json.dumps(value) + '\n' for value in values))
+
+
+def file_hash(path: Path, kind: str = 'sha256') -> str:
+    """Return the hexadecimal hash of a file's content; `kind` is a name that hashlib knows."""
     found = hashlib.new(kind, usedforsecurity=False)
     with path.open('rb') as file:
         while block := file.read(1 << 20):

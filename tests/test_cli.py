@@ -122,6 +122,28 @@ def test_as_a_process(small, images, tmp_path):
     assert done.stderr == f'Weights from the file {small}/model.safetensors\n'
 
 
+@pytest.mark.parametrize('argument', ['--help', 'list'])
+def test_what_needs_no_network_does_not_import_torch(argument):
+    command = [sys.executable, '-X', 'importtime', f'{sys.prefix}/bin/slimclr-hub', argument]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = {line.rpartition('|')[2].strip() for line in done.stderr.splitlines()}
+    assert 'slimclr_hub.cli' in imported
+    assert not {'torch', 'timm', 'numpy', 'slimclr_hub.models'} & imported
+
+
+def test_analyze_passes_its_arguments_on(command, tmp_path):
+    ended = command('analyze', '--help')
+    assert (ended.status, ended.err) == (0, '')
+    assert ended.out.startswith('usage: slimclr-hub analyze ANALYSIS')
+    assert 'usage: slimclr-hub analyze condition' in command('analyze', 'condition', '--help').out
+    ended = command('analyze', 'gradients', tmp_path, '--output', tmp_path / 'out')
+    assert ended.status == 2
+    assert ended.err.startswith('error: ')
+    assert str(tmp_path) in ended.err
+    assert ended.err.count('\n') == 1
+    assert [*tmp_path.iterdir()] == []
+
+
 # list and info
 
 
@@ -168,21 +190,26 @@ def test_info_of_a_file(succeed, small, published):
     assert not re.search('tag|licen|description|origin', out)
 
 
-def test_info_of_the_hub_and_a_tag(hub, reader, small, published):
+def test_info_of_the_hub(hub, reader, small):
     hub.add_repo('some/small', small)
     ended = reader.command('info', 'hf-hub:some/small')
     assert ended.status == 0, ended.err
     assert_tells_small(ended.out)
     assert 'Weights from the Hub: some/small' in ended.err
-    hub.add_repo(f'some/{PUBLISHED[PROBE].name}', {p.name: p.read_bytes() for p in published[PROBE].iterdir()})
-    ended = reader.command('info', f'slimclr_resnet50.{PROBE}', SLIMCLR_HUB_ORG='some')
+
+
+@pytest.mark.parametrize(
+    ('name', 'tag'), [(f'slimclr_resnet50.{PROBE}', PROBE), ('slimclr_resnet50', next(iter(PUBLISHED)))]
+)
+def test_info_of_a_tag_needs_no_download(reader, name, tag):
+    ended = reader.command('info', name, HF_HUB_OFFLINE='1')
     assert ended.status == 0, ended.err
+    assert ended.err == ''
     assert 'slimclr_resnet50, head: switchable, 1000 classes' in ended.out
-    assert f'tag: {PROBE}' in ended.out
-    assert 'description: SlimCLR on MoCo v2, 200 epochs on ImageNet-1k without labels' in ended.out
+    assert f'tag: {tag}' in ended.out
+    assert 'epochs on ImageNet-1k without labels' in ended.out
     assert 'license: other' in ended.out
-    assert f'Weights from the Hub: some/slimclr_resnet50.{PROBE}' in ended.err
-    del hub.repos[f'some/{PUBLISHED[PROBE].name}']
+    assert ['0.5', '6.92', 'M', '1.05', 'G', '1024'] in rows(ended.out)
 
 
 # convert
@@ -372,7 +399,7 @@ def test_embed(succeed, small, images, tmp_path, suffix):
 def test_embed_and_predict_leave_out_what_they_cannot_read(succeed, refuse, small, images, tmp_path):
     folder = shutil.copytree(images, tmp_path / 'images')
     (folder / '0002.png').write_text('no image')
-    words = ('cannot read 0002.png', 'skip')
+    words = ('cannot read 0002.png', '--skip-unreadable')
     refuse('embed', small, folder, '-o', tmp_path / 'x.npy', words=words)
     refuse('predict', small, folder, words=words)
     assert not (tmp_path / 'x.npy').exists()
@@ -523,17 +550,17 @@ def test_extraction_that_cannot_be(refuse, small, published, tmp_path, arguments
     [
         ('embed {small} {images} -o {tmp}/x.txt', ("the suffix '.txt' is not one of .safetensors, .npy, .parquet",)),
         ('embed {small} {images} -o {images}/0000.png', ("'.png' is not one of",)),
-        ('embed {small} {images} -o {there}', ('there.npy is there already', 'overwrite')),
+        ('embed {small} {images} -o {there}', ('there.npy is there already', '--overwrite')),
         # Before the network is as much as looked for.
         ('embed not-there {images} -o {tmp}/x.txt', ("the suffix '.txt'",)),
         ('extract not-there {small} --width 1', ('config.json is there already',)),
         ('embed {small} {images} {tmp}/none.png -o {tmp}/x.npy', ('{tmp}/none.png: No such file or directory',)),
         ('embed {small} {tmp} -o {tmp}/x.npy', ('{tmp}: no images in this folder',)),
         ('embed {small} {images} -o {tmp}/x.npy --device nowhere', ('--device nowhere',)),
-        ('embed {small} {images} -o {tmp}/x.npy --batch-size 0', ('batch_size', '0')),
-        ('embed {small} {images} -o {tmp}/x.npy --workers -1', ('workers', '-1')),
+        ('embed {small} {images} -o {tmp}/x.npy --batch-size 0', ('--batch-size', '0')),
+        ('embed {small} {images} -o {tmp}/x.npy --workers -1', ('--workers', '-1')),
         ('predict {small} {tmp}/none.png', ('none.png: No such file or directory',)),
-        ('predict {small} {images} --top 0', ('top is 0',)),
+        ('predict {small} {images} --top 0', ('--top is 0',)),
         ('predict {backbone} {images}', ('has no head', 'lincls', 'embed')),
         ('export {small} {images}/0000.png --format pt2', ('0000.png',)),
         ('export {small} {tmp}/out --format pt2 --size 0', ('size 0',)),

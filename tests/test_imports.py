@@ -89,5 +89,11 @@ def test_import_is_light(measured):
         assert not any(name.startswith(('slimclr_hub.train', 'slimclr_hub.data')) for name in loaded)
 
 
+@pytest.mark.parametrize('imports', ['import timm, slimclr_hub', 'import slimclr_hub; import timm'])
+def test_import_registers_in_any_order(imports):
+    script = f"{imports}; assert timm.is_model('slimclr_resnet50'); slimclr_hub.models"
+    subprocess.run([sys.executable, '-c', script], check=True)
+
+
 def test_import_is_quick(measured):
     assert statistics.median(seconds for seconds, _, _ in measured) < 0.3

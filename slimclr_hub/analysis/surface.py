@@ -4,7 +4,6 @@ Li et al. 2018, Visualizing the Loss Landscape of Neural Nets, sections 4 and 7,
 """
 
 import copy
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -42,6 +41,7 @@ from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import has_validation
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.knn import knn_predict
+from slimclr_hub.files import append_json_line, read_json_lines
 from slimclr_hub.methods.split_batchnorm import split_batchnorm
 from slimclr_hub.runs.tables import print_table
 from slimclr_hub.settings import above, at_least, differences, one_of
@@ -235,17 +235,15 @@ def measure_surface(
     progress(len(points))
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with partial.open('a') as file:
-            if not points and file.tell() == 0:
-                file.write(json.dumps(dict(settings)) + '\n')
-            for j, i in product(range(len(axes[1])), range(len(axes[0]))):
-                if (j, i) in points:
-                    continue
-                move(measure.backbone, origin, first, second, axes[0][i], axes[1][j])
-                points[j, i] = _floats(measure())
-                file.write(json.dumps([j, i, points[j, i]]) + '\n')
-                file.flush()
-                progress(1)
+        if not read_json_lines(partial):
+            append_json_line(partial, dict(settings))
+        for j, i in product(range(len(axes[1])), range(len(axes[0]))):
+            if (j, i) in points:
+                continue
+            move(measure.backbone, origin, first, second, axes[0][i], axes[1][j])
+            points[j, i] = _floats(measure())
+            append_json_line(partial, [j, i, points[j, i]])
+            progress(1)
     finally:
         move(measure.backbone, origin, first, second, 0.0, 0.0)
     return {
@@ -260,13 +258,7 @@ def _floats(values: Mapping[str, torch.Tensor]) -> Values:
 
 
 def _read_points(partial: Path, settings: Mapping[str, Any]) -> dict[tuple[int, int], Values]:
-    if not partial.exists():
-        return {}
-    text = partial.read_text()
-    complete = text[: text.rfind('\n') + 1]
-    if complete != text:  # a kill cut the last line off
-        partial.write_text(complete)
-    lines = [json.loads(line) for line in complete.splitlines()]
+    lines = read_json_lines(partial)
     if lines and (changes := differences(lines[0], settings)):
         raise InputError(
             f'{partial} has a part of a surface of other settings ({"; ".join(changes)}); remove it, or give --output'

@@ -10,7 +10,7 @@ import torch
 
 from slimclr_hub.detection.coco import CLASSES
 from slimclr_hub.errors import InputError, shorten
-from slimclr_hub.files import written_whole
+from slimclr_hub.files import atomic_files
 from slimclr_hub.hub.conversion import check_file
 from slimclr_hub.models.convert import convert
 from slimclr_hub.weights.checkpoint import read_checkpoint
@@ -123,7 +123,7 @@ def convert_detector_file(source: Path, target: Path, overwrite: bool = False) -
         'meta': {'dataset_meta': {'classes': CLASSES}} if known else {},
         'state_dict': converted,
     }
-    with written_whole(target.parent) as partial:
+    with atomic_files(target.parent) as partial:
         torch.save(content, partial / target.name)
     network = {name.removeprefix(NETWORK): t.shape for name, t in converted.items() if name.startswith(NETWORK)}
     has_masks = any(name.startswith('roi_head.mask_head.') for name in converted)

@@ -12,7 +12,7 @@ from slimclr_hub.detection.authors import NETWORK
 from slimclr_hub.detection.mmengine_files import allow_mmengine_checkpoints, parse_config, run_config
 from slimclr_hub.detection.pretrained import create_backbone
 from slimclr_hub.errors import InputError, shorten
-from slimclr_hub.files import written_whole
+from slimclr_hub.files import atomic_files
 from slimclr_hub.hub.conversion import check_file
 from slimclr_hub.hub.formats import mmdet_config, mmdet_state_dict
 from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
@@ -184,7 +184,7 @@ def extract_detector(
     if parse_config(text).to_dict() != dense.to_dict():  # mmengine does not quote all that it prints
         raise InputError(f'{detector.path}: the config in its meta cannot be written as a file')
     content = {'meta': {**about, 'cfg': text}, 'state_dict': tensors}
-    with written_whole(target.parent) as partial:
+    with atomic_files(target.parent) as partial:
         torch.save(content, partial / target.name)
         (partial / written.name).write_text(f'# {target.name}: width {width:g} of {detector.path.name}\n{text}')
     return written

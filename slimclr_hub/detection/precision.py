@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slimclr_hub.files import write_text, written_whole
+from slimclr_hub.files import atomic_files, write_text
 from slimclr_hub.models import SlimmableResNet
 
 KINDS = {'bbox': 'box', 'segm': 'mask'}
@@ -113,6 +113,6 @@ def draw_history(metrics: Mapping[int, Metrics], unit: str, path: Path) -> bool:
         panel.set(xlabel=unit, ylabel=f'{KINDS[kind]} AP (%)')
         panel.legend()
     figure.tight_layout()
-    with written_whole(path.parent) as partial:
+    with atomic_files(path.parent) as partial:
         figure.savefig(partial / path.name, dpi=120)
     return True

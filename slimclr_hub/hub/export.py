@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from slimclr_hub.errors import ExportError, InputError
-from slimclr_hub.files import written_whole
+from slimclr_hub.files import atomic_files
 from slimclr_hub.hub.folder import check_overlap
 from slimclr_hub.models import SlimmableResNet
 
@@ -72,7 +72,7 @@ def export_onnx(model: nn.Module, path: Path, *, size: int, opset: int = DEFAULT
     options.log_severity_level = 3  # errors
     # Left to itself it pins threads to cores, and complains about those that this process may not use.
     options.intra_op_num_threads = torch.get_num_threads()
-    with written_whole(path.parent) as partial:
+    with atomic_files(path.parent) as partial:
         (partial / path.name).write_bytes(file.SerializeToString())
         session = onnxruntime.InferenceSession(str(partial / path.name), options, providers=['CPUExecutionProvider'])
 
@@ -107,7 +107,7 @@ def export_pt2(model: nn.Module, path: Path, *, size: int) -> float:
         )
     for node in program.graph.nodes:
         node.meta.pop('stack_trace', None)  # holds the paths of this machine
-    with written_whole(path.parent) as partial, _quiet():
+    with atomic_files(path.parent) as partial, _quiet():
         torch.export.save(program, partial / path.name)
         return _difference(torch.export.load(partial / path.name).module(), batches, outputs, path)
 

@@ -9,7 +9,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.files import written_whole
+from slimclr_hub.files import atomic_files
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.lazy import LazySlimmableResNet
 from slimclr_hub.weights.tensor_file import save_tensors
@@ -104,7 +104,7 @@ def write_folder(
         tagged: True if these are the weights of the tag that the network was built with.
         width: The width that a network of timm's own was extracted at.
     """
-    with written_whole(folder) as partial:
+    with atomic_files(folder) as partial:
         save_config_for_hf(
             model,
             str(partial / 'config.json'),

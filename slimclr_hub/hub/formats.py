@@ -15,7 +15,7 @@ from timm.models.resnet import ResNet
 from torch import nn
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.files import written_whole
+from slimclr_hub.files import atomic_files
 from slimclr_hub.hub.folder import check_overlap, write_folder
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.widths import check_width, scale_channels
@@ -190,7 +190,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
             name: tensor.detach().to('cpu', copy=True, memory_format=torch.contiguous_format)
             for name, tensor in tensors.items()
         }
-        with written_whole(path.parent) as partial:
+        with atomic_files(path.parent) as partial:
             torch.save(copies, partial / path.name)
     else:
         raise InputError(f'{path} does not end in .safetensors, .pth or .pt')

@@ -1,21 +1,30 @@
-"""Images to run a network on: files, folders and images in memory, as one list with a name for each."""
+"""Lists of images from files, folders and memory, and the unreadable ones among them."""
 
 import os
 import re
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeGuard, Union
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import get_img_extensions
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from slimclr_hub.errors import InputError
+from slimclr_hub.errors import InputError, shorten
+from slimclr_hub.runs.progress import progress_bar
 
 Source = str | os.PathLike[str] | Image.Image
 Sources = Union[Source, Iterable[Source], 'ImageList']
+Problem = tuple[str, str]
+"""Name of an image and why it cannot be read."""
+
 _SOURCES = (str, os.PathLike, Image.Image)
+_THREADS = 16  # they wait for the disk or the network
+_CHUNK = 4096
+_loading = Lock()  # one image may stand in a list twice
 
 
 @dataclass(frozen=True)
@@ -23,8 +32,8 @@ class ImageList:
     """Images by index.
 
     Args:
-        names: Name of each image: its path, or its place in the list where it was given in memory.
-        items: Paths and PIL images; a list, or a sequence of PIL images that are decoded when they are asked for.
+        names: Name of each image: its path, or its index where it was given in memory.
+        items: Paths and PIL images; a list, or a sequence of PIL images that are decoded on access.
     """
 
     names: list[str]
@@ -37,7 +46,7 @@ class ImageList:
         """Decode one image as timm's data sets do: without transparency, 16 bits clipped to 8, not rotated by its EXIF.
 
         Args:
-            index: Which.
+            index: Index of the image.
             mode: Pillow's mode to convert to.
         """
         item = self.items[index]
@@ -49,7 +58,7 @@ class ImageList:
         return item.convert(mode)
 
     def without(self, indices: Iterable[int]) -> 'ImageList':
-        """The other images, under the names they have."""
+        """Return the other images, with their names."""
         left_out = set(indices)
         kept = [index for index in range(len(self)) if index not in left_out]
         return ImageList([self.names[index] for index in kept], [self.items[index] for index in kept])
@@ -58,15 +67,15 @@ class ImageList:
 def list_images(images: Sources) -> ImageList:
     """List images in the order given, those of a folder in natural order of their names: 2 before 10.
 
-    A folder is searched with its sub-folders for the file endings that timm and torchvision know, to which timm's
-    `add_img_extensions` adds; what is hidden is left out. A file that is given by itself may end in anything.
+    A folder is searched recursively for the file endings that timm and torchvision know, to which timm's
+    `add_img_extensions` adds; hidden files are left out. A file that is given by itself may have any ending.
 
-    Where a single folder is given, its images are named by their path inside it; otherwise names begin with the path
-    as it was given. Line breaks in a path, and bytes that are no text, become escapes, so that any file can hold names.
+    Images of a single folder are named by their path inside it; otherwise names begin with the path as given. Line
+    breaks in a path and undecodable bytes become escapes, so that any file can hold names.
 
     Args:
-        images: The path of a file or folder, a PIL image, or several of these. A column of images of `datasets` stays
-            as it is, to be decoded one by one, and so does a list that was made before.
+        images: The path of a file or folder, a PIL image, or several of these. A column of images of `datasets` is
+            decoded one by one; an `ImageList` is returned as it is.
 
     Raises:
         InputError: A path does not exist, a folder holds no image, there is nothing, or something else than images.
@@ -91,6 +100,41 @@ def list_images(images: Sources) -> ImageList:
         names += [_printable(file.relative_to(path) if inside else file) for file in files]
         items += files
     return ImageList(names, items)
+
+
+def find_unreadable(images: ImageList, progress: bool = True) -> dict[int, str]:
+    """Return index and reason of each image that does not open; broken pixels show only when they are decoded.
+
+    Images in memory are loaded here: forked workers would share the open file of an unloaded one, and move its position
+    under each other. Images that are decoded on access are not checked.
+
+    Args:
+        images: The images.
+        progress: True to show a bar if it takes longer than a moment.
+    """
+    if not isinstance(images.items, list):
+        return {}
+    problems: list[str | None] = []
+    with ThreadPoolExecutor(_THREADS) as pool, progress_bar(len(images), 'checking', progress) as bar:
+        for start in range(0, len(images), _CHUNK):
+            for problem in pool.map(_problem, images.items[start : start + _CHUNK]):
+                problems.append(problem)
+                bar.update()
+    return {index: problem for index, problem in enumerate(problems) if problem is not None}
+
+
+def reason(error: Exception) -> str:
+    """Explain why an image could not be read, without its path."""
+    if isinstance(error, UnidentifiedImageError):
+        return 'not an image that Pillow can read'
+    return getattr(error, 'strerror', None) or str(error) or type(error).__name__
+
+
+def unreadable_error(problems: Sequence[Problem]) -> InputError:
+    """Return the error that names the images, the first few of many."""
+    listed = shorten([f'{name} ({why})' for name, why in problems])
+    them = 'it' if len(problems) == 1 else 'them'
+    return InputError(f'cannot read {listed}; remove {them}, or give --skip-unreadable')
 
 
 def _is_lazy(images: Iterable[Source]) -> TypeGuard[Sequence[Image.Image]]:
@@ -144,3 +188,16 @@ def _natural_key(name: str) -> list[str | int]:
 def _printable(path: Path) -> str:
     name = path.as_posix().encode('utf-8', 'backslashreplace').decode()
     return name.replace('\n', '\\n').replace('\r', '\\r')
+
+
+def _problem(item: Any) -> str | None:
+    try:
+        if isinstance(item, Path):
+            with Image.open(item):
+                pass
+        else:
+            with _loading:
+                item.load()
+    except Exception as error:  # decoders raise whatever occurs to them: SyntaxError, struct.error, IndexError, ...
+        return reason(error)
+    return None

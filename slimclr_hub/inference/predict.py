@@ -1,4 +1,4 @@
-"""Classes of images, by a network with a head at its active width."""
+"""Class probabilities of images, by a network with a head at its active width."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import nn
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.inference.images import Sources
-from slimclr_hub.inference.inference import InferenceConfig, run_images
+from slimclr_hub.inference.runner import InferenceConfig, run_images
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,12 +20,12 @@ _WITH_HEAD = 'slimclr_resnet50.mocov3_300e_lincls_in1k'
 
 @dataclass(frozen=True)
 class ClassProbability:
-    """One class and how probable it is.
+    """One class and its probability.
 
     Args:
-        index: Place of the class in the head's output.
-        label: Its name.
-        probability: In [0, 1], by softmax over all classes.
+        index: Index of the class in the head's output.
+        label: Name of the class.
+        probability: Softmax over all classes, in [0, 1].
     """
 
     index: int
@@ -35,10 +35,10 @@ class ClassProbability:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network sees in one image.
+    """Classes of one image.
 
     Args:
-        name: Name of the image, as `list_images` names it.
+        name: Name of the image, from `list_images`.
         classes: The most probable classes, in descending order.
     """
 
@@ -57,21 +57,20 @@ def predict(
     skip_unreadable: bool = False,
     progress: bool = True,
 ) -> list[Prediction]:
-    """The most probable classes of images, by a network at its active width, on the device and in the dtype it has.
+    """Predict the most probable classes of images by a network at its active width, on its device and in its dtype.
 
-    Images are listed, checked and preprocessed as `embed` does. Classes have the names of the network's configuration
-    (`label_names`, and `label_descriptions` where there are any); those of ImageNet, where a network without names has
-    as many classes; else their number.
+    Images are listed, checked and preprocessed as by `embed`. Classes are named by the network's configuration
+    (`label_names`, with `label_descriptions`), else by ImageNet if their number fits, else by index.
 
     Args:
         model: A network from timm's factory with a head, slimmable or not.
         images: The path of a file or folder, a PIL image, or several of these, such as `dataset['image']`; see
             `list_images`.
-        top: Classes for each image; all where there are fewer.
-        batch_size: Images at a time.
-        workers: Processes that decode images; one for each core, but no more than 8, unless given.
+        top: Classes for each image, at most.
+        batch_size: Images of a batch.
+        workers: Processes that decode images; by default one for each core, at most 8.
         precision: `no` for the network's own, or `fp16` or `bf16` for mixed precision.
-        skip_unreadable: Leave out images that cannot be read, and list them on standard error at the end.
+        skip_unreadable: Leave out unreadable images, and list them on standard error at the end.
         progress: Show a bar with images per second and the time left.
 
     Raises:
@@ -79,12 +78,12 @@ def predict(
     """
     config = InferenceConfig(batch_size, workers, precision, skip_unreadable, progress)
     if top < 1:
-        raise InputError(f'top is {top}; give 1 or more')
+        raise InputError(f'--top is {top}; give 1 or more')
     classes = getattr(model, 'num_classes', 0)
     if classes < 1:
         raise InputError(
-            f'this {type(model).__name__} has no head and so no classes; take one with a probe, such as {_WITH_HEAD}, '
-            'or embed the images instead'
+            f'the network has no head and so no classes; take one with a probe, such as {_WITH_HEAD}, or embed the '
+            'images instead'
         )
     label = _labels(model)
 
@@ -107,12 +106,7 @@ def predict(
 
 
 def predictions_table(predictions: Sequence[Prediction], title: str | None = None) -> 'Table':
-    """A table for rich: a row for each class of each image, the image named at its first.
-
-    Args:
-        predictions: What to show.
-        title: Title of the table, or none.
-    """
+    """Return a table for rich with a row for each class of each image, the image named at its first row."""
     from rich.table import Table
     from rich.text import Text
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.files import write_text
+from slimclr_hub.files import read_json_lines, write_text
 from slimclr_hub.settings import RECIPE
 from slimclr_hub.version import __version__
 
@@ -164,7 +164,7 @@ def results_in(folder: Path) -> dict[Path, list[Result]]:
         found[folder / RESULT] = load(folder / RESULT)
     elif (folder / RECIPE).is_file() and (folder / METRICS).is_file():
         recipe = yaml.safe_load((folder / RECIPE).read_text())
-        found[folder / METRICS] = training_results(_read_lines(folder / METRICS), recipe, str(folder))
+        found[folder / METRICS] = training_results(read_json_lines(folder / METRICS), recipe, str(folder))
     return {**found, **{file: load(file) for file in sorted(folder.glob(f'*/{RESULT}'))}}
 
 
@@ -281,13 +281,3 @@ def _old_results(content: dict[str, Any], grid: Path) -> list[Result]:
 def _by_width(record: Mapping[str, Any], *names: str) -> dict[str, dict[float, float]]:
     # JSON has no numbers as keys.
     return {name: {float(width): value for width, value in record[name].items()} for name in names}
-
-
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    records = []
-    for line in file.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:  # the line that a kill cut off
-            continue
-    return records

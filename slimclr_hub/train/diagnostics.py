@@ -7,7 +7,6 @@ runs/NAME/diagnostics/gradients.jsonl               gradient norms, one JSON obj
 A record of `step` belongs to the weights after that many optimizer steps, and to the gradient of the next step.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.files import write_text, written_whole
+from slimclr_hub.files import append_json_line, atomic_files, read_json_lines, write_json_lines
 from slimclr_hub.models.widths import check_widths
 from slimclr_hub.settings import at_least
 from slimclr_hub.train.gradient_norms import last_linear, layer_slices, mean_norms
@@ -126,8 +125,8 @@ class Records:
         """Append gradient norms."""
         if records:
             self.folder.mkdir(exist_ok=True)
-            with (self.folder / _NORMS).open('a') as file:
-                file.writelines(json.dumps(asdict(record)) + '\n' for record in records)
+        for record in records:
+            append_json_line(self.folder / _NORMS, asdict(record))
 
     def norms(self) -> list[NormRecord]:
         """Read all gradient norms, in order of steps.
@@ -136,7 +135,7 @@ class Records:
             InputError: The file holds something else.
         """
         try:
-            return [NormRecord(**values) for values in self._lines()]
+            return [NormRecord(**values) for values in read_json_lines(self.folder / _NORMS)]
         except TypeError as error:
             raise InputError(f'{self.folder / _NORMS} does not hold gradient norms ({error}); move it away') from error
 
@@ -163,8 +162,8 @@ class Records:
     def drop_from(self, step: int) -> None:
         """Drop records of `step` and later, which a run resumed there writes again."""
         if (self.folder / _NORMS).exists():
-            kept = [json.dumps(record) + '\n' for record in self._lines() if record['step'] < step]
-            write_text(self.folder / _NORMS, ''.join(kept))
+            kept = [record for record in read_json_lines(self.folder / _NORMS) if record['step'] < step]
+            write_json_lines(self.folder / _NORMS, kept)
         for path in self.folder.glob(_LAST_LAYER):
             chunk = load_file(path)
             kept_steps = chunk['steps'] < step
@@ -176,18 +175,8 @@ class Records:
             if saved >= step:
                 path.unlink()
 
-    def _lines(self) -> list[dict[str, Any]]:
-        path = self.folder / _NORMS
-        found = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:  # a kill cut this line off
-                continue
-        return found
-
     def _save(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        with written_whole(self.folder) as partial:
+        with atomic_files(self.folder) as partial:
             save_file(dict(tensors), partial / name)
 
 

@@ -7,7 +7,6 @@ runs/NAME/recipe.yaml           the configuration
           config.json, model.safetensors, README.md, ...   the result
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.files import write_text
+from slimclr_hub.files import append_json_line, read_json_lines, write_json_lines, write_text
 from slimclr_hub.runs.command_line import dump
 from slimclr_hub.settings import RECIPE
 from slimclr_hub.train.command import changes_of, load_recipe
@@ -66,14 +65,11 @@ class RunFolder:
     def write_metrics(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; `record` has its optimizer step under `step`."""
         if self._accelerator.is_main_process:
-            with self._metrics.open('a') as file:
-                file.write(json.dumps(record) + '\n')
+            append_json_line(self._metrics, record)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
-        if not self._metrics.exists():
-            return []
-        return [json.loads(line) for line in self._metrics.read_text().splitlines()]
+        return read_json_lines(self._metrics)
 
     def drop_metrics_after(self, step: int, evaluation_too: bool = False) -> None:
         """Forget lines of later steps, which a resumed run writes again.
@@ -83,17 +79,15 @@ class RunFolder:
             evaluation_too: Forget an evaluation after that very step as well; it will be made again.
         """
         if self._accelerator.is_main_process and self._metrics.exists():
-            kept = []
-            for line in self._metrics.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:  # the line that a kill cut off
-                    continue
-                if record['step'] < step or (
-                    record['step'] == step and not (evaluation_too and record['kind'] == 'eval')
-                ):
-                    kept.append(line + '\n')
-            write_text(self._metrics, ''.join(kept))
+            write_json_lines(
+                self._metrics,
+                (
+                    record
+                    for record in read_json_lines(self._metrics)
+                    if record['step'] < step
+                    or (record['step'] == step and not (evaluation_too and record['kind'] == 'eval'))
+                ),
+            )
 
 
 def find_run(config: PretrainConfig, accelerator: Accelerator) -> Path | None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.files import written_whole
+from slimclr_hub.files import atomic_files
 
 _PICKLES = (b'PK\x03\x04', b'\x80')  # a zip archive, and a bare pickle: what torch.save writes, now and formerly
 _AT_A_TIME = 1 << 20  # bytes
@@ -159,5 +159,5 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         if (storage := own[name].untyped_storage().data_ptr()) in storages:
             own[name] = own[name].clone()  # safetensors refuses tensors that overlap
         storages.add(storage)
-    with written_whole(path.parent) as partial:
+    with atomic_files(path.parent) as partial:
         save_file(own, partial / path.name, metadata={'format': 'pt'})

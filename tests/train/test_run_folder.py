@@ -137,7 +137,7 @@ def test_folder_that_this_machine_does_not_see(tmp_path, accelerator):
 # Files
 
 
-def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_text_is_atomic_files_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / 'file.txt'
     whole.write_text(path, 'old')
 

@@ -45,7 +45,7 @@ from slimclr_hub.evaluate.network import (
     open_for_test,
 )
 from slimclr_hub.evaluate.reported import reported_probe
-from slimclr_hub.files import write_text
+from slimclr_hub.files import write_json_lines, write_text
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import run_script
 from slimclr_hub.runs.job import StopSignals
@@ -225,7 +225,7 @@ class _Evaluation:
     def _write(self, history: list[Record], head: Head, classes: int, images: int) -> None:
         result = make_result(self.config, history, classes, images, self.names, self.weights)
         save_tensors(head.state_dict(), self.folder / PROBE)
-        write_text(self.folder / 'metrics.jsonl', ''.join(json.dumps(record) + '\n' for record in history))
+        write_json_lines(self.folder / 'metrics.jsonl', history)
         draw_accuracies(history, result, self.folder / 'accuracy')
         save([result], self.folder)
         shutil.rmtree(self.folder / 'checkpoints', ignore_errors=True)

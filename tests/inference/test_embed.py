@@ -12,7 +12,7 @@ from timm.data import ImageDataset, create_transform, resolve_model_data_config
 from slimclr_hub.errors import InputError
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.inference.embed import embed
-from slimclr_hub.inference.inference import preprocessing
+from slimclr_hub.inference.runner import preprocessing
 from slimclr_hub.runs.progress import progress_bar
 from tests.data_room.files import some_images, write_pngs
 
@@ -153,14 +153,16 @@ def test_file_that_is_no_image_is_named_before_the_work(model, broken):
     assert not ran
     problem = '(not an image that Pillow can read)'
     assert str(caught.value) == (
-        f'cannot read 0002.png {problem}; 0005.png {problem}; remove them, or leave them out with skip_unreadable'
+        f'cannot read 0002.png {problem}; 0005.png {problem}; remove them, or give --skip-unreadable'
     )
 
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_file_that_is_cut_off_is_named(model, broken, workers):
     (broken / '0002.png').unlink()
-    with pytest.raises(InputError, match=r'^cannot read 0007.png \(.*\); remove it, or .* skip_unreadable$') as caught:
+    with pytest.raises(
+        InputError, match=r'^cannot read 0007.png \(.*\); remove it, or give --skip-unreadable$'
+    ) as caught:
         embed(model, broken, batch_size=2, workers=workers)
     assert 'Traceback' not in str(caught.value)
 
@@ -239,9 +241,9 @@ def test_network_of_timm(folder):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'batch_size': 0}, 'batch_size is 0; give 1 or more'),
-        ({'workers': -1}, 'workers is -1; give 0 or more'),
-        ({'precision': 'fp8'}, "precision 'fp8' is not one of no, fp16, bf16"),
+        ({'batch_size': 0}, '--batch-size is 0; give 1 or more'),
+        ({'workers': -1}, '--workers is -1; give 0 or more'),
+        ({'precision': 'fp8'}, "--precision 'fp8' is not one of no, fp16, bf16"),
     ],
 )
 def test_wrong_arguments(model, arguments, message):
@@ -268,7 +270,7 @@ def test_network_that_does_not_say_how_to_preprocess(model):
     """timm would take 224x224 pixels, whatever the network is made for."""
     dense = model.extract(0.5)
     dense.pretrained_cfg = None
-    with pytest.raises(InputError, match=r'this DenseResNet does not say .* no pretrained_cfg'):
+    with pytest.raises(InputError, match=r'the network does not say .* no pretrained_cfg'):
         embed(dense, rgb())
     dense.pretrained_cfg = model.pretrained_cfg
     result = embed(dense, rgb())
@@ -283,7 +285,7 @@ def test_batch_that_does_not_fit(folder):
         raise torch.OutOfMemoryError('CUDA out of memory')
 
     model.conv1.register_forward_pre_hook(forward)
-    with pytest.raises(InputError, match='batch_size 64 is too large for cpu; halve it'):
+    with pytest.raises(InputError, match='--batch-size 64 is too large for cpu; halve it'):
         embed(model, folder)
 
 
@@ -307,5 +309,5 @@ def test_runs_without_the_extras():
     """timm and torch are enough; rich and pyarrow are asked for where they are needed."""
     extras = ('accelerate', 'datasets', 'jsonargparse', 'matplotlib', 'pyarrow', 'rich', 'webdataset')
     blocked = f'import sys; sys.modules.update(dict.fromkeys({extras}))'
-    modules = 'import slimclr_hub.inference.embedding_files, slimclr_hub.inference.predict'
+    modules = 'import slimclr_hub.inference.embed, slimclr_hub.inference.predict'
     subprocess.run([sys.executable, '-c', f'{blocked}; {modules}'], check=True)

@@ -8,8 +8,7 @@ import timm.data
 from PIL import Image
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.inference.images import list_images
-from slimclr_hub.inference.unreadable import find_unreadable
+from slimclr_hub.inference.images import find_unreadable, list_images
 from tests.data_room.files import some_images, write_pngs
 
 PIXELS = some_images('test', 4)[0]

@@ -8,9 +8,8 @@ from pyarrow import parquet
 from safetensors import safe_open
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.inference import embedding_files
-from slimclr_hub.inference.embed import Embeddings
-from slimclr_hub.inference.embedding_files import check_output, save_embeddings
+from slimclr_hub.inference import embed
+from slimclr_hub.inference.embed import Embeddings, check_output, save_embeddings
 
 NAMES = ['cat/1.png', 'naïve, "quoted".png', '目録/2.png']
 SUFFIXES = ('.safetensors', '.npy', '.parquet')
@@ -39,11 +38,11 @@ def test_safetensors(tmp_path):
 
 
 def test_more_names_than_a_header_holds(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding_files, '_HEADER_AT_MOST', 20)
+    monkeypatch.setattr(embed, '_HEADER_AT_MOST', 20)
     save_embeddings(some_embeddings(None), tmp_path / 'out.safetensors')
     _, metadata = read_safetensors(tmp_path / 'out.safetensors')
     assert metadata == {'architecture': 'slimclr_resnet20'}
-    assert (tmp_path / 'out.names.txt').read_text(encoding='utf-8').splitlines() == NAMES
+    assert (tmp_path / 'out.safetensors.names.txt').read_text(encoding='utf-8').splitlines() == NAMES
 
 
 def test_npy(tmp_path):
@@ -57,7 +56,7 @@ def test_npy(tmp_path):
 
 
 def test_parquet(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding_files, '_ROW_GROUP', 2)
+    monkeypatch.setattr(embed, '_ROW_GROUP', 2)
     embeddings = some_embeddings()
     save_embeddings(embeddings, tmp_path / 'out.parquet')
     table = parquet.read_table(tmp_path / 'out.parquet')
@@ -80,7 +79,7 @@ def test_nothing_is_overwritten_unless_asked(tmp_path, suffix):
     before = path.read_bytes()
     other = Embeddings(NAMES[:1], torch.zeros(1, 7), 'slimclr_resnet20', 0.25, [])
     for call in (lambda: check_output(path)), (lambda: save_embeddings(other, path)):
-        with pytest.raises(InputError, match=f'out{suffix} is there already; choose another name or set overwrite'):
+        with pytest.raises(InputError, match=f'out{suffix} is there already; choose another name, or give --overwrite'):
             call()
     assert path.read_bytes() == before
     check_output(path, overwrite=True)
@@ -96,11 +95,21 @@ def test_others_may_read_the_file_as_any_other(tmp_path, suffix):
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
-@pytest.mark.parametrize('suffix', SUFFIXES[:2])
-def test_names_of_somebody_else_are_not_overwritten(tmp_path, suffix):
-    (tmp_path / 'out.names.txt').write_text('mine')
-    with pytest.raises(InputError, match=r'out\.names\.txt is there already'):
+@pytest.mark.parametrize(
+    ('suffix', 'names'), [('.npy', 'out.names.txt'), ('.safetensors', 'out.safetensors.names.txt')]
+)
+def test_names_of_somebody_else_are_not_overwritten(tmp_path, suffix, names):
+    (tmp_path / names).write_text('mine')
+    with pytest.raises(InputError, match=f'{names} is there already'):
         check_output(tmp_path / f'out{suffix}')
+
+
+def test_formats_of_one_name_lie_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, '_HEADER_AT_MOST', 20)
+    for suffix in SUFFIXES:
+        save_embeddings(some_embeddings(), tmp_path / f'out{suffix}')
+    files = {*(f'out{suffix}' for suffix in SUFFIXES), 'out.names.txt', 'out.safetensors.names.txt'}
+    assert {path.name for path in tmp_path.iterdir()} == files
 
 
 @pytest.mark.parametrize('name', ['out.csv', 'out', 'out.npz'])
@@ -127,17 +136,17 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('suffix', SUFFIXES)
-def test_written_whole_or_not_at_all(tmp_path, monkeypatch, suffix):
+def test_atomic_files_or_not_at_all(tmp_path, monkeypatch, suffix):
     path = tmp_path / f'out{suffix}'
     save_embeddings(some_embeddings(), path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    write = embedding_files._WRITERS[suffix]
+    write = embed._WRITERS[suffix]
 
     def full_disk(embeddings, partial):
         write(embeddings, partial)
         raise OSError('No space left on device')
 
-    monkeypatch.setitem(embedding_files._WRITERS, suffix, full_disk)
+    monkeypatch.setitem(embed._WRITERS, suffix, full_disk)
     with pytest.raises(OSError, match='No space'):
         save_embeddings(Embeddings(['x'], torch.zeros(1, 7), 'a', None, []), path, overwrite=True)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

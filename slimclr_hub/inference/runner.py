@@ -1,4 +1,4 @@
-"""One pass of a network over a list of images, preprocessed as its configuration says."""
+"""One pass of a network over a list of images, with the preprocessing of its configuration."""
 
 import os
 import sys
@@ -15,8 +15,15 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.inference.images import ImageList, Sources, list_images
-from slimclr_hub.inference.unreadable import Problem, find_unreadable, reason, unreadable_error
+from slimclr_hub.inference.images import (
+    ImageList,
+    Problem,
+    Sources,
+    find_unreadable,
+    list_images,
+    reason,
+    unreadable_error,
+)
 from slimclr_hub.runs.progress import progress_bar
 
 PRECISIONS = {'no': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}
@@ -29,13 +36,13 @@ _Batch = tuple[list[int], torch.Tensor | None, dict[int, str]]
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """How to run over images.
+    """Options of a pass over images.
 
     Args:
-        batch_size: Images at a time.
-        workers: Processes that decode images; one for each core, but no more than 8, where None.
+        batch_size: Images of a batch.
+        workers: Processes that decode images; one for each core, at most 8, where None.
         precision: `no` for the network's own, or `fp16` or `bf16` for mixed precision.
-        skip_unreadable: Leave out images that cannot be read, and list them on standard error at the end.
+        skip_unreadable: Leave out unreadable images, and list them on standard error at the end.
         progress: Show a bar with images per second and the time left.
     """
 
@@ -47,21 +54,21 @@ class InferenceConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise InputError(f'batch_size is {self.batch_size}; give 1 or more')
+            raise InputError(f'--batch-size is {self.batch_size}; give 1 or more')
         if self.workers is not None and self.workers < 0:
-            raise InputError(f'workers is {self.workers}; give 0 or more')
+            raise InputError(f'--workers is {self.workers}; give 0 or more')
         if self.precision not in PRECISIONS:
-            raise InputError(f'precision {self.precision!r} is not one of {", ".join(PRECISIONS)}')
+            raise InputError(f'--precision {self.precision!r} is not one of {", ".join(PRECISIONS)}')
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a pass leaves.
+    """Outputs of a pass.
 
     Args:
         names: Names of the images that were read, in the order of the list.
-        tensors: What the network gave, on the CPU, a row for each name.
-        skipped: Name of each image that was left out, and why.
+        tensors: Outputs of the network, on the CPU, a row for each name.
+        skipped: Name of each unreadable image, and the reason.
     """
 
     names: list[str]
@@ -72,18 +79,18 @@ class Outputs:
 def run_images(
     model: nn.Module, images: Sources, forward: Forward, config: InferenceConfig, description: str
 ) -> Outputs:
-    """Run a network in eval mode over images, where it is and in its dtype.
+    """Run a network in eval mode over images, on its device and in its dtype.
 
     Args:
         model: A network of timm's interface; its mode is restored.
-        images: What `list_images` takes.
-        forward: From a batch [B, C, H, W] to tensors of B rows.
-        config: How to run.
+        images: Images, as `list_images` takes them.
+        forward: Map from a batch [B, C, H, W] to tensors of B rows.
+        config: Options.
         description: Word at the progress bar.
 
     Raises:
-        InputError: The images are not there or cannot be read, the network does not say how to preprocess them, or the
-            batch does not fit in memory.
+        InputError: Images do not exist or cannot be read, the network has no preprocessing, or the batch does not fit
+            in memory.
     """
     transform, mode = preprocessing(model)
     listed, skipped = _openable(list_images(images), config)
@@ -111,15 +118,15 @@ def run_images(
 
 
 def preprocessing(model: nn.Module) -> tuple[Callable[[Image.Image], torch.Tensor], str]:
-    """timm's evaluation transform for a network, and Pillow's mode of the images it takes.
+    """Return timm's evaluation transform for a network, and Pillow's mode of its images.
 
     Raises:
-        InputError: The network has no configuration to tell, or takes neither RGB nor grey images.
+        InputError: The network has no preprocessing configuration, or takes neither RGB nor grey images.
     """
     if not getattr(model, 'pretrained_cfg', None):
         raise InputError(
-            f'this {type(model).__name__} does not say how images are preprocessed: it has no pretrained_cfg; take the '
-            'network from timm.create_model, or give it that of the network it was made from'
+            'the network does not say how images are preprocessed: it has no pretrained_cfg; take it from '
+            'timm.create_model, or give it that of the network it was made from'
         )
     data = resolve_input_data_config(model)
     channels = data['input_size'][0]
@@ -144,11 +151,11 @@ def _forward(forward: Forward, batch: torch.Tensor, config: InferenceConfig) -> 
         with torch.inference_mode(), torch.autocast(batch.device.type, dtype, enabled=dtype is not None):
             return forward(batch)
     except torch.OutOfMemoryError as error:
-        raise InputError(f'batch_size {config.batch_size} is too large for {batch.device}; halve it') from error
+        raise InputError(f'--batch-size {config.batch_size} is too large for {batch.device}; halve it') from error
 
 
 class _Decoded(Dataset[tuple[int, torch.Tensor | None, str | None]]):
-    # An error is handed on as a value: a worker would wrap it into a trace, and take its batch with it.
+    # An error is returned as a value: a worker would wrap it into a traceback, and lose its batch.
     def __init__(self, images: ImageList, transform: Callable[[Image.Image], torch.Tensor], mode: str) -> None:
         self.images = images
         self.transform = transform

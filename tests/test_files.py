@@ -1,0 +1,40 @@
+import pytest
+
+from slimclr_hub.files import append_json_line, atomic_files, read_json_lines, write_json_lines, write_text
+
+
+def test_lines_come_back(tmp_path):
+    file = tmp_path / 'lines.jsonl'
+    assert read_json_lines(file) == []
+    write_json_lines(file, [{'step': 1}, [2]])
+    append_json_line(file, {'step': 3})
+    assert read_json_lines(file) == [{'step': 1}, [2], {'step': 3}]
+    assert file.read_text() == '{"step": 1}\n[2]\n{"step": 3}\n'
+
+
+@pytest.mark.parametrize('cut', ['{"st', '{"step": 2'])
+def test_line_that_a_kill_cut_off_is_passed_over(tmp_path, cut):
+    file = tmp_path / 'lines.jsonl'
+    file.write_text('{"step": 1}\n' + cut)
+    assert read_json_lines(file) == [{'step': 1}]
+    append_json_line(file, {'step': 2})
+    assert read_json_lines(file) == [{'step': 1}, {'step': 2}]
+
+
+def test_line_of_which_only_the_end_is_cut_off_counts(tmp_path):
+    file = tmp_path / 'lines.jsonl'
+    file.write_text('{"step": 1}')
+    append_json_line(file, {'step': 2})
+    assert read_json_lines(file) == [{'step': 1}, {'step': 2}]
+
+
+def test_files_are_written_together_or_not_at_all(tmp_path):
+    write_text(tmp_path / 'one', 'old')
+    with pytest.raises(UnicodeEncodeError), atomic_files(tmp_path) as partial:
+        (partial / 'one').write_text('new' + chr(0xD800))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {'one': 'old'}
+    with atomic_files(tmp_path) as partial:
+        (partial / 'one').write_text('new')
+        (partial / 'two').write_text('')
+    assert {path.name for path in tmp_path.iterdir()} == {'one', 'two'}
+    assert (tmp_path / 'one').read_text() == 'new'
