@@ -1,12 +1,12 @@
-"""Images per second that loading gives to training: by workers, and by what computes the views.
+"""Images per second that data loading delivers to training, by number of workers and by view backend.
 
     python benchmarks/data_pipeline.py --workers 0 1 2
     python benchmarks/data_pipeline.py --source photos --images 2048 --batch 256 --workers 4 8 16 --device cuda
 
-Two views of every image, put on the device: of the embedded images by the recipe of the demo, and of synthetic JPEG
+Two views of every image are put on the device: of the embedded images by the recipe of the demo, and of synthetic JPEG
 photos of 500x375 at ImageNet's 224 by the recipe of MoCo v2. `cpu` views are computed by the workers, `kornia` views by
-the device. All of one number of workers take turns, and a ratio is the time over that of cpu. Nothing is trained
-meanwhile, which on a CPU would take the workers' cores.
+the device. Backends are interleaved, and a ratio is the time over that of cpu. Nothing is trained meanwhile, which on a
+CPU would take the workers' cores.
 """
 
 import argparse
@@ -35,11 +35,11 @@ REFERENCE = 'cpu'
 
 
 def reader(config: PretrainConfig, steps: int, device: str) -> Callable[[], None]:
-    """A call that reads the last `steps` batches of an epoch, of another one each time."""
+    """Make a call that reads the last `steps` batches of an epoch, of another epoch each time."""
     data = TrainData(config.data, config.views, config.second_views, seed=0, device=device)
     if data.steps_per_epoch < steps:
         raise InputError(f'--images: there are no more than {data.steps_per_epoch * config.data.batch_size}')
-    # Not ahead: a case that waits for its turn would load what it does not pay for, at the cost of others.
+    # Reading ahead would load batches of one case in the time of another.
     assert isinstance(data.feed, IndexedFeed)
     data.feed.batches.ahead = False
     epochs = count()
@@ -59,7 +59,7 @@ def measure(config: PretrainConfig, workers: int, args: argparse.Namespace) -> l
         data = replace(config.data, batch_size=args.batch, num_workers=workers)
         changed = replace(config, data=data, views=replace(config.views, backend=backend))
         cases[backend] = reader(changed, steps, args.device)
-    # The first turn starts the workers, which stay.
+    # The first call starts the workers, which stay.
     seconds = interleave(cases, args.repeats, device=args.device)
     images = steps * args.batch
     rows: list[Row] = []
@@ -72,9 +72,9 @@ def measure(config: PretrainConfig, workers: int, args: argparse.Namespace) -> l
 
 
 def measure_all(report: Report, title: str, config: PretrainConfig, args: argparse.Namespace) -> None:
-    # One by one, so that the workers of one number are gone before those of the next come.
+    # One by one, so that the workers of one case have ended before the next case.
     rows = [row for workers in args.workers for row in measure(config, workers, args)]
-    report.table(f'{title}; a turn reads {max(args.images // args.batch, 1) * args.batch} images', rows)
+    report.table(f'{title}; a call reads {max(args.images // args.batch, 1) * args.batch} images', rows)
 
 
 def whole_number(text: str) -> int:
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument('--source', choices=('embedded', 'photos'), nargs='+', default=['embedded', 'photos'])
     parser.add_argument('--workers', type=whole_number, nargs='+', default=[0, 1, 2])
     parser.add_argument('--backend', choices=BACKENDS, nargs='+', default=list(BACKENDS))
-    parser.add_argument('--images', type=positive, default=256, help='images that a turn reads, in whole batches')
+    parser.add_argument('--images', type=positive, default=256, help='images that a call reads, in whole batches')
     parser.add_argument('--batch', type=positive, default=64)
     args = parse(parser)
 

@@ -1,14 +1,13 @@
-"""Time of evaluation: features at every width, the k-NN search and the linear probe, beside what one would run instead.
+"""Time of evaluation: features at every width, k-NN search and linear probe, and of their alternatives.
 
     python benchmarks/evaluation.py
     python benchmarks/evaluation.py --model slimclr_resnet50 --images 20000 --classes 1000 --bank 18000 --threads 2
 
-Features are of the embedded images, or, where `--images` says how many, random ones around a centre for each class, as
-many as the network has at each width. Beside them run: for features, the dense network of each width in a pass of its
-own; for the search and the probe, scikit-learn on the CPU with the same features of width 1. Search and probe have two
-forms each: `while training`, and of the recipes, which do more: `knn_eval` counts top-1 and top-5 for four k and two
-temperatures, `linear_eval` trains five learning rates of all widths at once. images/s are of validation images
-searched, and of training images learned from, however often.
+Features are of the embedded images, or, with `--images`, random around one centre per class, as many as the network has
+at each width. Alternatives are, for features, the dense network of each width in a pass of its own; for search and
+probe, scikit-learn on the CPU with the same features of width 1. Search and probe run as `while training`, and as in
+the recipes, which do more: `knn_eval` counts top-1 and top-5 for four k and two temperatures, `linear_eval` trains five
+learning rates of all widths at once. images/s count validation images searched, and training images learned from once.
 """
 
 import io
@@ -54,7 +53,7 @@ WEIGHT_DECAY = ProbeConfig().weight_decay
 def features_rows(
     accelerator: Accelerator, backbone: SlimmableResNet, loaders: list[DataLoader], repeats: int
 ) -> list[Row]:
-    """All widths in one pass, beside a pass for each."""
+    """Time all widths in one pass, and a pass for each."""
     dense = [backbone.extract(width) for width in backbone.widths]
     images = sum(map(len, (loader.dataset for loader in loaders)))  # type: ignore[arg-type]
 
@@ -79,7 +78,7 @@ def features_rows(
 def random_split(
     count: int, classes: int, features: dict[float, int], device: torch.device, seed: int
 ) -> SplitFeatures:
-    """Features around centres that are the same in all splits; a narrower width has the first ones, less clearly."""
+    """Draw features around centres that all splits share; a narrower width has the first features."""
     widest = max(features.values())
     centres = torch.randn(classes, widest, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
@@ -89,7 +88,7 @@ def random_split(
 
 
 def searches(train: SplitFeatures, validation: SplitFeatures, accelerator: Accelerator) -> dict[str, Predict]:
-    """k-NN at width 1; each gives the classes of the validation images."""
+    """k-NN searches at width 1; each returns the predicted classes of the validation images."""
     bank, queries = train.by_width[1.0], validation.by_width[1.0]
     classes = int(train.labels.max()) + 1
     k = min(K, len(bank))
@@ -102,7 +101,7 @@ def searches(train: SplitFeatures, validation: SplitFeatures, accelerator: Accel
         return search.fit(bank.cpu().numpy(), train.labels.cpu().numpy()).predict(queries.cpu().numpy())
 
     def knn_eval() -> torch.Tensor:
-        # What `knn_eval` does between features and accuracies.
+        # As `knn_eval`, between features and accuracies.
         unit_bank, unit_queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
         predictions: list[torch.Tensor] = []
         done = 0
@@ -129,17 +128,17 @@ def probes(
     backbone: SlimmableResNet,
     epochs: int,
 ) -> dict[str, Predict]:
-    """Linear classifiers; each gives the classes of the validation images at width 1."""
+    """Linear classifiers; each returns the predicted classes of the validation images at width 1."""
     bank, queries = train.by_width[1.0], validation.by_width[1.0]
     classes = int(train.labels.max()) + 1
 
     def sklearn() -> np.ndarray:
         scaler = StandardScaler()
         features = scaler.fit_transform(bank.cpu().numpy())
-        # C weighs the summed loss against half the squared norm, weight_decay that norm against the mean loss.
+        # C weighs the summed loss, weight_decay half the squared norm against the mean loss.
         regression = LogisticRegression(C=1 / (WEIGHT_DECAY * len(bank)))
         with warnings.catch_warnings():
-            # Both forms stop after 100 iterations at most.
+            # Both stop after at most 100 iterations.
             warnings.simplefilter('ignore', ConvergenceWarning)
             regression.fit(features, train.labels.cpu().numpy())
         return regression.predict(scaler.transform(queries.cpu().numpy()))
@@ -154,7 +153,7 @@ def probes(
         with tempfile.TemporaryDirectory() as folder, StopSignals() as signals:
             place = Path(folder)
             training = ProbeTraining(config, accelerator, head, batches, validation, scaling, place, signals)
-            with redirect_stderr(io.StringIO()):  # its bar
+            with redirect_stderr(io.StringIO()):  # the progress bar
                 tops = training.run()[-1]['top1']
         best = max(range(len(tops)), key=lambda number: sum(tops[number].values()))
         with torch.no_grad():
@@ -171,7 +170,7 @@ def probes(
 def compared(
     cases: dict[str, Predict], images: int, truth: torch.Tensor, column: str, repeats: int, device: torch.device
 ) -> list[Row]:
-    """Rows of cases, of which the first is the reference, with the accuracy of each."""
+    """Time cases, of which the first is the reference; rows with the accuracy of each."""
     predicted: dict[str, torch.Tensor | np.ndarray] = {}
 
     def keep(name: str, predict: Predict) -> None:
@@ -190,11 +189,9 @@ def compared(
 def main() -> None:
     parser = make_parser(__doc__, repeats=5)
     parser.add_argument('--model', default='slimclr_resnet20')
-    parser.add_argument('--images', type=positive, help='random features of so many images, and none of the network')
+    parser.add_argument('--images', type=positive, help='use random features of so many images, not the network')
     parser.add_argument('--classes', type=positive, default=10, help='of random features')
-    parser.add_argument(
-        '--bank', type=positive, help='training images at most; with --images, nine of ten unless given'
-    )
+    parser.add_argument('--bank', type=positive, help='training images at most; with --images, nine of ten by default')
     parser.add_argument('--epochs', type=positive, default=SweepConfig().epochs, help='of linear_eval')
     parser.add_argument('--only', choices=('features', 'search', 'probe'), nargs='+')
     args = parse(parser)

@@ -1,15 +1,16 @@
-"""Time to load a slimmable ResNet-50, beside what one would run instead, and memory to load one width of it.
+"""Time to load a slimmable ResNet-50 and its alternatives, and memory to load one width of it.
 
     python benchmarks/loading.py
 
-Times are of one process, in which all calls take turns, and the file is in the page cache; memory is the peak of a
-fresh process above what it held before.
+Times are of interleaved calls in one process, with the file in the page cache; memory is the peak of a fresh process
+above what it held before.
 """
 
 import argparse
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,11 @@ def create(name: str, path: str, **kwargs: Any) -> nn.Module:
 
 
 def alone(name: str, path: str, kwargs: dict[str, Any]) -> tuple[float, float]:
-    """MiB of the network and of the peak, in this process."""
-    kept = create(name, path, **kwargs)  # imports and the allocator are no part of the answer
+    """Measure the network and the peak in this process, in MiB."""
+    kept = create(name, path, **kwargs)  # leaves out imports and the allocator
     with peak_memory() as peak:
         model = create(name, path, **kwargs)
-        del kept  # not before: the second one would take its place
+        del kept  # not before, since the second network would take its memory
         return sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20, peak()
 
 
@@ -78,10 +79,13 @@ def measure_memory(report: Report, path: Path, repeats: int) -> None:
     for name, kwargs in choices:
         cases[', '.join([name, *(f'{key}={value}' for key, value in kwargs.items())])] = (name, kwargs)
 
-    def run(name: str, kwargs: dict[str, Any]) -> Callable[[], list[float]]:
-        return lambda: in_fresh_process(__file__, name=name, path=str(path), kwargs=kwargs)
-
-    found = in_turns({call: run(*asked) for call, asked in cases.items()}, repeats)
+    found = in_turns(
+        {
+            call: partial(in_fresh_process, __file__, name=name, path=str(path), kwargs=kwargs)
+            for call, (name, kwargs) in cases.items()
+        },
+        repeats,
+    )
     rows: list[Row] = []
     for call, values in found.items():
         sizes, peaks = zip(*values, strict=True)

@@ -1,7 +1,7 @@
-"""What the benchmarks share: interleaved timing, ratios, memory of a fresh process, tables and their JSON.
+"""Shared parts of the benchmarks: interleaved timing, ratios, memory of a fresh process, tables and their JSON.
 
-Machines change their pace, above all shared ones. So every case takes its turn in each repetition, and a ratio is the
-median of the ratios within repetitions, in which the pace of the moment cancels out.
+The speed of a machine varies, above all of a shared one. So all cases are interleaved in each repetition, and a ratio
+is the median of the ratios within repetitions, in which the speed of the moment cancels.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from rich.table import Table
 from slimclr_hub.runs.result import environment, processor
 
 Row = dict[str, str | float | None]
-"""A line of a table: column -> text, number, or nothing."""
+"""A row of a table: column -> text, number, or None."""
 
 T = TypeVar('T')
 
-_MOMENT = 0.01  # seconds; shorter calls are timed several at once
-_LONG = 1.0  # seconds; whatever took longer is no short call
+_MOMENT = 0.01  # seconds; of shorter calls several are timed at once
+_LONG = 1.0  # seconds; a longer call is not timed again to learn its length
 _PROC = Path('/proc/self')
 
 
@@ -42,33 +42,31 @@ def interleave(
     warmup: int = 1,
     device: torch.device | str = 'cpu',
 ) -> dict[str, list[float]]:
-    """Seconds of a call of each case, in each of `repeats` repetitions.
+    """Time each case once in each of `repeats` repetitions; seconds of a call.
 
     Args:
-        cases: What to time, by name.
-        repeats: How often each takes its turn.
-        warmup: Calls of each before, which do not count. With 0 there is none to tell whether a call is short, either,
-            which is for what takes long.
-        device: What to wait for before and after each turn.
+        cases: Calls by name.
+        repeats: Repetitions.
+        warmup: Calls of each case before, which do not count. With 0, for long calls, short ones are not detected.
+        device: Device to synchronise before and after each measurement.
     """
     counts = {name: _count(call, warmup, device) for name, call in cases.items()}
     return in_turns({name: partial(_seconds, call, counts[name], device) for name, call in cases.items()}, repeats)
 
 
 def _count(call: Callable[[], object], warmup: int, device: torch.device | str) -> int:
-    """Warm up, and find out how often a call fits in a moment, at least once."""
+    """Warm up, and return how many calls take a moment, at least 1."""
     seconds = [_seconds(call, 1, device) for _ in range(warmup)]
     if seconds and seconds[-1] < _LONG:
-        # The first one is slower, and says little of a short one.
+        # The first call is slower.
         seconds.append(_seconds(call, 1, device))
     return int(_MOMENT / seconds[-1]) + 1 if seconds else 1
 
 
 def in_turns(cases: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
-    """What each case returns, in each of `repeats` repetitions.
+    """Call each case once in each of `repeats` repetitions, and return what they returned.
 
-    They take turns there and back, so that a pace that rises or falls within a repetition favours none, and none always
-    comes after the same other one.
+    Every second repetition is in reverse order, so that a drift of the machine's speed favours no case.
     """
     returned: dict[str, list[T]] = {name: [] for name in cases}
     names = list(cases)
@@ -88,13 +86,13 @@ def _seconds(call: Callable[[], object], count: int, device: torch.device | str)
 
 
 def synchronize(device: torch.device | str) -> None:
-    """Wait for an accelerator; the CPU is always done."""
+    """Wait until an accelerator is idle."""
     if torch.device(device).type != 'cpu':
         torch.accelerator.synchronize(device)
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """Interquartile range in percent of the median; none of a single value."""
+    """Interquartile range in percent of the median; None for a single value."""
     if len(values) < 2:
         return None
     first, middle, third = quantiles(values, n=4, method='inclusive')
@@ -102,17 +100,17 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def ratios(values: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """The ratio within each repetition."""
+    """Ratio within each repetition."""
     return [value / other for value, other in zip(values, reference, strict=True)]
 
 
 def measured(values: Sequence[float], column: str, reference: Sequence[float] | None = None) -> Row:
-    """Columns for what was measured in turns: median and spread, and those of the ratios to a reference."""
+    """Columns with median and spread of values, and of their ratios to a reference."""
     return {column: median(values), 'IQR (%)': spread(values), **_compared(values, reference)}
 
 
 def timed(seconds: Sequence[float], reference: Sequence[float] | None = None, images: float | None = None) -> Row:
-    """Columns for a time, with images a second where a call handles `images`."""
+    """Columns of a time, with images per second if a call handles `images`."""
     row = measured([1000 * second for second in seconds], 'median (ms)')
     speed = {} if images is None else {'images/s': images / median(seconds)}
     return {**row, **speed, **_compared(seconds, reference)}
@@ -130,10 +128,10 @@ def _compared(values: Sequence[float], reference: Sequence[float] | None) -> Row
 
 @contextmanager
 def peak_memory(device: torch.device | str = 'cpu') -> Iterator[Callable[[], float]]:
-    """Gives a function that tells MiB: the peak since entering above what was held on entering.
+    """Yield a function that returns the peak in MiB since entering, above what was held on entering.
 
-    On the CPU of the whole process, from Linux; on CUDA of tensors. A process can be asked about once: what an
-    allocator keeps of an earlier answer is missing in the next one.
+    On the CPU it is the whole process's, from Linux; on CUDA that of tensors. A process can be measured once, since
+    what its allocator keeps is missing in a second measurement.
     """
     gc.collect()
     if torch.device(device).type == 'cuda':
@@ -141,13 +139,13 @@ def peak_memory(device: torch.device | str = 'cpu') -> Iterator[Callable[[], flo
         before = torch.cuda.memory_allocated(device)
         yield lambda: (torch.cuda.max_memory_allocated(device) - before) / 2**20
         return
-    (_PROC / 'clear_refs').write_text('5')  # the peak begins anew
+    (_PROC / 'clear_refs').write_text('5')  # resets the peak
     before = _status('VmRSS')
     yield lambda: (_status('VmHWM') - before) / 2**20
 
 
 def can_measure_memory(device: torch.device | str = 'cpu') -> bool:
-    """Whether `peak_memory` works here."""
+    """True if `peak_memory` works here."""
     return torch.device(device).type == 'cuda' or (_PROC / 'clear_refs').exists()
 
 
@@ -157,10 +155,10 @@ def _status(field: str) -> int:
 
 
 def in_fresh_process(file: str, *arguments: str, **keywords: Any) -> Any:
-    """What a benchmark prints last, as JSON, when run by itself with `--alone` and these keywords in JSON.
+    """Run a benchmark by itself with `--alone` and these keywords as JSON, and return the JSON it prints last.
 
     Returns:
-        None where it was killed, as a process is that takes more memory than there is.
+        None if it was killed, as a process is that runs out of memory.
     """
     command = [sys.executable, file, *arguments, '--alone', json.dumps(keywords)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -175,25 +173,37 @@ def in_fresh_process(file: str, *arguments: str, **keywords: Any) -> Any:
 
 
 def make_parser(
-    doc: str | None, repeats: int = 7, precision: bool = True, device: bool = True
+    doc: str | None, repeats: int = 7, precision: bool = True, device: bool = True, memory: bool = False
 ) -> argparse.ArgumentParser:
-    """A parser with `--repeats`, `--threads`, `--json` and, unless they are left out, `--bf16` and `--device`.
+    """Make a parser with `--repeats`, `--threads`, `--json` and the options asked for.
 
-    The caller gives the module's docstring, and reads the arguments by `parse`.
+    Args:
+        doc: Docstring of the benchmark.
+        repeats: Default of `--repeats`.
+        precision: Add `--bf16`.
+        device: Add `--device`.
+        memory: Add `--release-memory`, of which `keeps_memory` tells.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--repeats', type=positive, default=repeats, help='repetitions in which each case has a turn')
-    parser.add_argument('--threads', type=positive, help="threads of the CPU; torch's choice unless given")
+    parser.add_argument('--repeats', type=positive, default=repeats, help='repetitions, with all cases in each')
+    parser.add_argument('--threads', type=positive, help="CPU threads; torch's choice by default")
     if device:
         parser.add_argument('--device', type=_device, default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write the same numbers there')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='also write the numbers to FILE')
     if precision:
         parser.add_argument('--bf16', action='store_true', help='autocast to bfloat16 instead of float32')
+    if memory:
+        parser.add_argument('--release-memory', action='store_true', help='return freed memory to the system')
     return parser
 
 
+def keeps_memory(args: argparse.Namespace) -> bool:
+    """True if freed memory is kept for the next step, as training does on a CPU."""
+    return not args.release_memory and torch.device(args.device).type == 'cpu'
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line, and set the number of threads."""
+    """Parse the command line, and set the number of threads."""
     args = parser.parse_args(argv)
     if args.json is not None and not args.json.resolve().parent.is_dir():
         parser.error(f'argument --json: there is no folder {args.json.parent}')
@@ -203,7 +213,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
 
 def positive(text: str) -> int:
-    """An integer from 1."""
+    """Parse an integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f'{value} is not 1 or more')
@@ -219,7 +229,7 @@ def _device(text: str) -> str:
 
 
 def autocast(device: torch.device | str, bf16: bool) -> Any:
-    """Autocast to bfloat16, or a context without effect."""
+    """Autocast to bfloat16, or do nothing."""
     return torch.autocast(torch.device(device).type, torch.bfloat16) if bf16 else nullcontext()
 
 
@@ -227,7 +237,7 @@ def autocast(device: torch.device | str, bf16: bool) -> Any:
 
 
 def setting(device: torch.device | str, precision: str = 'float32', *facts: str) -> str:
-    """A line with hardware, precision, further facts, and versions."""
+    """One line with hardware, precision, further facts, and versions."""
     kind = torch.device(device).type
     hardware = str(device)
     if kind == 'cpu':
@@ -243,8 +253,8 @@ class Report:
     """Tables on the console, and the same numbers in a file.
 
     Args:
-        about: The line of `setting`.
-        file: Where to write; nowhere if none.
+        about: Line from `setting`.
+        file: JSON file to write, if any.
     """
 
     def __init__(self, about: str, file: Path | None = None) -> None:
@@ -253,7 +263,7 @@ class Report:
         print(about)
 
     def table(self, title: str, rows: Sequence[Row]) -> None:
-        """Print a table, whose columns are those of its rows, and write it and all before it."""
+        """Print a table with the columns of its rows, and write the file with all tables so far."""
         columns = list(dict.fromkeys(column for row in rows for column in row))
         numeric = {column for column in columns if not any(isinstance(row.get(column), str) for row in rows)}
         table = Table()
@@ -261,7 +271,7 @@ class Report:
             table.add_column(column, justify='right' if column in numeric else 'left')
         for row in rows:
             table.add_row(*(_cell(row.get(column)) for column in columns))
-        # Where the output is a file, there is no width to keep to.
+        # A file has no width.
         console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
         for line in ('', title):
             console.print(line, style='bold', markup=False)
@@ -272,7 +282,7 @@ class Report:
 
 
 def _cell(value: str | float | None) -> str:
-    """Three digits that count, or all of an integer part."""
+    """Three significant digits, or more for a longer integer part."""
     if value is None:
         return '-'
     if isinstance(value, str | int):

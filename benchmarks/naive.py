@@ -1,9 +1,9 @@
-"""The baseline of training_step.py: slimmable MoCo v2 as the authors' code structures it, written from its description.
+"""Baseline of training_step.py: slimmable MoCo v2 with the structure of the authors' code, written from a description.
 
-Width is an attribute of every layer, which a walk over all modules sets before each width's own pass; every forward
-slices its weight anew; batch normalisation is a list with one for each width; memory is contiguous; the momentum
-encoder is made anew in each step, `k = m k + (1 - m) q`; the place in the queue is read on the host. It computes what
-`MoCoV2` computes (tests/test_benchmarks.py).
+Width is an attribute of every layer, set by a walk over all modules before each width's own pass; every forward slices
+its weight anew; batch normalisation is a list with one module per width; memory is contiguous; each step allocates the
+momentum encoder anew, `k = m k + (1 - m) q`; the position in the queue is read on the host. It computes what `MoCoV2`
+computes (tests/test_benchmarks.py).
 """
 
 import copy
@@ -40,17 +40,17 @@ class WidthLinear(nn.Linear):
 
 
 class WidthBatchNorm2d(nn.Module):
-    """A list of batch normalisations, of which that of its own width runs."""
+    """One batch normalisation per width; reads its width from itself."""
 
     width = 1.0
 
     def __init__(self, features: int, widths: Sequence[float]) -> None:
         super().__init__()
-        self.places = {width: i for i, width in enumerate(widths)}
+        self.indices = {width: i for i, width in enumerate(widths)}
         self.norms = nn.ModuleList([nn.BatchNorm2d(int(features * width)) for width in widths])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norms[self.places[self.width]](x)
+        return self.norms[self.indices[self.width]](x)
 
 
 def set_width(module: nn.Module, width: float) -> None:
@@ -60,7 +60,7 @@ def set_width(module: nn.Module, width: float) -> None:
 
 
 def make_encoder(widths: Sequence[float], dim: int = 128) -> nn.Sequential:
-    """timm's ResNet-50 with such layers, and an MLP head."""
+    """timm's ResNet-50 with these layers, and an MLP head."""
     backbone = timm.create_model('resnet50', num_classes=0)
     for name, module in list(backbone.named_modules()):
         parent = backbone.get_submodule(name.rpartition('.')[0])
@@ -101,8 +101,8 @@ class NaiveMoCoV2(nn.Module):
             set_width(self.encoder, width)
             queries.append(F.normalize(self.encoder(query_view), dim=1))
         with torch.no_grad():
-            for key, leader in zip(self.key_encoder.parameters(), self.encoder.parameters(), strict=True):
-                key.data = key.data * momentum + leader.data * (1 - momentum)
+            for key, source in zip(self.key_encoder.parameters(), self.encoder.parameters(), strict=True):
+                key.data = key.data * momentum + source.data * (1 - momentum)
             keys = F.normalize(self.key_encoder(key_view), dim=1)
         total: Any = 0.0
         teacher: torch.Tensor | None = None
@@ -119,7 +119,7 @@ class NaiveMoCoV2(nn.Module):
                 learned = -(soft * F.log_softmax(similarity / distillation, dim=1)).sum(1).mean()
                 loss = (loss + learned * distillation**2) / 2
             total = total + weight * loss
-        place = int(self.queue_pointer)
-        self.queue[:, place : place + len(keys)] = keys.T
-        self.queue_pointer[0] = (place + len(keys)) % self.queue.shape[1]
+        position = int(self.queue_pointer)
+        self.queue[:, position : position + len(keys)] = keys.T
+        self.queue_pointer[0] = (position + len(keys)) % self.queue.shape[1]
         return total

@@ -1,4 +1,4 @@
-"""Synthetic photos: JPEG files that cost as much to read and decode as those of ImageNet, without being any."""
+"""Synthetic photos: JPEG files that are as expensive to read and decode as those of ImageNet."""
 
 from pathlib import Path
 
@@ -7,20 +7,20 @@ from PIL import Image
 
 WIDTH, HEIGHT = 500, 375
 _QUALITY = 90
-_FINEST = 9  # standard deviation of the noise of single pixels, which decides how large a file is
+_FINEST = 9  # standard deviation of the noise of single pixels, which determines the size of a file
 
 
 def make_photos(folder: Path, count: int, seed: int = 0) -> float:
-    """Write `count` of them into the split `train` of an image folder, with one class.
+    """Write `count` photos of one class into the split `train` of an image folder.
 
-    They are noise at every scale, as strong as the scale is large, which is roughly how natural images are.
+    They are noise at every scale, stronger at larger scales, roughly like natural images.
 
     Returns:
-        The mean size of a file in kB, between 50 and 100 as in ImageNet.
+        Mean size of a file in kB, between 50 and 100 as in ImageNet.
     """
     rng = np.random.default_rng(seed)
-    place = folder / 'train' / 'photos'
-    place.mkdir(parents=True)
+    photos = folder / 'train' / 'photos'
+    photos.mkdir(parents=True)
     for number in range(count):
         pixels = np.full((HEIGHT, WIDTH, 3), 128, np.float32)
         for cells in 3, 6, 12, 24, 48, 96:
@@ -28,6 +28,6 @@ def make_photos(folder: Path, count: int, seed: int = 0) -> float:
             smooth = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), np.float32)
             pixels += (smooth - 128) * min(1.0, 4 / cells)
         pixels += rng.normal(0, _FINEST, pixels.shape)
-        file = place / f'{number:06d}.jpg'
+        file = photos / f'{number:06d}.jpg'
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, quality=_QUALITY)
-    return sum(file.stat().st_size for file in place.iterdir()) / count / 1000
+    return sum(file.stat().st_size for file in photos.iterdir()) / count / 1000

@@ -1,15 +1,15 @@
-"""Images per second of real training on one process and on several, by the real launcher.
+"""Images per second of training on one process and on several, by the real launcher.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --processes 1 2 4 8 --device cuda --batch 64 -- \
         --config recipes/configs/mocov2_resnet50_imagenet_200e.yaml --data.root /data/imagenet --method.queue_size 8192
 
-Every run is `accelerate launch recipes/pretrain.py`, without evaluation, until its log has so many `--lines`; what
-follows `--` is passed on to it, and without it the demo trains. Several processes have the same batch as one has, each
-(`per process`), or in all (`in total`). A run's speed is the median over its log, whose first line, with the start of
-everything, is left out; `waited` is the share of the time in which data was waited for. Efficiency is the speed over
-that of one process, on GPUs over the number of processes, too. The cores of a CPU are divided, each process having its
-part of the threads, so that there one process alone could be as fast. Runs take turns.
+Every run is `accelerate launch recipes/pretrain.py` without evaluation, until its log has `--lines` lines. Options
+after `--` are passed on to it; by default the demo trains. Several processes have the batch of one process each (`per
+process`), or all together (`in total`). The speed of a run is the median over its log without the first line, which
+contains the start; `waited` is the share of the time spent waiting for data. Efficiency is the speed over that of one
+process, on GPUs divided by the number of processes. A CPU's cores are divided among the processes, so that one process
+could be as fast. Runs are interleaved.
 """
 
 import argparse
@@ -32,15 +32,15 @@ from measure import Report, Row, in_turns, make_parser, measured, parse, positiv
 from slimclr_hub.runs.command_line import run_script
 
 SCRIPT = Path(__file__).parents[1] / 'recipes' / 'pretrain.py'
-DEMO = ['--method.bn_splits=1']  # several processes normalise apart as they are
+DEMO = ['--method.bn_splits=1']  # each process normalises its own part
 Speed = tuple[float, float]
-"""Images a second, and share of the time waited for data."""
+"""Images per second, and share of the time spent waiting for data."""
 
 _POLL = 0.5  # seconds
 
 
 def run(processes: int, batch: int, args: argparse.Namespace) -> Speed:
-    """One run of `processes`, with a batch of `batch` over all of them."""
+    """Measure one run, with a batch of `batch` over all processes."""
     with tempfile.TemporaryDirectory() as folder:
         several = ['--multi_gpu', f'--num_processes={processes}', '--main_process_port=0'] if processes > 1 else []
         options = {
@@ -68,7 +68,7 @@ def run(processes: int, batch: int, args: argparse.Namespace) -> Speed:
 
 
 def run_until(enough: Callable[[], bool], command: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
-    """Run a command until it ends or there is enough of it; gives its status, below 0 where it was ended."""
+    """Run a command until it ends or `enough` is true; return its status, negative if it was killed."""
     with log.open('w') as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -78,19 +78,19 @@ def run_until(enough: Callable[[], bool], command: Sequence[str], environment: M
                 time.sleep(_POLL)
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # the launcher and all that it has started
+                os.killpg(process.pid, signal.SIGKILL)  # the launcher and its children
         return process.wait()
 
 
 def environment(processes: int, device: str) -> dict[str, str]:
-    """Threads divided over the processes; on a CPU, no GPU to be seen."""
+    """Variables that divide the threads among processes, and for a CPU hide GPUs."""
     threads = str(max(torch.get_num_threads() // processes, 1))
     on_cpu = {'ACCELERATE_USE_CPU': 'true', 'CUDA_VISIBLE_DEVICES': ''} if device == 'cpu' else {}
     return {**os.environ, 'OMP_NUM_THREADS': threads, **on_cpu}
 
 
 def trained(metrics: Path) -> list[dict[str, Any]]:
-    """The lines of training in a log that may still be written."""
+    """Training lines of a log that may still be written to."""
     if not metrics.exists():
         return []
     lines = (line for line in metrics.read_text().splitlines(keepends=True) if line.endswith('\n'))
@@ -100,10 +100,10 @@ def trained(metrics: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = make_parser(__doc__, repeats=3)
     parser.add_argument('--processes', type=positive, nargs='+', default=[1, 2])
-    parser.add_argument('--batch', type=positive, default=64, help='of one process')
+    parser.add_argument('--batch', type=positive, default=64, help='batch of one process')
     parser.add_argument('--slow-start', action='store_true', help='train the full width alone')
-    parser.add_argument('--log-every', type=positive, default=10, help='steps from one line of the log to the next')
-    parser.add_argument('--lines', type=positive, default=6, help='lines of the log, of which the first does not count')
+    parser.add_argument('--log-every', type=positive, default=10, help='steps between lines of the log')
+    parser.add_argument('--lines', type=positive, default=6, help='lines of the log; the first does not count')
     parser.add_argument('options', nargs='*', default=DEMO, help='after --: options of recipes/pretrain.py')
     args = parse(parser)
     if args.lines < 2:

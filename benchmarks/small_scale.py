@@ -1,4 +1,4 @@
-"""Tables of RESULTS.md, as Markdown, from the runs that benchmarks/small_scale.sh left: means over seeds, and spread.
+"""Tables of RESULTS.md, as Markdown, from the runs of benchmarks/small_scale.sh: mean and spread over seeds.
 
 python benchmarks/small_scale.py FOLDER
 """
@@ -11,14 +11,14 @@ from statistics import mean, stdev
 
 from slimclr_hub.runs.result import RESULT, load
 
-# How RESULTS.md calls the recipes: as parts, each with what came before it, in gradients, and in trajectories.
+# Recipe -> its name in RESULTS.md; each adds one component to the recipe before.
 PARTS = {
     'vanilla': 'four widths together',
     'slow': '+ slow start',
     'slow_kd': '+ distillation',
     'slimclr': '+ loss weights: SlimCLR',
 }
-# Before the slow-start point the last two are the same training as slow alone.
+# (recipe, phase) -> name. During slow start, slow_kd and slimclr train exactly as slow.
 PHASES = {
     ('alone_w100', 'all'): 'width 1.0 alone',
     ('vanilla', 'all'): PARTS['vanilla'],
@@ -29,7 +29,7 @@ PHASES = {
     ('supervised_w100', 'all'): 'supervised, width 1.0 alone',
     ('supervised', 'all'): 'supervised, four widths',
 }
-# Recipe -> its name, the recipe of the width alone, and by how much the paper's second offset exceeds that one's.
+# Recipe -> its name, the recipe of the full width alone, and the excess of the second offset over it in the paper.
 TRAJECTORIES = {
     'alone_w100': ('MoCo v2, width 1.0 alone', None, ''),
     'vanilla': ('MoCo v2, four widths together', 'alone_w100', '+41.4 %'),
@@ -43,7 +43,7 @@ BY_WIDTH = ['1.0', '0.75', '0.5', '0.25']
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Mean and, of several, standard deviation."""
+    """Mean, with standard deviation of several values."""
     if not values:
         return ''
     text = f'{mean(values):.{digits}f}'
@@ -59,25 +59,25 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 class Runs:
-    """The runs in a folder, each named by recipe and seed."""
+    """The runs in a folder, named RECIPE-SEED."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.seeds = sorted(int(path.name.rpartition('-')[2]) for path in folder.glob('slimclr-*') if path.is_dir())
 
     def linear(self, recipe: str, head: str = 'switchable') -> dict[float, list[float]]:
-        """Width -> top-1 of each seed, of the classifier with that head."""
+        """Width -> top-1 of each seed, by the classifier with that head."""
         found: dict[float, list[float]] = {}
         for seed in self.seeds:
             for file in sorted((self.folder / f'{recipe}-{seed}').glob(f'linear_eval*/{RESULT}')):
-                (result,) = load(file)
+                result, *_ = load(file)
                 if result.protocol.head == head:
                     for width, value in result.top1.items():
                         found.setdefault(width, []).append(value)
         return found
 
     def last(self, recipe: str, key: str) -> list[float]:
-        """Last value of a metric of each seed."""
+        """Last value of a metric for each seed."""
         values = []
         for seed in self.seeds:
             lines = (self.folder / f'{recipe}-{seed}' / 'metrics.jsonl').read_text().splitlines()
@@ -85,13 +85,12 @@ class Runs:
         return values
 
     def analyses(self, file: str) -> list[dict]:
-        """Contents of a data file of each seed's analyses."""
+        """Contents of a data file of the analyses for each seed."""
         paths = [self.folder / f'analysis-{seed}' / file for seed in self.seeds]
         return [json.loads(path.read_text()) for path in paths if path.is_file()]
 
 
 def differences(values: Sequence[float], base: Sequence[float]) -> list[float]:
-    """Of each seed."""
     return [value - before for value, before in zip(values, base, strict=True)]
 
 

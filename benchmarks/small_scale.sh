@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything behind RESULTS.md: trains, judges and analyses ten small networks for each seed, then prints the tables. What is
-# there already is not done again. Figures are of the first seed.
+# Everything behind RESULTS.md: trains, evaluates and analyses ten small networks for each seed, then prints the tables. Finished steps
+# are not repeated. Figures are of the first seed.
 #
 #   bash benchmarks/small_scale.sh FOLDER [SEED ...]
 #   COLLAPSE=1 bash benchmarks/small_scale.sh FOLDER [SEED ...]     # and the runs without warm-up, on 60,000 images
@@ -24,19 +24,19 @@ for seed in $seeds; do
     "${judge[@]}" --network "$run"
   done
   "${judge[@]}" --network "$out/slimclr-$seed" --probe.head slimmable
-  accelerate launch -q recipes/analyze.py condition "$out/slimclr-$seed"
-  accelerate launch -q recipes/analyze.py gradients $(printf "$out/%s-$seed " "${self_supervised[@]}" "${supervised[@]}") \
+  python recipes/analyze.py condition "$out/slimclr-$seed"
+  python recipes/analyze.py gradients $(printf "$out/%s-$seed " "${self_supervised[@]}" "${supervised[@]}") \
     --output "$out/analysis-$seed"
   for pair in "alone_w100 vanilla slimclr" "supervised_w100 supervised"; do
-    accelerate launch -q recipes/analyze.py trajectory $(printf "$out/%s-$seed " $pair) --output "$out/analysis-$seed"
+    python recipes/analyze.py trajectory $(printf "$out/%s-$seed " $pair) --output "$out/analysis-$seed"
   done
 done
 for pair in "alone_w100 vanilla slimclr" "supervised_w100 supervised"; do
-  accelerate launch -q recipes/analyze.py surface $(printf "$out/%s-$first " $pair) --resolution 11 --batches 2 \
+  python recipes/analyze.py surface $(printf "$out/%s-$first " $pair) --resolution 11 --batches 2 \
     --output "$out/analysis-$first"
 done
 # gradient_imbalance.png and gradient_divergence.png: six of the runs, side by side as in the paper.
-accelerate launch -q recipes/analyze.py gradients \
+python recipes/analyze.py gradients \
   $(printf "$out/%s-$first " alone_w100 vanilla supervised slow slow_kd slimclr) --output "$out/figures"
 if [ -n "${COLLAPSE:-}" ]; then
   plain=(--method.distillation none --method.weights none)

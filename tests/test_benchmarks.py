@@ -1,4 +1,4 @@
-"""What benchmarks compare with computes the same, and their ratios are what they say."""
+"""The baseline of the benchmarks computes the same, and ratios are robust."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ def _importable(monkeypatch):
 
 
 def test_naive_baseline_computes_what_the_method_does():
-    """Loss, gradients of the weights, momentum encoder and queue of two steps."""
+    """Loss, gradients, momentum encoder and queue agree over two steps."""
     from naive import NaiveMoCoV2
 
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def test_naive_baseline_computes_what_the_method_does():
 
 
 def fill(network, naive):
-    """Give a network the convolutions of the naive one; normalisation starts alike."""
+    """Copy the convolutions of the naive network; normalisation starts alike."""
     with torch.no_grad():
         for name, parameter in naive.named_parameters():
             if parameter.ndim == 4:
@@ -76,22 +76,8 @@ def test_wrong_argument_is_one_line(name, monkeypatch, capsys):
 
 
 def test_training_step_prints_its_tables(monkeypatch, capsys):
-    monkeypatch.setattr(
-        sys,
-        'argv',
-        [
-            'training_step',
-            '--model',
-            'slimclr_resnet20',
-            '--size',
-            '8',
-            '--batch',
-            '4',
-            '--repeats',
-            '1',
-            '--release-memory',
-        ],
-    )
+    options = '--model slimclr_resnet20 --size 8 --batch 4 --repeats 1 --release-memory'
+    monkeypatch.setattr(sys, 'argv', ['training_step', *options.split()])
     __import__('training_step').main()
     printed = capsys.readouterr().out
     for words in 'slimclr_resnet20, mocov2, batch 4, 8x8', 'four widths', 'momentum encoder', 'torch':

@@ -1,1 +1,1 @@
-"""What training does to weight-sharing networks: gradients, error surfaces, the linear-probe condition; figures."""
+"""Analyses of runs: gradients, trajectory, error surface and linear-probe condition, with their figures."""

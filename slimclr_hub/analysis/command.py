@@ -33,7 +33,7 @@ class Analysis:
 
 @dataclass(frozen=True)
 class OutputOption(Incidental):
-    """Where an analysis writes.
+    """Option for the folder of an analysis.
 
     Args:
         output: Folder of figures and data; `analysis` in the folder of the first run by default.

@@ -34,7 +34,7 @@ from slimclr_hub.evaluate.network import data_defaults, default_output, open_for
 from slimclr_hub.runs.figures import line_style, new_figure, save_figure
 from slimclr_hub.runs.progress import progress_bar
 from slimclr_hub.runs.result import environment
-from slimclr_hub.runs.tables import print_table
+from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.settings import at_least, one_of, relevant
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def analyse_condition(networks: Sequence[str], config: ConditionConfig) -> None:
     found = {split: {f'{w:g}': asdict(each) for w, each in widths.items()} for split, widths in results.items()}
     write_data(data_file(stem), settings, environment=environment(), condition=found)
     save_figure(condition_figure(results, network), stem)
-    _print_table(results, network)
+    _table(results, network).print()
     print(f'Figure: {stem}.png\nData: {stem}.json')
 
 
@@ -319,37 +319,22 @@ def _draw_bars(axis: Any, names: Sequence[str], bars: Mapping[str, Sequence[floa
     axis.legend(fontsize='small')
 
 
-def _print_table(results: Results, network: str) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"Eq. (23): the full width's linear layer, sliced, against one of the width's own ({network})")
-    for title in (
-        'split',
-        'images',
-        'width',
-        'mean difference of weights',
-        'summed difference',
-        'mean weight, own layer',
-        'relative difference',
-        'accuracy, own layer (%)',
-        'accuracy, sliced layer (%)',
-    ):
-        table.add_column(title, justify='left' if title == 'split' else 'right')
-    for split, by_width in results.items():
-        for width, each in by_width.items():
-            table.add_row(
-                split,
-                f'{each.images:,}',
-                f'{width:g}',
-                f'{each.mean:.3g}',
-                f'{each.total:.4g}',
-                f'{each.right:.3g}',
-                f'{each.relative:.3g}',
-                f'{each.own:.1f}',
-                f'{each.shared:.1f}',
-            )
-    print_table(table)
-    print('Paper, ResNet-50, width 0.5: mean 1.07, total 1096665.50 (train); 0.88, 903094.19 (validation).')
+def _table(results: Results, network: str) -> TextTable:
+    headers = (
+        *('split', 'images', 'width', 'mean difference of weights', 'summed difference', 'mean weight, own layer'),
+        *('relative difference', 'accuracy, own layer (%)', 'accuracy, sliced layer (%)'),
+    )
+    rows = [
+        [
+            *(split, f'{each.images:,}', f'{width:g}', f'{each.mean:.3g}', f'{each.total:.4g}', f'{each.right:.3g}'),
+            *(f'{each.relative:.3g}', f'{each.own:.1f}', f'{each.shared:.1f}'),
+        ]
+        for split, by_width in results.items()
+        for width, each in by_width.items()
+    ]
+    title = f"Eq. (23): the full width's linear layer, sliced, against one of the width's own ({network})"
+    paper = 'Paper, ResNet-50, width 0.5: mean 1.07, total 1096665.50 (train); 0.88, 903094.19 (validation).'
+    return TextTable(title, headers, rows, [paper])
 
 
 ANALYSIS = Analysis(

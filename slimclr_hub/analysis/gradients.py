@@ -17,7 +17,7 @@ from slimclr_hub.files import write_text
 from slimclr_hub.models.widths import check_widths
 from slimclr_hub.runs.figures import line_style, mark_slow_start, marker, new_figure, save_figure
 from slimclr_hub.runs.result import environment
-from slimclr_hub.runs.tables import print_table
+from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.settings import at_least, relevant
 
 if TYPE_CHECKING:
@@ -79,9 +79,7 @@ def analyse_gradients(runs: Sequence[str], config: GradientsConfig) -> None:
     draw_divergence(found, output / 'gradient_directions', unit_length=True)
     write_text(output / 'gradients.csv', _csv(found))
     write_data(output / 'gradients.json', settings, environment=environment(), runs=[_summary(run) for run in found])
-    _print_table(found)
-    for note in dict.fromkeys(note for run in found for note in run.notes):
-        print(f'Note: {note}')
+    _table(found).print()
     names = ('gradient_imbalance', 'gradient_divergence', 'gradient_directions')
     print(f'Figures: {", ".join(str(output / f"{name}.png") for name in names)}')
 
@@ -127,34 +125,22 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def _print_table(runs: Sequence[RunGradients]) -> None:
-    from rich.table import Table
-
-    table = Table(title='Gradients: imbalance of norms (Fig. 3), and divergence of the last layer (Fig. 4)')
-    table.add_column('run', no_wrap=True)
-    table.add_column('epochs', no_wrap=True)
-    for title in (
-        'steps',
-        'norm, all over smallest width',
-        'norm, rest over smallest width',
-        'norm, last layer',
-        'cosine to next step',
-        'cosine of all pairs',
-    ):
-        table.add_column(title, justify='right')
-    for run in runs:
-        for phase in phases(run):
-            table.add_row(
-                run.name,
-                _PHASES[phase.name],
-                str(phase.norms),
-                f'{phase.all_ratio:.2f}',
-                f'{phase.rest_ratio:.2f}',
-                f'{phase.length:.2g}',
-                f'{phase.consecutive:.2f}',
-                f'{phase.pairwise:.2f}',
-            )
-    print_table(table)
+def _table(runs: Sequence[RunGradients]) -> TextTable:
+    headers = (
+        *('run', 'epochs', 'steps', 'norm, all over smallest width', 'norm, rest over smallest width'),
+        *('norm, last layer', 'cosine to next step', 'cosine of all pairs'),
+    )
+    rows = [
+        [
+            *(run.name, _PHASES[phase.name], str(phase.norms), f'{phase.all_ratio:.2f}', f'{phase.rest_ratio:.2f}'),
+            *(f'{phase.length:.2g}', f'{phase.consecutive:.2f}', f'{phase.pairwise:.2f}'),
+        ]
+        for run in runs
+        for phase in phases(run)
+    ]
+    notes = dict.fromkeys(f'Note: {note}' for run in runs for note in run.notes)
+    title = 'Gradients: imbalance of norms (Fig. 3), and divergence of the last layer (Fig. 4)'
+    return TextTable(title, headers, rows, [*notes], names=2)
 
 
 def draw_imbalance(runs: Sequence[RunGradients], path: Path) -> None:

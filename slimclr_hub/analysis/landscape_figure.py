@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from slimclr_hub.analysis.landscape import PlanePath
-from slimclr_hub.runs.figures import marker, new_figure, save_figure
+from slimclr_hub.runs.figures import marker, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,19 +42,13 @@ def reach_of(paths: Sequence[PlanePath]) -> tuple[float, float]:
     return first, second
 
 
-def draw_planes(panels: Sequence[Panel], quantity: str, file: Path) -> None:
+def planes_figure(panels: Sequence[Panel], quantity: str) -> 'Figure':
     """Draw trajectories; if the runs have surfaces, over their contours, with the surfaces in perspective above.
 
     Args:
         panels: The runs.
         quantity: Label of the surfaces' height, with its unit.
-        file: PNG and PDF to write, without suffix.
     """
-    save_figure(planes_figure(panels, quantity), file)
-
-
-def planes_figure(panels: Sequence[Panel], quantity: str) -> 'Figure':
-    """Make the figure that `draw_planes` writes."""
     raised = all(panel.values is not None for panel in panels)
     columns = len(panels)
     figure, axes = new_figure(columns, 1 + raised, width=5.4, height=4.4)

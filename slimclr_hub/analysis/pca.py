@@ -1,4 +1,4 @@
-"""Exact principal components of few long rows, such as gradients or weights over training."""
+"""Exact principal components of a few long rows, such as gradients or weights over training."""
 
 from dataclasses import dataclass
 
@@ -12,13 +12,13 @@ class Components:
     """Principal components of N rows of D numbers.
 
     Args:
-        directions: [K, D], orthonormal, in descending order of the variance along them; float64. The largest entry of
-            each is positive. A direction along which the rows do not vary is zero.
-        projections: [N, K], the rows, less `origin`, along the directions; float64.
-        variances: [K], squared length of each column of `projections` over N - 1, which is the variance along a
-            direction where the origin is the mean.
-        ratios: [K], the share of each in the squared length of all rows, less `origin`.
-        origin: [D], what was taken off every row; float64.
+        directions: [K, D], orthonormal, in descending order of variance; float64. The largest entry of each is
+            positive. A direction without variance is zero.
+        projections: [N, K], the rows minus `origin`, along the directions; float64.
+        variances: [K], squared length of each column of `projections` over N - 1; the variance along a direction if the
+            origin is the mean.
+        ratios: [K], share of each component in the squared length of all rows minus `origin`.
+        origin: [D], subtracted from every row; float64.
     """
 
     directions: torch.Tensor
@@ -29,18 +29,16 @@ class Components:
 
 
 def principal_components(rows: torch.Tensor, count: int = 2, origin: torch.Tensor | None = None) -> Components:
-    """The directions along which rows vary most.
-
-    From the Gram matrix of the rows [N, N], since there are far fewer of them than columns, in float64.
+    """Compute principal components in float64 from the Gram matrix of the rows [N, N], as N is far below D.
 
     Args:
         rows: [N, D], at least two.
-        count: K, components wanted.
-        origin: [D], where directions start: the mean of the rows unless given. Li et al. 2018
+        count: Number of components, K.
+        origin: [D], the point from which directions start; the mean of the rows by default. Li et al. 2018
             (https://arxiv.org/abs/1712.09913), whom the paper follows, take the last weights of a trajectory.
 
     Raises:
-        InputError: There are fewer than two rows, or no more rows or columns than components.
+        InputError: There are fewer than two rows, or fewer rows or columns than components.
     """
     length, columns = rows.shape
     if length < 2 or not 1 <= count <= min(length, columns):
@@ -51,7 +49,7 @@ def principal_components(rows: torch.Tensor, count: int = 2, origin: torch.Tenso
     squares, vectors = torch.linalg.eigh(centred @ centred.T)
     squares, vectors = squares.flip(0).clamp(min=0.0), vectors.flip(1)
     total = squares.sum()
-    # What is below the rounding of the largest is nothing, and has no direction.
+    # Values below the rounding of the largest are zero, and have no direction.
     squares = squares.where(squares > squares[0] * length * torch.finfo(squares.dtype).eps, 0.0)[:count]
     lengths = squares.sqrt()
     directions = (vectors[:, :count].T @ centred) / lengths.where(lengths > 0, 1.0)[:, None]

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from math import isfinite
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ from slimclr_hub.analysis.landscape import (
     load_trajectory,
     plane_path,
 )
-from slimclr_hub.analysis.landscape_figure import Panel, draw_planes, reach_of
+from slimclr_hub.analysis.landscape_figure import Panel, planes_figure, reach_of
 from slimclr_hub.analysis.replay import Replay, recipe_of
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import has_validation
@@ -43,7 +43,8 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.knn import knn_predict
 from slimclr_hub.files import append_json_line, read_json_lines
 from slimclr_hub.methods.split_batchnorm import split_batchnorm
-from slimclr_hub.runs.tables import print_table
+from slimclr_hub.runs.figures import save_figure
+from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.settings import above, at_least, differences, one_of
 
 Values = dict[str, float | None]
@@ -88,21 +89,8 @@ class SurfaceConfig(OutputOption):
             above('reach', reach, 0)
 
 
-class Measure(Protocol):
-    """Measures the height of a surface at one point.
-
-    Attributes:
-        backbone: The network whose weights are moved.
-    """
-
-    backbone: nn.Module
-
-    def __call__(self) -> Mapping[str, torch.Tensor]:
-        """Return scalars at the present weights of `backbone`; everything else is the same at each point."""
-
-
 class LossMeasure:
-    """The training loss on a fixed set of training batches: the next ones of the run.
+    """Training loss on a fixed set of training batches, the next ones of the run.
 
     Images, views, random numbers, keys and queue are the same at every point: the momentum encoder does not follow the
     weights, and nothing is enqueued. Batches are normalised by their own statistics, as in training, and running
@@ -111,6 +99,9 @@ class LossMeasure:
     Args:
         replay: The run, at a checkpoint.
         batches: Batches, each of an optimizer step, over which the loss is averaged.
+
+    Attributes:
+        backbone: The network whose weights are moved.
     """
 
     def __init__(self, replay: Replay, batches: int) -> None:
@@ -119,7 +110,7 @@ class LossMeasure:
         self._steps = replay.next_steps(batches)
 
     def __call__(self) -> Mapping[str, torch.Tensor]:
-        """Return `loss`, the weighted sum over all widths, and the method's other outputs."""
+        """Return `loss`, the weighted sum over all widths, and the method's other outputs at the present weights."""
         return self._replay.losses(self._steps, momentum=False)
 
 
@@ -170,7 +161,7 @@ class ErrorMeasure:
 
     @torch.no_grad()
     def __call__(self) -> Mapping[str, torch.Tensor]:
-        """Return `error/w` for each width w, in percent."""
+        """Return `error/w` for each width w, in percent, at the present weights."""
         widths = self.backbone.widths
         outputs, truth = self._run(self._queries, widths)
         if self.backbone.num_classes:
@@ -205,7 +196,7 @@ def move(backbone: nn.Module, origin: Weights, first: Weights, second: Weights, 
 
 
 def measure_surface(
-    measure: Measure,
+    measure: LossMeasure | ErrorMeasure,
     directions: tuple[Weights, Weights],
     axes: tuple[Sequence[float], Sequence[float]],
     partial: Path,
@@ -299,8 +290,8 @@ def analyse_surface(runs: Sequence[str], config: SurfaceConfig) -> None:
         for name, path, run, key in zip(labels_of(folders), paths, measured, keys, strict=True)
     ]
     figure = stem if config.quantity != 'total' else stem.with_name(f'{stem.name}-total')
-    draw_planes(panels, label, figure)
-    _print_heights(panels, label)
+    save_figure(planes_figure(panels, label), figure)
+    _table(panels, label).print()
     print(f'Figure: {figure}.png\nData: {stem}.json')
 
 
@@ -334,7 +325,7 @@ def _measure_all(
             replay.load(path.steps[-1])
             for note in _notes(replay):
                 bar.write(note)
-            measure: Measure = (
+            measure = (
                 ErrorMeasure(replay, config.images)
                 if config.quantity == 'error'
                 else LossMeasure(replay, config.batches)
@@ -370,33 +361,25 @@ def _height(config: SurfaceConfig, method: str, runs: Sequence[dict[str, Any]]) 
     return [max(each, key=lambda key: float(key.partition('/')[2])) for each in keys], label
 
 
-def _print_heights(panels: Sequence[Panel], label: str) -> None:
-    from rich.table import Table
-
-    table = Table(title=f'Surface about the end of training: {label}')
-    table.add_column('run', no_wrap=True)
-    for title in (
-        'at the end',
-        'lowest',
-        'highest',
-        'explained by 1st, 2nd component (%)',
-        'trajectory along 1st, 2nd',
-    ):
-        table.add_column(title, justify='right')
+def _table(panels: Sequence[Panel], label: str) -> TextTable:
+    rows = []
     for panel in panels:
         assert panel.values is not None
         middle = len(panel.values) // 2
         heights = [value for row in panel.values for value in row if value is not None]
         centre = panel.values[middle][middle]
-        table.add_row(
-            panel.title,
-            'not finite' if centre is None else f'{centre:.3f}',
-            f'{min(heights):.3f}' if heights else '',
-            f'{max(heights):.3f}' if heights else '',
-            ', '.join(f'{100 * share:.1f}' for share in panel.path.explained),
-            ', '.join(f'{distance:.3g}' for distance in panel.path.offsets),
+        rows.append(
+            [
+                panel.title,
+                'not finite' if centre is None else f'{centre:.3f}',
+                f'{min(heights):.3f}' if heights else '',
+                f'{max(heights):.3f}' if heights else '',
+                ', '.join(f'{100 * share:.1f}' for share in panel.path.explained),
+                ', '.join(f'{distance:.3g}' for distance in panel.path.offsets),
+            ]
         )
-    print_table(table)
+    headers = ('run', 'at the end', 'lowest', 'highest', 'explained by 1st, 2nd (%)', 'trajectory along 1st, 2nd')
+    return TextTable(f'Surface about the end of training: {label}', headers, rows)
 
 
 ANALYSIS = Analysis(

@@ -14,8 +14,9 @@ from slimclr_hub.analysis.command import (
     write_data,
 )
 from slimclr_hub.analysis.landscape import NORMALISATIONS, PlanePath, load_trajectory, plane_path
-from slimclr_hub.analysis.landscape_figure import Panel, draw_planes
-from slimclr_hub.runs.tables import print_table
+from slimclr_hub.analysis.landscape_figure import Panel, planes_figure
+from slimclr_hub.runs.figures import save_figure
+from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.settings import one_of, relevant
 
 
@@ -48,34 +49,29 @@ def analyse_trajectory(runs: Sequence[str], config: TrajectoryConfig) -> None:
     write_data(data_file(stem), settings, trajectories=found)
     labels = labels_of(folders)
     panels = [Panel(label, both[config.normalise]) for label, both in zip(labels, paths, strict=True)]
-    draw_planes(panels, '', stem)
-    _print_offsets(labels, [both['none'] for both in paths])
+    save_figure(planes_figure(panels, ''), stem)
+    _table(labels, [both['none'] for both in paths]).print()
     print(f'Figure: {stem}.png\nData: {stem}.json')
 
 
-def _print_offsets(labels: Sequence[str], paths: Sequence[PlanePath]) -> None:
-    from rich.table import Table
-
-    table = Table(title='Trajectories of weights: largest distance from the end along the first two PCA components')
-    table.add_column('run', no_wrap=True)
-    for title in (
-        'saved weights',
-        'explained by 1st, 2nd (%)',
-        'distance along 1st, 2nd',
-        "2nd over the first run's",
-    ):
-        table.add_column(title, justify='right')
+def _table(labels: Sequence[str], paths: Sequence[PlanePath]) -> TextTable:
     first = paths[0].offsets[1]
-    for label, path in zip(labels, paths, strict=True):
-        table.add_row(
+    rows = [
+        [
             label,
             str(len(path.steps)),
             ', '.join(f'{100 * share:.1f}' for share in path.explained),
             ', '.join(f'{distance:.3g}' for distance in path.offsets),
             '' if path is paths[0] else f'{100 * (path.offsets[1] / first - 1):+.1f} %',
-        )
-    print_table(table)
-    print('Paper, section 4.4, 2nd: supervised 21.75 alone, 28.49 slimmable (+31.0 %); MoCo 13.26, 18.75 (+41.4 %).')
+        ]
+        for label, path in zip(labels, paths, strict=True)
+    ]
+    return TextTable(
+        'Trajectories of weights: largest distance from the end along the first two PCA components',
+        ('run', 'saved weights', 'explained by 1st, 2nd (%)', 'distance along 1st, 2nd', "2nd over the first run's"),
+        rows,
+        ['Paper, section 4.4, 2nd: supervised 21.75 alone, 28.49 slimmable (+31.0 %); MoCo 13.26, 18.75 (+41.4 %).'],
+    )
 
 
 ANALYSIS = Analysis(

@@ -110,6 +110,11 @@ class NormRecord:
         """`rest` over `smallest`; nan if `smallest` is 0."""
         return self.rest / self.smallest if self.smallest else float('nan')
 
+    def logged(self) -> dict[str, float]:
+        """Values for a tracker."""
+        norms = {f'gradient_{name}': getattr(self, name) for name in ('smallest', 'all', 'rest')}
+        return {**norms, 'ratio_all': self.all_ratio, 'ratio_rest': self.rest_ratio}
+
 
 class Records:
     """The diagnostics folder of one run.
@@ -236,19 +241,7 @@ class GradientObserver:
                 self._records.add_gradients(self._steps, torch.stack(self._gradients))
                 self._steps.clear()
                 self._gradients.clear()
-        return [
-            (
-                record.step,
-                {
-                    'gradient_smallest': record.smallest,
-                    'gradient_all': record.all,
-                    'gradient_rest': record.rest,
-                    'ratio_all': record.all_ratio,
-                    'ratio_rest': record.rest_ratio,
-                },
-            )
-            for record in found
-        ]
+        return [(record.step, record.logged()) for record in found]
 
 
 def observe(config: DiagnosticsConfig, method: Any, folder: Path, step: int) -> GradientObserver | None:

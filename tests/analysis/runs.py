@@ -1,4 +1,4 @@
-"""Small runs in this process, by the real script."""
+"""Small runs, and analyses of them, in this process."""
 
 import os
 import runpy
@@ -6,15 +6,17 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
 from accelerate.state import AcceleratorState
 
+from slimclr_hub.analysis.entry import main
 from tests.train.runs import SCRIPT, make_place
 
 ANALYZE = SCRIPT.with_name('analyze.py')
 
 
 def small_place(place: Path) -> Path:
-    """A data set and a recipe of two epochs of six steps, each in two parts; the first epoch starts slowly."""
+    """A data set and a recipe of two epochs of six steps with two microbatches each; the first epoch is slow start."""
     return make_place(
         place,
         optim={'epochs': 2, 'accumulation_steps': 2},
@@ -31,8 +33,22 @@ def pretrain(place: Path, *arguments: str) -> None:
 
 
 def run_script(script: Path, *arguments: str) -> None:
-    """Run a script of recipes/ as it would be by itself."""
+    """Run a script of recipes/ as a process would."""
     AcceleratorState._reset_state(True)
     with patch.object(sys, 'argv', [str(script), *arguments]), patch.dict(os.environ, ACCELERATE_USE_CPU='true'):
         runpy.run_path(str(script), run_name='__main__')
     AcceleratorState._reset_state(True)
+
+
+def analyse(*arguments: object) -> None:
+    """Run `slimclr-hub analyze`."""
+    main([str(argument) for argument in arguments])
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run an analysis that ends with exit status 2, and return its one line of error."""
+    with pytest.raises(SystemExit) as end:
+        analyse(*arguments)
+    assert end.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith('error: '))
+    return line

@@ -1,4 +1,4 @@
-"""The script recipes/analyze.py: what it leaves, and what it says to mistakes."""
+"""`slimclr-hub analyze` and recipes/analyze.py: files of `gradients`, and messages."""
 
 import csv
 import json
@@ -11,11 +11,11 @@ from slimclr_hub.runs.command_line import dump
 from slimclr_hub.settings import RECIPE
 from slimclr_hub.train.config import OptimConfig, PretrainConfig
 from slimclr_hub.train.diagnostics import NormRecord, Records
-from tests.analysis.runs import ANALYZE, run_script
+from tests.analysis.runs import ANALYZE, analyse, refusal, run_script
 
 
 def make_run(folder, records=12):
-    """A run of two epochs of six steps, by what it recorded; its images are of no interest."""
+    """Records of a run of two epochs of six steps, without its images."""
     (folder / 'checkpoints' / 'step-00000012').mkdir(parents=True)
     (folder / RECIPE).write_text(dump(PretrainConfig(optim=OptimConfig(epochs=2))))
     (folder / 'checkpoints' / 'step-00000012' / 'state.json').write_text(json.dumps({'steps_per_epoch': 6}))
@@ -38,17 +38,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def refusal(capsys, *arguments):
-    """The one line that a mistake gets."""
-    with pytest.raises(SystemExit) as end:
-        run_script(ANALYZE, *arguments)
-    assert end.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith('error: ')
-    return line
-
-
-def test_gradients_leave_figures_data_and_a_table(place, capsys):
+def test_gradients_write_figures_data_and_a_table(place, capsys):
     run_script(ANALYZE, 'gradients', 'runs/one', 'runs/two', '--output', 'found')
     printed = capsys.readouterr().out
     assert 'after slow start' in printed
@@ -75,10 +65,10 @@ def test_gradients_leave_figures_data_and_a_table(place, capsys):
     assert 'torch' in summary['environment']['versions']
 
 
-def test_results_lie_in_the_run_and_are_made_again_by_the_same_command_alone(place, capsys):
-    run_script(ANALYZE, 'gradients', 'runs/one')
+def test_results_are_replaced_by_the_same_settings_alone(place, capsys):
+    analyse('gradients', 'runs/one')
     Records(place / 'runs' / 'one').drop_from(9)
-    run_script(ANALYZE, 'gradients', 'runs/one')
+    analyse('gradients', 'runs/one')
     assert len((place / 'runs' / 'one' / 'analysis' / 'gradients.csv').read_text().splitlines()) == 1 + 9
     capsys.readouterr()
     before = (place / 'runs' / 'one' / 'analysis' / 'gradients.json').read_bytes()
@@ -89,14 +79,14 @@ def test_results_lie_in_the_run_and_are_made_again_by_the_same_command_alone(pla
 def test_many_records_are_smoothed(place):
     records = [NormRecord(step, 0.25, 1.0, 2.0, 1.7, 4) for step in range(12, 300)]
     Records(place / 'runs' / 'one').add_norms(records)
-    run_script(ANALYZE, 'gradients', 'runs/one')
+    analyse('gradients', 'runs/one')
     assert (place / 'runs' / 'one' / 'analysis' / 'gradient_imbalance.pdf').stat().st_size > 5000
 
 
 MISTAKES = {
     'no analysis': ([], 'the first argument is one of gradients'),
     'another analysis': (['gradient', 'runs/one'], "'gradient' is not an analysis"),
-    'no run': (['gradients'], 'analyze.py gradients runs/NAME'),
+    'no run': (['gradients'], 'slimclr-hub analyze gradients runs/NAME'),
     'options alone': (['gradients', '--batches', '2'], 'required'),
     'no such run': (['gradients', 'runs/three'], 'runs/three is not the folder of a run'),
     'twice': (['gradients', 'runs/one', 'runs/one/'], 'given twice'),
@@ -115,11 +105,17 @@ def test_mistake(place, capsys, mistake):
     assert not list(place.rglob('analysis'))
 
 
-def test_help_lists_the_analyses(capsys):
+@pytest.mark.parametrize('analysis', ['gradients', 'trajectory', 'surface', 'condition'])
+def test_help(capsys, analysis):
     run_script(ANALYZE, '--help')
     printed = capsys.readouterr().out
-    assert 'usage: python recipes/analyze.py' in printed
-    assert 'gradients' in printed
+    assert 'usage: python recipes/analyze.py ANALYSIS' in printed
+    assert f'  {analysis} ' in printed
+    with pytest.raises(SystemExit, match='0'):
+        analyse(analysis, '--help')
+    printed = capsys.readouterr().out
+    assert f'usage: slimclr-hub analyze {analysis} ' in ' '.join(printed.split())
+    assert 'Folder of figures and data' in printed
 
 
 def test_several_processes_are_refused(place, capsys, monkeypatch):

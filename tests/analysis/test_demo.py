@@ -1,4 +1,4 @@
-"""What a run by the recipe of the demo leaves is enough for every analysis that the README names."""
+"""A run by the recipe of the demo records enough for every analysis in docs/analysis.md."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""benchmarks/small_scale.py: its tables have the rows of RESULTS.md, from runs as its script leaves them."""
+"""benchmarks/small_scale.py prints the tables of RESULTS.md from runs as its script leaves them."""
 
 import json
 import re
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / 'benchmarks' / 'small_scale.py'
 ALONE = {f'alone_w{100 * width:03.0f}': width for width in (1.0, 0.75, 0.5, 0.25)}
 SLOW = ('slow', 'slow_kd', 'slimclr')
-# In the order of the second figure's panels, which is not that of the tables.
+# The order of panels in the second figure differs from that of the tables.
 RUNS = ('alone_w100', 'vanilla', 'supervised', *SLOW, 'supervised_w100')
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 

@@ -9,21 +9,36 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from slimclr_hub.analysis.entry import main
 from slimclr_hub.analysis.landscape import find_directions, load_trajectory
 from slimclr_hub.analysis.replay import Replay
 from slimclr_hub.analysis.surface import ErrorMeasure, LossMeasure, grid, measure_surface
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.errors import InputError
-from tests.analysis.finished_runs import make_runs
+from tests.analysis.runs import analyse, pretrain, refusal
+from tests.train.runs import make_place
 
 SETTINGS = {'run': 'x', 'resolution': 3}
+_NO_MOCO = [
+    argument for name in ('dim', 'queue_size', 'bn_splits', 'momentum') for argument in (f'--method.{name}', 'null')
+]
+KINDS = {'mocov2': [], 'supervised': [*_NO_MOCO, '--method.name', 'supervised', '--method.num_classes', '10']}
 
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """`earlier` is the one of MoCo v2 without its last step."""
-    found = make_runs(tmp_path_factory.mktemp('surface'), 'mocov2', 'supervised')
+    """Runs of six steps with a checkpoint after each; `earlier` is the one of MoCo v2 without its last step."""
+    place = make_place(
+        tmp_path_factory.mktemp('surface'),
+        model={'widths': [1.0, 0.25]},
+        method={'slow_start_epochs': 0},
+        optim={'epochs': 1},
+        knn={'every': 0},
+        data={'size': 8},
+        run={'checkpoint_steps': 1, 'keep_checkpoints': 9},
+    )
+    for kind, options in KINDS.items():
+        pretrain(place, '--run.name', kind, *options)
+    found = {kind: place / 'runs' / kind for kind in KINDS}
     found['earlier'] = Path(shutil.copytree(found['mocov2'], found['mocov2'].with_name('earlier')))
     shutil.rmtree(found['earlier'] / 'checkpoints' / 'step-00000006')
     return found
@@ -36,7 +51,7 @@ def replays(runs) -> dict[str, Replay]:
 
 @pytest.fixture
 def at_the_end(replays):
-    """What gives the run of a kind at its last checkpoint."""
+    """A function that loads the last checkpoint of a kind."""
 
     def load(kind: str) -> Replay:
         replays[kind].load(replays[kind].steps[-1])
@@ -68,11 +83,11 @@ def test_grid():
 
 @pytest.mark.parametrize('method', ['mocov2', 'supervised'])
 def test_surface_by_loop(runs, at_the_end, tmp_path, method):
-    """At the origin exactly the loss of the checkpoint; elsewhere that of a network whose weights were written over."""
+    """At the origin exactly the loss of the checkpoint; elsewhere that of a network with moved weights."""
     replay, plane = at_the_end(method), plane_of(runs[method])
     before = state_of(replay)
     values = measure_surface(LossMeasure(replay, 2), plane, AXES, tmp_path / 'points.jsonl', SETTINGS)
-    # Neither weights nor statistics, queue or momentum encoder have moved.
+    # Weights, statistics, queue and momentum encoder are as before.
     torch.testing.assert_close(state_of(replay), before, rtol=0, atol=0)
 
     fresh = Replay(runs[method], 'cpu')
@@ -107,27 +122,27 @@ class Cut:
         return self.measure()
 
 
-def test_interrupted_surface_goes_on(runs, at_the_end, tmp_path):
+def test_interrupted_surface_is_resumed(runs, at_the_end, tmp_path):
     replay, plane = at_the_end('supervised'), plane_of(runs['supervised'])
     measure, partial, seen = LossMeasure(replay, 1), tmp_path / 'points.jsonl', []
-    whole = measure_surface(measure, plane, AXES, tmp_path / 'whole.jsonl', SETTINGS)
+    complete = measure_surface(measure, plane, AXES, tmp_path / 'complete.jsonl', SETTINGS)
     before = state_of(replay)
     with pytest.raises(KeyboardInterrupt):
         measure_surface(Cut(measure, 4), plane, AXES, partial, SETTINGS)
-    torch.testing.assert_close(state_of(replay), before, rtol=0, atol=0)  # the weights are back all the same
+    torch.testing.assert_close(state_of(replay), before, rtol=0, atol=0)  # the weights are restored
     with partial.open('a') as file:
         file.write('[1, 1, {"lo')  # as a kill leaves it
     rest = Cut(measure, 5)
-    assert measure_surface(rest, plane, AXES, partial, SETTINGS, seen.append) == whole
+    assert measure_surface(rest, plane, AXES, partial, SETTINGS, seen.append) == complete
     assert rest.left == 0
     assert seen == [4, 1, 1, 1, 1, 1]
-    # And with nothing left to measure.
-    assert measure_surface(Cut(measure, 0), plane, AXES, partial, SETTINGS) == whole
+    # With nothing left to measure.
+    assert measure_surface(Cut(measure, 0), plane, AXES, partial, SETTINGS) == complete
     with pytest.raises(InputError, match='other settings'):
         measure_surface(measure, plane, AXES, partial, {**SETTINGS, 'resolution': 5})
 
 
-def test_what_is_not_finite_is_left_out(runs, at_the_end, tmp_path):
+def test_infinite_losses_are_none(runs, at_the_end, tmp_path):
     replay, (first, second) = at_the_end('supervised'), plane_of(runs['supervised'])
     first = {name: tensor.clone() for name, tensor in first.items()}
     first['conv1.weight'][0, 0, 0, 0] = 1e38
@@ -137,9 +152,9 @@ def test_what_is_not_finite_is_left_out(runs, at_the_end, tmp_path):
     assert [[value is None for value in row] for row in values['loss']] == [[True, False, True]] * 3
 
 
-def images(replay: Replay, split: str, batches: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    loader = eval_loader(replay.config.data, split, None, replay.config.run.seed)
-    found = [batch for batch, _ in zip(loader, range(batches), strict=False)]
+def images(replay: Replay, split: str, count: int | None = None) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Two batches."""
+    found = list(eval_loader(replay.config.data, split, count, replay.config.run.seed))[:2]
     return [views for views, _ in found], torch.cat([labels for _, labels in found])
 
 
@@ -149,7 +164,7 @@ def test_error_of_a_classifier(at_the_end):
     before = state_of(replay)
     found = ErrorMeasure(replay, 37)()
     backbone = copy.deepcopy(replay.method.backbone).train().requires_grad_(False)
-    views, labels = images(replay, 'validation', 2)
+    views, labels = images(replay, 'validation')
     for width in backbone.widths:
         predicted = torch.cat([backbone.forward_at(batch, width).argmax(1) for batch in views])
         assert found[f'error/{width:g}'].item() == pytest.approx(100 * (predicted != labels).double().mean().item())
@@ -164,8 +179,8 @@ def test_error_by_k_nn(at_the_end):
     for module in backbone.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.splits = 1
-    bank, labels = chosen(replay, 'train')
-    queries, truth = chosen(replay, 'validation')
+    bank, labels = images(replay, 'train', 32)
+    queries, truth = images(replay, 'validation', 32)
     for width in backbone.widths:
         keys, asked = (torch.cat([backbone.forward_at(batch, width) for batch in x]) for x in (bank, queries))
         similar = F.normalize(asked) @ F.normalize(keys).T
@@ -182,19 +197,9 @@ def test_error_by_k_nn(at_the_end):
     assert {name: value.item() for name, value in measure().items()} != found
 
 
-def chosen(replay: Replay, split: str) -> tuple[list[torch.Tensor], torch.Tensor]:
-    loader = eval_loader(replay.config.data, split, 32, replay.config.run.seed)
-    found = list(loader)
-    return [views for views, _ in found], torch.cat([labels for _, labels in found])
-
-
 def test_error_needs_images(at_the_end):
     with pytest.raises(InputError, match='5 images of validation make no batch of 16'):
         ErrorMeasure(at_the_end('mocov2'), 5)
-
-
-def analyse(*arguments: object) -> None:
-    main([str(argument) for argument in arguments])
 
 
 def test_command(runs, at_the_end, tmp_path, capsys, monkeypatch):
@@ -226,9 +231,8 @@ def test_command(runs, at_the_end, tmp_path, capsys, monkeypatch):
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100  # the heights
 
     before = stem.with_suffix('.json').read_bytes()
-    with pytest.raises(SystemExit):
-        analyse(*arguments, '--batches', 2)
-    assert 'has results of other settings (batches 1 -> 2); give --output' in capsys.readouterr().err
+    error = refusal(capsys, *arguments, '--batches', 2)
+    assert 'has results of other settings (batches 1 -> 2); give --output' in error
     assert stem.with_suffix('.json').read_bytes() == before
 
     # Another quantity of what has been measured is drawn at once.
@@ -241,12 +245,10 @@ def test_command(runs, at_the_end, tmp_path, capsys, monkeypatch):
 
 def test_errors_of_different_methods_compare_and_losses_do_not(runs, tmp_path, capsys):
     options = ['--resolution', 3, '--output', tmp_path]
-    with pytest.raises(SystemExit):
-        analyse('surface', runs['supervised'], runs['mocov2'], *options)
-    assert 'losses of mocov2 and supervised do not compare' in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        analyse('surface', runs['supervised'], runs['mocov2'], *options, '--quantity', 'error', '--images', 5)
-    assert '5 images of validation make no batch of 16' in capsys.readouterr().err
+    both = ['surface', runs['supervised'], runs['mocov2'], *options]
+    assert 'losses of mocov2 and supervised do not compare' in refusal(capsys, *both)
+    error = refusal(capsys, *both, '--quantity', 'error', '--images', 5)
+    assert '5 images of validation make no batch of 16' in error
     analyse('surface', runs['mocov2'], *options, '--quantity', 'error', '--images', 32)
     (run,) = json.loads((tmp_path / 'error-surface+mocov2.json').read_text())['runs']
     assert set(run['values']) == {'error/1', 'error/0.25'}
@@ -264,12 +266,7 @@ def test_errors_of_different_methods_compare_and_losses_do_not(runs, tmp_path, c
     ],
 )
 def test_mistakes_end_in_one_line(runs, capsys, option, value, words):
-    with pytest.raises(SystemExit) as caught:
-        analyse('surface', runs['mocov2'], f'--{option}', value)
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.count('\n') == 1
+    assert words in refusal(capsys, 'surface', runs['mocov2'], f'--{option}', value)
 
 
 def test_directions_are_those_of_the_backbone(runs, at_the_end):

@@ -10,12 +10,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from slimclr_hub.analysis.command import labels_of
-from slimclr_hub.analysis.entry import main
 from slimclr_hub.analysis.landscape import load_trajectory, plane_path
 from slimclr_hub.analysis.landscape_figure import Panel, planes_figure
 from slimclr_hub.errors import InputError
 from slimclr_hub.runs.command_line import dump
 from slimclr_hub.train.config import PretrainConfig
+from tests.analysis.runs import analyse, refusal
 
 SHAPES = {'backbone.conv1.weight': (4, 1, 3, 3), 'backbone.layer1.weight': (6, 4, 3, 3)}
 OTHERS = {'backbone.bn1.w100.weight': (4,), 'head.fc1.weight': (8, 6), 'key_backbone.conv1.weight': (4, 1, 3, 3)}
@@ -24,13 +24,12 @@ SLIMMABLE = {10: (5.0, 1.5), 20: (5.0, -1.5), 30: (1.0, 0.0), 40: (0.0, 0.0)}
 
 
 def plane() -> torch.Tensor:
-    """Two orthonormal directions of all the weights."""
     columns = torch.randn(sum(torch.Size(s).numel() for s in SHAPES.values()), 2, generator=torch.manual_seed(1))
     return torch.linalg.qr(columns.double())[0]
 
 
 def tensors(at: tuple[float, float], seed: int) -> dict[str, torch.Tensor]:
-    """Weights at a point of the plane, and tensors that are elsewhere every time."""
+    """Weights at a point of the plane, and other tensors by `seed`."""
     flat = plane() @ torch.tensor(at, dtype=torch.float64) + torch.linspace(-1, 1, len(plane()))
     parts = flat.split([torch.Size(shape).numel() for shape in SHAPES.values()])
     generator = torch.Generator().manual_seed(seed)
@@ -39,7 +38,7 @@ def tensors(at: tuple[float, float], seed: int) -> dict[str, torch.Tensor]:
 
 
 def write_run(folder: Path, path: dict[int, tuple[float, float]]) -> Path:
-    """A run that went along a path; `load_trajectory` looks at no more than this of it."""
+    """The files of a run along a path that `load_trajectory` reads."""
     for step, at in path.items():
         checkpoint = folder / 'checkpoints' / f'step-{step:08d}'
         checkpoint.mkdir(parents=True)
@@ -100,12 +99,9 @@ def test_a_run_with_too_few_points_is_named(tmp_path, capsys):
     """As one that has kept two checkpoints and recorded nothing."""
     run = write_run(tmp_path / 'short', {30: (3.0, 0.0), 40: (0.0, 0.0)})
     for analysis in 'trajectory', 'surface':
-        with pytest.raises(SystemExit):
-            analyse(analysis, run)
-        error = capsys.readouterr().err
+        error = refusal(capsys, analysis, run)
         assert f'{run}: 2 points' in error
         assert '--diagnostics.snapshots' in error
-        assert error.count('\n') == 1
 
 
 def test_colours_of_epochs_are_those_of_all_panels(runs, own):
@@ -124,10 +120,6 @@ def test_colours_of_epochs_are_those_of_all_panels(runs, own):
 def test_labels():
     names = labels_of([Path('a/x'), Path('b/x'), Path('b/y')])
     assert names == ['a-x', 'b-x', 'y']
-
-
-def analyse(*arguments: object) -> None:
-    main([str(argument) for argument in arguments])
 
 
 def test_command(runs, tmp_path, capsys, monkeypatch):
@@ -157,12 +149,9 @@ def test_command(runs, tmp_path, capsys, monkeypatch):
 
 def test_other_settings_do_not_replace_data(own, capsys):
     analyse('trajectory', own)
-    capsys.readouterr()
     file = own / 'analysis' / 'trajectory.json'
     before = file.read_bytes()
-    with pytest.raises(SystemExit):
-        analyse('trajectory', own, '--normalise', 'filter')
-    error = capsys.readouterr().err
+    error = refusal(capsys, 'trajectory', own, '--normalise', 'filter')
     assert 'has results of other settings (normalise none -> filter); give --output' in error
     assert file.read_bytes() == before
     analyse('trajectory', own)  # the same again is no harm
@@ -178,9 +167,5 @@ def test_other_settings_do_not_replace_data(own, capsys):
     ],
 )
 def test_mistakes_end_in_one_line(runs, capsys, arguments, words):
-    with pytest.raises(SystemExit) as caught:
-        analyse('trajectory', runs[0], *(argument.format(run=runs[0]) for argument in arguments))
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.count('\n') == 1
+    arguments = [argument.format(run=runs[0]) for argument in arguments]
+    assert words in refusal(capsys, 'trajectory', runs[0], *arguments)

@@ -1,21 +1,25 @@
-"""Records of a small run: equal to what its checkpoints give, and the same after an interruption."""
+"""Replays of checkpoints equal what runs recorded; records are the same after an interruption."""
 
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from slimclr_hub.analysis.replay import Replay, saved_weights
 from slimclr_hub.analysis.run_gradients import gradients_of
 from slimclr_hub.errors import InputError
+from slimclr_hub.files import file_hash
 from slimclr_hub.train.diagnostics import NormRecord, Records
 from slimclr_hub.train.gradient_norms import last_linear, layer_slices, mean_norms
-from tests.analysis.runs import pretrain, small_place
+from tests.analysis.runs import ANALYZE, pretrain, run_script, small_place
+from tests.train.runs import make_place
 
+DATA = Path(__file__).parents[1] / 'data'
 DIAGNOSTICS = ['--diagnostics.every', '2', '--diagnostics.gradients', '1', '--diagnostics.snapshots', '4']
 
 
@@ -32,7 +36,7 @@ def replay(run):
     return Replay(run, 'cpu')
 
 
-def test_records_are_under_the_steps_that_are_due(run):
+def test_records_of_the_steps_that_are_due(run):
     records = Records(run)
     assert [(record.step, record.widths, record.width) for record in records.norms()] == [
         *((step, 1, 0.25) for step in (0, 2, 4)),
@@ -45,8 +49,8 @@ def test_records_are_under_the_steps_that_are_due(run):
 
 
 @pytest.mark.parametrize('step', [5, 6, 10])
-def test_checkpoint_gives_what_the_hook_recorded(run, replay, step):
-    """Bit for bit: the same images, views, momentum encoder, queue and shuffled keys, in two parts of two splits."""
+def test_replay_gives_the_recorded_gradients(run, replay, step):
+    """Bit for bit: the same images, views, momentum encoder, queue and shuffled keys, in two microbatches."""
     replay.load(step)
     replay.losses(replay.next_steps(), backward=True)
     norms = {record.step: record for record in Records(run).norms()}
@@ -105,7 +109,53 @@ def test_gradient_of_several_batches_is_that_of_their_mean_loss(replay):
     assert torch.nn.functional.cosine_similarity(both.flatten(), weight.grad.flatten(), dim=0) > 0.5
 
 
-def test_processes_are_parts_of_a_batch(run, replay, tmp_path):
+@pytest.mark.parametrize('given', ['recipe', 'launcher'])
+def test_replay_in_the_precision_of_the_run(tmp_path, monkeypatch, given):
+    """In bfloat16, which the recipe asks for or the launcher; float32 gives other gradients."""
+    place = make_place(tmp_path, model={'widths': [1.0, 0.25]}, optim={'epochs': 1}, knn={'every': 0}, data={'size': 8})
+    options = ['--run.precision', 'bf16']
+    if given == 'launcher':
+        monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'bf16')
+        options = []
+    pretrain(place, *options, '--run.name', 'half', '--run.checkpoint_steps', '5', '--diagnostics.gradients', '1')
+    monkeypatch.delenv('ACCELERATE_MIXED_PRECISION', raising=False)
+    replay = Replay(place / 'runs' / 'half', 'cpu')
+    replay.load(5)
+    replay.losses(replay.next_steps(), backward=True)
+    steps, gradients = Records(place / 'runs' / 'half').gradients()
+    found = last_linear(replay.method).grad.flatten()
+    assert torch.equal(found, gradients[steps == 5][0])
+    replay.config = replace(replay.config, run=replace(replay.config.run, precision='no'))
+    replay.losses(replay.next_steps(), backward=True)
+    assert not torch.equal(last_linear(replay.method).grad.flatten(), found)
+
+
+def test_run_of_before(tmp_path, capsys):
+    """A run whose recipe has keys that are gone has the losses that it had; by commands, with points added to it."""
+    run = Path(shutil.copytree(DATA / 'run_before', tmp_path / 'before'))
+    replay = Replay(run, 'cpu')
+    replay.load(20)
+    losses = {name: value.item() for name, value in replay.losses(replay.next_steps(2), backward=True).items()}
+    expected = {'loss': 90.535461, 'loss/0.5': 7.508443, 'info_nce/0.25': 6.094223, 'distillation/0.25': 159.959808}
+    assert {name: losses[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert replay.method.backbone.conv1.weight.grad.norm().item() == pytest.approx(0.148876, rel=1e-3)
+    for number, step in enumerate((18, 19)):
+        copy = Path(shutil.copytree(run / 'checkpoints' / 'step-00000020', run / 'checkpoints' / f'step-{step:08d}'))
+        state = json.loads((copy / 'state.json').read_text())
+        tensors = load_file(copy / 'model.safetensors')
+        tensors['backbone.conv1.weight'][number] += 1
+        save_file(tensors, copy / 'model.safetensors')
+        state['files']['model.safetensors'] = file_hash(copy / 'model.safetensors')
+        (copy / 'state.json').write_text(json.dumps({**state, 'step': step}))
+    run_script(ANALYZE, 'gradients', str(run))
+    run_script(ANALYZE, 'surface', str(run), '--resolution', '3', '--batches', '1')
+    assert 'before' in capsys.readouterr().out
+    (surface,) = json.loads((run / 'analysis' / 'loss-surface.json').read_text())['runs']
+    assert surface['values']['loss'][1][1] == pytest.approx(91.006927, rel=1e-4)
+    assert len((run / 'analysis' / 'gradients.csv').read_text().splitlines()) == 1 + 3
+
+
+def test_processes_are_splits_of_a_batch(run, replay, tmp_path):
     """Two processes normalise and shuffle as one does that splits its batch in two."""
     copy = Path(shutil.copytree(run, tmp_path / 'copy'))
     state = copy / 'checkpoints' / 'step-00000010' / 'state.json'
