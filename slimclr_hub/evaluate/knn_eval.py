@@ -37,7 +37,7 @@ from slimclr_hub.runs.command_line import make_parser, parse, run_script
 from slimclr_hub.runs.figures import line_style, marker, new_figure, save_figure
 from slimclr_hub.runs.progress import progress_bar
 from slimclr_hub.runs.result import RESULT, Protocol, Result, data_name, environment, load, save
-from slimclr_hub.runs.tables import print_table
+from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.settings import PRECISIONS, Incidental, above, at_least, one_of, plain, relevant
 
 _TOP = 5
@@ -352,23 +352,22 @@ def _check_output(config: KNNEvalConfig) -> None:
 
 def print_results(results: Sequence[Result], best: Result) -> None:
     """Print top-1 / top-5 of every width for every k and tau, and mark the best in the mean over widths."""
-    from rich.table import Table
-
-    has_top5 = bool(best.top5)
-    table = Table(title=f'{best.network}: k-NN, {"top-1 / top-5" if has_top5 else "top-1"} accuracy (%) by width')
-    for title in 'k', 'tau', *(f'{width:g}' for width in best.top1), '':
-        table.add_column(title, justify='right', no_wrap=True)
-    for result in results:
-        cells = [
-            f'{top1:.1f} / {result.top5[width]:.1f}' if has_top5 else f'{top1:.1f}'
-            for width, top1 in result.top1.items()
+    rows = [
+        [
+            str(result.protocol.k),
+            '-' if result.protocol.temperature is None else f'{result.protocol.temperature:g}',
+            *(
+                f'{top1:.1f} / {result.top5[width]:.1f}' if result.top5 else f'{top1:.1f}'
+                for width, top1 in result.top1.items()
+            ),
+            'best' if result is best and len(results) > 1 else '',
         ]
-        temperature = '-' if result.protocol.temperature is None else f'{result.protocol.temperature:g}'
-        marked = ('best', 'bold') if result is best and len(results) > 1 else ('', None)
-        table.add_row(str(result.protocol.k), temperature, *cells, marked[0], style=marked[1])
-    print_table(table)
-    if len(results) > 1:
-        print('Best in the mean over widths, chosen on the very images that it is measured on.')
+        for result in results
+    ]
+    title = f'{best.network}: k-NN, {"top-1 / top-5" if best.top5 else "top-1"} accuracy (%) by width'
+    note = 'Best in the mean over widths, chosen on the very images that it is measured on.'
+    headers = ['k', 'tau', *(f'{width:g}' for width in best.top1), '']
+    TextTable(title, headers, rows, [note] if len(results) > 1 else [], names=0).print()
 
 
 def draw_results(results: Sequence[Result], path: Path) -> None:

@@ -27,13 +27,14 @@ from slimclr_hub.evaluate.reported import REPORTED, REPORTED_DETECTION
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cost import cost
+from slimclr_hub.runs.command_line import dump
 from slimclr_hub.runs.result import IMAGENET, Protocol, Result, save
 from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.text import human
+from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.report import compare_with_itself
 from slimclr_hub.weights.published import PUBLISHED, WIDTHS
 
-BEFORE = Path(__file__).parents[1] / 'data' / 'run_before'
 TAG = 'slimclr_resnet50.mocov2_800e_in1k'
 LINEAR = replace(LinearEvalConfig(network='x').protocol, data='fashion-mnist')
 AUGMENTED = LinearEvalConfig(network='x', features=FeaturesConfig(mode='augmented')).protocol
@@ -381,7 +382,7 @@ def test_reported_rows_of_such_a_cost(place, tmp_path, capsys):
 
 def test_runs_that_differ_in_their_seed_alone(tmp_path):
     """By the command: two seeds of one recipe, one of another, and an evaluation of one of the first."""
-    recipe = yaml.safe_load((BEFORE / 'recipe.yaml').read_text())
+    recipe = yaml.safe_load(dump(PretrainConfig()))
     for name, seed, momentum, last in (('a-0', 0, 0.9, 70.0), ('a-1', 1, 0.9, 72.0), ('b-0', 0, 0.99, 60.0)):
         run = save_run(tmp_path / name, (0.5, 0.25), [30.0 + seed, last])
         changed = {**recipe, 'run': {**recipe['run'], 'seed': seed, 'name': name}}

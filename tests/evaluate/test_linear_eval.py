@@ -394,7 +394,7 @@ def test_interrupted_is_as_uninterrupted(place, network, tmp_path, mode, after):
             config,
             Accelerator(),
             copy.deepcopy(head),
-            Interrupting(batches, after),
+            Interrupting(batches, after),  # type: ignore[arg-type]
             validation,
             scaling,
             folder,

@@ -174,34 +174,23 @@ def _newest(
 
 
 def _merge_seeds(entries: Sequence[Entry], same_recipe: SameRecipe) -> list[Entry]:
-    groups: list[list[Entry]] = []
+    merged: list[Entry] = []
     for entry in entries:
-        (path,) = map(folder_of, entry.networks)
-        runs = (path / RECIPE).is_file()
-        group = next((each for each in groups if runs and _is_run(each[0]) and same_recipe(_path(each[0]), path)), None)
-        if group is None:
-            groups.append([entry])
+        paths = [(i, folder_of(each.networks[0]), folder_of(entry.networks[0])) for i, each in enumerate(merged)]
+        runs = [both for both in paths if all((path / RECIPE).is_file() for path in both[1:])]
+        same = next((i for i, first, second in runs if same_recipe(first, second)), None)
+        if same is None:
+            merged.append(entry)
         else:
-            group.append(entry)
-    return [group[0] if len(group) == 1 else _merged(group) for group in groups]
+            merged[same] = _merged(merged[same], entry)
+    return merged
 
 
-def _path(entry: Entry) -> Path:
-    return folder_of(entry.networks[0])
-
-
-def _is_run(entry: Entry) -> bool:
-    return (_path(entry) / RECIPE).is_file()
-
-
-def _merged(group: Sequence[Entry]) -> Entry:
-    results: dict[Protocol, list[Result]] = {}
-    for entry in group:
-        for protocol, found in entry.results.items():
-            results.setdefault(protocol, []).extend(found)
-    name = _SEED.sub('', ''.join(_common(entry.name for entry in group))) or group[0].name
-    networks = [network for entry in group for network in entry.networks]
-    return replace(group[0], name=name, results=results, networks=networks, notes={})
+def _merged(first: Entry, second: Entry) -> Entry:
+    protocols = [*first.results, *(protocol for protocol in second.results if protocol not in first.results)]
+    results = {of: [*first.results.get(of, ()), *second.results.get(of, ())] for of in protocols}
+    name = _SEED.sub('', ''.join(_common([first.name, second.name]))) or first.name
+    return replace(first, name=name, results=results, networks=[*first.networks, *second.networks], notes={})
 
 
 def _common(names: Iterable[str]) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -28,21 +27,6 @@ class FeatureBatch:
     position: Position = None
 
 
-class FeatureBatches(Protocol):
-    """Batches of this process; an epoch can be entered at any step."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch."""
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Notes for the user before training starts."""
-
-    def epoch(self, epoch: int, start: int = 0, position: Position = None) -> Iterator[FeatureBatch]:
-        """Batches of an epoch from a step on; a stream may end early."""
-
-
 class AugmentedBatches:
     """Features of each epoch's augmented views.
 
@@ -57,11 +41,7 @@ class AugmentedBatches:
         self._backbone = backbone
         self._accelerator = accelerator
         self.steps_per_epoch = data.steps_per_epoch
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Notes for the user before training starts."""
-        return self._data.notes
+        self.notes = data.notes
 
     def epoch(self, epoch: int, start: int = 0, position: Position = None) -> Iterator[FeatureBatch]:
         """Batches of an epoch from a step on; a stream may end early."""
@@ -101,3 +81,7 @@ class CachedBatches:
             first = step * self._batch_size + self._rank * self._size
             chosen = order[first : first + self._size]
             yield FeatureBatch({width: x[chosen] for width, x in by_width.items()}, labels[chosen])
+
+
+FeatureBatches = AugmentedBatches | CachedBatches
+"""Batches of this process; an epoch can be entered at any step, and one of a stream may end early."""

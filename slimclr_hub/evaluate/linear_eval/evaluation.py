@@ -23,20 +23,19 @@ from accelerate.utils import DataLoaderConfiguration, broadcast_object_list
 from slimclr_hub.data.sources import make_dataset
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.features import FeatureCache, SplitFeatures, state_hash
+from slimclr_hub.evaluate.features import FeatureCache, state_hash
 from slimclr_hub.evaluate.linear_eval.batches import AugmentedBatches, CachedBatches, FeatureBatches
 from slimclr_hub.evaluate.linear_eval.config import BATCH_SIZE, LinearEvalConfig, parse_linear_eval
-from slimclr_hub.evaluate.linear_eval.probe import Head, Scaling, make_head, standardisation
+from slimclr_hub.evaluate.linear_eval.probe import make_head, standardisation
 from slimclr_hub.evaluate.linear_eval.report import (
+    accuracies_figure,
     best_rate,
-    draw_accuracies,
     make_result,
     print_result,
     save_with_head,
 )
-from slimclr_hub.evaluate.linear_eval.training import ProbeTraining, Record
+from slimclr_hub.evaluate.linear_eval.training import ProbeTraining
 from slimclr_hub.evaluate.network import (
-    NetworkUnderTest,
     changes,
     check_channels,
     check_images,
@@ -48,6 +47,7 @@ from slimclr_hub.evaluate.reported import reported_probe
 from slimclr_hub.files import write_json_lines, write_text
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import run_script
+from slimclr_hub.runs.figures import save_figure
 from slimclr_hub.runs.job import StopSignals
 from slimclr_hub.runs.result import RESULT, Result, load, save
 from slimclr_hub.settings import plain, relevant
@@ -97,18 +97,28 @@ def linear_eval(config: LinearEvalConfig) -> Result:
         backbone.to(memory_format=torch.channels_last)
     weights = state_hash(backbone)
     folder = _choose_folder(config, weights, accelerator)
-    evaluation = _Evaluation(config, accelerator, network, folder, weights)
     if (folder / RESULT).is_file():
         accelerator.print(f'{folder} is finished already; remove it to begin anew')
     else:
         accelerator.print(f'{folder}: {config.protocol}')
         try:
-            evaluation.run()
+            _train(config, accelerator, backbone, folder, weights)
         except InputError:
             if accelerator.is_main_process and {path.name for path in folder.iterdir()} == {SETTINGS}:
                 shutil.rmtree(folder)
             raise
-    return evaluation.finish()
+    (result,) = load(folder / RESULT)
+    if accelerator.is_main_process:
+        if config.save_to is not None:
+            with TensorFile(folder / PROBE) as file:
+                head = {name: file.whole(name) for name in file.shapes}
+            save_with_head(backbone, head, Path(config.save_to), result, config.data)
+        print_result(result, reported_probe(network.published, str(result.protocol.head)))
+        print(f'Result: {folder / RESULT}\nFigure: {folder / "accuracy.png"}')
+        if config.save_to is not None:
+            print(f'Network with its head: slimclr-hub predict {config.save_to} IMAGE ...')
+    accelerator.wait_for_everyone()
+    return result
 
 
 def check_labels(labels: torch.Tensor, num_classes: int, split: str) -> None:
@@ -140,95 +150,48 @@ def check_frozen(backbone: SlimmableResNet, before: str) -> None:
         raise RuntimeError('the frozen network has moved during linear evaluation; its accuracies are not valid')
 
 
-class _Evaluation:
-    def __init__(
-        self, config: LinearEvalConfig, accelerator: Accelerator, network: NetworkUnderTest, folder: Path, weights: str
-    ) -> None:
-        self.config = config
-        self.accelerator = accelerator
-        self.network = network
-        self.backbone = network.model
-        self.folder = folder
-        self.weights = weights
-        self.names: list[str] | None = None
-        cache = config.features.cache
-        self.cache = FeatureCache(
-            Path(cache) if cache is not None else default_output(config.network, 'features'),
-            accelerator,
-            self.backbone,
-            config.data,
-        )
-
-    def run(self) -> None:
-        """Train, and write the results into the folder, `result.json` last."""
-        config, accelerator = self.config, self.accelerator
-        assert config.data.val_split is not None
-        validation = self.cache.features(config.data.val_split)
-        if config.features.mode == 'cached':
-            train = self.cache.features(config.data.train_split, config.features.train_images)
-            classes = self._classes(validation, int(train.labels.max()) + 1)
-            check_labels(train.labels, classes, config.data.train_split)
-        else:
-            train = None
-            classes = self._classes(validation, None)
-        check_labels(validation.labels, classes, config.data.val_split)
-        head = make_head(self.backbone, config.probe.head, classes, config.run.seed)
-        scaling = standardisation(head, train.by_width) if train is not None and config.features.standardised else None
-        batches = self._batches(train, scaling)
-        with StopSignals() as signals:  # not before: until the features are there, there is no state to keep
-            training = ProbeTraining(config, accelerator, head, batches, validation, scaling, self.folder, signals)
-            history = training.run()
-        check_frozen(self.backbone, self.weights)
-        if accelerator.is_main_process:
-            self._write(history, training.head(best_rate(history[-1])), classes, len(validation.labels))
-        accelerator.wait_for_everyone()
-
-    def finish(self) -> Result:
-        """Print the result in the folder, and save the network if that is asked for."""
-        config = self.config
-        (result,) = load(self.folder / RESULT)
-        if self.accelerator.is_main_process:
-            if config.save_to is not None:
-                with TensorFile(self.folder / PROBE) as file:
-                    head = {name: file.whole(name) for name in file.shapes}
-                save_with_head(self.backbone, head, Path(config.save_to), result, config.data)
-            print_result(result, reported_probe(self.network.published, str(result.protocol.head)))
-            print(f'Result: {self.folder / RESULT}\nFigure: {self.folder / "accuracy.png"}')
-            if config.save_to is not None:
-                print(f'Network with its head: slimclr-hub predict {config.save_to} IMAGE ...')
-        self.accelerator.wait_for_everyone()
-        return result
-
-    def _classes(self, validation: SplitFeatures, found: int | None) -> int:
-        names = validation.class_names
-        classes = self.config.probe.num_classes or (len(names) if names else found)
-        if classes is None:
-            raise InputError(
-                f'data.name {self.config.data.name} does not tell how many classes there are; give --probe.num_classes'
-            )
-        self.names = names if names and len(names) == classes else None
-        return classes
-
-    def _batches(self, train: SplitFeatures | None, scaling: Scaling | None) -> FeatureBatches:
-        config, accelerator = self.config, self.accelerator
-        shared = {'processes': accelerator.num_processes, 'rank': accelerator.process_index}
-        if train is not None:
-            if scaling is not None:
-                for width, (shift, scale) in scaling.items():
-                    train.by_width[width].sub_(shift).mul_(scale)  # in place: there may be gigabytes
-            return CachedBatches(train, config.data.batch_size, config.run.seed, **shared)
-        data = TrainData(
-            config.data, config.views, seed=config.run.seed, view_count=1, device=accelerator.device, **shared
-        )
-        return AugmentedBatches(data, self.backbone, accelerator)
-
-    def _write(self, history: list[Record], head: Head, classes: int, images: int) -> None:
-        result = make_result(self.config, history, classes, images, self.names, self.weights)
-        save_tensors(head.state_dict(), self.folder / PROBE)
-        write_json_lines(self.folder / 'metrics.jsonl', history)
-        draw_accuracies(history, result, self.folder / 'accuracy')
-        save([result], self.folder)
-        shutil.rmtree(self.folder / 'checkpoints', ignore_errors=True)
+def _train(
+    config: LinearEvalConfig, accelerator: Accelerator, backbone: SlimmableResNet, folder: Path, weights: str
+) -> None:
+    """Train, and write the results into the folder, `result.json` last."""
+    data, features = config.data, config.features
+    assert data.val_split is not None
+    kept = Path(features.cache) if features.cache is not None else default_output(config.network, 'features')
+    cache = FeatureCache(kept, accelerator, backbone, data)
+    validation, train = cache.features(data.val_split), None
+    names, classes = validation.class_names, config.probe.num_classes
+    classes = classes or (len(names) if names else None)
+    if features.mode == 'cached':
+        train = cache.features(data.train_split, features.train_images)
+        classes = classes or int(train.labels.max()) + 1
+        check_labels(train.labels, classes, data.train_split)
+    if classes is None:
+        raise InputError(f'data.name {data.name} does not tell how many classes there are; give --probe.num_classes')
+    check_labels(validation.labels, classes, data.val_split)
+    head = make_head(backbone, config.probe.head, classes, config.run.seed)
+    scaling = standardisation(head, train.by_width) if train is not None and features.standardised else None
+    shared = {'seed': config.run.seed, 'processes': accelerator.num_processes, 'rank': accelerator.process_index}
+    batches: FeatureBatches
+    if train is not None:
+        for width, (shift, scale) in (scaling or {}).items():
+            train.by_width[width].sub_(shift).mul_(scale)  # in place: there may be gigabytes
+        batches = CachedBatches(train, data.batch_size, **shared)
+    else:
+        views = TrainData(data, config.views, view_count=1, device=accelerator.device, **shared)
+        batches = AugmentedBatches(views, backbone, accelerator)
+    with StopSignals() as signals:  # not before: until the features are there, there is no state to keep
+        training = ProbeTraining(config, accelerator, head, batches, validation, scaling, folder, signals)
+        history = training.run()
+    check_frozen(backbone, weights)
+    if accelerator.is_main_process:
+        names = names if names and len(names) == classes else None
+        result = make_result(config, history, classes, len(validation.labels), names, weights)
+        save_tensors(training.head(best_rate(history[-1])).state_dict(), folder / PROBE)
+        write_json_lines(folder / 'metrics.jsonl', history)
+        save_figure(accuracies_figure(history, result), folder / 'accuracy')
+        save([result], folder)
+        shutil.rmtree(folder / 'checkpoints', ignore_errors=True)
+    accelerator.wait_for_everyone()
 
 
 def _with_fitting_batch(config: LinearEvalConfig, accelerator: Accelerator) -> LinearEvalConfig:

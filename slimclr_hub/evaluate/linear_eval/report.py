@@ -17,9 +17,9 @@ from slimclr_hub.hub.card import card_table
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cost import width_facts
-from slimclr_hub.runs.figures import line_style, new_figure, save_figure
+from slimclr_hub.runs.figures import line_style, new_figure
 from slimclr_hub.runs.result import Result, environment, save
-from slimclr_hub.runs.tables import print_table
+from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.settings import plain
 
 if TYPE_CHECKING:
@@ -109,8 +109,6 @@ def make_result(
 
 def print_result(result: Result, reported: Result | None) -> None:
     """Print the accuracies of each width, those that the paper reports beside them, and how they were measured."""
-    from rich.table import Table
-
     protocol, settings = result.protocol, result.settings
     sentences = [
         f'{str(protocol.features).capitalize()} features, {protocol.head} head, '
@@ -125,7 +123,6 @@ def print_result(result: Result, reported: Result | None) -> None:
         )
     if reported is not None:
         sentences.append(f'Reported: {reported.protocol.data}, {reported.protocol}.')
-    table = Table(title='linear evaluation (%)')
     columns = {'width': [f'{width:g}' for width in result.top1]}
     for title, values in ('top-1', result.top1), ('top-5', result.top5):
         if values:
@@ -133,13 +130,9 @@ def print_result(result: Result, reported: Result | None) -> None:
     if reported is not None:
         for title, values in ('top-1, reported', reported.top1), ('top-5, reported', reported.top5):
             columns[title] = [f'{values[width]:.1f}' if width in values else '' for width in result.top1]
-    for title in columns:
-        table.add_column(title, justify='right', no_wrap=True)
-    for cells in zip(*columns.values(), strict=True):
-        table.add_row(*cells)
     print(f'{result.network}: accuracies by width')
-    print_table(table)
-    print('\n'.join(sentences))
+    rows = list(zip(*columns.values(), strict=True))
+    TextTable('linear evaluation (%)', list(columns), rows, sentences, names=0).print()
 
 
 def _about_rates(chosen: float, rates: Sequence[float], why: str) -> list[str]:
@@ -162,19 +155,8 @@ def _rate(rate: float) -> str:
     return str(float(rate))
 
 
-def draw_accuracies(history: Sequence[Record], result: Result, path: Path) -> None:
-    """Draw accuracy by width over epochs at the chosen learning rate and, of a sweep, over learning rates.
-
-    Args:
-        history: Loss and accuracies of each epoch.
-        result: The result.
-        path: Files to write, without suffix: a PNG and a PDF.
-    """
-    save_figure(accuracies_figure(history, result), path)
-
-
 def accuracies_figure(history: Sequence[Record], result: Result) -> 'Figure':
-    """The figure that `draw_accuracies` writes."""
+    """Draw accuracy by width over epochs at the chosen learning rate and, of a sweep, over learning rates."""
     from matplotlib.ticker import MaxNLocator
 
     best = best_rate(history[-1])
