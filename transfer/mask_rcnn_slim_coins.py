@@ -1,6 +1,6 @@
-"""Mask R-CNN at four widths on the coins of scikit-image: real, and small enough for two CPU cores.
+"""Mask R-CNN at four widths on the coins of scikit-image: real images, few enough for two CPU cores.
 
-The detector is narrower than on COCO, and begins with random weights. Images are written at the first start.
+Pyramid and heads are narrower than on COCO, and weights start at random. The first run writes the images.
 """
 
 _base_ = 'mask_rcnn_slim.py'

@@ -1,7 +1,7 @@
-"""Mask R-CNN at four widths with the settings of the authors' code, which is for MMDetection 0.6.
+"""Mask R-CNN at four widths with the settings of the authors' code for MMDetection 0.6.
 
-It also evaluates the authors' detector, which `slimclr-hub convert` brings over: boxes are coded, anchors placed and
-regions pooled as that version did.
+It also evaluates the authors' detector, converted by `slimclr-hub convert`: box coding, anchors and RoIAlign are
+those of that version.
 """
 
 _base_ = 'mask_rcnn_slim.py'

@@ -1,4 +1,4 @@
-"""Mask R-CNN at four widths from supervised pre-training, the paper's baseline: what a run of ours left."""
+"""Mask R-CNN at four widths from supervised pre-training, the paper's baseline; the weights are those of a run here."""
 
 _base_ = 'mask_rcnn_slim.py'
 

@@ -1,4 +1,4 @@
-"""Mask R-CNN at width 0.5 alone: the individual network, from the same pre-trained file."""
+"""Mask R-CNN at width 0.5 alone: the individual network, from the same weights."""
 
 _base_ = 'mask_rcnn_slim.py'
 

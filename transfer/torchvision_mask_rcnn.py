@@ -1,9 +1,9 @@
-"""Fine-tune torchvision's Mask R-CNN on a slimmable ResNet, all widths in one run, without MMDetection.
+"""Fine-tune torchvision's Mask R-CNN with a slimmable ResNet at all widths in one run, without MMDetection.
 
     python -m slimclr_hub.detection.coins data/coins
     accelerate launch transfer/torchvision_mask_rcnn.py --data data/coins --weights slimclr_resnet50.mocov2_800e_in1k
 
-The data set is COCO 2017, or has DATA/train/, DATA/val/, DATA/annotations/train.json and val.json in its format.
+DATA is COCO 2017, or has train/, val/, annotations/train.json and annotations/val.json in its format.
 """
 
 import logging
@@ -22,47 +22,48 @@ from typer import Option
 from slimclr_hub.detection.precision import precision_table
 from slimclr_hub.detection.torchvision_backbone import backward_widths, slimmable_mask_rcnn
 from slimclr_hub.detection.torchvision_coco import CocoInstances, evaluate_widths
+from slimclr_hub.distributed import average_batchnorm
 from slimclr_hub.errors import InputError
 from slimclr_hub.weights.tensor_file import save_tensors
 
 MAX_NORM = 35.0  # of the gradient summed over widths
-WARM_UP = 500  # steps, or a tenth of the run where that is less
-DECAYS = (8 / 12, 11 / 12)  # of the run: Detectron's schedule
+WARM_UP = 500  # steps, or a tenth of the run if that is less
+DECAYS = (8 / 12, 11 / 12)  # fractions of the run, Detectron's schedule
 
 
 def collate(batch: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
-    """Images and targets; they differ in size, and stay lists."""
+    """Collect images and targets in lists, since images differ in size."""
     images, targets = zip(*batch, strict=True)
     return [image.as_subclass(torch.Tensor) for image in images], list(targets)
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Factor of the learning rate: a linear warm-up, then a tenth after each decay."""
+    """Return the factor of the learning rate: a linear warm-up, then a tenth after each decay."""
     warm_up = min(1.0, (step + 1) / max(1, min(WARM_UP, steps // 10)))
     return warm_up * 0.1 ** sum(step >= decay * steps for decay in DECAYS)
 
 
 def main(
-    data: Annotated[Path, Option(help='The data set.')],
-    weights: Annotated[str | None, Option(help='Tag, hf-hub:USER/NAME, folder or file; random without.')] = None,
-    name: Annotated[str, Option(help="The network in timm's registry.")] = 'slimclr_resnet50',
-    widths: Annotated[str, Option(help='Widths to train, between commas.')] = '1.0,0.75,0.5,0.25',
+    data: Annotated[Path, Option(help='Folder of the data set.')],
+    weights: Annotated[str | None, Option(help='Tag, hf-hub:USER/NAME, folder or file; random unless given.')] = None,
+    name: Annotated[str, Option(help="Name of the network in timm's registry.")] = 'slimclr_resnet50',
+    widths: Annotated[str, Option(help='Widths to train, separated by commas.')] = '1.0,0.75,0.5,0.25',
     epochs: int = 12,
-    lr: Annotated[float, Option(help='Learning rate; twice as much for batches twice as large.')] = 0.0025,
-    batch_size: Annotated[int, Option(help='Images for each process.')] = 2,
+    lr: Annotated[float, Option(help='Learning rate; scale it with the batch size.')] = 0.0025,
+    batch_size: Annotated[int, Option(help='Images per process.')] = 2,
     min_size: Annotated[int, Option(help='Shorter side of the images in pixels.')] = 800,
     workers: Annotated[int, Option(help='Processes that read images.')] = 2,
     seed: int = 0,
     out: Annotated[Path, Option(help='Folder of the result.')] = Path('work_dirs/torchvision_mask_rcnn'),
 ) -> None:
-    """Train, save the detector of all widths to OUT/model.safetensors, and evaluate it at every width."""
+    """Train, save the detector of all widths to OUT/model.safetensors and evaluate every width."""
     result = out / 'model.safetensors'
     if result.exists():
         raise InputError(f'{result} is there already; choose another --out')
     try:
         held = [float(width) for width in widths.split(',')]
     except ValueError:
-        raise InputError(f'--widths {widths!r} are no numbers between commas, such as 1.0,0.5') from None
+        raise InputError(f'--widths {widths!r} are not numbers separated by commas, such as 1.0,0.5') from None
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.WARNING, format='%(message)s')
     set_seed(seed, device_specific=True)
@@ -92,13 +93,11 @@ def main(
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
-                if step % 10 == 0 and accelerator.is_main_process:  # reading them makes the host wait for the device
+                if step % 10 == 0 and accelerator.is_main_process:  # reading losses synchronises the device
                     bar.set_postfix({f'loss {w:g}': f'{float(sum(of.values())):.3f}' for w, of in losses.items()})
                 bar.update()
 
-    for name, buffer in accelerator.unwrap_model(model).named_buffers():
-        if name.endswith(('running_mean', 'running_var')):  # without SyncBN each process has its own
-            buffer.copy_(accelerator.reduce(buffer, 'mean'))
+    average_batchnorm(accelerator.unwrap_model(model))  # without SyncBN each process has its own statistics
     if accelerator.is_main_process:
         save_tensors(accelerator.unwrap_model(model).state_dict(), result)
     results = evaluate_widths(model, val)

@@ -1,1 +1,1 @@
-"""Slimmable networks in detection: MMDetection's parts in `mmdetection`, torchvision's in `torchvision_backbone`."""
+"""Slimmable detectors: MMDetection's in `mmdetection`, torchvision's in `torchvision_backbone`."""

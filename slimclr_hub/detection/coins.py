@@ -1,10 +1,10 @@
-"""A small set of real images in COCO's format that needs no download: the 24 coins of scikit-image.
+"""Write a small data set of real images in COCO's format without a download: the 24 coins of scikit-image.
 
     python -m slimclr_hub.detection.coins data/coins
 
 The picture (`skimage.data.coins`, 303x384, from the Brooklyn Museum, no known copyright restrictions) shows four rows
-of six coins under uneven light. Crops of the lower two rows are for training, crops of the upper two for validation:
-no coin is in both. It shows that fine-tuning a detector works, within minutes; how good a detector is COCO tells.
+of six coins under uneven light. Crops of the lower two rows are for training, crops of the upper two for validation, so
+no coin is in both. The set shows within minutes that fine-tuning works; the quality of a detector takes COCO.
 """
 
 import json
@@ -21,8 +21,8 @@ from slimclr_hub.errors import InputError
 SPLITS = ('train', 'val')
 CATEGORY = 'coin'
 
-# Left, top, right, bottom. Row 150 has no coin. The sides are where they are because they leave at least half of each
-# coin that they cut, so that no coin shows without being annotated. Those for validation cut none.
+# Left, top, right, bottom. Row 150 has no coin. The sides of training crops leave at least half of each coin that they
+# cut, so that no coin shows without an annotation; those of validation crops cut none.
 WINDOWS: dict[str, tuple[tuple[int, int, int, int], ...]] = {
     'train': (
         (0, 150, 176, 303),
@@ -43,7 +43,7 @@ WINDOWS: dict[str, tuple[tuple[int, int, int, int], ...]] = {
 
 
 def picture() -> np.ndarray:
-    """The picture, [303, 384] in grey levels of 8 bits.
+    """Return the picture, uint8 [303, 384].
 
     Raises:
         InputError: scikit-image is not installed.
@@ -56,11 +56,11 @@ def picture() -> np.ndarray:
 
 
 def coin_masks(grey: np.ndarray) -> np.ndarray:
-    """One mask for each coin, [24, H, W] bool: round, filled, apart from each other.
+    """Segment the coins: one mask each, bool [24, H, W], without holes or overlap.
 
-    A threshold does not find them, for the background at the upper left is as bright as the dark coins. Edges do: a
-    watershed of Sobel's gradient, flooded from what is certainly background and certainly coin, as the gallery of
-    scikit-image has it. Holes are filled, and specks and nicks smoothed away.
+    A threshold fails, since the background at the upper left is as bright as the dark coins. A watershed of Sobel's
+    gradient finds the edges, flooded from certain background and certain coin as in scikit-image's gallery. Holes are
+    then filled, and specks and nicks smoothed away.
 
     Args:
         grey: The picture, [H, W].
@@ -79,12 +79,12 @@ def coin_masks(grey: np.ndarray) -> np.ndarray:
 
 
 def write_coins(folder: Path) -> None:
-    """Write `train/*.png`, `val/*.png`, `annotations/train.json` and `annotations/val.json`: whole or not at all.
+    """Write `train/*.png`, `val/*.png`, `annotations/train.json` and `annotations/val.json` atomically.
 
-    The same bytes each time. Several processes may do it at once; a folder that has the same set already is left alone.
+    The bytes are the same each time, several processes may write at once, and a folder with the same set is left alone.
 
     Args:
-        folder: Where the set is to lie; made if it is not there.
+        folder: Folder of the data set, created if missing.
 
     Raises:
         InputError: scikit-image or pycocotools is not installed, or the folder holds something else.
@@ -93,7 +93,7 @@ def write_coins(folder: Path) -> None:
     masks = coin_masks(grey)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix='.partial-') as name:
-        made = Path(name) / 'coins'  # a temporary folder itself is for its owner alone, even after a move
+        made = Path(name) / 'coins'  # a temporary folder itself stays private to its owner, even after a move
         (made / 'annotations').mkdir(parents=True)
         for split in SPLITS:
             _write_split(made, split, grey, masks)
@@ -150,7 +150,7 @@ def _check_same(made: Path, folder: Path) -> None:
     for path in sorted(made.rglob('*.*')):
         other = folder / path.relative_to(made)
         if not other.is_file() or not _same(path, other):
-            raise InputError(f'{folder} holds something else (see {other}): delete it, or name another folder')
+            raise InputError(f'{folder} holds something else (see {other}): delete it or name another folder')
 
 
 def _same(path: Path, other: Path) -> bool:

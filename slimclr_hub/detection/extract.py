@@ -34,13 +34,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class SlimmableDetectorFile:
-    """Checkpoint of a slimmable detector, written by mmengine.
-
-    Args:
-        path: The file.
-        tensors: State dict in it.
-        meta: mmengine's record of the run: `cfg`, the text of its config, and `dataset_meta`, the classes.
-    """
+    """Checkpoint of a slimmable detector; `meta` is mmengine's record of the run, with the text of its config."""
 
     path: Path
     tensors: Tensors

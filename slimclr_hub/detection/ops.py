@@ -1,6 +1,6 @@
-"""What mmcv-lite leaves out: a stand-in for the compiled `mmcv._ext`, with the operators that torchvision has too.
+"""Stand-in for the compiled `mmcv._ext`, which mmcv-lite lacks, with the operators that torchvision has too.
 
-The maintained fork's `onedl-mmcv` leaves them out as well where pip builds it apart from torch, which is its default.
+The maintained fork's `onedl-mmcv` lacks it as well if pip builds it in isolation from torch, which is the default.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from importlib import metadata
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torchvision.ops
@@ -20,12 +20,12 @@ import torchvision.ops
 from slimclr_hub.errors import InputError
 
 NAME = 'mmcv._ext'
-# torch 2.15 wants C++20, and both of these setups ask for C++17; with 2.12 mmcv 2.1.0 compiles.
+# torch 2.15 needs C++20, and both of these setups ask for C++17; with torch 2.12, mmcv 2.1.0 compiles.
 _BUILD = (
     'pip uninstall -y mmcv-lite; pip install "torch<2.13" torchvision "setuptools<81" wheel ninja psutil; '
     'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-binary mmcv mmcv==2.1.0'
 )
-_BUILD_FORK = (  # without the cache, where pip keeps what it has built without operators
+_BUILD_FORK = (  # without the cache, where pip keeps builds without operators
     'pip install "torch<2.13" torchvision setuptools wheel ninja psutil; '
     'pip install --no-build-isolation --no-cache-dir --no-deps --force-reinstall --no-binary onedl-mmcv onedl-mmcv'
 )
@@ -42,13 +42,13 @@ _logger = logging.getLogger(__name__)
 
 
 def install_ops() -> str:
-    """Make `mmcv.ops` importable: with its compiled operators where there are any, otherwise with torchvision's.
+    """Make `mmcv.ops` importable, with its compiled operators if there are any, otherwise with torchvision's.
 
-    Call it before anything of `mmcv.ops` or `mmdet.models` is imported. Once is enough, again does no harm.
+    Call it before anything of `mmcv.ops` or `mmdet.models` is imported; it may be called again.
 
     Returns:
-        'compiled', where nothing was to be done, or 'torchvision'. With these, `nms` and `RoIAlign` work, forward and
-        backward, and every other operator raises an error that names it when it is called.
+        'compiled' or 'torchvision'. With the latter `nms` and `RoIAlign` work, forward and backward, and every other
+        operator raises an error that names it when it is called.
 
     Raises:
         InputError: mmcv, or what it imports, is not installed.
@@ -74,13 +74,13 @@ def install_ops() -> str:
 
 
 def link_ops() -> Path | None:
-    """Put the stand-in where Python itself finds it, beside mmcv-lite, for programs that import MMDetection first.
+    """Write a file beside mmcv-lite by which Python itself finds the stand-in.
 
-    MMDetection's own test script, which `mim test` runs, imports operators before it reads a config that could ask for
-    `install_ops`. Where mmcv is compiled later, Python prefers its operators to this file.
+    MMDetection's test script, which `mim test` runs, imports operators before it reads a config that could call
+    `install_ops`. If mmcv is compiled later, Python prefers its operators to this file.
 
     Returns:
-        The file that was written; none where mmcv has operators already.
+        The file, or None if mmcv has operators already.
 
     Raises:
         InputError: mmcv is not installed, or its folder cannot be written to.
@@ -96,7 +96,7 @@ def link_ops() -> Path | None:
 
 
 def linked_ops() -> Path:
-    """Where `link_ops` puts its file, whether it is there or not.
+    """Return the path of the file that `link_ops` writes.
 
     Raises:
         InputError: mmcv is not installed.
@@ -108,7 +108,7 @@ def linked_ops() -> Path:
 
 
 def build_command() -> str:
-    """What to type to have mmcv with its own operators: upstream's, or the fork's where that is installed."""
+    """Return the command that compiles mmcv with its operators, for the fork if that is installed."""
     try:
         metadata.distribution('onedl-mmcv')
     except metadata.PackageNotFoundError:
@@ -117,27 +117,27 @@ def build_command() -> str:
 
 
 def _remedy() -> str:
-    return f'compile mmcv, which takes a C++ compiler, torch 2.12 or older and about half an hour ({build_command()})'
+    return f'compile mmcv with a C++ compiler and torch 2.12 or older in about half an hour ({build_command()})'
 
 
 # The functions below have the names and arguments of mmcv/ops/csrc/pytorch/pybind.cpp: mmcv.ops passes some by name,
-# and has the results of RoIAlign written into tensors that it has made.
+# and passes the tensors that RoIAlign fills.
 
 
 def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float, offset: int) -> torch.Tensor:
-    """Indices of the boxes that greedy suppression keeps, highest score first.
+    """Return indices of the boxes that greedy suppression keeps, highest score first.
 
     Args:
         boxes: [N, 4], x1, y1, x2, y2.
         scores: [N].
-        iou_threshold: A box is dropped if its IoU with a kept one is greater.
-        offset: 0; with 1, pixels are counted, and boxes are one wider and higher than the difference of their sides.
+        iou_threshold: IoU with a kept box above which a box is dropped.
+        offset: 0; with 1, boxes would be one pixel wider and higher.
 
     Raises:
         InputError: `offset` is not 0.
     """
     if offset != 0:
-        raise InputError(f"nms with offset={offset}: torchvision's has 0 only; leave it out or {_remedy()}")
+        raise InputError(f'nms with offset={offset}: torchvision has offset=0 only; leave it out or {_remedy()}')
     # mmcv takes the threshold in float32; an IoU of exactly 0.3 would be greater than 0.3 in float64.
     return torchvision.ops.nms(boxes, scores, torch.tensor(iou_threshold, dtype=torch.float32).item())
 
@@ -148,12 +148,7 @@ def roi_align_forward(
     output: torch.Tensor,
     argmax_y: torch.Tensor,
     argmax_x: torch.Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    **options: Any,
 ) -> None:
     """Fill `output` with the means of `input` in the cells of every region.
 
@@ -161,23 +156,18 @@ def roi_align_forward(
         input: [N, C, H, W].
         rois: [K, 5], index into N, x1, y1, x2, y2, in pixels of the image.
         output: [K, C, aligned_height, aligned_width].
-        argmax_y: Not used: of maxima.
-        argmax_x: Not used: of maxima.
-        aligned_height: Cells of a region, from top to bottom.
-        aligned_width: Cells of a region, from left to right.
-        spatial_scale: Size of `input` by size of the image.
-        sampling_ratio: Points in a cell, in each direction; 0 for as many as the cell has pixels.
-        pool_mode: 1, the mean; 0 would be the maximum.
-        aligned: Centres of pixels are at halves. False has them at whole numbers, and regions at least one pixel wide.
+        argmax_y: Not used, as it belongs to maxima.
+        argmax_x: Not used, as it belongs to maxima.
+        options: `aligned_height` and `aligned_width`, cells of a region; `spatial_scale`, size of `input` by size of
+            the image; `sampling_ratio`, points in a cell and direction, 0 for one for each pixel of the cell;
+            `pool_mode`, 1 for the mean; `aligned`, False for pixel centres at whole numbers and regions of at least one
+            pixel.
 
     Raises:
-        InputError: `pool_mode` is not 1.
+        InputError: `pool_mode` is 0, the maximum.
     """
-    _check_mean(pool_mode)
-    pooled = torch.ops.torchvision.roi_align(
-        _full(input), _full(rois), spatial_scale, aligned_height, aligned_width, sampling_ratio, aligned
-    )
-    output.copy_(pooled)
+    size, sampling = _roi_options(**options)
+    output.copy_(torch.ops.torchvision.roi_align(_full(input), _full(rois), *size, *sampling))
 
 
 def roi_align_backward(
@@ -186,30 +176,23 @@ def roi_align_backward(
     argmax_y: torch.Tensor,
     argmax_x: torch.Tensor,
     grad_input: torch.Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    **options: Any,
 ) -> None:
-    """Fill `grad_input` with the gradient of `roi_align_forward` with respect to its input, whose arguments it has.
-
-    Raises:
-        InputError: `pool_mode` is not 1.
-    """
-    _check_mean(pool_mode)
+    """Fill `grad_input` with the gradient of `roi_align_forward` with respect to its input; same options and error."""
+    size, sampling = _roi_options(**options)
     gradient = torch.ops.torchvision._roi_align_backward(
-        _full(grad_output),
-        _full(rois),
-        spatial_scale,
-        aligned_height,
-        aligned_width,
-        *grad_input.shape,
-        sampling_ratio,
-        aligned,
+        _full(grad_output), _full(rois), *size, *grad_input.shape, *sampling
     )
     grad_input.copy_(gradient)
+
+
+def _roi_options(
+    aligned_height: int, aligned_width: int, spatial_scale: float, sampling_ratio: int, pool_mode: int, aligned: bool
+) -> tuple[tuple[float, int, int], tuple[int, bool]]:
+    """Return the options in the two groups of torchvision's arguments."""
+    if pool_mode != 1:
+        raise InputError(f"RoIAlign with pool_mode='max': torchvision has 'avg' only; use this or {_remedy()}")
+    return (spatial_scale, aligned_height, aligned_width), (sampling_ratio, aligned)
 
 
 def _version() -> str:
@@ -220,36 +203,31 @@ _OPERATORS: dict[str, Callable] = {
     'nms': nms,
     'roi_align_forward': roi_align_forward,
     'roi_align_backward': roi_align_backward,
-    # No operators; mmcv.utils.collect_env, which heads every log, asks for them.
+    # Not operators; mmcv.utils.collect_env, at the head of every log, calls them.
     'get_compiler_version': _version,
     'get_compiling_cuda_version': _version,
 }
 
 
 class StandIn(ModuleType):
-    """The module `mmcv._ext`, which has an operator of every name; those that torchvision has not only raise."""
+    """The module `mmcv._ext` with an operator of every name; those that torchvision lacks raise an error."""
 
     def __init__(self) -> None:
         super().__init__(NAME, __doc__)
-        self.__spec__ = ModuleSpec(NAME, None)  # importlib.util.find_spec refuses modules without
+        self.__spec__ = ModuleSpec(NAME, None)  # importlib.util.find_spec refuses modules without one
         vars(self).update(_OPERATORS)
 
     def __getattr__(self, name: str) -> Callable[..., NoReturn]:
-        # Python and its tools look for optional attributes, __path__ for one, and take what they are given.
+        # Python and its tools look for optional attributes such as __path__ and would use what they get.
         if name.startswith('_'):
             raise AttributeError(f'module {NAME!r} has no attribute {name!r}')
 
         def missing(*args: object, **kwargs: object) -> NoReturn:
-            raise InputError(f'the operator {name!r} is neither in this mmcv nor in torchvision: {_remedy()}')
+            raise InputError(f'neither this mmcv nor torchvision has the operator {name!r}: {_remedy()}')
 
         return missing
 
 
-def _check_mean(pool_mode: int) -> None:
-    if pool_mode != 1:
-        raise InputError(f"RoIAlign with pool_mode='max': torchvision's has 'avg' only; take this or {_remedy()}")
-
-
 def _full(x: torch.Tensor) -> torch.Tensor:
-    """In float32 what mixed precision hands over: torchvision sums in the type of its input, and has no bfloat16."""
+    """Convert half precision to float32: torchvision sums in the type of its input and has no bfloat16."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,7 +1,6 @@
 """Create a detector's backbone and load pre-trained weights strictly, with a report of what was loaded."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +23,6 @@ from slimclr_hub.weights.tensor_file import TensorFile
 _FILES = ('.safetensors', '.pth', '.pt', '.tar', '.bin', '.ckpt')
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """Record of loaded weights; `str` gives the report.
-
-    Args:
-        source: Source of the weights, as given.
-        tensors: Number of tensors loaded, all that the network has.
-        parameters: Number of parameters among them.
-        widths: Widths of the network.
-        left_out: What else the source holds: a head, further widths.
-        note: Remark on the weights; empty if there is none.
-    """
-
-    source: str
-    tensors: int
-    parameters: int
-    widths: tuple[float, ...]
-    left_out: tuple[str, ...]
-    note: str
-
-    def __str__(self) -> str:
-        text = (
-            f'Backbone weights from {self.source}: all {self.tensors} tensors of the network were loaded, '
-            f'{self.parameters:,} parameters, for {_listed(self.widths)}. '
-            f'Left out of the source: {", ".join(self.left_out) or "nothing"}.'
-        )
-        return f'{text} {self.note}'.rstrip()
-
-
 def create_backbone(name: str, widths: Sequence[float] = DEFAULT_WIDTHS, **kwargs: Any) -> SlimmableResNet:
     """Create a slimmable network without a head.
 
@@ -71,7 +41,7 @@ def create_backbone(name: str, widths: Sequence[float] = DEFAULT_WIDTHS, **kwarg
     return network
 
 
-def load_backbone(network: SlimmableResNet, source: str) -> Loaded:
+def load_backbone(network: SlimmableResNet, source: str) -> str:
     """Load every tensor of a backbone, or none if one does not fit.
 
     The network may hold fewer widths than the source; it then takes the leading part of the tensors. A head of the
@@ -83,6 +53,9 @@ def load_backbone(network: SlimmableResNet, source: str) -> Loaded:
         source: A tag (`slimclr_resnet50.mocov2_800e_in1k`), `hf-hub:USER/NAME`, a folder that timm opens, a
             pre-training run, one of its checkpoints, or a file: `.safetensors`, or any checkpoint that
             `slimclr-hub convert` takes, such as the authors' or a plain ResNet's.
+
+    Returns:
+        A report of what was loaded and what of the source was left out.
 
     Raises:
         InputError: The source does not exist, is damaged, belongs to another network, or lacks a width or a tensor; the
@@ -98,19 +71,22 @@ def load_backbone(network: SlimmableResNet, source: str) -> Loaded:
     channels = fitted[FIRST_CONV].shape[1]
     fitted[FIRST_CONV] = adapt_input_conv(network.in_chans, fitted[FIRST_CONV], base_chans=channels)
     network.load_state_dict(fitted)
-    notes = [_untrained_widths(fitted)]
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    report = [
+        f'Backbone weights from {source}: all {len(fitted)} tensors of the network were loaded, '
+        f'{parameters:,} parameters, for {_listed(network.widths)}. '
+        f'Left out of the source: {_left_out(tensors, network.widths)}.'
+    ]
+    if unseen := _untrained_widths(fitted):
+        report.append(
+            f'The normalisations of {_listed(unseen)} have counted no batch: they come from a network of one width, or '
+            'were never trained.'
+        )
     if channels != network.in_chans:
-        notes.append(
+        report.append(
             f'The first convolution was adapted from images of {channels} channels to {network.in_chans}, as timm does.'
         )
-    return Loaded(
-        source,
-        len(fitted),
-        sum(parameter.numel() for parameter in network.parameters()),
-        network.widths,
-        _left_out(tensors, network.widths),
-        ' '.join(filter(None, notes)),
-    )
+    return ' '.join(report)
 
 
 def _tensors(source: str, widths: tuple[float, ...]) -> Mapping[str, torch.Tensor]:
@@ -143,22 +119,16 @@ def _is_ours(path: Path) -> bool:
         return FIRST_CONV in file.shapes and any(map(switched_key, file.shapes))
 
 
-def _left_out(tensors: Mapping[str, torch.Tensor], widths: tuple[float, ...]) -> tuple[str, ...]:
+def _left_out(tensors: Mapping[str, torch.Tensor], widths: tuple[float, ...]) -> str:
     layout = layout_of({name: tensor.shape for name, tensor in tensors.items()})
-    head = (f'its head of {layout.num_classes} classes',) if layout.num_classes else ()
+    head = [f'its head of {layout.num_classes} classes'] if layout.num_classes else []
     others = tuple(width for width in layout.widths if width not in widths)
-    return (*head, _listed(others)) if others else head
+    return ', '.join([*head, _listed(others)] if others else head) or 'nothing'
 
 
-def _untrained_widths(tensors: Mapping[str, torch.Tensor]) -> str:
+def _untrained_widths(tensors: Mapping[str, torch.Tensor]) -> tuple[float, ...]:
     counts = {switched_key(name): int(t) for name, t in tensors.items() if name.endswith('num_batches_tracked')}
-    unseen = tuple(key_width(key) for key, count in counts.items() if key and not count)
-    if not unseen:
-        return ''
-    return (
-        f'The normalisations of {_listed(unseen)} have counted no batch: they come from a network of one width, or '
-        'were never trained.'
-    )
+    return tuple(key_width(key) for key, count in counts.items() if key and not count)
 
 
 def _listed(widths: tuple[float, ...]) -> str:

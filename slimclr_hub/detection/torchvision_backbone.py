@@ -19,10 +19,9 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from slimclr_hub.detection.pretrained import create_backbone, load_backbone
-from slimclr_hub.detection.widths import InputSlicedConv2d, run_widths, unwrapped
+from slimclr_hub.detection.widths import InputSlicedConv2d, WidthMixin, run_widths, unwrapped
 from slimclr_hub.errors import InputError
 from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
-from slimclr_hub.models.slimmable_resnet import WidthSwitch
 from slimclr_hub.weights.slices import leading
 
 _logger = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ _ANCHOR_OVER_STRIDE = 8
 _RATIOS = (0.5, 1.0, 2.0)
 
 
-class SlimmableBackboneWithFPN(nn.Module):
+class SlimmableBackboneWithFPN(WidthMixin, nn.Module):
     """Backbone of torchvision's detectors: feature maps of the active width under a pyramid that all widths share.
 
     Keys are those of torchvision's `BackboneWithFPN`: `body.layer1.0.conv1.weight`, `fpn.inner_blocks.0.0.weight`.
@@ -41,6 +40,8 @@ class SlimmableBackboneWithFPN(nn.Module):
         network: Network without a head (`num_classes=0`); each of its stages is a level.
         out_channels: Channels of every level of the pyramid.
     """
+
+    switched = 'body'
 
     def __init__(self, network: SlimmableResNet, out_channels: int = 256) -> None:
         super().__init__()
@@ -52,20 +53,6 @@ class SlimmableBackboneWithFPN(nn.Module):
         for block in self.fpn.inner_blocks:
             block[0] = _sliced(block[0])
         self.out_channels = out_channels
-
-    @property
-    def widths(self) -> tuple[float, ...]:
-        """Widths that the network holds, in descending order."""
-        return self.body.widths
-
-    @property
-    def width(self) -> float:
-        """Active width."""
-        return self.body.width
-
-    def set_width(self, width: float) -> WidthSwitch:
-        """Switch the active width; see `SlimmableResNet.set_width`."""
-        return self.body.set_width(width)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """[N, C, H, W] -> '0', '1', ... and 'pool', each with a map [N, out_channels, H / stride, W / stride]."""

@@ -32,6 +32,26 @@ class InputSlicedConv2d(nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
 
+class WidthMixin:
+    """Forward `widths`, `width` and `set_width` to a slimmable submodule, whose name is `switched`."""
+
+    switched: str
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """Widths that the network holds, in descending order."""
+        return getattr(self, self.switched).widths
+
+    @property
+    def width(self) -> float:
+        """Active width."""
+        return getattr(self, self.switched).width
+
+    def set_width(self, width: float) -> WidthSwitch:
+        """Switch the active width; as a context manager it switches back. See `models.SlimmableResNet.set_width`."""
+        return getattr(self, self.switched).set_width(width)
+
+
 def unwrapped(model: nn.Module) -> Any:
     """Return the model inside DistributedDataParallel, or the model itself."""
     return getattr(model, 'module', model)

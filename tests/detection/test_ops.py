@@ -222,9 +222,10 @@ def test_what_torchvision_cannot_do():
     with pytest.raises(InputError, match=r'offset=1.*mmcv==2\.1\.0'):
         ops.nms(*random_boxes(3, seed=0), 0.5, 1)
     x = torch.zeros(1)
+    options = dict(aligned_height=1, aligned_width=1, spatial_scale=1.0, sampling_ratio=0, pool_mode=0, aligned=True)
     for operator in (ops.roi_align_forward, ops.roi_align_backward):
         with pytest.raises(InputError, match=r"pool_mode='max'.*mmcv==2\.1\.0"):
-            operator(x, x, x, x, x, 1, 1, 1.0, 0, 0, True)
+            operator(x, x, x, x, x, **options)
 
 
 WITHOUT_COMPILED = """

@@ -104,29 +104,6 @@ def pad(x, channels):
     return torch.cat([x, x.new_zeros(x.shape[0], channels - x.shape[1], *x.shape[2:])], 1)
 
 
-@pytest.mark.parametrize('width', WIDTHS)
-def test_pyramid_equals_that_of_maps_filled_up_with_zeros(width):
-    backbone = make_backbone()
-    padded = padded_pyramid(backbone)
-    whole = [16, 32, 64]
-    maps = [torch.randn(2, int(c * width), s, s, dtype=torch.float64) for c, s in zip(whole, (12, 6, 3), strict=True)]
-    ours = [x.clone().requires_grad_() for x in maps]
-    theirs = [x.clone().requires_grad_() for x in maps]
-    out = backbone.fpn(OrderedDict(zip('012', ours, strict=True)))
-    expected = padded(OrderedDict((k, pad(x, c)) for k, x, c in zip('012', theirs, whole, strict=True)))
-    assert list(out) == list(expected) == ['0', '1', '2', 'pool']
-    for level, x in expected.items():
-        torch.testing.assert_close(out[level], x, rtol=1e-12, atol=1e-12)
-    weights = {level: torch.randn_like(x) for level, x in expected.items()}
-    sum((out[level] * w).sum() for level, w in weights.items()).backward()
-    sum((expected[level] * w).sum() for level, w in weights.items()).backward()
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-12)
-    gradients = dict(padded.named_parameters())
-    for name, parameter in backbone.fpn.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize('name', ['slimclr_resnet20', 'slimclr_resnet50'])
 @pytest.mark.parametrize('widths', [WIDTHS, (0.75, 0.5)])
 def test_maps_are_those_of_the_dense_network(name, widths):
@@ -194,7 +171,7 @@ def test_backbone_starts_from_weights(tmp_path, caplog):
 
 
 def test_wrong_network_or_weights(tmp_path):
-    with pytest.raises(InputError, match="'resnet50' is none of the slimmable networks here, slimclr_resnet50"):
+    with pytest.raises(InputError, match="name 'resnet50' is none of slimclr_resnet50"):
         slimmable_mask_rcnn(None, WIDTHS, 2, 'resnet50')
     with pytest.raises(InputError, match='does not exist'):
         slimmable_mask_rcnn(str(tmp_path / 'nothing.pth'), WIDTHS, 2, 'slimclr_resnet20')

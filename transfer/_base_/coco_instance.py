@@ -1,4 +1,4 @@
-"""COCO 2017 with masks, as MMDetection has it, in the folder that COCO_ROOT names."""
+"""MMDetection's COCO 2017 with masks, in the folder COCO_ROOT."""
 
 _base_ = 'mmdet::_base_/datasets/coco_instance.py'
 

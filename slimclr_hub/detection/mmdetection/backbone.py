@@ -12,17 +12,16 @@ from mmengine.registry import MODELS as ROOT_MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimclr_hub.detection.pretrained import create_backbone, load_backbone
-from slimclr_hub.detection.widths import InputSlicedConv2d
+from slimclr_hub.detection.widths import InputSlicedConv2d, WidthMixin
 from slimclr_hub.errors import InputError
 from slimclr_hub.models import DEFAULT_WIDTHS
-from slimclr_hub.models.slimmable_resnet import WidthSwitch
 
 # At the root, since mmcv builds layers, and looks there.
 ROOT_MODELS.register_module(module=InputSlicedConv2d)
 
 
 @MODELS.register_module()
-class SlimmableResNet(BaseModule):
+class SlimmableResNet(WidthMixin, BaseModule):
     """Backbone that returns the feature maps of the active width, as MMDetection's `ResNet` does of its one width.
 
     The network is `self.network`, so that a tensor is called `backbone.network.layer1.0.bn1.w050.weight`.
@@ -43,6 +42,8 @@ class SlimmableResNet(BaseModule):
     Raises:
         InputError: There is no such network, stage or width.
     """
+
+    switched = 'network'
 
     def __init__(
         self,
@@ -73,20 +74,6 @@ class SlimmableResNet(BaseModule):
         self.norm_eval = norm_eval
         for module in self._frozen():
             module.requires_grad_(False)
-
-    @property
-    def widths(self) -> tuple[float, ...]:
-        """Widths that the network holds, in descending order."""
-        return self.network.widths
-
-    @property
-    def width(self) -> float:
-        """Active width."""
-        return self.network.width
-
-    def set_width(self, width: float) -> WidthSwitch:
-        """Switch the active width; as a context manager it switches back. See `models.SlimmableResNet.set_width`."""
-        return self.network.set_width(width)
 
     def init_weights(self) -> None:
         """Load `weights` strictly and log what was loaded.

@@ -17,9 +17,8 @@ from torch import nn
 
 from slimclr_hub.detection.mmdetection.backbone import SlimmableResNet
 from slimclr_hub.detection.precision import width_name
-from slimclr_hub.detection.widths import run_widths
+from slimclr_hub.detection.widths import WidthMixin, run_widths
 from slimclr_hub.errors import InputError
-from slimclr_hub.models.slimmable_resnet import WidthSwitch
 
 
 def train_widths(
@@ -62,7 +61,7 @@ def train_widths(
     return {'loss': total, **terms}
 
 
-class SlimmableDetector(BaseDetector):
+class SlimmableDetector(WidthMixin, BaseDetector):
     """Base class of detectors with a slimmable backbone, whose neck and heads all widths share.
 
     Predictions are those of the active width.
@@ -75,6 +74,7 @@ class SlimmableDetector(BaseDetector):
         InputError: The backbone is not slimmable.
     """
 
+    switched = 'backbone'
     training_widths = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -84,24 +84,6 @@ class SlimmableDetector(BaseDetector):
                 f'the backbone of {type(self).__name__} is a {type(self.backbone).__name__} of one width; its type '
                 'must be SlimmableResNet'
             )
-
-    @property
-    def widths(self) -> tuple[float, ...]:
-        """Widths that the backbone holds, in descending order."""
-        return self.backbone.widths
-
-    @property
-    def width(self) -> float:
-        """Active width."""
-        return self.backbone.width
-
-    def set_width(self, width: float) -> WidthSwitch:
-        """Switch the active width; as a context manager it switches back.
-
-        Raises:
-            InputError: The network does not hold `width`.
-        """
-        return self.backbone.set_width(width)
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, torch.Tensor]:
         """Train all widths in one iteration; see `train_widths`."""
