@@ -79,7 +79,7 @@ def convert_detector(tensors: Tensors) -> dict[str, torch.Tensor]:
         raise InputError(f"not the authors' detector of MMDetection 0.6: {shorten(problems)}")
     return {
         **{NETWORK + name: tensor for name, tensor in network.items()},
-        **{_new_name(name): _reordered(name, parts[name]) for name in expected},
+        **{f'roi_head.{n}' if n.startswith(_ROI_HEADS) else n: _reordered(n, parts[n]) for n in expected},
     }
 
 
@@ -145,10 +145,6 @@ def _shapes(num_classes: int, has_masks: bool) -> dict[str, tuple[int, ...]]:
         layers |= {f'mask_head.convs.{i}.conv': (256, 256, 3, 3) for i in range(4)}
         layers |= {'mask_head.upsample': (256, 256, 2, 2), 'mask_head.conv_logits': (num_classes + 1, 256, 1, 1)}
     return {f'{name}.{leaf}': s if leaf == 'weight' else s[:1] for name, s in layers.items() for leaf in _LEAVES}
-
-
-def _new_name(name: str) -> str:
-    return f'roi_head.{name}' if name.startswith(_ROI_HEADS) else name
 
 
 def _reordered(name: str, tensor: torch.Tensor) -> torch.Tensor:

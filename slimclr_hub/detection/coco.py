@@ -12,7 +12,7 @@ FILES = (
     'train2017',
     'val2017',
 )
-"""What training and evaluation need, in the folder of COCO."""
+"""Files of training and evaluation in the folder of COCO."""
 
 _NAMES = (
     'person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, '

@@ -123,7 +123,10 @@ def examine(config: Path | None = None, data: Path | None = None, with_files: bo
         del packages['pkg_resources']
     gpus = _add_devices(packages['torch'])
     _add_operators(packages['mmcv'], packages['torchvision'])
-    _add_executable(packages['mim'])
+    if (mim := packages['mim']).state in ('ok', 'too old'):
+        path = shutil.which('mim', path=str(Path(sys.executable).parent)) or shutil.which('mim')
+        mim.state = mim.state if path else 'missing'
+        mim.notes.append(path or 'no command mim beside python or on PATH')
     report = Report(packages, gpus, config or CONFIG, {})
     if with_files and (config is None or report.installed):
         report.files = _files(config)
@@ -146,8 +149,8 @@ def _examine(module: str) -> Package:
     except Exception as error:  # mmdet asserts, compiled extensions raise OSError
         package.state, package.notes = 'broken', [_first_line(error)]
         return package
-    required = [r.specifier for r in _requirements() if r.name == DISTRIBUTIONS[module][0]]
-    minimum = [s.version for specifiers in required for s in specifiers if s.operator in ('==', '>=')]
+    specifiers = [s for r in _requirements() if r.name == DISTRIBUTIONS[module][0] for s in r.specifier]
+    minimum = [s.version for s in specifiers if s.operator in ('==', '>=')]
     if minimum and package.version and Version(package.version) < Version(minimum[0]):
         package.state, package.notes = 'too old', [f'{minimum[0]} or newer']
     return package
@@ -194,14 +197,6 @@ def _add_operators(mmcv: Package, torchvision: Package) -> None:
     else:
         mmcv.state = 'broken'
         mmcv.notes.append('ops: missing')
-
-
-def _add_executable(mim: Package) -> None:
-    if mim.state in ('missing', 'broken'):
-        return
-    path = shutil.which('mim', path=str(Path(sys.executable).parent)) or shutil.which('mim')
-    mim.state = mim.state if path else 'missing'
-    mim.notes.append(path or 'no command mim beside python or on PATH')
 
 
 def _files(config: Path | None) -> dict[Path, int]:

@@ -220,13 +220,12 @@ def _registries() -> 'Iterator[Registry]':
         yield from (value for value in vars(module).values() if isinstance(value, mmengine.registry.Registry))
 
 
-def _own_types() -> dict[str, type]:
-    """Return registered name -> class, for classes of this package and those that extend them."""
+def _own_types() -> dict[str, tuple[type, type | None]]:
+    """Return registered name -> class and its nearest stock base, for classes of this package and their subclasses."""
+    named = [item for registry in _registries() for item in registry.module_dict.items() if isinstance(item[1], type)]
+    stock = {cls for _, cls in named if not _is_own(cls)}
     return {
-        name: cls
-        for registry in _registries()
-        for name, cls in registry.module_dict.items()
-        if isinstance(cls, type) and _is_own(cls)
+        name: (cls, next((base for base in cls.__mro__ if base in stock), None)) for name, cls in named if _is_own(cls)
     }
 
 
@@ -234,25 +233,19 @@ def _is_own(cls: type) -> bool:
     return any(base.__module__.partition('.')[0] == _OWN for base in cls.__mro__)
 
 
-def _stock_type(cls: type) -> type | None:
-    """Return the nearest base of `cls` that a config can name."""
-    registered = {found for registry in _registries() for found in registry.module_dict.values()}
-    return next((base for base in cls.__mro__ if not _is_own(base) and base in registered), None)
-
-
 def _last(kind: object) -> str:
     """Return the name of a type without its module or scope."""
     return kind.rpartition('.')[2] if isinstance(kind, str) else ''
 
 
-def _stock(value: Any, own: Mapping[str, type]) -> Any:
+def _stock(value: Any, own: Mapping[str, tuple[type, type | None]]) -> Any:
     """Replace the types of this package in a part of a config by those that they extend."""
     if isinstance(value, list | tuple):
         return type(value)(part for item in value if (part := _stock(item, own)) is not _DROPPED)
     if not isinstance(value, dict):
         return value
-    if cls := own.get(_last(value.get('type'))):
-        stock = _stock_type(cls)
+    if found := own.get(_last(value.get('type'))):
+        cls, stock = found
         if stock is None:
             return _DROPPED
         qualified = '.' in value['type']

@@ -141,10 +141,11 @@ def evaluate_widths(
 
 def _instances(about: Mapping[str, torch.Tensor], masks: torch.Tensor) -> list[dict[str, Any]]:
     """Convert the instances of one image to COCO's annotations without ids."""
-    scores = about.get('scores', torch.ones(len(about['labels'])))
-    crowds = about.get('iscrowd', torch.zeros(len(about['labels']), dtype=torch.int64))
+    labels = about['labels']
+    scores, crowds = about.get('scores', torch.ones(len(labels))), about.get('iscrowd', torch.zeros_like(labels))
     boxes = about['boxes'].clone().float()
     boxes[:, 2:] -= boxes[:, :2]
+    columns = (column.tolist() for column in (boxes, labels, scores, crowds))
     return [
         {
             'bbox': box,
@@ -154,14 +155,7 @@ def _instances(about: Mapping[str, torch.Tensor], masks: torch.Tensor) -> list[d
             'segmentation': (code := coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))),
             'area': float(coco_mask.area(code)),
         }
-        for box, label, score, crowd, mask in zip(
-            boxes.tolist(),
-            about['labels'].tolist(),
-            scores.tolist(),
-            crowds.tolist(),
-            masks.cpu().numpy(),
-            strict=True,
-        )
+        for box, label, score, crowd, mask in zip(*columns, masks.cpu().numpy(), strict=True)
     ]
 
 
@@ -184,10 +178,8 @@ def _precision(truth: Mapping[int, Any], found: Mapping[int, Any]) -> dict[str, 
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-            values = (float(value) for value in evaluation.stats)
-            # COCO reports -1 if there is nothing to find.
-            numbers = (float('nan') if value < 0 else value for value in values)
-            precision |= {f'{kind}/{name}': value for name, value in zip(METRICS, numbers, strict=False)}
+            for metric, value in zip(METRICS, evaluation.stats, strict=False):
+                precision[f'{kind}/{metric}'] = float(value) if value >= 0 else float('nan')  # -1: nothing to find
     return precision
 
 

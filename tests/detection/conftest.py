@@ -1,3 +1,3 @@
-"""Before any test imports parts of MMDetection: the operators that mmcv-lite has not."""
+"""Install the operators that mmcv-lite lacks before any test imports MMDetection."""
 
 import slimclr_hub.detection.mmdetection  # noqa: F401

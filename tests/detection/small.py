@@ -1,4 +1,4 @@
-"""A detector small enough for tests: a slimmable ResNet-20 of three stages under narrow heads, on random images."""
+"""A small detector for tests: a slimmable ResNet-20 with narrow heads, on random images."""
 
 import copy
 from typing import Any
@@ -22,7 +22,7 @@ DefaultScope.get_instance('tests', scope_name='mmdet')
 
 
 def config(**changes: Any) -> ConfigDict:
-    """Configuration of a Mask R-CNN of one class whose samplers take everything."""
+    """Return the config of a Mask R-CNN of one class whose samplers take every region."""
     assigner = dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0.2, ignore_iof_thr=-1)
     sampler = dict(type='RandomSampler', num=_ALL, pos_fraction=0.5, neg_pos_ub=-1)
     proposals = dict(nms_pre=60, max_per_img=20, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0)
@@ -87,7 +87,7 @@ def config(**changes: Any) -> ConfigDict:
 
 
 def detector(seed: int = 0, **changes: Any) -> Any:
-    """The detector, with normalisations that differ between widths and no random weights that are zero."""
+    """Build the detector with normalisations that differ between widths."""
     torch.manual_seed(seed)
     model = MODELS.build(config(**changes))
     model.init_weights()
@@ -96,7 +96,7 @@ def detector(seed: int = 0, **changes: Any) -> Any:
 
 
 def batch(count: int = 2, seed: int = 0, size: int = SIZE) -> dict[str, Any]:
-    """Images with a square or two, as the data loader gives them."""
+    """Return images with one or two squares, in the form of the data loader."""
     generator = torch.Generator().manual_seed(seed)
     images, samples = [], []
     for i in range(count):
@@ -118,7 +118,7 @@ def batch(count: int = 2, seed: int = 0, size: int = SIZE) -> dict[str, Any]:
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
-    """A copy of every parameter's gradient, zeros where it has none."""
+    """Copy every parameter's gradient, zeros if it has none."""
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for name, p in model.named_parameters()
@@ -127,7 +127,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 
 
 def width_gradients(model: Any, data: dict[str, Any], width: float) -> dict[str, torch.Tensor]:
-    """Gradients of one width's losses alone, by MMDetection's own forward."""
+    """Return the gradients of one width's losses by MMDetection's own forward."""
     model.zero_grad()
     with model.set_width(width):
         losses = model(**model.data_preprocessor(data, True), mode='loss')

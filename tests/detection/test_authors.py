@@ -1,4 +1,4 @@
-"""The authors' Mask R-CNN as they published it, converted, in MMDetection 3: their numbers, for the same classes."""
+"""The authors' Mask R-CNN, converted for MMDetection 3: equal features, boxes and masks for the same classes."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ LAYERS = {
 
 @pytest.fixture(scope='module')
 def theirs():
-    """State dict of the authors' detector, by the formula."""
+    """State dict of the authors' detector with values by the formula."""
     tensors = mask_rcnn(Formula())
     for layer, shape in LAYERS.items():
         for leaf, size in ('weight', shape), ('bias', shape[:1]):
@@ -76,7 +76,7 @@ def layer(theirs, name, x, apply=F.linear):
 @torch.inference_mode()
 @pytest.mark.parametrize('width', DEFAULT_WIDTHS)
 def test_authors_numbers(detector, width):
-    """Recorded from their implementation: features of the backbone at each width."""
+    """The backbone gives the features recorded from their implementation at each width."""
     with detector.set_width(width):
         features = detector.backbone(image('input', 2))[-1].mean((2, 3))
     assert_close(features, FORWARD[f'backbone/pooled/{width}'])
@@ -84,7 +84,7 @@ def test_authors_numbers(detector, width):
 
 @torch.inference_mode()
 def test_classes(detector, theirs):
-    """Scores, boxes and masks of class i are those of their class i + 1, the background comes last."""
+    """Scores, boxes and masks of class i equal those of their class i + 1; the background comes last."""
     x = torch.rand(5, 1024)
     scores, boxes = (layer(theirs, f'bbox_head.{name}', x) for name in ('fc_cls', 'fc_reg'))
     head = detector.roi_head.bbox_head
@@ -99,7 +99,7 @@ def test_classes(detector, theirs):
 
 @torch.inference_mode()
 def test_everything_else_stays(detector, theirs):
-    """Pyramid, proposals, shared layers and masks up to the classes are the tensors that they were."""
+    """Pyramid, proposals, shared layers and masks below the classes keep their tensors."""
     found = detector.state_dict()
     for name in LAYERS:
         if name.rpartition('.')[2] in ('fc_cls', 'fc_reg', 'conv_logits'):
@@ -120,7 +120,7 @@ def test_without_module(theirs, ours):
 
 
 def test_faster_rcnn_of_other_classes(theirs):
-    """No masks, and five classes."""
+    """A detector without masks and with five classes converts, too."""
     rows = {'fc_cls': 6, 'fc_reg': 24}
     parts = {name: value for name, value in theirs.items() if '.mask_head.' not in name}
     tensors = {name: value[: rows[k]] if (k := name.split('.')[-2]) in rows else value for name, value in parts.items()}
@@ -132,7 +132,7 @@ def test_faster_rcnn_of_other_classes(theirs):
     assert {name: value.shape for name, value in converted.items()} == expected
 
 
-# What does not fit
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_command(theirs, ours, tmp_path):
 
 
 def test_command_with_another_target(theirs, ours, tmp_path):
-    """A file for timm has the backbone alone, as ever; and what is no detector is not made one."""
+    """A file for timm holds the backbone alone, and a backbone alone is not converted to a detector."""
     source = write(theirs, tmp_path / 'theirs.pth', MASK_RCNN)
     assert run('convert', source, tmp_path / 'backbone.safetensors').exit_code == 0
     torch.save({'state_dict': ours}, tmp_path / 'ours.pth')  # as does the detector in our names

@@ -145,11 +145,6 @@ def test_wrong_arguments(kwargs, message):
         SlimmableResNet(**{'name': 'slimclr_resnet20', 'out_indices': (0,), **kwargs})
 
 
-def test_wrong_width():
-    with pytest.raises(InputError, match=r'width 0\.6 is not one of'):
-        make().set_width(0.6)
-
-
 def test_weights_of_another_network(tmp_path):
     about = {'size': 32, 'mean': (0.5,) * 3, 'std': (0.25,) * 3, 'crop_pct': 1.0}
     save_folder(timm.create_model('slimclr_resnet20', num_classes=0), tmp_path / 'small', **about, card='')

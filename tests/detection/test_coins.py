@@ -1,4 +1,4 @@
-"""The coins: what is annotated is round and bright, no coin is in both splits, and the files are whole."""
+"""The coins: annotations are round and bright, no coin is in both splits, and files are written atomically."""
 
 import json
 import multiprocessing
@@ -38,7 +38,7 @@ def masks():
 
 @pytest.fixture(scope='module', params=['train', 'val'])
 def split(request, folder):
-    """Name, annotations as COCO's own reader sees them, and images by id."""
+    """Name, annotations read by pycocotools, and images by id."""
     coco = COCO(str(folder / 'annotations' / f'{request.param}.json'))
     return request.param, coco, images(folder, request.param, coco)
 
@@ -48,7 +48,7 @@ def images(folder, name, coco):
 
 
 def place(crop):
-    """Left, top, right and bottom of the one place in the picture that looks like this."""
+    """Find left, top, right and bottom of a crop, which occurs once in the picture."""
     picture = data.coins()
     height, width = crop.shape
     rows = np.lib.stride_tricks.sliding_window_view(picture, width, axis=1)
@@ -131,7 +131,7 @@ def test_every_coin_that_shows_is_annotated_and_at_least_half(folder, masks):
 
 
 def test_training_shows_nothing_of_validation(folder, masks):
-    """By the pixels in the files: where in the picture each crop is from."""
+    """The crops' pixels show which part of the picture each split covers."""
     seen = {}
     for name in IMAGES:
         seen[name] = np.zeros(data.coins().shape, dtype=bool)

@@ -1,4 +1,4 @@
-"""Every configuration of `transfer/`: its values, and steps on small images."""
+"""The configs of `transfer/`: values, and steps on small images."""
 
 import copy
 from functools import cache
@@ -36,12 +36,12 @@ def test_configurations_are_found():
     assert len(CONFIGS) == 8
 
 
-# What is left out changes a schedule or a source of weights; the coins train by the real command.
+# The other configs change a schedule or a source of weights; the coins train by the real command.
 @pytest.mark.parametrize(
     'name', ['mask_rcnn_slim', 'mask_rcnn_slim_w050', 'mask_rcnn_slim_reference', 'faster_rcnn_slim', 'retinanet_slim']
 )
 def test_takes_a_step_at_every_width(name):
-    """With fewer regions to keep it short; everything else as it stands."""
+    """One step with few regions, everything else as in the config."""
     config = read(name)
     if 'roi_head' in config.model:
         config.model.train_cfg.rpn_proposal.update(nms_pre=50, max_per_img=20)

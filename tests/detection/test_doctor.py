@@ -11,26 +11,14 @@ import pytest
 import torch
 
 from slimclr_hub import cli
-from slimclr_hub.detection.doctor import EXTRA, FORK, Package, Report
+from slimclr_hub.detection.doctor import DISTRIBUTIONS, EXTRA, FORK, Package, Report
 from tests.hub.files import ROOT, Ended
-
-DISTRIBUTIONS = {
-    'torch': 'torch',
-    'torchvision': 'torchvision',
-    'timm': 'timm',
-    'mmengine': 'mmengine',
-    'mmcv': 'mmcv-lite',
-    'mmdet': 'mmdet',
-    'mim': 'openmim',
-    'accelerate': 'accelerate',
-    'pkg_resources': 'setuptools',
-}
 
 ALONE = "torchvision's Mask R-CNN needs torch, torchvision and timm alone; they are ok.\n"
 
 
 def doctor(*arguments: object, path: Path | None = None, cwd: Path | None = None) -> Ended:
-    """The command in a process, which finds packages in `path` before those that are installed."""
+    """Run the command in a process that finds packages in `path` before the installed ones."""
     environment = {name: value for name, value in os.environ.items() if name != 'COCO_ROOT'}
     found = [str(path)] if path else []
     environment['PYTHONPATH'] = os.pathsep.join([*found, str(ROOT)])
@@ -40,13 +28,13 @@ def doctor(*arguments: object, path: Path | None = None, cwd: Path | None = None
 
 
 def row(out: str, name: str) -> list[str]:
-    """The cells of the line of a package, those that are not empty."""
+    """Return the cells of a package's row that are not empty."""
     (line,) = (line for line in out.splitlines() if line.startswith(f'  {name} '))
     return re.split(r'  +', line.strip())
 
 
 def coco(folder: Path, without: str = '') -> Path:
-    """A folder as COCO is unpacked, with three images for training and two for validation."""
+    """Create the folder of COCO with three images for training and two for validation."""
     for name, count in {'train2017': 3, 'val2017': 2}.items():
         (folder / name).mkdir(parents=True)
         for i in range(count):
@@ -59,7 +47,7 @@ def coco(folder: Path, without: str = '') -> Path:
 
 
 def install(site: Path, module: str, distribution: str, version: str, text: str = '') -> None:
-    """A package as pip leaves it: the module, and what says of which distribution it is."""
+    """Create a package as pip installs it: the module, and metadata of its distribution."""
     (site / module).mkdir(parents=True)
     (site / module / '__init__.py').write_text(text)
     about = site / f'{distribution.replace("-", "_")}-{version}.dist-info'
@@ -71,7 +59,7 @@ def test_here(tmp_path):
     """Everything is installed; COCO, which the default config needs, is missing."""
     ended = doctor(cwd=tmp_path)
     assert (ended.status, ended.err) == (1, '')
-    for name, distribution in DISTRIBUTIONS.items():
+    for name, (distribution, *_) in DISTRIBUTIONS.items():
         assert row(ended.out, name)[1:4] == [metadata.version(distribution), 'ok', distribution]
     assert row(ended.out, 'mmcv')[-1] == 'ops: torchvision (fallback)'
     assert row(ended.out, 'mim')[-1] == str(Path(sys.executable).parent / 'mim')
@@ -89,7 +77,7 @@ def test_here(tmp_path):
 
 
 def install_fork(site: Path, mmengine: str) -> None:
-    """Stands in for the maintained fork: its names, and versions of it."""
+    """Create packages with names and versions of the maintained fork."""
     install(site, 'mmengine', 'onedl-mmengine', mmengine)
     install(site, 'mmcv', 'onedl-mmcv', '2.3.6')
     install(site, 'mmdet', 'onedl-mmdetection', '3.5.1')
@@ -97,7 +85,7 @@ def install_fork(site: Path, mmengine: str) -> None:
 
 
 def test_the_fork(tmp_path):
-    """It is what Python would import, though upstream's is installed, too; it has compiled operators."""
+    """Python would import the fork, with compiled operators, though upstream's is installed, too."""
     install_fork(tmp_path, mmengine='0.10.12')
     (tmp_path / 'mmcv' / '_ext.py').touch()
     ended = doctor('--data', coco(tmp_path / 'coco'), path=tmp_path)
@@ -112,7 +100,7 @@ def test_the_fork(tmp_path):
 
 
 def test_too_old_and_broken(tmp_path):
-    """As when operators were compiled for another torch, and when mmdet asserts that versions fit."""
+    """Operators compiled for another torch and a failed assertion of mmdet are reported by their first line."""
     install_fork(tmp_path, mmengine='0.10.6')
     (tmp_path / 'mmcv' / '_ext.py').write_text("raise ImportError('_ext.so: undefined symbol: _ZN3c10\\nmore')")
     (tmp_path / 'mmdet' / '__init__.py').write_text("raise AssertionError('MMCV==9 is used but incompatible.')")
@@ -198,7 +186,7 @@ def test_missing_file_or_empty_folder(command, tmp_path, missing):
 
 
 def test_files_are_those_of_the_config(command, monkeypatch, tmp_path):
-    """Boxes need COCO as masks do; the coins are written when training starts; a data set of one's own is its own."""
+    """Boxes need COCO as masks do, the coins need nothing, and a data set of one's own needs its own files."""
     monkeypatch.delenv('COCO_ROOT')
     monkeypatch.chdir(tmp_path)
     ended = command('--config', ROOT / 'transfer' / 'faster_rcnn_slim.py')
@@ -218,7 +206,7 @@ def test_files_are_those_of_the_config(command, monkeypatch, tmp_path):
 
 
 def test_linking_operators_needs_no_data(monkeypatch, tmp_path, command):
-    """`mim test` of the coins wants no COCO."""
+    """`mim test` of the coins needs no COCO."""
     monkeypatch.setenv('COCO_ROOT', str(tmp_path / 'nothing'))
     monkeypatch.setattr('slimclr_hub.detection.ops.linked_ops', lambda: tmp_path / '_ext.py')
     ended = command('--link-ops')
@@ -232,7 +220,7 @@ def test_no_such_config(command):
 
 
 def test_several_gpus():
-    """No machine is needed to tell the command."""
+    """The command is told without GPUs."""
     packages = {name: Package(name) for name in ('mmdet', 'mmcv', 'torch', 'torchvision', 'timm')}
     found = [line for line in Report(packages, 8, Path('a.py'), {}).lines() if 'mim train' in line]
     single = 'To fine-tune with MMDetection: mim train mmdet a.py'

@@ -1,4 +1,4 @@
-"""One width of a trained detector, taken away by the command and opened by MMDetection alone: the same predictions."""
+"""One width of a trained detector, extracted by the command and opened by MMDetection alone: equal predictions."""
 
 import copy
 import re
@@ -24,42 +24,23 @@ from slimclr_hub.detection.extract import (
 )
 from slimclr_hub.detection.ops import install_ops, linked_ops
 from slimclr_hub.errors import InputError
+from tests.hub.files import ROOT
 from tests.networks import randomise_batchnorm
 
-STOCK = {
-    'MaskRCNN': 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
-    'FasterRCNN': 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
-    'RetinaNet': 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
-}
+CONFIGS = {'MaskRCNN': 'mask_rcnn_slim_coins', 'FasterRCNN': 'faster_rcnn_slim', 'RetinaNet': 'retinanet_slim'}
 CLASSES = ('penny', 'groat', 'florin')
 
 
 def config(kind='MaskRCNN', **backbone):
-    """A training of narrow heads, with all that this package adds to a config."""
-    cfg = get_config(STOCK[kind])
-    model, narrow = cfg.model, 32
-    model.type = f'Slimmable{kind}'
-    model.backbone = {'type': 'SlimmableResNet', 'weights': 'slimclr_resnet50.mocov2_800e_in1k', **backbone}
-    model.neck.update(type='SlimmableFPN', out_channels=narrow)
-    if kind == 'RetinaNet':
-        model.bbox_head.update(in_channels=narrow, feat_channels=narrow, stacked_convs=1, num_classes=len(CLASSES))
-    else:
-        model.rpn_head.update(in_channels=narrow, feat_channels=narrow)
-        heads, test = model.roi_head, model.test_cfg
-        heads.bbox_roi_extractor.out_channels = narrow
-        heads.bbox_head.update(in_channels=narrow, fc_out_channels=64, num_classes=len(CLASSES))
-        test.rpn.update(nms_pre=100, max_per_img=50)
-        test.rcnn.update(score_thr=0.01, max_per_img=100)
+    """Return the config of a training with everything that this package adds to one."""
+    cfg = Config.fromfile(ROOT / 'transfer' / f'{CONFIGS[kind]}.py')
+    cfg.model.backbone.update(backbone)
     if kind == 'MaskRCNN':
-        heads.mask_roi_extractor.out_channels = narrow
-        heads.mask_head.update(in_channels=narrow, conv_out_channels=narrow, num_convs=1, num_classes=len(CLASSES))
-    cfg.custom_imports = {'imports': ['slimclr_hub.detection.mmdetection'], 'allow_failed_imports': False}
-    cfg.val_cfg, cfg.test_cfg = {'type': 'SlimmableValLoop', 'widths': [0.5]}, {'type': 'SlimmableTestLoop'}
-    cfg.custom_hooks = [{'type': 'WidthReportHook'}, {'type': 'NumClassCheckHook'}, {'type': 'CheckpointGuardHook'}]
-    cfg.model_wrapper_cfg = {'type': 'SlimmableDistributedDataParallel'}
-    cfg.train_dataloader.dataset = {'type': 'RepeatDataset', 'times': 4, 'dataset': cfg.train_dataloader.dataset}
-    cfg.train_dataloader.dataset.dataset.type = 'CocoFolder'
-    cfg.val_dataloader.dataset.type = 'CoinsFolder'
+        heads = cfg.model.roi_head
+        heads.bbox_head.num_classes = heads.mask_head.num_classes = len(CLASSES)
+        cfg.model.test_cfg.rcnn.score_thr = 0.01
+        cfg.train_dataloader.dataset.dataset.type = 'CocoFolder'
+    cfg.val_cfg.widths = [0.5]
     cfg.work_dir, cfg.load_from, cfg.resume = 'work_dirs/first', 'start.pth', True
     return cfg
 
@@ -70,7 +51,7 @@ def build(cfg):
 
 
 def trained(cfg):
-    """A detector as after training: its normalisations have statistics of their own at every width."""
+    """Build a detector whose normalisations have their own statistics at every width, as after training."""
     torch.manual_seed(0)
     model = build(cfg)
     randomise_batchnorm(model)
@@ -82,7 +63,7 @@ def trained(cfg):
 
 
 def save(model, text, path):
-    """What mmengine's runner writes: its log and the state of the optimizer, too."""
+    """Write a checkpoint like mmengine's runner, with its log and the state of the optimizer."""
     about = {'epoch': 12, 'iter': 96, 'cfg': text, 'dataset_meta': {'classes': CLASSES}}
     log = HistoryBuffer([1.0, 0.5], [1, 1])
     content = {'meta': about, 'state_dict': model.state_dict(), 'message_hub': {'log_scalars': {'train/loss': log}}}
@@ -98,7 +79,7 @@ def mask_rcnn():
 
 @pytest.fixture(scope='module')
 def text(mask_rcnn):
-    """Of the config, as mmengine keeps it in checkpoints."""
+    """The config's text, as mmengine keeps it in checkpoints."""
     return mask_rcnn[0].pretty_text
 
 
@@ -188,7 +169,7 @@ def test_predictions_of_mmdetection_alone(mask_rcnn, checkpoint, tmp_path):
 @pytest.mark.parametrize('width', [0.75, 0.25])
 @pytest.mark.parametrize(('kind', 'backbone'), [('FasterRCNN', {'widths': (1.0, 0.75, 0.25)}), ('RetinaNet', {})])
 def test_other_detectors(kind, backbone, width):
-    """RetinaNet has a level of the pyramid that is made of the backbone's last map."""
+    """RetinaNet derives a level of the pyramid from the backbone's last map."""
     cfg = config(kind, **backbone)
     model = trained(cfg)
     dense = build(dense_config(cfg, width))
@@ -204,7 +185,7 @@ def test_other_detectors(kind, backbone, width):
 @pytest.mark.parametrize('in_channels', [[128, 256, 512, 1024], [256, 512, 1024, 2048]])
 @pytest.mark.parametrize('width', [0.5, 0.25])
 def test_largest_width_below_one(in_channels, width):
-    """A neck as wide as the largest width, as in `mask_rcnn_slim_w050.py`, or as width 1.0 would need it."""
+    """A neck may have the inputs of the largest width, as in `mask_rcnn_slim_w050.py`, or those of width 1.0."""
     cfg = config('FasterRCNN', widths=(0.5, 0.25))
     cfg.model.neck.in_channels = in_channels
     model = trained(cfg)
@@ -239,10 +220,10 @@ def test_config():
         'norm_cfg': {'type': 'BN', 'requires_grad': True},
         'style': 'pytorch',
     }
-    assert dense.model.neck == {'type': 'FPN', 'in_channels': [64, 128, 256, 512], 'out_channels': 32, 'num_outs': 5}
+    assert dense.model.neck == {'type': 'FPN', 'in_channels': [64, 128, 256, 512], 'out_channels': 64, 'num_outs': 5}
     assert dense.val_cfg == {'type': 'ValLoop'}
     assert dense.test_cfg == {'type': 'TestLoop'}
-    assert dense.custom_hooks == [{'type': 'NumClassCheckHook'}]
+    assert dense.custom_hooks == [{'type': 'SyncBuffersHook'}]  # mmengine's own
     assert dense.custom_imports.imports == ['other.module']
     assert 'model_wrapper_cfg' not in dense
     assert not {'work_dir', 'load_from', 'resume'} & dense.keys()
@@ -257,7 +238,7 @@ def test_config():
 
 def test_config_of_another_detector(mask_rcnn):
     with pytest.raises(InputError, match='type ResNet, not SlimmableResNet'):
-        dense_config(get_config(STOCK['MaskRCNN']), 0.5)
+        dense_config(get_config('mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'), 0.5)
     for width in 0.3, 2:
         with pytest.raises(InputError, match=rf'width {width} is not one of .*1\.0, 0\.75, 0\.5, 0\.25'):
             dense_config(mask_rcnn[0], width)
@@ -313,8 +294,8 @@ def test_extraction_that_cannot_be(checkpoint, tmp_path, target, options, words)
         ('', 'x = (\n', 'holds more than values'),
         ("type='StandardRoIHead'", "type='builtins.print'", 'names builtins.print, which MMDetection does not'),
         ("type='StandardRoIHead'", "type='NoSuchHead'", 'builds no detector: '),
-        ('fc_out_channels=64', 'fc_out_channels=65', 'roi_head.bbox_head.fc_cls.weight has shape [4, 64], not [4, 65]'),
-        ('num_convs=1', 'num_convs=2', 'roi_head.mask_head.convs.1.conv.weight is missing'),
+        ('fc_out_channels=256', 'fc_out_channels=9', 'roi_head.bbox_head.fc_cls.weight has shape [4, 256], not [4, 9]'),
+        ('num_convs=2', 'num_convs=3', 'roi_head.mask_head.convs.2.conv.weight is missing'),
     ],
 )
 def test_configs_that_do_not_fit(mask_rcnn, text, tmp_path, capfd, old, new, words):

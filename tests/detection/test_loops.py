@@ -1,14 +1,12 @@
-"""Evaluation by width, the report, and what guards checkpoints: a small detector on the coins, by mmengine's runner."""
+"""Evaluation by width, its report and the guard of checkpoints: a small detector on the coins in mmengine's runner."""
 
 import json
 import re
-import sys
 
 import pytest
 import timm
 import torch
 from mmdet.registry import DATASETS
-from mmengine.config import Config
 from mmengine.runner import Runner
 from PIL import Image
 
@@ -16,7 +14,6 @@ from slimclr_hub.detection.coins import write_coins
 from slimclr_hub.detection.precision import History, by_width, draw_history, precision_table
 from slimclr_hub.errors import InputError
 from tests.detection.small import MODELS, config, detector
-from tests.hub.files import ROOT
 
 PIPELINE = [
     dict(type='LoadImageFromFile'),
@@ -95,7 +92,7 @@ def test_every_width_is_evaluated(coins, tmp_path, capfd):
 
 
 def test_predictions_are_those_of_the_width(coins, tmp_path):
-    """Each width's file holds what the extracted dense width finds; the prefix is the user's again afterwards."""
+    """Each width's file holds that width's predictions, and the prefix is restored afterwards."""
     prefix = str(tmp_path / 'found')
     metric = dict(
         type='CocoMetric',
@@ -125,7 +122,7 @@ def test_chosen_widths(coins, tmp_path, widths):
 
 
 def test_files_of_mim_test_are_of_one_width_each(coins, tmp_path):
-    """What its options --out and --show-dir add."""
+    """The options --out and --show-dir give each width its own files."""
     test = runner(
         coins,
         tmp_path,
@@ -145,7 +142,7 @@ def test_files_of_mim_test_are_of_one_width_each(coins, tmp_path):
 
 
 def test_classes_are_known_without_data(tmp_path):
-    """As `init_detector` asks for them, where there is no COCO and no coins are to be written."""
+    """`init_detector` asks for classes where there is no COCO, and must not write the coins."""
     for kind, classes in ('CocoFolder', 80), ('CoinsFolder', 1):
         about = dict(data_root=str(tmp_path / 'no'), ann_file='a.json', data_prefix=dict(img='i'), lazy_init=True)
         assert len(DATASETS.build(dict(type=kind, **about)).metainfo['classes']) == classes
@@ -155,21 +152,6 @@ def test_classes_are_known_without_data(tmp_path):
         DATASETS.build(
             dict(type='CoinsFolder', data_root=str(tmp_path / 'part'), ann_file='a.json', data_prefix=dict(img='i'))
         )
-
-
-def test_no_coco(tmp_path, monkeypatch, capsys):
-    """One line, also where MMDetection's scripts catch nothing."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv('COCO_ROOT', raising=False)
-    settings = Config.fromfile(ROOT / 'transfer' / 'mask_rcnn_slim.py').train_dataloader.dataset
-    with pytest.raises(InputError) as raised:
-        DATASETS.build(settings)
-    sys.excepthook(raised.type, raised.value, raised.tb)
-    error = capsys.readouterr().err
-    assert error.startswith(
-        'Error: no annotations/instances_train2017.json and no train2017/ in data/coco; set COCO_ROOT '
-    )
-    assert error.count('\n') == 1
 
 
 def test_wrong_width(coins, tmp_path):

@@ -49,7 +49,7 @@ def mim(place, command, config, *arguments, status=0, **environment):
 
 
 def test_missing_coco_is_the_last_line(tmp_path):
-    """Neither below mim's traceback nor above a log: a user finds the remedy at the end."""
+    """The remedy is the last line, neither above mim's traceback nor above a log."""
     printed = mim(tmp_path, 'train', CONFIGS / 'faster_rcnn_slim.py', status=1)
     missing = r'no annotations/instances_train2017\.json and no train2017/ in data/coco'
     assert re.search(rf'\nError: {missing}; set COCO_ROOT .*\n\s*Aborted!\n$', printed), printed[-3000:]
@@ -63,7 +63,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def trained(place):
-    """What the first of two epochs printed; afterwards the run goes on to the second."""
+    """Train the first of two epochs, and return what mim printed."""
     return mim(place, 'train', COINS, '--cfg-options', *SMALL, 'train_cfg.max_epochs=1')
 
 
@@ -126,7 +126,7 @@ def test_resumes(resumed, run):
 
 @pytest.fixture(scope='module')
 def linked(tmp_path_factory):
-    """An mmcv-lite of these tests' own, with operators linked into it by the command."""
+    """Copy mmcv-lite and link operators into it by the command."""
     folder = tmp_path_factory.mktemp('linked')
     shutil.copytree(Path(mmcv.__file__).parent, folder / 'mmcv')
     environment = {'PYTHONPATH': f'{folder}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'}

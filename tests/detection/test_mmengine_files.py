@@ -1,4 +1,4 @@
-"""Checkpoints of a real runner of mmengine, under torch's check of what a file may contain."""
+"""Checkpoints of a real runner of mmengine under torch's check of their content."""
 
 import importlib
 import json
@@ -84,14 +84,14 @@ def told(done):
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """The folder of a run of two epochs, and what the run said."""
+    """The folder of a run of two epochs, and what the run printed."""
     folder = tmp_path_factory.mktemp('runner')
     return folder, told(run(folder, 2))
 
 
 @pytest.fixture
 def allowed(nothing_allowed):
-    """The allowed classes of this process are mmengine's and no others."""
+    """Allow mmengine's classes and no others in this process."""
     allow_mmengine_checkpoints()
 
 
@@ -147,7 +147,7 @@ def test_a_file_written_with_the_other_numpy(trained, allowed, tmp_path):
 
 
 class Call:
-    """Is written as a call of a function, and read as its result."""
+    """Object that is pickled as a call of a function."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments

@@ -1,4 +1,4 @@
-"""The pyramid that slices is the one that fills up with zeros, and the stock one at full width."""
+"""The pyramid that slices equals the stock one on maps padded with zeros."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_slicing_equals_filling_up_with_zeros(options, width):
 
 
 def test_initial_weights_are_distributed_as_the_stock_ones():
-    """Xavier's rule looks for convolutions by their class."""
+    """Xavier's rule finds convolutions by their class."""
     ours = SlimmableFPN(CHANNELS, 8, num_outs=5)
     ours.init_weights()
     for conv, channels in zip(ours.lateral_convs, CHANNELS, strict=True):

@@ -50,7 +50,7 @@ def iou(a, b):
 
 
 def greedy(boxes, scores, threshold, groups=None):
-    """Indices of boxes that no kept box of the same group with a higher score overlaps by more than the threshold."""
+    """Return indices of boxes that no better kept box of the same group overlaps by more than the threshold."""
     boxes, scores = boxes.tolist(), scores.tolist()
     groups = [0] * len(boxes) if groups is None else groups.tolist()
     kept: list[int] = []
@@ -93,13 +93,13 @@ def test_batched_nms_as_mmdet_calls_it(mmcv_ops, split):
 
 
 def test_an_iou_of_the_threshold_keeps_both(mmcv_ops):
-    """The compiled operator compares in float32, in which 3/10 is not greater than 0.3; in float64 it would be."""
+    """The compiled operator compares in float32, where 3/10 is not greater than 0.3; in float64 it would be."""
     boxes = torch.tensor([[0.0, 0, 10, 1], [7, 0, 10, 1]])
     assert mmcv_ops.nms(boxes, torch.tensor([0.9, 0.8]), 0.3)[1].tolist() == [0, 1]
 
 
 def bilinear(x, y, height, width):
-    """{(row, column): weight} of a point, which counts for nothing further than one pixel outside."""
+    """Return {(row, column): weight} of a point; beyond one pixel outside it counts for nothing."""
     if not (-1 <= y <= height and -1 <= x <= width):
         return {}
     x, y = min(max(x, 0), width - 1), min(max(y, 0), height - 1)
@@ -113,7 +113,7 @@ def bilinear(x, y, height, width):
 
 
 def roi_weights(roi, height, width, cells, sampling_ratio, aligned):
-    """(cell's row, cell's column, row, column, weight) for every pixel that a mean of the region has a share of."""
+    """Yield (cell's row, cell's column, row, column, weight) for every pixel in a mean of the region."""
     shift = 0.5 if aligned else 0.0
     x1, y1, x2, y2 = (SCALE * side - shift for side in roi)
     extent_x, extent_y = x2 - x1, y2 - y1
@@ -163,7 +163,7 @@ def test_roi_align_without_regions(mmcv_ops):
 
 
 def pooled(extension, x, rois, gradient, sampling_ratio, aligned):
-    """Output and gradient of an extension's RoIAlign, by the calls of mmcv.ops.roi_align."""
+    """Return output and gradient of an extension's RoIAlign by the calls of mmcv.ops.roi_align."""
     options = dict(
         aligned_height=gradient.shape[2],
         aligned_width=gradient.shape[3],
@@ -180,7 +180,7 @@ def pooled(extension, x, rois, gradient, sampling_ratio, aligned):
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_roi_align_in_mixed_precision(dtype):
-    """Half a precision in and out, float32 between."""
+    """Input and output have half precision, the computation float32."""
     torch.manual_seed(0)
     arguments = [torch.randn(SIZE).to(dtype), torch.tensor(ROIS).to(dtype), torch.randn(len(ROIS), 3, 2, 2).to(dtype)]
     for result, wide in zip(
@@ -284,7 +284,7 @@ def test_mmdet_without_compiled_operators():
 
 
 def test_operators_compiled_for_another_torch(tmp_path):
-    """A file that does not load is said, and torchvision stands in."""
+    """A file that does not load is reported, and torchvision stands in."""
     suffix = '.abi3.so' if sys.platform != 'win32' else '.pyd'
     (tmp_path / f'_ext{suffix}').write_bytes(b'of another torch')
     code = (

@@ -33,7 +33,7 @@ def images():
 
 @torch.inference_mode()
 def assert_equal_maps(network, expected):
-    """The feature maps of the stem and every stage, at every width that the network holds."""
+    """Compare the maps of the stem and of every stage at every width that the network holds."""
     for width in network.widths:
         with network.set_width(width), expected.set_width(width):
             ours = network.forward_intermediates(images(), intermediates_only=True)
@@ -84,7 +84,7 @@ def test_report_without_anything_left_out(tmp_path):
 
 
 def test_tensors_are_the_networks_own(saved):
-    """Training the backbone leaves its source alone, and a second one too."""
+    """Training the backbone changes neither its source nor a second backbone."""
     model, folder = saved
     first, second = backbone(), backbone()
     load_backbone(first, str(folder))
@@ -96,7 +96,7 @@ def test_tensors_are_the_networks_own(saved):
 
 
 def test_grey_images(saved):
-    """As in timm, a convolution for grey images sums the weights over the colours."""
+    """The first convolution for grey images sums the weights over the colours, as in timm."""
     model, folder = saved
     network = backbone(in_chans=1, widths=(0.5,))
     report = load_backbone(network, str(folder))
@@ -116,7 +116,7 @@ def test_widths_that_do_not_overlap(tmp_path):
 
 @pytest.fixture(scope='module')
 def authors(tmp_path_factory):
-    """A checkpoint such as the authors', with the switchable probe and weights by the formula."""
+    """A checkpoint like the authors', with the switchable probe and values by the formula."""
     path = tmp_path_factory.mktemp('authors') / 'slimclr.pth.tar'
     torch.save(checkpoint('probe'), path)
     yield path
@@ -125,7 +125,7 @@ def authors(tmp_path_factory):
 
 @torch.inference_mode()
 def assert_authors_numbers(network):
-    """The pooled features that the authors' implementation gives with these weights."""
+    """Compare with the pooled features of the authors' implementation with these weights."""
     for width, output in network.forward_widths(image('input', 2)).items():
         expected = FORWARD[f'backbone/pooled/{width}']
         assert (output - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -148,7 +148,7 @@ save_file(outputs, OUTPUTS)
 
 
 def test_sources_on_the_hub(hub, reader, authors, tmp_path):
-    """A repository by its name, and a tag of the zoo."""
+    """A repository's name and a tag of the zoo load from the Hub."""
     convert_file(authors, tmp_path / 'network')
     names = ('me/net', f'me/slimclr_resnet50.{TAG}')
     for name in names:
@@ -175,7 +175,7 @@ def test_sources_on_the_hub(hub, reader, authors, tmp_path):
 
 
 def test_checkpoint_of_a_run(saved, tmp_path):
-    """The folder of a step, as the training loop writes it: the method's tensors, the backbone's among them."""
+    """The folder of a step holds the method's tensors, the backbone's among them."""
     model, _ = saved
     step = tmp_path / 'runs' / 'one' / 'checkpoints' / 'step-00000006'
     step.mkdir(parents=True)
@@ -211,7 +211,7 @@ def plain(tmp_path_factory):
 
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 def test_network_of_one_width(plain, tmp_path, suffix):
-    """Width 1.0 is that network; the narrow ones begin with slices, which the report says."""
+    """Width 1.0 equals that network; narrow widths start with slices, and the report says so."""
     single, path = plain
     if suffix == '.safetensors':
         path = tmp_path / 'model.safetensors'
@@ -227,7 +227,7 @@ def test_network_of_one_width(plain, tmp_path, suffix):
 
 
 def test_network_of_one_width_for_a_narrow_one(plain):
-    """It is of width 1.0, whichever widths the backbone holds."""
+    """The source has width 1.0, whichever widths the backbone holds."""
     single, path = plain
     network = backbone('slimclr_resnet50', widths=(0.5, 0.25))
     report = load_backbone(network, str(path))
@@ -240,7 +240,7 @@ def test_network_of_one_width_for_a_narrow_one(plain):
 
 
 def refused(source, match, **kwargs):
-    """The error is one that names the source, and nothing of the network has changed."""
+    """Check that loading fails with an error that names the source, and changes nothing in the network."""
     network = backbone(**kwargs)
     before = {name: t.clone() for name, t in network.state_dict().items()}
     with pytest.raises(InputError, match=match) as error:

@@ -1,4 +1,4 @@
-"""Two real processes: gradients are the mean of theirs at every width, and nobody trains one width by mistake."""
+"""Two real processes: gradients are their mean at every width, and training of one width by mistake is refused."""
 
 import json
 import os
@@ -20,7 +20,7 @@ WORLD = 2
 
 
 class Seen(torch.optim.SGD):
-    """A step that keeps the gradients it was made with and moves nothing."""
+    """Optimizer that keeps its gradients and moves nothing."""
 
     def step(self, closure=None):
         self.seen = [None if p.grad is None else p.grad.clone() for p in self.param_groups[0]['params']]
@@ -54,7 +54,7 @@ def worker(rank, folder):
 
 
 def whole_run(rank, folder):
-    """An epoch and its evaluation by mmengine's runner; what each width's evaluation found."""
+    """Train and evaluate an epoch by mmengine's runner; return metrics and buffers."""
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(WORLD))
     run = runner(
         folder / 'coins',
@@ -87,7 +87,7 @@ def records(records_folder):
 
 @pytest.fixture(scope='module')
 def alone():
-    """Gradients of each width on each process's batch, in one process."""
+    """Gradients of each width on each process's batch, computed in one process."""
     model = detector().train()
     return {(width, rank): width_gradients(model, batch(seed=rank), width) for width in WIDTHS for rank in range(WORLD)}
 
@@ -104,7 +104,7 @@ def test_gradients_are_the_mean_over_processes(records, alone, step):
 
 @pytest.mark.parametrize('width', WIDTHS)
 def test_each_width_takes_part(records, alone, width):
-    """What belongs to one width has the mean of that width's gradients: were it left out, this would be zero."""
+    """Parameters of one width have the mean of its gradients; if the width were left out, they would be zero."""
     key = {1.0: 'w100', 0.75: 'w075', 0.5: 'w050', 0.25: 'w025'}[width]
     names = [name for name in alone[width, 0] if f'.{key}.' in name]
     assert names
@@ -123,7 +123,7 @@ def test_stock_wrapper_is_refused(records):
 
 
 def test_run_evaluates_every_width_over_all_processes(records, records_folder):
-    """The two images of the test set lie on two processes; both know what was found on both."""
+    """The two images of the test set lie on two processes, and both report the metrics of both."""
     metrics = [record['metrics'] for record in records]
     assert metrics[0] == metrics[1]
     kept = json.loads((records_folder / 'work_dir' / 'ap_by_width.json').read_text())['1']
@@ -133,7 +133,7 @@ def test_run_evaluates_every_width_over_all_processes(records, records_folder):
 
 
 def test_statistics_are_those_of_all_processes(records):
-    """Without SyncBN each process normalises by itself; what is evaluated and saved is their mean."""
+    """Without SyncBN each process normalises by itself; the mean of the statistics is evaluated and saved."""
     first, second = (record['buffers'] for record in records)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 

@@ -1,4 +1,4 @@
-"""One training iteration over all widths, against each width by itself."""
+"""One training iteration over all widths, compared with each width by itself."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.detection.small import MODELS, WIDTHS, batch, config, detector, width
 
 
 class Recorder(torch.optim.SGD):
-    """Keeps the gradients that a step was made with."""
+    """Optimizer that keeps the gradients of its steps."""
 
     def step(self, closure=None):
         self.seen = [
@@ -85,7 +85,7 @@ def test_gradients_are_clipped_once_after_all_widths():
 
 
 def test_accumulation_counts_iterations():
-    """Two iterations give one step, by the mean of their gradients."""
+    """Two iterations give one step by the mean of their gradients."""
     model, data = detector(), [batch(seed=0), batch(seed=1)]
     other = detector()
     expected = [summed(other, d) for d in data]  # normalisation in training mode does not read its statistics
@@ -96,7 +96,7 @@ def test_accumulation_counts_iterations():
 
 
 def test_memory_of_one_width_at_a_time():
-    """The graph of a width is gone before the next one runs: its saved tensors are never those of two widths."""
+    """A width's graph is freed before the next one runs, so saved tensors never belong to two widths."""
     model, alive, most = detector(), set(), []
 
     def pack(tensor):
