@@ -4,9 +4,8 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -28,37 +27,11 @@ Overwrite = Annotated[bool, typer.Option('--overwrite', help='Replace what is th
 BatchSize = Annotated[int, typer.Option(help='Images at a time.')]
 Workers = Annotated[int | None, typer.Option(help='Processes that decode images.')]
 Device = Annotated[str | None, typer.Option(help='Where to run, such as cuda:1; an accelerator if there is one.')]
+Encoder = Literal['online', 'momentum']
+DenseFormat = Literal['timm', 'torchvision', 'mmdet']
+ExportFormat = Literal['onnx', 'pt2']
+Precision = Literal['no', 'fp16', 'bf16']
 Skip = Annotated[bool, typer.Option('--skip-unreadable', help='Leave out images that cannot be read.')]
-
-
-class Encoder(str, Enum):
-    """Networks of a pre-training checkpoint."""
-
-    online = 'online'
-    momentum = 'momentum'
-
-
-class DenseFormat(str, Enum):
-    """What `extract` writes."""
-
-    timm = 'timm'
-    torchvision = 'torchvision'
-    mmdet = 'mmdet'
-
-
-class ExportFormat(str, Enum):
-    """What `export` writes."""
-
-    onnx = 'onnx'
-    pt2 = 'pt2'
-
-
-class Precision(str, Enum):
-    """Mixed precision, or none."""
-
-    no = 'no'
-    fp16 = 'fp16'
-    bf16 = 'bf16'
 
 
 def main() -> None:
@@ -91,7 +64,7 @@ def list_networks() -> None:
                 '' if i else published.tag, *fact.cells.values(), f'{reported.top1:.1f}', *aps, end_section=last
             )
     _print(table)
-    _say(
+    print(
         'mult-adds: for one image of 224x224. As the paper reports: top-1 of a linear probe on\n'
         'ImageNet (%), AP on COCO of a Mask R-CNN fine-tuned from it. A tag with lincls in its name has the probe.\n'
         f"timm.create_model('{ARCHITECTURE}.{next(iter(PUBLISHED))}', pretrained=True, width=0.5)"
@@ -108,12 +81,12 @@ def info(network: Network) -> None:
     cfg = model.pretrained_cfg
     size = cfg['input_size'][-1]
     head = f'{model.head}, {model.num_classes} classes' if model.num_classes else 'none'
-    _say(f'{cfg.get("architecture")}, head: {head}')
+    print(f'{cfg.get("architecture")}, head: {head}')
     mean, std = ([round(value, 4) for value in cfg[key]] for key in ('mean', 'std'))
-    _say(f'images: {model.in_chans} channels, {size}x{size}, mean {mean}, std {std}, crop {cfg["crop_pct"]}')
+    print(f'images: {model.in_chans} channels, {size}x{size}, mean {mean}, std {std}, crop {cfg["crop_pct"]}')
     for key in ('tag', 'description', 'license', 'origin_url'):
         if cfg.get(key):
-            _say(f'{key}: {cfg[key]}')
+            print(f'{key}: {cfg[key]}')
     table = _table(['width', 'parameters', f'multiply-adds at {size}x{size}', 'features'])
     for fact in width_facts(model, size):
         with model.set_width(fact.width):
@@ -127,7 +100,7 @@ def convert(
     target: Annotated[
         Path, typer.Argument(help='A folder that timm opens, or a file in .safetensors; .pth for a whole detector.')
     ],
-    encoder: Annotated[Encoder, typer.Option(help='Which network of a pre-training checkpoint.')] = Encoder.online,
+    encoder: Annotated[Encoder, typer.Option(help='Which network of a pre-training checkpoint.')] = 'online',
     width: Annotated[
         list[float] | None, typer.Option(help='Widths to give to a plain network; repeat for each.')
     ] = None,
@@ -141,18 +114,18 @@ def convert(
     widths = check_widths(width) if width else DEFAULT_WIDTHS
     if target.suffix == '.pth' and _convert_detector(source, target, overwrite):
         return
-    done = convert_file(source, target, encoder=encoder.value, widths=widths, overwrite=overwrite)
+    done = convert_file(source, target, encoder=encoder, widths=widths, overwrite=overwrite)
     probe = f', with a probe of {done.layout.num_classes} classes' if done.layout.num_classes else ''
-    _say(f'{done.path}: {done.layout.architecture}, widths {", ".join(map(str, done.layout.widths))}{probe}')
+    print(f'{done.path}: {done.layout.architecture}, widths {", ".join(map(str, done.layout.widths))}{probe}')
     if done.tag:
-        _say(f'By its name it is the published {done.tag}.')
+        print(f'By its name it is the published {done.tag}.')
     if not done.calibrated:
         options = f'--model.name {done.layout.architecture} --model.weights {target}'
         if widths != DEFAULT_WIDTHS:
             options += f" --model.widths '{list(widths)}'"
-        _say(f'A start for training: accelerate launch recipes/pretrain.py {options}')
+        print(f'A start for training: accelerate launch recipes/pretrain.py {options}')
     elif target.suffix != '.safetensors':
-        _say(f"Open it: timm.create_model('local-dir:{target}', pretrained=True, width={done.layout.widths[-1]})")
+        print(f"Open it: timm.create_model('local-dir:{target}', pretrained=True, width={done.layout.widths[-1]})")
 
 
 @app.command()
@@ -160,7 +133,7 @@ def extract(
     network: Network,
     target: Annotated[Path, typer.Argument(help='A folder for timm; a .pth or .safetensors file for the others.')],
     width: Annotated[float, typer.Option(help='Width to take.')],
-    format: Annotated[DenseFormat, typer.Option(help='Whose format.')] = DenseFormat.timm,
+    format: Annotated[DenseFormat, typer.Option(help='Whose format.')] = 'timm',
     config: Annotated[
         Path | None, typer.Option(help="Config of a detector, which is run; its checkpoint's unless given.")
     ] = None,
@@ -178,12 +151,12 @@ def extract(
         return
     if config:
         raise InputError(f'--config {config}: {network} is no slimmable detector; leave it out')
-    if format is DenseFormat.timm:
+    if format == 'timm':
         check_folder(target, overwrite)
     else:
         check_file(target, overwrite)
     model = open_network(network, width=width)
-    if format is DenseFormat.timm:
+    if format == 'timm':
         cfg = model.pretrained_cfg
         formats.save_timm_folder(
             model,
@@ -195,15 +168,15 @@ def extract(
             crop_pct=cfg['crop_pct'],
             tagged='tag' in cfg,
         )
-        _say(f"Open it: timm.create_model('local-dir:{target}', pretrained=True)")
-    elif format is DenseFormat.torchvision:
+        print(f"Open it: timm.create_model('local-dir:{target}', pretrained=True)")
+    elif format == 'torchvision':
         formats.save_tensors(formats.torchvision_state_dict(model, width), target)
-        _say(f'{target}: a state dict for torchvision')
+        print(f'{target}: a state dict for torchvision')
     else:
         backbone = formats.mmdet_config(model, width, str(target))
         formats.save_tensors(formats.mmdet_state_dict(model, width), target)
-        _say(f'backbone = {backbone!r}')
-        _say(f'neck in_channels: {[int(channels * width) for channels in (256, 512, 1024, 2048)]}')
+        print(f'backbone = {backbone!r}')
+        print(f'neck in_channels: {[int(channels * width) for channels in (256, 512, 1024, 2048)]}')
 
 
 @app.command()
@@ -224,9 +197,9 @@ def export(
 
     model = open_network(network)
     pixels = model.pretrained_cfg['input_size'][-1] if size is None else size
-    write = export_onnx if format is ExportFormat.onnx else export_pt2
+    write = export_onnx if format == 'onnx' else export_pt2
     widths = [check_width(w, model.widths) for w in width or model.widths]
-    files = {w: target / f'{model.pretrained_cfg["architecture"]}_{width_key(w)}.{format.value}' for w in widths}
+    files = {w: target / f'{model.pretrained_cfg["architecture"]}_{width_key(w)}.{format}' for w in widths}
     for file in files.values():
         check_file(file, overwrite)
     target.mkdir(parents=True, exist_ok=True)
@@ -235,7 +208,7 @@ def export(
         with model.set_width(w):
             difference = write(model, file, size=pixels)
         table.add_row(f'{w:g}', file.name, human(file.stat().st_size), f'{difference:.1e}')
-    _say(f'{target}:')
+    print(f'{target}:')
     _print(table)
 
 
@@ -248,7 +221,7 @@ def embed(
     batch_size: BatchSize = 64,
     workers: Workers = None,
     device: Device = None,
-    precision: Annotated[Precision, typer.Option(help='Mixed precision.')] = Precision.no,
+    precision: Annotated[Precision, typer.Option(help='Mixed precision.')] = 'no',
     skip_unreadable: Skip = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -264,12 +237,12 @@ def embed(
         listed,
         batch_size=batch_size,
         workers=workers,
-        precision=precision.value,
+        precision=precision,
         skip_unreadable=skip_unreadable,
     )
     save_embeddings(embeddings, out, overwrite)
     count, length = embeddings.features.shape
-    _say(f'{out}: {count} images, {length} features each, at width {embeddings.width:g}')
+    print(f'{out}: {count} images, {length} features each, at width {embeddings.width:g}')
 
 
 @app.command()
@@ -334,7 +307,7 @@ def compare(
         batch_size=batch_size if speed else None,
     )
     for path in written:
-        _say(f'Written: {path}')
+        print(f'Written: {path}')
 
 
 @app.command(
@@ -366,16 +339,16 @@ def push(
     from slimclr_hub.text import human
 
     plan = plan_push(folder, repo)
-    _say(f'{folder} -> {repo}')
+    print(f'{folder} -> {repo}')
     table = _table(['file', 'bytes'])
     for name, size in plan.sizes().items():
         table.add_row(name, human(size))
     _print(table)
     if dry_run:
-        _say('Nothing was uploaded (--dry-run).')
+        print('Nothing was uploaded (--dry-run).')
         return
-    _say(run(plan, private=private, revision=revision, message=message))
-    _say(f"timm.create_model('hf-hub:{repo}{f'@{revision}' if revision else ''}', pretrained=True)")
+    print(run(plan, private=private, revision=revision, message=message))
+    print(f"timm.create_model('hf-hub:{repo}{f'@{revision}' if revision else ''}', pretrained=True)")
 
 
 @app.command()
@@ -388,7 +361,7 @@ def cards(
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in all_cards().items():
         (folder / name).write_text(text)
-        _say(str(folder / name))
+        print(str(folder / name))
 
 
 @app.command()
@@ -409,7 +382,7 @@ def doctor(
         from slimclr_hub.detection.ops import link_ops as link
 
         written = link()
-        _say(f'Written: {written}' if written else 'Nothing to link: mmcv has operators of its own.')
+        print(f'Written: {written}' if written else 'Nothing to link: mmcv has operators of its own.')
     report = examine(config, data, with_files=not link_ops or bool(config or data))
     table = _table(['package', 'version', 'state', 'installed as', 'note'])
     for column in table.columns[1:]:
@@ -420,7 +393,7 @@ def doctor(
         table.add_row(name, package.version, state, package.distribution, ', '.join(package.notes))
     _print(table)
     for line in report.lines():
-        _say(line)
+        print(line)
     if not report.ready:
         raise typer.Exit(1)
 
@@ -434,13 +407,13 @@ def _convert_detector(source: Path, target: Path, overwrite: bool) -> bool:
         return False
     kind = 'Mask R-CNN' if done.has_masks else 'Faster R-CNN'
     widths = ', '.join(map(str, done.backbone.widths))
-    _say(f'{target}: {kind}, {done.backbone.architecture}, widths {widths}, {done.num_classes} classes')
+    print(f'{target}: {kind}, {done.backbone.architecture}, widths {widths}, {done.num_classes} classes')
     config = 'transfer/mask_rcnn_slim_reference.py'
     if done.has_masks and done.num_classes == 80:
-        _say_evaluation(config, target)
-        _say(f'One width of it: slimclr-hub extract {target} half.pth --width 0.5 --format mmdet --config {config}')
+        _print_evaluation(config, target)
+        print(f'One width of it: slimclr-hub extract {target} half.pth --width 0.5 --format mmdet --config {config}')
     else:
-        _say(f'A config for it has the box coders, anchors and RoIAlign of {config}')
+        print(f'A config for it has the box coders, anchors and RoIAlign of {config}')
     return True
 
 
@@ -455,11 +428,11 @@ def _extract_detector(
     detector = read_detector(network)
     if detector is None:
         return False
-    if format is not DenseFormat.mmdet:
-        raise InputError(f'{network} is a detector, which --format {format.value} has not; --format mmdet has it')
+    if format != 'mmdet':
+        raise InputError(f'{network} is a detector, which --format {format} has not; --format mmdet has it')
     written = extract_detector(detector, target, width, overwrite, config)
-    _say(f'{target}, {written}: a detector of MMDetection at width {width:g}')
-    _say_evaluation(written, target)
+    print(f'{target}, {written}: a detector of MMDetection at width {width:g}')
+    _print_evaluation(written, target)
     return True
 
 
@@ -472,14 +445,14 @@ def _same_recipe(first: Path, second: Path) -> bool:
     return all(change.startswith(('run.seed ', 'run.name ')) for change in changes)
 
 
-def _say_evaluation(config: str | Path, checkpoint: Path) -> None:
+def _print_evaluation(config: str | Path, checkpoint: Path) -> None:
     from importlib.util import find_spec
 
     from slimclr_hub.detection.ops import install_ops, linked_ops
 
-    _say(f'Evaluate it: mim test mmdet {config} --checkpoint {checkpoint}')
+    print(f'Evaluate it: mim test mmdet {config} --checkpoint {checkpoint}')
     if find_spec('mmcv') and install_ops() != 'compiled' and not linked_ops().exists():
-        _say('For `mim test`, once: slimclr-hub doctor --link-ops')
+        print('For `mim test`, once: slimclr-hub doctor --link-ops')
 
 
 @contextmanager
@@ -536,10 +509,6 @@ def _print(table: 'Table') -> None:
 
     # Not cut to 80 columns where the output goes to a file or another program; brackets in a path are no markup.
     Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False).print(table)
-
-
-def _say(text: str) -> None:
-    print(text)
 
 
 if __name__ == '__main__':

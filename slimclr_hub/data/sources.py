@@ -15,7 +15,7 @@ from slimclr_hub.data.config import EMBEDDED, FASHION_MNIST, DataConfig
 from slimclr_hub.data.streams.shards import find_shards, is_remote
 from slimclr_hub.errors import InputError
 
-_EMBEDDED_FILE = Path(__file__).parent / 'embedded' / 'fashion_mnist_6k.npz'
+EMBEDDED_FILE = Path(__file__).parent / 'embedded' / 'fashion_mnist_6k.npz'
 _IDX_PREFIX = {'train': 'train', 'test': 't10k'}
 _TORCHVISION_SUBFOLDER = 'FashionMNIST/raw'
 _SPLIT_FOLDERS = ({'train', 'training'}, {'val', 'valid', 'validation', 'eval', 'evaluation'})  # timm's synonyms
@@ -72,10 +72,10 @@ def read_embedded(split: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         InputError: The file is not the one that was packaged.
     """
-    expected = _EMBEDDED_FILE.with_suffix('.sha256').read_text().split()[0]
-    if hashlib.sha256(_EMBEDDED_FILE.read_bytes()).hexdigest() != expected:
-        raise InputError(f'{_EMBEDDED_FILE} is damaged: its sha256 is not {expected}; install the package again')
-    with np.load(_EMBEDDED_FILE) as arrays:
+    expected = EMBEDDED_FILE.with_suffix('.sha256').read_text().split()[0]
+    if hashlib.sha256(EMBEDDED_FILE.read_bytes()).hexdigest() != expected:
+        raise InputError(f'{EMBEDDED_FILE} is damaged: its sha256 is not {expected}; install the package again')
+    with np.load(EMBEDDED_FILE) as arrays:
         return arrays[f'{split}_images'], arrays[f'{split}_labels']
 
 

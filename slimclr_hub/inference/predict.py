@@ -11,6 +11,7 @@ from torch import nn
 from slimclr_hub.errors import InputError
 from slimclr_hub.inference.images import Sources
 from slimclr_hub.inference.runner import InferenceConfig, run_images
+from slimclr_hub.settings import at_least
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,18 +68,13 @@ def predict(
         images: The path of a file or folder, a PIL image, or several of these, such as `dataset['image']`; see
             `list_images`.
         top: Classes for each image, at most.
-        batch_size: Images of a batch.
-        workers: Processes that decode images; by default one for each core, at most 8.
-        precision: `no` for the network's own, or `fp16` or `bf16` for mixed precision.
-        skip_unreadable: Leave out unreadable images, and list them on standard error at the end.
-        progress: Show a bar with images per second and the time left.
+        batch_size, workers, precision, skip_unreadable, progress: As for `embed`.
 
     Raises:
         InputError: The network has no head, an argument does not fit, or an image is not there or cannot be read.
     """
     config = InferenceConfig(batch_size, workers, precision, skip_unreadable, progress)
-    if top < 1:
-        raise InputError(f'--top is {top}; give 1 or more')
+    at_least('--top', top, 1)
     classes = getattr(model, 'num_classes', 0)
     if classes < 1:
         raise InputError(

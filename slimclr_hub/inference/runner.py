@@ -25,6 +25,7 @@ from slimclr_hub.inference.images import (
     unreadable_error,
 )
 from slimclr_hub.runs.progress import progress_bar
+from slimclr_hub.settings import at_least, one_of
 
 PRECISIONS = {'no': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 _MODES = {1: 'L', 3: 'RGB'}
@@ -36,15 +37,7 @@ _Batch = tuple[list[int], torch.Tensor | None, dict[int, str]]
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """Options of a pass over images.
-
-    Args:
-        batch_size: Images of a batch.
-        workers: Processes that decode images; one for each core, at most 8, where None.
-        precision: `no` for the network's own, or `fp16` or `bf16` for mixed precision.
-        skip_unreadable: Leave out unreadable images, and list them on standard error at the end.
-        progress: Show a bar with images per second and the time left.
-    """
+    """Options of a pass over images, which `embed` explains."""
 
     batch_size: int = 64
     workers: int | None = None
@@ -53,12 +46,9 @@ class InferenceConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise InputError(f'--batch-size is {self.batch_size}; give 1 or more')
-        if self.workers is not None and self.workers < 0:
-            raise InputError(f'--workers is {self.workers}; give 0 or more')
-        if self.precision not in PRECISIONS:
-            raise InputError(f'--precision {self.precision!r} is not one of {", ".join(PRECISIONS)}')
+        at_least('--batch-size', self.batch_size, 1)
+        at_least('--workers', self.workers or 0, 0)
+        one_of('--precision', self.precision, PRECISIONS)
 
 
 @dataclass(frozen=True)

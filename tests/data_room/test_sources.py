@@ -13,13 +13,11 @@ import pytest
 from PIL import Image
 
 from slimclr_hub.data import DataConfig, sources
-from slimclr_hub.data.embedded.make_fashion_mnist_6k import first_of_each_class
-from slimclr_hub.data.sources import ArrayImages, has_validation, make_dataset, read_embedded
+from slimclr_hub.data.sources import EMBEDDED_FILE, ArrayImages, has_validation, make_dataset, read_embedded
 from slimclr_hub.errors import InputError
 from slimclr_hub.settings import differences
 from tests.data_room.files import idx_bytes, some_images, write_classes, write_idx, write_pngs
-
-EMBEDDED_FILE = sources._EMBEDDED_FILE
+from tests.data_room.make_fashion_mnist_6k import first_of_each_class
 
 
 def pixels(dataset) -> np.ndarray:
@@ -67,7 +65,7 @@ def test_damaged_embedded_file_is_refused(tmp_path, monkeypatch, damage):
         del data[-1]
     copy = tmp_path / EMBEDDED_FILE.name
     copy.with_suffix('.sha256').write_text(EMBEDDED_FILE.with_suffix('.sha256').read_text())
-    monkeypatch.setattr(sources, '_EMBEDDED_FILE', copy)
+    monkeypatch.setattr(sources, 'EMBEDDED_FILE', copy)
     copy.write_bytes(EMBEDDED_FILE.read_bytes())
     read_embedded('train')  # the undamaged copy is read, so it is the damage that is refused below
     copy.write_bytes(data)

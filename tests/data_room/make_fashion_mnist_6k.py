@@ -1,13 +1,13 @@
 """Make the embedded data set: a fixed, stratified subset of Fashion-MNIST.
 
     apt-get install dataset-fashion-mnist
-    python -m slimclr_hub.data.embedded.make_fashion_mnist_6k /usr/share/datasets/fashion-mnist
+    python -m tests.data_room.make_fashion_mnist_6k /usr/share/datasets/fashion-mnist
 
-writes `fashion_mnist_6k.npz` and its checksum beside this file. The subset is the first 600 training and the first
-100 test images of each of the ten classes, in the order of the source, so no seed is involved and the file comes out
-the same wherever zlib does.
+writes `slimclr_hub/data/embedded/fashion_mnist_6k.npz` and its checksum. The subset is the first 600 training and the
+first 100 test images of each of the ten classes, in the order of the source: no seed is involved, and equal versions of
+zlib give equal files.
 
-Source: Xiao et al. 2017, https://github.com/zalandoresearch/fashion-mnist (MIT licence, see `LICENSE` here).
+Source: Xiao et al. 2017, https://github.com/zalandoresearch/fashion-mnist (MIT licence, see `LICENSE` beside the file).
 """
 
 import argparse
@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from slimclr_hub.data.sources import read_split
+from slimclr_hub.data.sources import EMBEDDED_FILE, read_split
 
 TRAIN_IMAGES_PER_CLASS = 600
 TEST_IMAGES_PER_CLASS = 100
-FILE = Path(__file__).with_name('fashion_mnist_6k.npz')
 
 
 def first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:
@@ -38,10 +37,10 @@ def main() -> None:
         images, labels = read_split(folder, split)
         chosen = first_of_each_class(labels, count)
         arrays[f'{split}_images'], arrays[f'{split}_labels'] = images[chosen], labels[chosen]
-    np.savez_compressed(FILE, **arrays)
-    digest = hashlib.sha256(FILE.read_bytes()).hexdigest()
-    FILE.with_suffix('.sha256').write_text(f'{digest}  {FILE.name}\n')
-    print(f'{FILE}: {FILE.stat().st_size / 1e6:.2f} MB, sha256 {digest}')
+    np.savez_compressed(EMBEDDED_FILE, **arrays)
+    digest = hashlib.sha256(EMBEDDED_FILE.read_bytes()).hexdigest()
+    EMBEDDED_FILE.with_suffix('.sha256').write_text(f'{digest}  {EMBEDDED_FILE.name}\n')
+    print(f'{EMBEDDED_FILE}: {EMBEDDED_FILE.stat().st_size / 1e6:.2f} MB, sha256 {digest}')
 
 
 if __name__ == '__main__':

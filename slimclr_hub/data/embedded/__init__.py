@@ -1,1 +1,0 @@
-"""The images that ship with the package."""
