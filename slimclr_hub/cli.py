@@ -145,7 +145,7 @@ def extract(
     """
     from slimclr_hub.hub import formats
     from slimclr_hub.hub.conversion import check_file, check_folder
-    from slimclr_hub.hub.opening import open_network
+    from slimclr_hub.hub.open import open_network
 
     if _extract_detector(Path(network), target, width, format, config, overwrite):
         return
@@ -191,7 +191,7 @@ def export(
     """Export each width for other runtimes, and check it against PyTorch."""
     from slimclr_hub.hub.conversion import check_file
     from slimclr_hub.hub.export import export_onnx, export_pt2
-    from slimclr_hub.hub.opening import open_network
+    from slimclr_hub.hub.open import open_network
     from slimclr_hub.models.widths import check_width, width_key
     from slimclr_hub.text import human
 
@@ -468,7 +468,7 @@ def _described(network: str) -> Any:
     """The network itself, or for a published one a network of its kind without weights, which needs no download."""
     import timm
 
-    from slimclr_hub.hub.opening import open_network
+    from slimclr_hub.hub.open import open_network
     from slimclr_hub.weights.published import ARCHITECTURE, PUBLISHED
 
     tag = network.removeprefix(f'{ARCHITECTURE}.') if network != ARCHITECTURE else next(iter(PUBLISHED))
@@ -481,7 +481,7 @@ def _described(network: str) -> Any:
 def _on_device(network: str, width: float | None, device: str | None) -> Any:
     import torch
 
-    from slimclr_hub.hub.opening import open_network
+    from slimclr_hub.hub.open import open_network
 
     # One width is asked for, so one is read.
     model = open_network(network, lazy=True, **({} if width is None else {'width': width}))

@@ -14,7 +14,7 @@ from slimclr_hub.files import atomic_files
 from slimclr_hub.hub.conversion import check_file
 from slimclr_hub.models.convert import convert
 from slimclr_hub.weights.checkpoint import read_checkpoint
-from slimclr_hub.weights.layouts import Layout, differences, layout_of
+from slimclr_hub.weights.layouts import Layout, layout_of, mismatches
 
 NETWORK = 'backbone.network.'
 """Prefix of the backbone's tensors in a slimmable detector, before their names in this package."""
@@ -73,7 +73,7 @@ def convert_detector(tensors: Tensors) -> dict[str, torch.Tensor]:
         problems.append(f'backbone: {error}')
     parts = {name: tensor for name, tensor in names.items() if name not in backbone}
     expected = _shapes(_num_classes(parts), any(name.startswith('mask_head.') for name in parts))
-    problems += differences(expected, {name: tensor.shape for name, tensor in parts.items()})
+    problems += mismatches(expected, {name: tensor.shape for name, tensor in parts.items()})
     problems += [f'backbone.{name} is not expected' for name in network if name.startswith('fc.')]
     if problems:
         raise InputError(f"not the authors' detector of MMDetection 0.6: {shorten(problems)}")

@@ -18,7 +18,7 @@ from slimclr_hub.hub.formats import mmdet_config, mmdet_state_dict
 from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
 from slimclr_hub.models.widths import scale_channels
 from slimclr_hub.weights.checkpoint import read_checkpoint
-from slimclr_hub.weights.layouts import differences
+from slimclr_hub.weights.layouts import mismatches
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -280,7 +280,7 @@ def _build(cfg: 'Config') -> Tensors:
 
 def _check_same(expected: Tensors, found: Tensors) -> None:
     shapes = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (expected, found))
-    if problems := differences(*shapes):
+    if problems := mismatches(*shapes):
         raise InputError(f'the tensors are not those of the config: {shorten(problems)}')
 
 

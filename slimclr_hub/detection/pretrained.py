@@ -9,7 +9,7 @@ import torch
 from timm.models import adapt_input_conv
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.hub.opening import open_network
+from slimclr_hub.hub.open import open_network
 from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
 from slimclr_hub.models.convert import convert
 from slimclr_hub.models.loading import FIRST_CONV, checkpoint_filter_fn

@@ -12,7 +12,7 @@ from timm.models import parse_model_name
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.sources import has_validation
 from slimclr_hub.errors import InputError
-from slimclr_hub.hub.opening import open_network
+from slimclr_hub.hub.open import open_network
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import early
 from slimclr_hub.settings import RECIPE

@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.hub.folder import check_overlap
-from slimclr_hub.hub.opening import open_any
+from slimclr_hub.hub.open import open_any
 from slimclr_hub.runs.result import RESULT, results_in
 from slimclr_hub.text import first_line
 from slimclr_hub.weights.source import is_transport_error, with_retries

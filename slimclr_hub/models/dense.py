@@ -157,13 +157,5 @@ def _set_outer_channels(stages: Sequence[nn.Module], outer: Sequence[int], facto
 
 
 def _conv_like(conv: nn.Conv2d, inputs: int, outputs: int, factory: dict[str, Any]) -> nn.Conv2d:
-    return nn.Conv2d(
-        inputs,
-        outputs,
-        conv.kernel_size,  # type: ignore[arg-type]
-        stride=conv.stride,  # type: ignore[arg-type]
-        padding=conv.padding,  # type: ignore[arg-type]
-        dilation=conv.dilation,  # type: ignore[arg-type]
-        bias=False,
-        **factory,
-    )
+    size, stride, padding, dilation = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+    return nn.Conv2d(inputs, outputs, size, stride, padding, dilation, bias=False, **factory)  # type: ignore[arg-type]

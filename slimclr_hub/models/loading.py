@@ -9,7 +9,7 @@ import torch
 from timm.models import adapt_input_conv
 
 from slimclr_hub.errors import InputError, shorten
-from slimclr_hub.weights.layouts import ARCHITECTURES, Layout, differences, layout_of
+from slimclr_hub.weights.layouts import ARCHITECTURES, Layout, layout_of, mismatches
 from slimclr_hub.weights.slices import DISJOINT, key_width, leading, switch_name, switched_key, unswitch_name, width_key
 from slimclr_hub.weights.tensor_file import TensorFile
 
@@ -180,7 +180,7 @@ def check_complete(shapes: Shapes) -> Layout:
     twice = {name: (n[0], 2 * n[1]) for name, n in expected.items() if name.startswith(_HEAD) and len(n) == 2}
     if all(tuple(shapes.get(name, shape)) == shape for name, shape in twice.items()):
         expected.update(twice)
-    if problems := differences(expected, shapes):
+    if problems := mismatches(expected, shapes):
         raise InputError(f'not {layout}: {shorten(problems)}')
     return layout
 

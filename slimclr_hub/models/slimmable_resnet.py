@@ -259,23 +259,15 @@ class SlimmableResNet(nn.Module):
         self._compiled = Transient()
 
         kernel, stride = (3, 1) if small_stem else (7, 2)
+        conv: dict[str, Any] = {'max_width': self._held[0], 'disjoint': self._disjoint, 'bias': False, **factory}
         self.conv1 = SlimmableConv2d(
-            in_chans,
-            channels[0],
-            kernel,
-            stride=stride,
-            padding=kernel // 2,
-            bias=False,
-            max_width=self._held[0],
-            disjoint=self._disjoint,
-            slim_in=False,
-            **factory,
+            in_chans, channels[0], kernel, stride=stride, padding=kernel // 2, slim_in=False, **conv
         )
         self.bn1 = SwitchableBatchNorm2d(channels[0], self._held, **factory)
         self.act1 = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         self._feature_info: list[dict[str, Any]] = [{'num_chs': channels[0], 'reduction': stride, 'module': 'act1'}]
-        self._add_stages(factory)
+        self._add_stages(conv, factory)
         self.full_features: int = self._feature_info[-1]['num_chs']
 
         self.head = head
@@ -283,7 +275,7 @@ class SlimmableResNet(nn.Module):
         self._make_head(num_classes, global_pool, factory)
         self.init_weights(zero_init_last=zero_init_last)
 
-    def _add_stages(self, factory: dict[str, Any]) -> None:
+    def _add_stages(self, conv: dict[str, Any], factory: dict[str, Any]) -> None:
         # The rules for stride, dilation and stochastic depth are timm's (`timm.models.resnet.make_blocks`).
         inplanes = self._channels[0]
         net_stride, dilation, previous_dilation, index = 4, 1, 1, 0
@@ -300,16 +292,7 @@ class SlimmableResNet(nn.Module):
                 downsample = None
                 if i == 0 and (stride != 1 or inplanes != outplanes):
                     downsample = SlimmableSequential(
-                        SlimmableConv2d(
-                            inplanes,
-                            outplanes,
-                            1,
-                            stride=stride,
-                            bias=False,
-                            max_width=self._held[0],
-                            disjoint=self._disjoint,
-                            **factory,
-                        ),
+                        SlimmableConv2d(inplanes, outplanes, 1, stride=stride, **conv),
                         SwitchableBatchNorm2d(outplanes, self._held, **factory),
                     )
                 drop_path = self.drop_path_rate * index / (sum(self._layers) - 1)

@@ -1,8 +1,8 @@
 """What a finished run leaves: the network with its card, a table by width, figures."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from slimclr_hub.evaluate.compare.tables import comparison_tables
 from slimclr_hub.hub.card import training_card
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.models.cost import WidthFacts, width_facts
+from slimclr_hub.models.cost import width_facts
 from slimclr_hub.runs.figures import line_style, mark_slow_start, new_figure, save_figure
-from slimclr_hub.runs.result import environment
+from slimclr_hub.runs.result import environment, save, training_results
+from slimclr_hub.settings import plain
 from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.run_folder import RunFolder
 
@@ -36,10 +37,11 @@ _PANELS = {
 def write_result(
     config: PretrainConfig, backbone: SlimmableResNet, folder: RunFolder, accelerator: Accelerator
 ) -> None:
-    """Write the network of a finished run, its card and the figure of its training into the run's folder."""
+    """Write the network of a finished run, its card, accuracies and the figure of its training into its folder."""
     average_batchnorm(backbone)
     if accelerator.is_main_process:
         metrics = folder.read_metrics()
+        results = training_results(metrics, plain(asdict(config)), str(folder.path))
         about = {
             'name': folder.path.name,
             'folder': str(folder.path),
@@ -56,29 +58,12 @@ def write_result(
             mean=config.data.mean,
             std=config.data.std,
             crop_pct=config.data.crop_pct,
-            card=training_card(measured_facts(backbone, config.data.size, metrics), about),
+            card=training_card(width_facts(backbone, config.data.size), about, results),
         )
+        if results:
+            save(results, folder.path)
         draw_figure(metrics, backbone.widths, folder.path / 'training', config.slow_start)
     accelerator.wait_for_everyone()
-
-
-def measured_facts(backbone: SlimmableResNet, size: int, metrics: Iterable[dict[str, Any]]) -> list[WidthFacts]:
-    """Cost of each width, and its accuracies in the first and the last evaluation of a run's metrics."""
-    evaluations = [record for record in metrics if record['kind'] == 'eval']
-    facts = width_facts(backbone, size)
-    if not evaluations:
-        return facts
-    first, last = evaluations[0], evaluations[-1]
-    return [
-        replace(
-            fact,
-            start=first.get(f'knn/{fact.width:g}'),
-            end=last.get(f'knn/{fact.width:g}'),
-            linear=last.get(f'linear/{fact.width:g}'),
-            top1=last.get(f'top1/{fact.width:g}'),
-        )
-        for fact in facts
-    ]
 
 
 def compare_with_itself(folder: Path) -> list[Path]:

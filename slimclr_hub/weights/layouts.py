@@ -98,7 +98,7 @@ def layout_of(shapes: Shapes) -> Layout:
     )
 
 
-def differences(expected: Shapes, found: Shapes) -> list[str]:
+def mismatches(expected: Shapes, found: Shapes) -> list[str]:
     """Name each tensor that is missing, not expected or misshapen, in a few words."""
     return [
         *(f'{name} is missing' for name in expected if name not in found),

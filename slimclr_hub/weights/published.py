@@ -24,40 +24,27 @@ PAPER_ID = 'arXiv:2209.15525'
 LICENSE_NOTE = f'The authors publish these weights without naming a licence; see {AUTHORS_REPOSITORY}.'
 
 
-_ACCURACIES = {'start': 'k-NN at start', 'end': 'k-NN', 'linear': 'linear', 'top1': 'top-1'}
-
-
 @dataclass(frozen=True)
 class WidthFacts:
-    """What one width of a network costs, and what it reached.
+    """Cost of one width.
 
     Args:
         width: The width.
-        parameters: Parameters of the backbone at that width.
+        parameters: Parameters of the network at that width.
         multiply_adds: Multiply-adds for one image (convolutions and linear layers).
-        start: k-NN accuracy in percent before training, if measured.
-        end: k-NN accuracy in percent after training, if measured.
-        linear: Accuracy in percent of a linear classifier on its frozen features after training, if measured.
-        top1: Accuracy in percent of its own classifier after training, if it has one and it was measured.
     """
 
     width: float
     parameters: int
     multiply_adds: int
-    start: float | None = None
-    end: float | None = None
-    linear: float | None = None
-    top1: float | None = None
 
     @property
     def cells(self) -> dict[str, str]:
-        """Width, parameters, multiply-adds and the accuracies that were measured, as text under their titles."""
-        measured = {title: getattr(self, name) for name, title in _ACCURACIES.items()}
+        """Title -> text, for a row of a table."""
         return {
             'width': f'{self.width:g}',
             'parameters': human(self.parameters),
             'multiply-adds': human(self.multiply_adds),
-            **{title: f'{value:.1f}' for title, value in measured.items() if value is not None},
         }
 
 

@@ -43,7 +43,7 @@ from slimclr_hub.weights.tensor_file import save_tensors
 
 WEIGHTS = 'model.safetensors'
 PICKLED_WEIGHTS = 'pytorch_model.bin'
-"""What timm's `save_for_hf` writes unless told otherwise."""
+"""Name of the weights that timm's `save_for_hf` writes by default."""
 
 Answer = TypeVar('Answer')
 Convert = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]

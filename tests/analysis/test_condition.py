@@ -22,7 +22,7 @@ from slimclr_hub.analysis.condition import (
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.errors import InputError
-from slimclr_hub.hub.opening import open_network
+from slimclr_hub.hub.open import open_network
 from slimclr_hub.runs.command_line import dump
 from slimclr_hub.runs.figures import save_figure
 from slimclr_hub.train.config import PretrainConfig

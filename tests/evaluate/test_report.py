@@ -4,12 +4,14 @@ from PIL import Image
 
 from slimclr_hub.hub.card import training_card
 from slimclr_hub.models.cost import WidthFacts
+from slimclr_hub.runs.result import Protocol, Result
 from slimclr_hub.text import human
 from slimclr_hub.train.report import draw_figure
 
 WIDTHS = (1.0, 0.5)
-FACTS = [WidthFacts(1.0, 272_184, 10_100_000, 37.5, 73.44), WidthFacts(0.5, 68_300, 2_540_000, 40.0, 68.0)]
-UNMEASURED = [WidthFacts(fact.width, fact.parameters, fact.multiply_adds) for fact in FACTS]
+FACTS = [WidthFacts(1.0, 272_184, 10_100_000), WidthFacts(0.5, 68_300, 2_540_000)]
+KNN = Protocol('knn', 'fashion-mnist-6k', k=20, temperature=0.07, while_training=True)
+RESULTS = [Result('my-run', KNN, {1.0: 73.44, 0.5: 68.0}, start={1.0: 37.5, 0.5: 40.0})]
 ABOUT = {
     'name': 'my-run',
     'folder': 'runs/my-run',
@@ -85,12 +87,14 @@ def test_human(number, text):
 
 
 def test_card():
-    card = training_card(FACTS, ABOUT)
+    card = training_card(FACTS, ABOUT, RESULTS)
     assert card.startswith('---\nlibrary_name: timm\nlicense: apache-2.0\n')
     assert '\n# my-run\n' in card
     assert "timm.create_model('local-dir:runs/my-run', pretrained=True, width=0.5)" in card
     assert '| 1 | 272 k | 10.1 M | 37.5 | 73.4 |' in card
     assert '| 0.5 | 68.3 k | 2.54 M | 40.0 | 68.0 |' in card
+    assert '| width | parameters | multiply-adds | k-NN at start | k-NN |' in card
+    assert '`k-NN` is the top-1 accuracy (%) on held-out images by k-NN, k=20, tau=0.07, while training.' in card
     assert '2 widths' in card
     assert '28x28' in card
     assert '8 epochs on `fashion-mnist-6k`' in card
@@ -101,7 +105,7 @@ def test_card():
 
 
 def test_card_without_accuracies():
-    card = training_card(UNMEASURED[1:], ABOUT)
+    card = training_card(FACTS[1:], ABOUT)
     assert 'k-NN' not in card
     assert '| 0.5 | 68.3 k | 2.54 M |' in card
     assert '1 width.' in card

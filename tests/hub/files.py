@@ -29,7 +29,7 @@ _ENCODERS = (*_MOMENTUM, 'encoder_q', 'base_encoder')
 
 
 def checkpoint(kind: str) -> dict[str, Any]:
-    """What the authors' code saves, with tensors by the formula, under the names without prefix.
+    """Make a checkpoint as the authors' code saves it, with tensors by the formula, under the names without prefix.
 
     The momentum encoder has other values, and has seen no batch at the widths below 1.0.
     """

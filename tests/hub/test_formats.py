@@ -22,7 +22,7 @@ from slimclr_hub.hub.formats import (
     save_timm_folder,
     torchvision_state_dict,
 )
-from slimclr_hub.hub.opening import open_network
+from slimclr_hub.hub.open import open_network
 from slimclr_hub.models import DEFAULT_WIDTHS
 from tests.networks import randomise_batchnorm
 

@@ -33,7 +33,7 @@ def assert_refused(ended: Ended, *words: str) -> None:
 
 
 def written(hub):
-    """What was asked of the server that would have changed something."""
+    """Requests to the server that would have changed something."""
     requests = [request for request in hub.requests if request.method in ('POST', 'PUT')]
     return [(request.method, request.path, request.status) for request in requests if 'validate' not in request.path]
 
@@ -328,7 +328,7 @@ def test_hub_in_trouble(hub, publisher, small):
     [({}, 'the Hub cannot be reached'), ({'HF_HUB_OFFLINE': '1'}, 'offline (HF_HUB_OFFLINE); nothing can be pushed')],
 )
 def test_hub_away(small, tmp_path, extra, words):
-    """As a user sees it: the command, its exit status and its streams."""
+    """Exit status and streams of the command, as a user sees them."""
     with HubServer() as server:
         environment = server.environment(tmp_path, HF_TOKEN=server.token, **extra)
     command = [f'{sys.prefix}/bin/slimclr-hub', 'push', str(small), 'me/net']

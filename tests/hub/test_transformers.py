@@ -1,4 +1,4 @@
-"""What was pushed, in the hands of transformers and datasets: the real libraries, the loopback Hub, one process."""
+"""Pushed networks opened by the real transformers and datasets, with a Hub on loopback, in one process."""
 
 import pytest
 
@@ -23,17 +23,16 @@ def pooled(model, width=0.25):
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
-    """A network with ten classes, a backbone, and a network whose widths do not overlap."""
+    """A network with ten classes and a backbone."""
     home = tmp_path_factory.mktemp('networks')
     save_small(home / 'probe')
     save_small(home / 'backbone', num_classes=0)
-    save_small(home / 'disjoint', widths=(1.0, 0.5, 0.25), overlap=False)
     return home
 
 
 @pytest.fixture(scope='module')
 def run(hub, publisher, reader, folders):
-    for name in ('probe', 'backbone', 'disjoint'):
+    for name in ('probe', 'backbone'):
         ended = publisher.command('push', folders / name, f'me/{name}', HF_TOKEN=hub.token)
         assert ended.status == 0, ended.err
     reader.run(PREPARE)
@@ -42,7 +41,7 @@ def run(hub, publisher, reader, folders):
 
 @pytest.fixture(params=['Hub', 'folder'])
 def where(request, folders):
-    """What the names of repositories begin with, for transformers and for timm."""
+    """Prefixes of repositories' names, for transformers and for timm."""
     return ('me', 'hf-hub:me') if request.param == 'Hub' else (str(folders), f'local-dir:{folders}')
 
 
@@ -102,26 +101,6 @@ for cls in (AutoModel, AutoModelForImageClassification):
 opened = timm.create_model('local-dir:AutoModelForImageClassification', pretrained=True).eval()
 assert opened.width == 0.25
 assert_close(opened(x), quarter(x))
-""")
-
-
-def test_widths_that_do_not_overlap(run, where):
-    """As config.json says; the tensors in the reader's own folder say it, too."""
-    run(f"""
-network = timm.create_model('{where[1]}/disjoint', pretrained=True).eval()
-assert not network.overlap
-model, report = AutoModelForImageClassification.from_pretrained('{where[0]}/disjoint', output_loading_info=True)
-assert not any(report.values()), report
-model.save_pretrained('disjoint')
-again = AutoModelForImageClassification.from_pretrained('disjoint')
-opened = timm.create_model('local-dir:disjoint', pretrained=True)
-backbone = TimmBackbone.from_pretrained('{where[1]}/disjoint', out_indices=(3,), width=0.5)
-for width in network.widths:
-    for other in model.timm_model, again.timm_model, opened:
-        assert not other.overlap
-        assert_close(other.eval().forward_at(x, width), network.forward_at(x, width))
-with network.set_width(0.5):
-    assert_close(backbone.eval()(x).feature_maps[0], network.forward_features(x))
 """)
 
 

@@ -1,4 +1,4 @@
-"""What loading one width costs in memory: the network itself, and little more."""
+"""Memory for loading one width: that of the network itself, and little more."""
 
 import json
 import os

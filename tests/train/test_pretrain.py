@@ -63,6 +63,7 @@ def test_folder_holds_the_result_and_what_resuming_needs(full):
         'README.md',
         'metrics.jsonl',
         'recipe.yaml',
+        'result.json',
         'training.png',
         'training.pdf',
         'pareto.png',

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass
 class Answer:
-    """What came of a call: a value or an error, and what was logged meanwhile as (logger, level, message)."""
+    """Outcome of a call: a value or an error, and the log lines meanwhile as (logger, level, message)."""
 
     value: Any
     error: str | None
@@ -32,7 +32,7 @@ class Answer:
     log: list[tuple[str, str, str]]
 
     def told(self, level: str) -> list[str]:
-        """What the package itself logged."""
+        """Messages that the package itself logged."""
         return [message for name, at, message in self.log if name.startswith('slimclr_hub.') and at == level]
 
     @property

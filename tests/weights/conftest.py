@@ -86,7 +86,7 @@ def resnet50_file(resnet50, tmp_path_factory) -> Path:
 
 
 def is_refused(answer: Answer, *words: str, loaded: bool = False) -> bool:
-    """Whether it is one readable error that has all the words; `loaded`: of a file that was found."""
+    """Assert that it is one readable error with all the words; `loaded` if it is about a file that was found."""
     assert answer.error == 'InputError', answer
     assert '\n' not in answer.message
     for word in words:

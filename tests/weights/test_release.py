@@ -79,7 +79,7 @@ def left(cache):
 
 
 def asked(hub, release):
-    """What was asked of the release: method, range and status."""
+    """Requests to the release: method, range and status."""
     return [
         (request.method, request.range, request.status)
         for request in hub.requests

@@ -1,4 +1,4 @@
-"""Where weights come from, by the real client, the real factory and a Hub on loopback; what goes wrong on the way."""
+"""Sources of weights and their failures, by the real client, the real factory and a Hub on loopback."""
 
 import itertools
 import os
@@ -174,7 +174,7 @@ def test_the_hub_away_without_the_file(hub, repo, client, cache):
 
 
 def test_a_file_in_the_store_that_repositories_share(hub, repo, client, home, cache):
-    """What came by xet lies there under xet's hash, and the cache's own entry is a link."""
+    """A file from xet is stored under xet's hash, and the cache's own entry is a link."""
     shared = pytest.importorskip('huggingface_hub.utils._shared_blobs')
     client('from_hub', repo.name, cache)
     shutil.rmtree(home / CHECKED)
@@ -215,7 +215,7 @@ except ValueError as error:
 
 @pytest.mark.parametrize('name', [f'slimclr_resnet50.{TAG}', f'slimclr_resnet50_050.{TAG}'])
 def test_no_network_is_one_line_in_seconds(tmp_path, name):
-    """Without retries, and it tells how to do without."""
+    """Without retries; the line tells how to load a file of one's own."""
     with HubServer() as server:
         environment = server.environment(tmp_path, SLIMCLR_RELEASE_URL=f'{server.url}/files')
     code = NO_NETWORK.replace('NAME', name)

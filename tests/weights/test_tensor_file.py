@@ -319,7 +319,7 @@ def test_permissions_follow_the_umask(tmp_path, mask, mode):
 
 @pytest.fixture
 def full_disk():
-    """What a limit on the size of files stands for."""
+    """A limit on the size of files stands for a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     yield

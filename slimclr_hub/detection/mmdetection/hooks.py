@@ -15,7 +15,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from slimclr_hub.detection.precision import History, by_width, draw_history, precision_table
 from slimclr_hub.detection.widths import unwrapped
 from slimclr_hub.errors import InputError, shorten
-from slimclr_hub.weights.layouts import differences
+from slimclr_hub.weights.layouts import mismatches
 
 _HEADS = ('rpn_head.', 'roi_head.', 'bbox_head.', 'mask_head.')
 
@@ -91,7 +91,7 @@ class CheckpointGuardHook(Hook):
             if isinstance(value, torch.Tensor)
         }
         wanted = {name: tensor.shape for name, tensor in unwrapped(runner.model).state_dict().items()}
-        problems = differences(wanted, found)
+        problems = mismatches(wanted, found)
         if self.other_heads:
             heads = [problem for problem in problems if problem.startswith(_HEADS)]
             problems = [problem for problem in problems if not problem.startswith(_HEADS)]

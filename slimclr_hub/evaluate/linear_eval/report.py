@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from textwrap import fill
@@ -48,9 +48,9 @@ model.set_width({largest})
 
 {table}
 
-Parameters are those of the network at that width; multiply-adds are for one image of {size}x{size} pixels. Top-1 is the
-accuracy (%) of the classifier on {images} images of the split `{split}`, by linear evaluation ({protocol}; learning
-rate {lr:g}{choice}).
+Parameters are those of the network at that width; multiply-adds are for one image of {size}x{size} pixels. The last
+column is the top-1 accuracy (%) of the classifier on {images} images of the split `{split}`, by linear evaluation
+({protocol}; learning rate {lr:g}{choice}).
 
 Method: Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, https://arxiv.org/abs/2209.15525. The
 weights of the network are those of whoever made it, and so is their licence.
@@ -204,7 +204,6 @@ def save_with_head(
     settings, kind = result.settings, str(result.protocol.head)
     backbone.reset_classifier(settings['classes'], head=kind)
     backbone.fc.load_state_dict(head)
-    facts = [replace(fact, top1=result.top1[fact.width]) for fact in width_facts(backbone, data.size)]
     card = _CARD.format(
         name=folder.name,
         network=result.network,
@@ -214,7 +213,7 @@ def save_with_head(
         folder=folder,
         smallest=backbone.widths[-1],
         largest=backbone.widths[0],
-        table=card_table(facts),
+        table=card_table(width_facts(backbone, data.size), [result]),
         size=data.size,
         images=result.images,
         split=data.val_split,
