@@ -112,7 +112,7 @@ def photos(report: Report, args: argparse.Namespace) -> None:
             config,
             data=replace(config.data, root=folder, batch_size=args.batch),
             # A queue has to be a multiple of the batch; there is none here.
-            method=replace(config.method, queue_size=0),
+            method=config.method.replace(queue_size=0),
         )
         title = f'JPEG photos of {WIDTH}x{HEIGHT}, {size:.0f} kB, views of {config.data.size}x{config.data.size}'
         measure_all(report, title, config, args)

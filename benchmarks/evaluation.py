@@ -46,7 +46,7 @@ from slimclr_hub.train.config import KNNConfig, ModelConfig, ProbeConfig
 from slimclr_hub.train.setup import make_backbone
 
 Predict = Callable[[], torch.Tensor | np.ndarray]
-K, TEMPERATURE = KNNConfig().k, KNNConfig().temperature
+K, TEMPERATURE = 200, KNNConfig().temperature
 WEIGHT_DECAY = ProbeConfig().weight_decay
 
 

@@ -4,7 +4,7 @@
     python benchmarks/memory.py --model slimclr_resnet50 --batch 64 128 256 --size 224 --device cuda --bf16
 
 Each figure is of a fresh process, above what it held once everything was imported: on CUDA of tensors, on the CPU of
-the whole process, from /proc. There training keeps what it frees, as speed.keep_memory has it. `network` is what is
+the whole process, from /proc. There training keeps what it frees, as the trainer does. `network` is what is
 held between steps: weights, key encoder, queue, and the optimizer's momentum. The batch grows at the first size, the
 size at the first batch. A ratio is to the first row of the same batch and size.
 """
@@ -40,7 +40,6 @@ from slimclr_hub.runs.command_line import run_script
 from slimclr_hub.runs.memory import keep_freed_memory
 from slimclr_hub.train.config import ModelConfig
 from slimclr_hub.train.setup import make_backbone
-from slimclr_hub.train.speed_config import SpeedConfig
 
 TRAINING: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
     'plain MoCo v2': ('mocov2', (1.0,), (1.0,)),
@@ -60,7 +59,7 @@ def training(
     method, widths, trained = TRAINING[what]
     asked = argparse.Namespace(method=method, model=model, batch=batch, size=size)
     views = [torch.randn(batch, 3, size, size, device=device) for _ in range(2)]
-    trainer = Trainer(configure(asked, widths, SpeedConfig()), views, bf16)
+    trainer = Trainer(configure(asked, widths), views, bf16)
     if checkpointing:
         trainer.method.backbone.set_grad_checkpointing()
 
@@ -144,7 +143,7 @@ def main() -> None:
     parser.add_argument('--batch', type=positive, nargs='+', default=[8, 16])
     parser.add_argument('--size', type=positive, nargs='+', default=[64, 96], help='of the images in pixels')
     parser.add_argument('--only', choices=('training', 'inference'))
-    parser.add_argument('--release-memory', action='store_true', help='train without speed.keep_memory')
+    parser.add_argument('--release-memory', action='store_true', help='let training release freed memory')
     parser.add_argument('--alone', type=json.loads, help=argparse.SUPPRESS)
     args = parse(parser)
     if args.alone is not None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from slimclr_hub.methods.loss_weights import loss_weights
+from slimclr_hub.methods.losses import loss_weights
 
 
 class WidthConv2d(nn.Conv2d):

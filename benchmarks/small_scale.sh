@@ -39,7 +39,7 @@ done
 python recipes/analyze.py gradients \
   $(printf "$out/%s-$first " alone_w100 vanilla supervised slow slow_kd slimclr) --output "$out/figures"
 if [ -n "${COLLAPSE:-}" ]; then
-  plain=(--method.distillation none --method.weights none)
+  plain=(--method.distillation none --method.loss_weights none)
   collapse() { # NAME OPTION ...
     [ -e "$out/$1/model.safetensors" ] || accelerate launch -q recipes/pretrain.py --resume auto \
       --config recipes/configs/mocov2_resnet20_fashionmnist_1e.yaml --optim.lr 0.03 "${plain[@]}" \

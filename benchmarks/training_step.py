@@ -3,15 +3,13 @@
     python benchmarks/training_step.py --size 224 --batch 8
     python benchmarks/training_step.py --method mocov3 --size 64 --batch 16
     python benchmarks/training_step.py --size 224 --batch 8 --bf16
-    python benchmarks/training_step.py --size 224 --batch 8 --ablate      # each fast path switched off by itself
 
 A step is what the training loop does with a batch that is there: forward, backward, norm of the gradients, means of the
 log, optimizer. Beside it: forward and backward of timm's resnet50 on one view as the floor, and naive.py. All cases
-share a process, so the memory which the trainer keeps (speed.keep_memory; not with `--release-memory`) serves them all.
+share a process, so the memory which the trainer keeps (not with `--release-memory`) serves them all.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -24,10 +22,8 @@ from slimclr_hub.data import DataConfig
 from slimclr_hub.models import DEFAULT_WIDTHS
 from slimclr_hub.runs.memory import keep_freed_memory
 from slimclr_hub.runs.meter import Meter
-from slimclr_hub.train.config import ModelConfig, OptimConfig, PretrainConfig
-from slimclr_hub.train.method_config import MethodConfig
+from slimclr_hub.train.config import MethodConfig, ModelConfig, OptimConfig, PretrainConfig, RunConfig
 from slimclr_hub.train.setup import arrange, make_method, make_optimizer
-from slimclr_hub.train.speed_config import SpeedConfig
 
 FULL = (1.0,)
 QUEUE = 65536
@@ -35,7 +31,6 @@ OPTIMIZERS = {
     'mocov2': OptimConfig(name='momentum', lr=0.01),
     'mocov3': OptimConfig(name='lars', lr=0.01, weight_decay=1e-6, filter_bias_and_bn=True),
 }
-ABLATED = ('shared', 'lerp', 'fused')
 
 
 class Trainer:
@@ -45,7 +40,7 @@ class Trainer:
         self.method: Any = make_method(config)
         self.method.train().to(views[0].device)
         arrange(config, self.method)
-        self.optimizer = make_optimizer(config.optim, self.method, config.speed.fused)
+        self.optimizer = make_optimizer(config.optim, self.method)
         self.trained = [parameter for parameter in self.method.parameters() if parameter.requires_grad]
         layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
         self.views = [view.contiguous(memory_format=layout) for view in views]
@@ -69,7 +64,7 @@ class Trainer:
         for parameter in self.trained:
             parameter.grad = torch.zeros_like(parameter)
         return {
-            'momentum encoder': lambda: self.method.followers.move(0.999),
+            'momentum encoder': lambda: self.method.ema.update(0.999),
             'norm of the gradients': self.norm,
             'optimizer': self.optimizer.step,
         }
@@ -107,10 +102,10 @@ def floor(view: torch.Tensor, bf16: bool) -> Callable[[], None]:
     return step
 
 
-def configure(args: Any, widths: tuple[float, ...], speed: SpeedConfig) -> PretrainConfig:
+def configure(args: Any, widths: tuple[float, ...], compile: bool = False) -> PretrainConfig:
     method = MethodConfig(name=args.method)
     if args.method == 'mocov2':
-        method = replace(method, queue_size=QUEUE // args.batch * args.batch)
+        method = method.replace(queue_size=QUEUE // args.batch * args.batch)
     data = DataConfig(
         size=args.size, channels=3, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), batch_size=args.batch, num_workers=0
     )
@@ -119,7 +114,7 @@ def configure(args: Any, widths: tuple[float, ...], speed: SpeedConfig) -> Pretr
         method=method,
         data=data,
         optim=OPTIMIZERS[args.method],
-        speed=speed,
+        run=RunConfig(compile=compile),
     )
 
 
@@ -129,32 +124,20 @@ def main() -> None:
     parser.add_argument('--model', default='slimclr_resnet50')
     parser.add_argument('--size', type=positive, default=224, help='pixels of a side')
     parser.add_argument('--batch', type=positive, default=8)
-    parser.add_argument('--compile', action='store_true', help='with speed.compile')
-    parser.add_argument('--ablate', action='store_true', help='also with each fast path switched off')
-    parser.add_argument('--release-memory', action='store_true', help='without speed.keep_memory')
+    parser.add_argument('--compile', action='store_true', help='with run.compile')
+    parser.add_argument('--release-memory', action='store_true', help='let freed memory go back to the system')
     args = parse(parser)
     kept = not args.release_memory and torch.device(args.device).type == 'cpu' and keep_freed_memory()
 
     views = [torch.randn(args.batch, 3, args.size, args.size, device=args.device) for _ in range(2)]
-    fast = SpeedConfig(compile=args.compile)
-    plain = Trainer(configure(args, FULL, fast), views, args.bf16)
-    slim = Trainer(configure(args, DEFAULT_WIDTHS, fast), views, args.bf16)
+    plain = Trainer(configure(args, FULL, args.compile), views, args.bf16)
+    slim = Trainer(configure(args, DEFAULT_WIDTHS, args.compile), views, args.bf16)
     cases: dict[str, Callable[[], object]] = {
         'resnet50 of timm, one view': floor(views[0], args.bf16),
         'plain, one width': lambda: plain.step(FULL),
         'slow start': lambda: slim.step(FULL),
         'four widths': lambda: slim.step(DEFAULT_WIDTHS),
     }
-    if args.ablate:
-        ablations: Mapping[str, SpeedConfig] = {
-            **{f'four widths, speed.{path} false': replace(fast, **{path: False}) for path in ABLATED},
-            'four widths, all three false': replace(fast, shared=False, lerp=False, fused=False),
-        }
-        for name, speed in ablations.items():
-            cases[name] = _four(Trainer(configure(args, DEFAULT_WIDTHS, speed), views, args.bf16))
-        config = configure(args, DEFAULT_WIDTHS, fast)
-        contiguous = replace(config, run=replace(config.run, channels_last=False))
-        cases['four widths, contiguous'] = _four(Trainer(contiguous, views, args.bf16))
     if args.method == 'mocov2' and args.model == 'slimclr_resnet50':
         # The authors' own half precision is fp16, with a scaler, in which a CPU takes most of a minute for a step.
         lowered = torch.float16 if torch.device(args.device).type == 'cuda' else torch.bfloat16
@@ -192,10 +175,6 @@ def main() -> None:
             for name, values in parts.items()
         ],
     )
-
-
-def _four(trainer: Trainer) -> Callable[[], None]:
-    return lambda: trainer.step(DEFAULT_WIDTHS)
 
 
 if __name__ == '__main__':

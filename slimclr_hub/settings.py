@@ -1,9 +1,9 @@
 """Configuration dataclasses: value checks, which settings change a result, and how two of them differ."""
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import Field, asdict, dataclass, fields, is_dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Annotated, Any
 
 from slimclr_hub.errors import InputError
 
@@ -11,6 +11,9 @@ RECIPE = 'recipe.yaml'
 """File in a run's folder that holds its configuration."""
 
 PRECISIONS = ('no', 'fp16', 'bf16')
+
+Check = Callable[[str, Any], None]
+"""(name, value): raises an InputError that names both if the value is out of range."""
 
 
 @dataclass(frozen=True)
@@ -43,26 +46,32 @@ def relevant(config: Any) -> dict[str, Any]:
 
 
 def _relevant(config: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
-    if isinstance(config, Mapping):
-        items = dict(config)
-    else:
-        items = {field.name: getattr(config, field.name) for field in fields(config) if not _incidental(config, field)}
+    items = config if isinstance(config, Mapping) else vars(config)
     for name, value in items.items():
-        if is_dataclass(value) or isinstance(value, Mapping):
+        if not isinstance(config, Mapping) and _incidental(type(config), name):
+            continue
+        if isinstance(value, Mapping) or hasattr(value, '__dict__'):
             yield from _relevant(value, f'{prefix}{name}.')
         else:
             yield f'{prefix}{name}', plain(value)
 
 
-def _incidental(config: Any, field: Field) -> bool:
-    owner = next(base for base in reversed(type(config).__mro__) if field.name in vars(base).get('__annotations__', {}))
-    return Incidental in owner.__bases__
+def _incidental(config: type, name: str) -> bool:
+    declared = (base for base in reversed(config.__mro__) if name in vars(base).get('__annotations__', {}))
+    return Incidental in next(declared, config).__bases__
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as nested dicts of plain values."""
+    return {
+        name: to_dict(value) if hasattr(value, '__dict__') else plain(value) for name, value in vars(config).items()
+    }
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """A configuration dataclass as `section.key` -> value."""
+    """A configuration as `section.key` -> value."""
     flat: dict[str, Any] = {}
-    for name, section in plain(asdict(config)).items():
+    for name, section in to_dict(config).items():
         flat |= (
             {f'{name}.{key}': value for key, value in section.items()} if isinstance(section, dict) else {name: section}
         )
@@ -94,7 +103,31 @@ def above(name: str, value: float, bound: float) -> None:
         raise InputError(f'{name} is {value}; give more than {bound}')
 
 
-def share(name: str, value: float) -> None:
+def check_fraction(name: str, value: float) -> None:
     """Raise an InputError unless `value` is in [0, 1)."""
     if not 0 <= value < 1:
         raise InputError(f'{name} is {value}; give 0 or more and less than 1')
+
+
+def problem(check: Callable[..., object], *arguments: Any) -> Iterator[str]:
+    """The message of the InputError that a check raises, if it does."""
+    try:
+        check(*arguments)
+    except InputError as error:
+        yield str(error)
+
+
+def check_all(problems: Iterable[str]) -> None:
+    """Raise one InputError with all problems, if there are any."""
+    if found := list(problems):
+        raise InputError('; '.join(found))
+
+
+def bounded(check: Callable[..., None], *bounds: Any) -> Check:
+    """A check of one value, for the annotation of a parameter: `Annotated[int, bounded(at_least, 1)]`."""
+    return lambda name, value: check(name, value, *bounds)
+
+
+Count = Annotated[int, bounded(at_least, 1)]
+Positive = Annotated[float, bounded(above, 0)]
+Fraction = Annotated[float, bounded(check_fraction)]

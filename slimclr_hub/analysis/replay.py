@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from slimclr_hub.data.batches import Batch
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import InputError
-from slimclr_hub.methods.split_batchnorm import split_batchnorm
+from slimclr_hub.methods.batchnorm import split_batchnorm
 from slimclr_hub.runs.checkpoints import verified
 from slimclr_hub.settings import RECIPE
 from slimclr_hub.train.command import load_recipe

@@ -42,7 +42,7 @@ from slimclr_hub.data.sources import has_validation
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.knn import knn_predict
 from slimclr_hub.files import append_json_line, read_json_lines
-from slimclr_hub.methods.split_batchnorm import split_batchnorm
+from slimclr_hub.methods.batchnorm import split_batchnorm
 from slimclr_hub.runs.figures import save_figure
 from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.settings import above, at_least, differences, one_of
@@ -140,7 +140,7 @@ class ErrorMeasure:
             if isinstance(module, _BatchNorm):
                 module.train()
         self._replay = replay
-        self._k, self._temperature = config.knn.k, config.knn.temperature
+        self._knn = config.knn
         assert config.data.val_split is not None
         self._queries = self._read(config.data.val_split, images)
         self._bank = [] if self.backbone.num_classes else self._read(config.data.train_split, images)
@@ -169,7 +169,7 @@ class ErrorMeasure:
         else:
             bank, labels = self._run(self._bank, widths)
             predicted = {
-                width: knn_predict(output, bank[width], labels, self._k, self._temperature)
+                width: knn_predict(output, bank[width], labels, self._knn.neighbours(labels), self._knn.temperature)
                 for width, output in outputs.items()
             }
         return {f'error/{width:g}': 100 * (found != truth).float().mean() for width, found in predicted.items()}

@@ -1,8 +1,9 @@
 """Pre-training methods: `forward(views, widths, momentum, labels) -> {'loss', ...}`."""
 
+from slimclr_hub.methods.losses import register_distillation as register_distillation
 from slimclr_hub.methods.mocov2 import MoCoV2 as MoCoV2
 from slimclr_hub.methods.mocov3 import MoCoV3 as MoCoV3
+from slimclr_hub.methods.registry import METHODS as METHODS
+from slimclr_hub.methods.registry import register_method as register_method
 from slimclr_hub.methods.simclr import SimCLR as SimCLR
 from slimclr_hub.methods.supervised import Supervised as Supervised
-
-METHODS = {'mocov2': MoCoV2, 'mocov3': MoCoV3, 'simclr': SimCLR, 'supervised': Supervised}

@@ -1,13 +1,16 @@
-"""Contrastive and distillation losses, as pure functions of tensors.
+"""Contrastive and distillation losses, as pure functions of tensors, and the weights of the losses of the widths.
 
 Shape suffixes: B images of the batch, K negatives, D dimensions of the embedding, C candidates (1 + K, the positive
 first).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+
+from slimclr_hub.errors import InputError
+from slimclr_hub.settings import one_of
 
 
 def full_precision(x: torch.Tensor) -> torch.Tensor:
@@ -139,16 +142,95 @@ def atkd(
 Distillation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(student_BC, teacher_BC, target_B) -> scalar; the target is the column of the positive."""
 
-DISTILLATIONS = ('kd', 'mse', 'dkd', 'atkd', 'none')
+DISTILLATIONS: dict[str, Distillation | None] = {
+    'kd': lambda student, teacher, _: kd(student, teacher, temperature=5.0),
+    'mse': lambda student, teacher, _: mse(student, teacher),
+    'dkd': dkd,
+    'atkd': lambda student, teacher, _: atkd(student, teacher),
+    'none': None,
+}
+"""Name -> how sub-networks learn from the full one."""
+
+
+def register_distillation(name: str) -> Callable[[Distillation], Distillation]:
+    """Register a function (student_BC, teacher_BC, target_B) -> scalar as the distillation `name`.
+
+    Raises:
+        InputError: There is a distillation of that name.
+    """
+
+    def register(distillation: Distillation) -> Distillation:
+        if name in DISTILLATIONS:
+            raise InputError(f'there is a distillation {name!r} already; register yours under another name')
+        DISTILLATIONS[name] = distillation
+        return distillation
+
+    return register
 
 
 def make_distillation(name: str, temperature: float, squared: bool = True) -> Distillation | None:
-    """The distillation loss of that name; `temperature` and `squared` concern `kd` alone, the others have their own."""
-    losses: dict[str, Distillation | None] = {
-        'kd': lambda student, teacher, _: kd(student, teacher, temperature, squared),
-        'mse': lambda student, teacher, _: mse(student, teacher),
-        'dkd': dkd,
-        'atkd': lambda student, teacher, _: atkd(student, teacher),
-        'none': None,
-    }
-    return losses[name]
+    """The distillation `name`; `temperature` and `squared` are those of `kd`, the others have their own."""
+    if name == 'kd':
+        return lambda student, teacher, _: kd(student, teacher, temperature, squared)
+    return DISTILLATIONS[name]
+
+
+# Loss weights: the paper's section 3.2, and (1) to (4) of section 4.4
+
+
+def full_plus_sum(widths: Sequence[float]) -> list[float]:
+    """(1), Eq. (6): one each, and for the full network the sum of the other widths besides."""
+    return [1.0 + sum(widths[1:]), *[1.0] * (len(widths) - 1)]
+
+
+def full_plus_max(widths: Sequence[float]) -> list[float]:
+    """(2): one each, and for the full network the largest of the other widths besides."""
+    return [1.0 + max(widths[1:], default=0.0), *[1.0] * (len(widths) - 1)]
+
+
+def proportional(widths: Sequence[float]) -> list[float]:
+    """(3): in proportion to the width, n in total."""
+    return [len(widths) * width / sum(widths) for width in widths]
+
+
+def cumulative(widths: Sequence[float]) -> list[float]:
+    """(4): in proportion to one plus the sum of all smaller widths, n in total.
+
+    The paper's formula lets the sum begin at the width itself; its printed values, and the reference code, do not.
+    """
+    raw = [1.0 + sum(widths[i + 1 :]) for i in range(len(widths))]
+    return [len(widths) * value / sum(raw) for value in raw]
+
+
+def none(widths: Sequence[float]) -> list[float]:
+    """One each."""
+    return [1.0] * len(widths)
+
+
+SCHEMES: dict[str, Callable[[Sequence[float]], list[float]]] = {
+    scheme.__name__: scheme for scheme in (full_plus_sum, full_plus_max, proportional, cumulative, none)
+}
+
+
+def loss_weights(scheme: str | Sequence[float], widths: Sequence[float]) -> list[float]:
+    """Weight of each width's loss.
+
+    Args:
+        scheme: Name of a scheme, or the weights themselves, one for each of `widths`.
+        widths: In descending order.
+
+    Raises:
+        InputError: The scheme does not exist, or the number of weights is not that of the widths.
+    """
+    check_loss_weights('loss_weights', scheme, widths)
+    return SCHEMES[scheme](widths) if isinstance(scheme, str) else [float(weight) for weight in scheme]
+
+
+def check_loss_weights(name: str, scheme: str | Sequence[float], widths: Sequence[float] | None = None) -> None:
+    """Raise an InputError unless there is such a scheme or, of numbers, 0 or more for each of `widths` if given."""
+    if isinstance(scheme, str):
+        one_of(name, scheme, SCHEMES)
+    elif min(scheme, default=0) < 0:
+        raise InputError(f'{name} {list(scheme)} holds one below 0; give 0 or more')
+    elif widths is not None and len(scheme) != len(widths):
+        raise InputError(f'{name} {list(scheme)} are {len(scheme)} numbers for {len(widths)} widths {list(widths)}')

@@ -1,6 +1,7 @@
 """SlimCLR on MoCo v2."""
 
 from collections.abc import Sequence
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -8,16 +9,19 @@ from torch import nn
 
 from slimclr_hub.distributed import gather, local_part, rank, shared_permutation, world_size
 from slimclr_hub.errors import InputError
+from slimclr_hub.methods.batchnorm import split_batchnorm
 from slimclr_hub.methods.heads import SlimmableMLP
 from slimclr_hub.methods.losses import similarities
-from slimclr_hub.methods.momentum import Followers
+from slimclr_hub.methods.momentum import EMA
 from slimclr_hub.methods.objective import Losses, Objective
-from slimclr_hub.methods.split_batchnorm import split_batchnorm
+from slimclr_hub.methods.registry import register_method
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.slicing import sliced_once
 from slimclr_hub.models.widths import check_widths
+from slimclr_hub.settings import Count, Positive, at_least, bounded
 
 
+@register_method('mocov2', momentum=0.999)
 class MoCoV2(nn.Module):
     """Slimmable contrastive learning over a queue of keys: the paper's section 3, figure 2 (a), objective (7).
 
@@ -31,18 +35,12 @@ class MoCoV2(nn.Module):
         queue_size: Keys kept as negatives, K; a multiple of the batch over all processes. With 0 the negatives are the
             keys of the other images of the batch over all processes.
         temperature: tau_1 of InfoNCE.
-        distillation: `kd`, `mse`, `dkd`, `atkd` or `none`: how sub-networks learn from the full one.
-        distillation_temperature: tau_2.
-        distillation_squared: Multiply `kd` by tau_2 squared, as the reference code does.
-        weights: Loss weights: a scheme of the paper, or one number for each width.
         bn_splits: Parts of the batch that are normalised apart on each process.
         shuffle_keys: Permute keys over processes and parts before they are encoded.
-        shared: Make the slices of weights once a step, and let one first convolution serve all widths; equal but for
-            rounding.
-        lerp: Move the momentum encoder in one pass over memory; equal but for rounding.
+        options: Of `Objective`.
 
     Raises:
-        InputError: An option or number that does not exist.
+        InputError: A value does not exist or is out of range.
     """
 
     queue: torch.Tensor
@@ -52,32 +50,20 @@ class MoCoV2(nn.Module):
         self,
         backbone: SlimmableResNet,
         *,
-        dim: int = 128,
-        hidden_dim: int | None = None,
-        queue_size: int = 65536,
-        temperature: float = 0.2,
-        distillation: str = 'kd',
-        distillation_temperature: float = 5.0,
-        distillation_squared: bool = True,
-        weights: str | Sequence[float] = 'full_plus_sum',
-        bn_splits: int = 1,
+        dim: Count = 128,
+        hidden_dim: Count | None = None,
+        queue_size: Annotated[int, bounded(at_least, 0)] = 65536,
+        temperature: Positive = 0.2,
+        bn_splits: Count = 1,
         shuffle_keys: bool = True,
-        shared: bool = True,
-        lerp: bool = True,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.objective = Objective(
-            backbone.widths,
-            distillation=distillation,
-            temperature=distillation_temperature,
-            squared=distillation_squared,
-            weights=weights,
-        )
+        self.objective = Objective(backbone.widths, **options)
         self.widths = backbone.widths
         self.temperature = temperature
         self.bn_splits = bn_splits
         self.shuffle_keys = shuffle_keys
-        self.shared = shared
 
         full = self.widths[0]
         features = backbone.full_features
@@ -88,7 +74,7 @@ class MoCoV2(nn.Module):
         self.key_backbone = backbone.extract(full).requires_grad_(False)
         self.key_head = self.head.extract(full).requires_grad_(False)
         pairs = (self.key_backbone, self.backbone), (self.key_head, self.head)
-        self.followers = Followers(pairs, full, lerp)
+        self.ema = EMA(pairs, full)
         split_batchnorm(self.backbone, bn_splits)
         split_batchnorm(self.key_backbone, bn_splits)
         self.register_buffer('queue', F.normalize(torch.randn(queue_size, dim), dim=1))
@@ -116,8 +102,8 @@ class MoCoV2(nn.Module):
         """
         widths = check_widths(widths)
         query_view, key_view = views
-        with sliced_once([self.backbone, self.head], widths if self.shared else ()):
-            features = self.backbone.forward_widths(query_view, widths, shared=self.shared)
+        with sliced_once([self.backbone, self.head], widths):
+            features = self.backbone.forward_widths(query_view, widths)
             queries = {w: F.normalize(self.head(features[w], w), dim=1) for w in widths}
         with torch.no_grad():
             if momentum is not None:
@@ -146,7 +132,7 @@ class MoCoV2(nn.Module):
 
     def update_key_encoder(self, momentum: float) -> None:
         """Move the key encoder's parameters, not its buffers, towards the full width of the query encoder."""
-        self.followers.move(momentum)
+        self.ema.update(momentum)
 
     def encode_keys(self, view: torch.Tensor) -> torch.Tensor:
         """Embed keys normalised among other images than their queries are: [B, C, H, W] -> [B, dim], of unit length.

@@ -1,6 +1,7 @@
 """SlimCLR on MoCo v3."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,13 +10,16 @@ from torch import nn
 from slimclr_hub.distributed import gather, rank
 from slimclr_hub.methods.heads import SlimmableProjector
 from slimclr_hub.methods.losses import full_precision
-from slimclr_hub.methods.momentum import Followers
+from slimclr_hub.methods.momentum import EMA
 from slimclr_hub.methods.objective import Losses, Objective
+from slimclr_hub.methods.registry import register_method
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.slicing import sliced_once
 from slimclr_hub.models.widths import check_widths
+from slimclr_hub.settings import Count, Positive
 
 
+@register_method('mocov3', momentum=0.99, momentum_schedule='cosine', sync_bn=True, negatives_in_batch=True)
 class MoCoV3(nn.Module):
     """Slimmable contrastive learning with the batch itself as negatives: the paper's sections 3 and 4.1.
 
@@ -27,43 +31,27 @@ class MoCoV3(nn.Module):
         dim: Dimension of the embedding.
         hidden_dim: Hidden features of projector and predictor at width 1.0.
         temperature: tau_1.
-        distillation: `kd`, `mse`, `dkd`, `atkd` or `none`: how sub-networks learn from the full one.
-        distillation_temperature: tau_2.
-        distillation_squared: Multiply `kd` by tau_2 squared, as the reference code does.
-        weights: Loss weights: a scheme of the paper, or one number for each width.
-        shared: Make the slices of weights once a step, and let one first convolution serve all widths; equal but for
-            rounding.
-        lerp: Move the momentum encoder in one pass over memory; equal but for rounding.
+        distillation_temperature: tau_2, of kd.
+        options: Of `Objective`.
 
     Raises:
-        InputError: An option or number that does not exist.
+        InputError: A value does not exist or is out of range.
     """
 
     def __init__(
         self,
         backbone: SlimmableResNet,
         *,
-        dim: int = 256,
-        hidden_dim: int = 4096,
-        temperature: float = 1.0,
-        distillation: str = 'kd',
-        distillation_temperature: float = 1.0,
-        distillation_squared: bool = True,
-        weights: str | Sequence[float] = 'full_plus_sum',
-        shared: bool = True,
-        lerp: bool = True,
+        dim: Count = 256,
+        hidden_dim: Count = 4096,
+        temperature: Positive = 1.0,
+        distillation_temperature: Positive = 1.0,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.objective = Objective(
-            backbone.widths,
-            distillation=distillation,
-            temperature=distillation_temperature,
-            squared=distillation_squared,
-            weights=weights,
-        )
+        self.objective = Objective(backbone.widths, distillation_temperature=distillation_temperature, **options)
         self.widths = backbone.widths
         self.temperature = temperature
-        self.shared = shared
         self.backbone = backbone
         self.head = SlimmableProjector(backbone.full_features, hidden_dim, dim, self.widths, overlap=backbone.overlap)
         self.predictor = SlimmableProjector(
@@ -72,7 +60,7 @@ class MoCoV3(nn.Module):
         self.key_backbone = backbone.extract(self.widths[0]).requires_grad_(False)
         self.key_head = self.head.extract(self.widths[0]).requires_grad_(False)
         pairs = (self.key_backbone, self.backbone), (self.key_head, self.head)
-        self.followers = Followers(pairs, self.widths[0], lerp)
+        self.ema = EMA(pairs, self.widths[0])
 
     def forward(
         self,
@@ -94,7 +82,7 @@ class MoCoV3(nn.Module):
             means.
         """
         widths = check_widths(widths)
-        with sliced_once([self.backbone, self.head, self.predictor], widths if self.shared else ()):
+        with sliced_once([self.backbone, self.head, self.predictor], widths):
             queries = [self.encode_queries(view, widths) for view in views]
         with torch.no_grad():
             if momentum is not None:
@@ -105,13 +93,13 @@ class MoCoV3(nn.Module):
 
     def encode_queries(self, view: torch.Tensor, widths: Sequence[float]) -> dict[float, torch.Tensor]:
         """[B, C, H, W] -> for each width [B, dim], of unit length."""
-        features = self.backbone.forward_widths(view, widths, shared=self.shared)
+        features = self.backbone.forward_widths(view, widths)
         projected = {w: self.predictor(self.head(features[w], w), w) for w in widths}
         return {w: F.normalize(full_precision(query), dim=1) for w, query in projected.items()}
 
     def update_key_encoder(self, momentum: float) -> None:
         """Move the key encoder's parameters, not its buffers, towards the full width of the query encoder."""
-        self.followers.move(momentum)
+        self.ema.update(momentum)
 
     def _direction(self, queries: dict[float, torch.Tensor], keys: torch.Tensor) -> Losses:
         batch = len(queries[self.widths[0]])

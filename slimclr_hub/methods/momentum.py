@@ -8,36 +8,27 @@ from torch import nn
 from slimclr_hub.weights.slices import switch_name, width_key
 
 
-class Followers:
-    """Parameters, not buffers, of dense modules, and those of slimmable modules at a width that they follow.
+class EMA:
+    """Exponential moving average, in dense modules, of the parameters of slimmable modules at one width.
 
-    They are paired once, here, by name; they may be moved and loaded afterwards, but not replaced.
+    Parameters are paired by name once; they may be moved to a device and loaded afterwards, but not replaced. Buffers
+    are left alone.
 
     Args:
         pairs: (dense, slimmable).
-        width: The width that the dense ones have.
-        lerp: Move them in one pass over memory, instead of two products and a sum with a tensor between; equal but for
-            rounding.
+        width: The width of the dense modules.
     """
 
-    def __init__(self, pairs: Iterable[tuple[nn.Module, nn.Module]], width: float, lerp: bool = True) -> None:
-        self.followers: list[torch.Tensor] = []
-        self.leaders: list[torch.Tensor] = []
-        self.lerp = lerp
-        for follower, leader in pairs:
-            leading: Mapping[str, nn.Parameter] = dict(leader.named_parameters())
-            for name, parameter in follower.named_parameters():
-                self.followers.append(parameter)
-                self.leaders.append(leading[name if name in leading else switch_name(name, width_key(width))])
+    def __init__(self, pairs: Iterable[tuple[nn.Module, nn.Module]], width: float) -> None:
+        self.averages: list[torch.Tensor] = []
+        self.sources: list[torch.Tensor] = []
+        for dense, slimmable in pairs:
+            sources: Mapping[str, nn.Parameter] = dict(slimmable.named_parameters())
+            for name, parameter in dense.named_parameters():
+                self.averages.append(parameter)
+                self.sources.append(sources[name if name in sources else switch_name(name, width_key(width))])
 
     @torch.no_grad()
-    def move(self, momentum: float) -> None:
-        """Move each follower to momentum * follower + (1 - momentum) * leader, in place (He et al. 2020, Eq. 2)."""
-        if self.lerp:
-            torch._foreach_lerp_(self.followers, self.leaders, 1.0 - momentum)
-            return
-        # Each product rounded, as the authors' implementation does: early training amplifies rounding a thousandfold,
-        # and in this form four steps reproduce its recorded numbers to the last bit.
-        moves = torch._foreach_mul(self.leaders, 1.0 - momentum)
-        torch._foreach_mul_(self.followers, momentum)
-        torch._foreach_add_(self.followers, list(moves))
+    def update(self, momentum: float) -> None:
+        """Set each average to momentum * average + (1 - momentum) * source, in place (He et al. 2020, Eq. 2)."""
+        torch._foreach_lerp_(self.averages, self.sources, 1.0 - momentum)

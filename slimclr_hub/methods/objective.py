@@ -1,12 +1,20 @@
 """The paper's objective (7): one contrastive loss a width, and what narrower widths learn from the full one."""
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import torch
 
-from slimclr_hub.errors import InputError
-from slimclr_hub.methods.loss_weights import loss_weights
-from slimclr_hub.methods.losses import DISTILLATIONS, accuracy, info_nce, kl_divergence, make_distillation
+from slimclr_hub.methods.losses import (
+    DISTILLATIONS,
+    accuracy,
+    check_loss_weights,
+    info_nce,
+    kl_divergence,
+    loss_weights,
+    make_distillation,
+)
+from slimclr_hub.settings import Positive, bounded, one_of
 
 Losses = dict[str, torch.Tensor]
 
@@ -16,34 +24,34 @@ class Objective:
 
     Args:
         widths: All widths, in descending order.
-        distillation: `kd`, `mse`, `dkd`, `atkd` or `none`.
-        temperature: tau_2 of `kd`.
-        squared: Multiply `kd` by tau_2 squared.
-        weights: Loss weights: a scheme of the paper, or one number for each width.
-        name: What the loss is called in the logs.
+        name: Name of the loss in the logs.
+        distillation: How sub-networks learn from the full one: kd, mse, dkd, atkd, none, or a registered one.
+        distillation_temperature: tau_2, of kd.
+        distillation_squared: Multiply kd by tau_2 squared, as the reference code does.
+        loss_weights: Loss weights: full_plus_sum, full_plus_max, proportional, cumulative, none, or a number for each
+            width.
 
     Raises:
-        InputError: An option or number that does not exist.
+        InputError: A value does not exist or is out of range.
     """
 
     def __init__(
         self,
         widths: Sequence[float],
-        *,
-        distillation: str = 'kd',
-        temperature: float = 5.0,
-        squared: bool = True,
-        weights: str | Sequence[float] = 'full_plus_sum',
         name: str = 'info_nce',
+        *,
+        distillation: Annotated[str, bounded(one_of, DISTILLATIONS)] = 'kd',
+        distillation_temperature: Positive = 5.0,
+        distillation_squared: bool = True,
+        loss_weights: Annotated[str | tuple[float, ...], check_loss_weights] = 'full_plus_sum',
     ) -> None:
-        if distillation not in DISTILLATIONS:
-            raise InputError(f'distillation {distillation!r} is not one of {", ".join(DISTILLATIONS)}')
-        loss_weights(weights, tuple(widths))
+        one_of('distillation', distillation, DISTILLATIONS)
+        check_loss_weights('loss_weights', loss_weights, widths)
         self.widths = tuple(widths)
-        self.weights = weights
-        self.temperature = temperature
+        self.weights = loss_weights
+        self.temperature = distillation_temperature
         self.name = name
-        self._distill = make_distillation(distillation, temperature, squared)
+        self._distill = make_distillation(distillation, distillation_temperature, distillation_squared)
 
     def __call__(
         self,

@@ -1,6 +1,7 @@
 """SlimCLR on SimCLR."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +11,14 @@ from slimclr_hub.distributed import gather_with_gradient, rank
 from slimclr_hub.methods.heads import SlimmableMLP
 from slimclr_hub.methods.losses import full_precision, without_column
 from slimclr_hub.methods.objective import Losses, Objective
+from slimclr_hub.methods.registry import register_method
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.slicing import sliced_once
 from slimclr_hub.models.widths import check_widths
+from slimclr_hub.settings import Count, Positive
 
 
+@register_method('simclr', sync_bn=True, negatives_in_batch=True)
 class SimCLR(nn.Module):
     """Slimmable contrastive learning in which every other view of the batch is a negative.
 
@@ -26,41 +30,25 @@ class SimCLR(nn.Module):
         dim: Dimension of the embedding.
         hidden_dim: Hidden features of the MLP head at width 1.0; as many as the backbone has unless given.
         temperature: tau_1.
-        distillation: `kd`, `mse`, `dkd`, `atkd` or `none`: how sub-networks learn from the full one.
-        distillation_temperature: tau_2.
-        distillation_squared: Multiply `kd` by tau_2 squared, as the reference code does.
-        weights: Loss weights: a scheme of the paper, or one number for each width.
-        shared: Make the slices of weights once a step, and let one first convolution serve all widths; equal but for
-            rounding.
+        options: Of `Objective`.
 
     Raises:
-        InputError: An option or number that does not exist.
+        InputError: A value does not exist or is out of range.
     """
 
     def __init__(
         self,
         backbone: SlimmableResNet,
         *,
-        dim: int = 128,
-        hidden_dim: int | None = None,
-        temperature: float = 0.1,
-        distillation: str = 'kd',
-        distillation_temperature: float = 5.0,
-        distillation_squared: bool = True,
-        weights: str | Sequence[float] = 'full_plus_sum',
-        shared: bool = True,
+        dim: Count = 128,
+        hidden_dim: Count | None = None,
+        temperature: Positive = 0.1,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.objective = Objective(
-            backbone.widths,
-            distillation=distillation,
-            temperature=distillation_temperature,
-            squared=distillation_squared,
-            weights=weights,
-        )
+        self.objective = Objective(backbone.widths, **options)
         self.widths = backbone.widths
         self.temperature = temperature
-        self.shared = shared
         features = backbone.full_features
         self.backbone = backbone
         hidden = features if hidden_dim is None else hidden_dim
@@ -91,8 +79,8 @@ class SimCLR(nn.Module):
 
     def embed(self, images: torch.Tensor, widths: Sequence[float]) -> dict[float, torch.Tensor]:
         """[2B, C, H, W] -> for each width [2B, dim], of unit length."""
-        with sliced_once([self.backbone, self.head], widths if self.shared else ()):
-            features = self.backbone.forward_widths(images, widths, shared=self.shared)
+        with sliced_once([self.backbone, self.head], widths):
+            features = self.backbone.forward_widths(images, widths)
             return {w: F.normalize(full_precision(self.head(features[w], w)), dim=1) for w in widths}
 
     def similarities(self, embeddings: torch.Tensor) -> torch.Tensor:

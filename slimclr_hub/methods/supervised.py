@@ -1,17 +1,21 @@
 """Supervised slimmable training, the paper's baseline."""
 
 from collections.abc import Sequence
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.methods.losses import full_precision
+from slimclr_hub.methods.losses import check_loss_weights, full_precision
 from slimclr_hub.methods.objective import Losses, Objective
+from slimclr_hub.methods.registry import register_method
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.widths import check_widths
+from slimclr_hub.settings import Positive
 
 
+@register_method('supervised', views=1, slow_start_epochs=0.0, classifier=True)
 class Supervised(nn.Module):
     """Slimmable training from labels with in-place distillation (Yu & Huang 2019, https://arxiv.org/abs/1903.05134).
 
@@ -19,35 +23,28 @@ class Supervised(nn.Module):
 
     Args:
         backbone: Network with a classifier, whose widths are trained.
-        distillation: `kd`, `mse`, `dkd`, `atkd` or `none`.
-        distillation_temperature: tau_2.
-        distillation_squared: Multiply `kd` by tau_2 squared.
-        weights: Loss weights: a scheme of the paper, or one number for each width.
-        shared: Make the slices of weights once a step, and let one first convolution serve all widths; equal but for
-            rounding.
+        distillation_temperature: tau_2, of kd.
+        loss_weights: Loss weights, as of `Objective`.
+        options: Further ones of `Objective`.
     """
 
     def __init__(
         self,
         backbone: SlimmableResNet,
         *,
-        distillation: str = 'kd',
-        distillation_temperature: float = 1.0,
-        distillation_squared: bool = True,
-        weights: str | Sequence[float] = 'none',
-        shared: bool = True,
+        distillation_temperature: Positive = 1.0,
+        loss_weights: Annotated[str | tuple[float, ...], check_loss_weights] = 'none',
+        **options: Any,
     ) -> None:
         super().__init__()
         self.objective = Objective(
             backbone.widths,
-            distillation=distillation,
-            temperature=distillation_temperature,
-            squared=distillation_squared,
-            weights=weights,
-            name='cross_entropy',
+            'cross_entropy',
+            distillation_temperature=distillation_temperature,
+            loss_weights=loss_weights,
+            **options,
         )
         self.widths = backbone.widths
-        self.shared = shared
         self.backbone = backbone
 
     def forward(
@@ -73,6 +70,6 @@ class Supervised(nn.Module):
         """
         if labels is None:
             raise InputError('supervised training needs labels; they are the last argument')
-        outputs = self.backbone.forward_widths(views[0], check_widths(widths), shared=self.shared)
+        outputs = self.backbone.forward_widths(views[0], check_widths(widths))
         logits = {w: full_precision(output) for w, output in outputs.items()}
         return self.objective(logits, labels)

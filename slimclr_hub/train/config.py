@@ -1,16 +1,20 @@
 """The configuration of a pre-training run: frozen dataclasses that check themselves on construction."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import FrozenInstanceError, dataclass, field
 from typing import Any
+
+import torch
 
 from slimclr_hub.data import DataConfig, ViewConfig
 from slimclr_hub.errors import InputError
-from slimclr_hub.methods.loss_weights import loss_weights
+from slimclr_hub.evaluate.knn import default_k
+from slimclr_hub.methods import METHODS
+from slimclr_hub.methods.losses import check_loss_weights
+from slimclr_hub.methods.registry import Setting, constructor_settings, settings_of, training_of
 from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_widths, disjoint_widths
-from slimclr_hub.settings import PRECISIONS, above, at_least, one_of, share
+from slimclr_hub.settings import PRECISIONS, Incidental, above, at_least, check_all, check_fraction, one_of, problem
 from slimclr_hub.train.diagnostics import DiagnosticsConfig
-from slimclr_hub.train.method_config import MethodConfig
-from slimclr_hub.train.speed_config import SpeedConfig
 
 TRACKERS = ('none', 'tensorboard', 'wandb', 'trackio', 'mlflow', 'comet_ml', 'aim', 'clearml', 'swanlab')
 
@@ -56,8 +60,8 @@ class OptimConfig:
         args: Further arguments of the optimizer, such as trust_coeff of lars.
         epochs: Epochs to train.
         warmup_epochs: Epochs of warm-up.
-        accumulation_steps: Parts of data.batch_size that are processed one after the other before each step. The queue
-            of mocov2 makes up for it; mocov3 and simclr then find their negatives within a part.
+        accumulation_steps: Microbatches of data.batch_size that are processed one after the other before each step.
+            The queue of mocov2 makes up for it; mocov3 and simclr then take their negatives from a microbatch.
     """
 
     name: str = 'momentum'
@@ -76,40 +80,114 @@ class OptimConfig:
         if self.lr_after_slow_start is not None:
             above('optim.lr_after_slow_start', self.lr_after_slow_start, 0)
         at_least('optim.weight_decay', self.weight_decay, 0)
-        share('optim.momentum', self.momentum)
+        check_fraction('optim.momentum', self.momentum)
         at_least('optim.epochs', self.epochs, 1)
         at_least('optim.warmup_epochs', self.warmup_epochs, 0)
         at_least('optim.accumulation_steps', self.accumulation_steps, 1)
-        if self.warmup_epochs > self.epochs:
-            raise InputError(f'optim.warmup_epochs {self.warmup_epochs} exceeds optim.epochs {self.epochs}; lower it')
+
+
+class MethodConfig:
+    """The method of a run, by default MoCo v2 with everything of SlimCLR.
+
+    A setting that is not given, or null, has the method's own default, which stands in the signature of its
+    constructor; `slimclr_hub.methods.registry` lists them. Settings are attributes; those that only other methods have
+    are None.
+
+    Args:
+        name: Name of a registered method.
+        settings: Its settings.
+
+    Raises:
+        InputError: There is no such method, a setting belongs to others, or a value is out of range.
+    """
+
+    name: str
+
+    def __init__(self, name: str = 'mocov2', **settings: Any) -> None:
+        known = settings_of(name)
+        given = {key: value for key, value in settings.items() if value is not None}
+        check_all(_problems_of_method(name, known, given))
+        values = {key: given.get(key, setting.default) for key, setting in known.items()}
+        for key, value in values.items():
+            if isinstance(value, int) and known[key].type is float and not isinstance(value, bool):
+                values[key] = float(value)
+        vars(self).update(name=name, **values)
+
+    def __getattr__(self, key: str) -> Any:
+        if any(key in settings_of(method) for method in METHODS):
+            return None
+        raise AttributeError(f'no method has the setting {key!r}')
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        raise FrozenInstanceError(f'cannot assign to {key!r}')
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MethodConfig) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f'MethodConfig({", ".join(f"{key}={value!r}" for key, value in vars(self).items())})'
+
+    def replace(self, **settings: Any) -> 'MethodConfig':
+        """The same method with other values of some settings."""
+        return MethodConfig(**{**vars(self), **settings})
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the method's constructor."""
+        return {key: getattr(self, key) for key in constructor_settings(METHODS[self.name])}
+
+
+def _problems_of_method(name: str, known: Mapping[str, Setting], given: Mapping[str, Any]) -> Iterator[str]:
+    foreign = [key for key in given if key not in known]
+    owners = {key: [method for method in METHODS if key in settings_of(method)] for key in foreign}
+    yield from (f'method.{key} is not known' for key in foreign if not owners[key])
+    if others := [f'method.{key} {given[key]} (of {", ".join(owners[key])})' for key in foreign if owners[key]]:
+        unset = ' '.join(f'--method.{key} null' for key in foreign if owners[key])
+        yield f'not for method.name {name}: {", ".join(others)}; add {unset}'
+    for key, setting in known.items():
+        if key in given:
+            yield from problem(setting.check, f'method.{key}', given[key])
+        elif setting.required:
+            yield f'method.{key} is null, and {name} needs it; give --method.{key}'
+    if given.get('sync_bn') and given.get('bn_splits', 1) > 1:
+        yield (
+            f'method.bn_splits {given["bn_splits"]} normalises splits of the batch, method.sync_bn true all of it; '
+            'drop one'
+        )
 
 
 @dataclass(frozen=True)
-class KNNConfig:
+class KNNConfig(Incidental):
     """Weighted k-NN accuracy at every width while training (Wu et al. 2018), before the first epoch and after the last.
 
     Args:
         every: Epochs from one evaluation to the next; 0 for none.
-        k: Neighbours; as many as there are images where those are fewer.
+        k: Neighbours; a tenth of the images of a class, 5 to 200, where null.
         temperature: tau in the weight exp(similarity / tau) of a neighbour's vote.
         bank: Training images to search, and to fit the linear probe to, at most; all where null.
     """
 
     every: int = 1
-    k: int = 200
+    k: int | None = None
     temperature: float = 0.1
     bank: int | None = None
 
     def __post_init__(self) -> None:
         at_least('knn.every', self.every, 0)
-        at_least('knn.k', self.k, 1)
+        if self.k is not None:
+            at_least('knn.k', self.k, 1)
         above('knn.temperature', self.temperature, 0)
         if self.bank is not None:
             at_least('knn.bank', self.bank, 1)
 
+    def neighbours(self, labels: torch.Tensor) -> int:
+        """k for a search among images with these labels."""
+        return self.k or default_k(len(labels), len(labels.unique()))
+
 
 @dataclass(frozen=True)
-class ProbeConfig:
+class ProbeConfig(Incidental):
     """Accuracy of a linear classifier on frozen features at every width while training, learned as k-NN searches.
 
     Args:
@@ -126,15 +204,35 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Where and how to run.
+class NumericsConfig:
+    """How numbers are computed.
+
+    Args:
+        seed: Seed of initialisation, order and views.
+        precision: no for float32, bf16 or fp16; that of accelerate where null. A run records the one it trains in.
+        channels_last: Memory layout of convolutions in which the channels of a pixel lie together.
+        compile: Compile each width, and the momentum encoder, by torch.compile: minutes at the start, for GPUs.
+    """
+
+    seed: int = 0
+    precision: str | None = None
+    channels_last: bool = True
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision is not None:
+            one_of('run.precision', self.precision, PRECISIONS)
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f'run.seed is {self.seed}; give 0 to 2**32 - 1')
+
+
+@dataclass(frozen=True)
+class OutputConfig(Incidental):
+    """Files and logs of a run.
 
     Args:
         output: Folder of the runs.
         name: Folder of this run within it; one that is free is chosen where null.
-        seed: Seed of initialisation, order and views.
-        precision: no for float32, bf16 or fp16; what accelerate was told where null.
-        channels_last: Memory layout of convolutions in which the channels of a pixel lie together.
         checkpoint_every: Epochs from one checkpoint to the next.
         checkpoint_steps: Optimizer steps from one checkpoint to the next, besides those after epochs; none where null.
         keep_checkpoints: Checkpoints kept; older ones are removed after a newer one is complete.
@@ -145,9 +243,6 @@ class RunConfig:
 
     output: str = 'runs'
     name: str | None = None
-    seed: int = 0
-    precision: str | None = None
-    channels_last: bool = True
     checkpoint_every: int = 1
     checkpoint_steps: int | None = None
     keep_checkpoints: int = 2
@@ -156,17 +251,22 @@ class RunConfig:
     project: str = 'slimclr'
 
     def __post_init__(self) -> None:
-        if self.precision is not None:
-            one_of('run.precision', self.precision, PRECISIONS)
         one_of('run.tracker', self.tracker, TRACKERS)
         for name in 'checkpoint_every', 'keep_checkpoints', 'log_every':
             at_least(f'run.{name}', getattr(self, name), 1)
         if self.checkpoint_steps is not None:
             at_least('run.checkpoint_steps', self.checkpoint_steps, 1)
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f'run.seed is {self.seed}; give 0 to 2**32 - 1')
         if self.name is not None and (self.name in ('', '.', '..') or '/' in self.name):
             raise InputError(f'run.name {self.name!r} is not the name of a folder; run.output says where it lies')
+
+
+@dataclass(frozen=True)
+class RunConfig(NumericsConfig, OutputConfig):
+    """Numerics, files and logs of a run; the arguments are those of `NumericsConfig` and `OutputConfig`."""
+
+    def __post_init__(self) -> None:
+        NumericsConfig.__post_init__(self)
+        OutputConfig.__post_init__(self)
 
 
 @dataclass(frozen=True)
@@ -183,8 +283,8 @@ class PretrainConfig:
         knn: k-NN accuracy while training.
         probe: Accuracy of a linear classifier while training.
         diagnostics: What is recorded of gradients and weights.
-        run: Where and how to run.
-        speed: Fast paths.
+        run: Numerics, files and logs.
+        imports: Python files that register a method, a distillation or a network -> sha256; --import FILE adds one.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -197,44 +297,43 @@ class PretrainConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    imports: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        batch, parts = self.data.batch_size, self.optim.accumulation_steps
-        method = self.method
-        assert method.weights is not None
-        try:
-            weights = loss_weights(method.weights, check_widths(self.model.widths))
-        except InputError as error:
-            raise InputError(f'method.weights {method.weights}: {error}') from error
-        if min(weights) < 0:
-            raise InputError(f'method.weights {list(weights)} holds one below 0; give 0 or more')
-        if batch % parts:
-            raise InputError(
-                f'data.batch_size {batch} does not divide into optim.accumulation_steps {parts}; '
-                f'give {nearest_multiple(batch, parts)}'
+        check_all(self._problems())
+
+    def _problems(self) -> Iterator[str]:
+        batch, microbatches, method = self.data.batch_size, self.optim.accumulation_steps, self.method
+        yield from problem(check_loss_weights, 'method.loss_weights', method.loss_weights, self.model.widths)
+        if batch % microbatches:
+            yield (
+                f'data.batch_size {batch} does not divide into optim.accumulation_steps {microbatches}; '
+                f'give {nearest_multiple(batch, microbatches)}'
             )
         if method.queue_size and method.queue_size % batch:
-            raise InputError(
+            yield (
                 f'method.queue_size {method.queue_size} is not a multiple of data.batch_size {batch}; '
                 f'give {nearest_multiple(method.queue_size, batch)}'
             )
-        if method.bn_splits and batch % (parts * method.bn_splits):
-            raise InputError(
+        if method.bn_splits and batch % (microbatches * method.bn_splits):
+            yield (
                 f'data.batch_size {batch} does not divide into method.bn_splits {method.bn_splits} in each of '
-                f'optim.accumulation_steps {parts}; give {nearest_multiple(batch, parts * method.bn_splits)}'
+                f'optim.accumulation_steps {microbatches}; '
+                f'give {nearest_multiple(batch, microbatches * method.bn_splits)}'
             )
         if self.slow_start > self.optim.epochs:
-            raise InputError(
+            yield (
                 f'method.slow_start_epochs {self.slow_start:g} exceeds optim.epochs {self.optim.epochs}; '
-                'sub-networks would never train. Lower it'
+                'sub-networks would never train. Lower it, or give null for half of the epochs'
             )
+        if self.optim.warmup_epochs > self.optim.epochs:
+            yield f'optim.warmup_epochs {self.optim.warmup_epochs:g} exceeds optim.epochs {self.optim.epochs}; lower it'
         if self.diagnostics.on:
-            self.diagnostics.smallest_of(self.model.widths, self.model.overlap)
-        if self.second_views is not None and method.name == 'supervised':
-            raise InputError('second_views is given, and method.name supervised has one view; set second_views to null')
-        if self.second_views is not None and self.second_views.size not in (None, self.views.size):
-            raise InputError(f'second_views.size {self.second_views.size} is not views.size {self.views.size}; drop it')
+            yield from problem(self.diagnostics.smallest_of, self.model.widths, self.model.overlap)
+        if self.second_views is not None and self.view_count == 1:
+            yield f'second_views is given, and method.name {method.name} has one view; set second_views to null'
+        elif self.second_views is not None and self.second_views.size not in (None, self.views.size):
+            yield f'second_views.size {self.second_views.size} is not views.size {self.views.size}; drop it'
 
     @property
     def slow_start(self) -> float:
@@ -246,10 +345,10 @@ class PretrainConfig:
     @property
     def view_count(self) -> int:
         """Views of each image that the method asks for."""
-        return 1 if self.method.name == 'supervised' else 2
+        return training_of(self.method.name).views
 
     def is_due(self, epoch: int, every: int) -> bool:
-        """Whether what happens `every` so many epochs, and after the last, does so after `epoch`; never where 0."""
+        """True every `every` epochs and after the last; `every=0` disables it."""
         return every > 0 and (epoch % every == 0 or epoch == self.optim.epochs)
 
 

@@ -13,7 +13,7 @@ from slimclr_hub.distributed import average_batchnorm
 from slimclr_hub.evaluate.features import extract_features
 from slimclr_hub.evaluate.knn import knn_predict
 from slimclr_hub.evaluate.logistic import linear_predict
-from slimclr_hub.methods.split_batchnorm import split_batchnorm
+from slimclr_hub.methods.batchnorm import split_batchnorm
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.calibrate import calibrate_batchnorm, is_calibrated
 from slimclr_hub.train.config import PretrainConfig
@@ -70,7 +70,8 @@ class OnlineEvaluation:
             backbone.reset_classifier(0)
         bank, labels = extract_features(self._accelerator, backbone, self._bank, backbone.widths)
         queries, truth = extract_features(self._accelerator, backbone, self._queries, backbone.widths)
-        k, temperature = config.knn.k, config.knn.temperature
+        k = config.knn.neighbours(labels)
+        temperature = config.knn.temperature
         for width in backbone.widths:
             if due['knn']:
                 predictions = knn_predict(queries[width], bank[width], labels, k, temperature)

@@ -17,7 +17,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.files import append_json_line, read_json_lines, write_json_lines, write_text
 from slimclr_hub.runs.command_line import dump
 from slimclr_hub.settings import RECIPE
-from slimclr_hub.train.command import changes_of, load_recipe
+from slimclr_hub.train.command import changes, load_recipe
 from slimclr_hub.train.config import PretrainConfig
 
 
@@ -110,7 +110,7 @@ def _find_run(config: PretrainConfig) -> Path | None:
 
 def _is_of(recipe: Path, config: PretrainConfig) -> bool:
     try:
-        return not changes_of(load_recipe(recipe), config)
+        return not changes(load_recipe(recipe), config)
     except InputError:  # of another version, or by another hand
         return False
 

@@ -53,10 +53,7 @@ def make_backbone(config: ModelConfig, in_chans: int, num_classes: int = 0) -> S
 def make_method(config: PretrainConfig) -> nn.Module:
     """The method around its network, in float32; it has attributes `backbone` and `widths`."""
     backbone = make_backbone(config.model, config.data.channels, config.method.num_classes or 0)
-    arguments = {**config.method.arguments(), 'shared': config.speed.shared}
-    if config.method.momentum is not None:
-        arguments['lerp'] = config.speed.lerp
-    return METHODS[config.method.name](backbone, **arguments)
+    return METHODS[config.method.name](backbone, **config.method.arguments())
 
 
 def arrange(config: PretrainConfig, method: Any) -> None:
@@ -71,11 +68,11 @@ def arrange(config: PretrainConfig, method: Any) -> None:
     """
     if config.run.channels_last:
         method.to(memory_format=torch.channels_last)
-    if config.speed.compile:
+    if config.run.compile:
         try:
             method.backbone.compile_widths()
         except InputError as error:
-            raise InputError(f'speed.compile true, model.widths {list(config.model.widths)}: {error}') from error
+            raise InputError(f'run.compile true, model.widths {list(config.model.widths)}: {error}') from error
         if config.method.momentum is not None:
             method.key_backbone.compile(dynamic=False)
 

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from slimclr_hub.data.batches import Batch
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import DivergedError, InputError
-from slimclr_hub.methods.sync_batchnorm import sync_batchnorm
+from slimclr_hub.methods.batchnorm import sync_batchnorm
+from slimclr_hub.methods.registry import training_of
 from slimclr_hub.runs.checkpoints import Checkpoints
 from slimclr_hub.runs.job import Job, StopSignals
 from slimclr_hub.runs.memory import keep_freed_memory, peak_memory
@@ -73,9 +74,9 @@ class Trainer(Job[list[Batch]]):
         if config.method.sync_bn and accelerator.num_processes > 1:
             method = sync_batchnorm(method, accelerator.device)
         arrange(config, method)
-        if config.speed.keep_memory and accelerator.device.type == 'cpu':
+        if accelerator.device.type == 'cpu':
             keep_freed_memory()
-        optimizer = make_optimizer(config.optim, method, config.speed.fused and accelerator.scaler is None)
+        optimizer = make_optimizer(config.optim, method, fused=accelerator.scaler is None)
         self.method: Any
         self.method, self.optimizer = accelerator.prepare(method, optimizer)
         self.inner: Any = accelerator.unwrap_model(self.method)
@@ -132,7 +133,7 @@ class Trainer(Job[list[Batch]]):
                 f'Warning: method.queue_size {config.method.queue_size} exceeds the images of an epoch; an image will '
                 'meet its own older key as a negative'
             )
-        in_batch = config.method.name in ('mocov3', 'simclr') or config.method.queue_size == 0
+        in_batch = training_of(config.method.name).negatives_in_batch or config.method.queue_size == 0
         if in_batch and config.optim.accumulation_steps > 1:
             yield (
                 f'Warning: method.name {config.method.name} takes its negatives from the batch; with '

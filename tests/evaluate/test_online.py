@@ -15,7 +15,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import extract_features
 from slimclr_hub.evaluate.knn import knn_predict
 from slimclr_hub.evaluate.logistic import linear_predict
-from slimclr_hub.methods.split_batchnorm import split_batchnorm
+from slimclr_hub.methods.batchnorm import split_batchnorm
 from slimclr_hub.models.calibrate import batchnorms_of, calibrate_batchnorm, is_calibrated
 from slimclr_hub.train.config import KNNConfig, OptimConfig, PretrainConfig, ProbeConfig
 from slimclr_hub.train.online import OnlineEvaluation, online_evaluation

@@ -1,6 +1,38 @@
-"""The losses as loops over Python's numbers, which tests hold the tensors against."""
+"""Plain computations that tests hold the fast ones against: loops over numbers, steps without sharing."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partialmethod
+
+import pytest
+import torch
+
+from slimclr_hub.methods import mocov2, mocov3, simclr
+from slimclr_hub.methods.momentum import EMA
+from slimclr_hub.models import SlimmableResNet
+
+
+@contextmanager
+def plain_paths() -> Iterator[None]:
+    """Methods compute as the authors' code does, and round as it does.
+
+    Each layer cuts its slice in each forward, each width has a first convolution of its own, and the moving average
+    rounds both of its products.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for module in mocov2, mocov3, simclr:
+            patch.setattr(module, 'sliced_once', lambda modules, widths: nullcontext())
+        patch.setattr(SlimmableResNet, 'forward_widths', partialmethod(SlimmableResNet.forward_widths, shared=False))
+        patch.setattr(EMA, 'update', _update)
+        yield
+
+
+@torch.no_grad()
+def _update(self: EMA, momentum: float) -> None:
+    moves = torch._foreach_mul(self.sources, 1.0 - momentum)
+    torch._foreach_mul_(self.averages, momentum)
+    torch._foreach_add_(self.averages, list(moves))
 
 
 def softmax(row, temperature=1.0):

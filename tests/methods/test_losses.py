@@ -5,15 +5,16 @@ import math
 import pytest
 import torch
 
-from slimclr_hub.methods.loss_weights import SCHEMES, loss_weights
 from slimclr_hub.methods.losses import (
     DISTILLATIONS,
+    SCHEMES,
     accuracy,
     atkd,
     dkd,
     info_nce,
     kd,
     kl_divergence,
+    loss_weights,
     make_distillation,
     mse,
     similarities,

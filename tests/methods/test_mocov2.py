@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from slimclr_hub.methods import MoCoV2
+from slimclr_hub.methods.batchnorm import split_batchnorm
 from slimclr_hub.methods.losses import info_nce, similarities
-from slimclr_hub.methods.split_batchnorm import split_batchnorm
 from tests.methods import plain
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -193,7 +193,7 @@ def test_slow_start_leaves_the_other_widths():
 
 def test_slow_start_counts_a_list_of_weights_once():
     """A weight for each width is for all of them together; alone, the full width has weight one."""
-    output = make(weights=[3.0, 1.0, 1.0, 1.0])(views(), WIDTHS[:1], momentum=0.9)
+    output = make(loss_weights=[3.0, 1.0, 1.0, 1.0])(views(), WIDTHS[:1], momentum=0.9)
     assert torch.equal(output['loss'], output['info_nce/1'])
 
 
@@ -238,7 +238,7 @@ def test_without_a_queue_any_batch_will_do():
 
 
 def test_without_distillation():
-    output = make(distillation='none', weights='none')(views(), WIDTHS, momentum=0.9)
+    output = make(distillation='none', loss_weights='none')(views(), WIDTHS, momentum=0.9)
     parts = [output[f'info_nce/{width:g}'] for width in WIDTHS]
     torch.testing.assert_close(output['loss'], sum(parts))
     assert all(torch.equal(output[f'loss/{width:g}'], part) for width, part in zip(WIDTHS, parts, strict=True))
@@ -384,9 +384,9 @@ def test_wrong_options_are_refused():
     with pytest.raises(ValueError, match=r"'cosine'.*kd, mse, dkd, atkd, none"):
         make(distillation='cosine')
     with pytest.raises(ValueError, match=r"'heavy'.*full_plus_sum"):
-        make(weights='heavy')
+        make(loss_weights='heavy')
     with pytest.raises(ValueError, match='2 loss weights'):
-        make(weights=[1.0, 2.0])
+        make(loss_weights=[1.0, 2.0])
     with pytest.raises(ValueError, match='bn_splits 0'):
         make(bn_splits=0)
     with pytest.raises(ValueError, match=r'6.*4 BN splits'):

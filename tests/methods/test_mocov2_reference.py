@@ -51,7 +51,7 @@ def test_switchable_probe(width):
     assert relative(model.eval()(image('input', 2)), FORWARD[f'lincls/out/{width}']) < 1e-4
 
 
-@pytest.mark.usefixtures('two_threads')
+@pytest.mark.usefixtures('as_recorded')
 def test_training_steps():
     """Loss, losses, gradient norm and queue of four steps, slow start in the first two, and tensors after them.
 
@@ -60,7 +60,7 @@ def test_training_steps():
     """
     recorded = TRAINING['mocov2']
     backbone = timm.create_model('slimclr_resnet50', num_classes=0)
-    method = MoCoV2(backbone, queue_size=recorded['queue'], shared=False, lerp=False)
+    method = MoCoV2(backbone, queue_size=recorded['queue'])
     fill_backbone(method.backbone)
     fill(method.head, HEAD_NAMES)
     method.key_backbone.load_state_dict(method.backbone.extract(1.0).state_dict())

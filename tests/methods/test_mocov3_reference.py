@@ -44,7 +44,7 @@ def test_forward():
 
 
 def make():
-    method = MoCoV3(timm.create_model('slimclr_resnet50', num_classes=0), shared=False, lerp=False)
+    method = MoCoV3(timm.create_model('slimclr_resnet50', num_classes=0))
     fill_backbone(method.backbone)
     fill(method.head, {name: head_name(name, 'fc') for name in method.head.state_dict()})
     fill(method.predictor, {name: head_name(name, 'predictor') for name in method.predictor.state_dict()})
@@ -92,7 +92,7 @@ class Lars(torch.optim.Optimizer):
         return direction * (self.trust * w.norm() / size)
 
 
-@pytest.mark.usefixtures('two_threads')
+@pytest.mark.usefixtures('as_recorded')
 def test_training_steps():
     """Losses and gradient norm of four steps, slow start in the first two, and tensors after them.
 

@@ -33,7 +33,8 @@ def make_logits(widths=WIDTHS):
 )
 def test_against_loops(weights, numbers):
     logits, target = make_logits()
-    output = Objective(WIDTHS, temperature=3.0, weights=weights)(logits, target, temperature=0.2, scale=0.4)
+    objective = Objective(WIDTHS, distillation_temperature=3.0, loss_weights=weights)
+    output = objective(logits, target, temperature=0.2, scale=0.4)
     rows = {width: values.tolist() for width, values in logits.items()}
     parts = plain.objective(rows, target.tolist(), numbers, tau_1=0.2, tau_2=3.0, scale=0.4)
     assert output['loss'].item() == pytest.approx(sum(parts.values()), rel=1e-12)
@@ -77,8 +78,8 @@ def test_each_distillation(distillation):
 
 def test_unsquared_kd():
     logits, target = make_logits()
-    squared = Objective(WIDTHS, temperature=3.0)(logits, target)
-    output = Objective(WIDTHS, temperature=3.0, squared=False)(logits, target)
+    squared = Objective(WIDTHS, distillation_temperature=3.0)(logits, target)
+    output = Objective(WIDTHS, distillation_temperature=3.0, squared=False)(logits, target)
     for width in WIDTHS[1:]:
         torch.testing.assert_close(output[f'distillation/{width:g}'] * 9, squared[f'distillation/{width:g}'])
         torch.testing.assert_close(output[f'kl/{width:g}'], squared[f'kl/{width:g}'])
@@ -88,7 +89,7 @@ def test_unsquared_kd():
 def test_the_full_width_alone_counts_once(weights):
     """Slow start: a weight for each width is for all of them together."""
     logits, target = make_logits(WIDTHS[:1])
-    output = Objective(WIDTHS, weights=weights)(logits, target, temperature=0.2)
+    output = Objective(WIDTHS, loss_weights=weights)(logits, target, temperature=0.2)
     assert set(output) == {'loss', 'loss/1', 'info_nce/1', 'accuracy/1'}
     torch.testing.assert_close(output['loss'], info_nce(logits[1.0], 0.2, target), rtol=1e-12, atol=0)
 
@@ -116,9 +117,9 @@ def test_wrong_options_are_refused():
     with pytest.raises(InputError, match=r"'cosine'.*kd, mse, dkd, atkd, none"):
         Objective(WIDTHS, distillation='cosine')
     with pytest.raises(InputError, match=r"'heavy'.*full_plus_sum"):
-        Objective(WIDTHS, weights='heavy')
+        Objective(WIDTHS, loss_weights='heavy')
     with pytest.raises(InputError, match=r'2 loss weights.*4 widths'):
-        Objective(WIDTHS, weights=[1.0, 2.0])
+        Objective(WIDTHS, loss_weights=[1.0, 2.0])
 
 
 @pytest.mark.parametrize('distillation', DISTILLATIONS)

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from slimclr_hub.methods.split_batchnorm import SplitBatchNorm2d, split_batchnorm
+from slimclr_hub.methods.batchnorm import SplitBatchNorm2d, split_batchnorm
 
 
 def make(splits, momentum=0.1):

@@ -27,7 +27,7 @@ def images(seed=1):
 
 @pytest.mark.parametrize(('weights', 'numbers'), [('none', [1] * 4), ('full_plus_max', [1.75, 1, 1, 1])])
 def test_against_loops(weights, numbers):
-    method = make(weights=weights, distillation_temperature=2.0)
+    method = make(loss_weights=weights, distillation_temperature=2.0)
     output = method([images()], WIDTHS, labels=LABELS)
     logits = {width: make().backbone.forward_at(images(), width).tolist() for width in WIDTHS}
     parts = plain.objective(logits, LABELS.tolist(), numbers, tau_1=1.0, tau_2=2.0)

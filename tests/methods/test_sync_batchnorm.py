@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import multiprocessing, nn
 
 from slimclr_hub.methods import MoCoV3
-from slimclr_hub.methods.sync_batchnorm import sync_batchnorm
+from slimclr_hub.methods.batchnorm import sync_batchnorm
 
 CPU = torch.device('cpu')
 WORLD = 2

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from slimclr_hub.distributed import average_batchnorm
 from slimclr_hub.methods import METHODS
-from slimclr_hub.methods.sync_batchnorm import sync_batchnorm
+from slimclr_hub.methods.batchnorm import sync_batchnorm
 
 WORLD = 2
 WIDTHS = (1.0, 0.5, 0.25)

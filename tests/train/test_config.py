@@ -9,6 +9,8 @@ import yaml
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.errors import InputError
+from slimclr_hub.methods import METHODS
+from slimclr_hub.methods.registry import settings_of
 from slimclr_hub.runs.command_line import dump
 from slimclr_hub.settings import RECIPE, flatten
 from slimclr_hub.train.command import load_recipe, parse_pretrain
@@ -41,7 +43,8 @@ WRONG = [
     ('model.widths', '[1.0, 1.0]', 'twice'),
     ('model.widths', '[-0.5]', '-0.5'),
     ('model.widths', '[0.33333]', '0.33333'),
-    ('model.widths', '0.5', '0.5'),
+    ('model.widths', 'wide', 'wide'),
+    ('model.widths', '0.5,wide', 'wide'),
     ('model.args', '[1]', '[1]'),
     ('method.name', 'simsiam', 'simsiam'),
     ('method.dim', '0', '0'),
@@ -58,9 +61,9 @@ WRONG = [
     ('method.distillation', 'hinton', 'hinton'),
     ('method.distillation_temperature', '-1', '-1'),
     ('method.distillation_squared', 'perhaps', 'perhaps'),
-    ('method.weights', 'equal', 'equal'),
-    ('method.weights', '[1, 2]', '2'),
-    ('method.weights', '[1, 2, 3, -1]', '-1'),
+    ('method.loss_weights', 'equal', 'equal'),
+    ('method.loss_weights', '[1, 2]', '2'),
+    ('method.loss_weights', '[1, 2, 3, -1]', '-1'),
     ('method.bn_splits', '0', '0'),
     ('method.bn_splits', '3', '3'),
     ('method.bn_splits', '2.5', '2.5'),
@@ -180,8 +183,57 @@ def test_options_are_not_abbreviated(tmp_path, option):
 
 
 def test_options_of_another_method():
+    """One message names all of them, and what it says to add makes the recipe fit."""
     message = refusal('--method.name', 'mocov3')
-    assert 'method.queue_size 512 is not for method.name mocov3 but for mocov2; set it to null' in message
+    assert 'not for method.name mocov3: method.queue_size 512 (of mocov2), method.bn_splits 4 (of mocov2)' in message
+    remedy = message.partition('; add ')[2].split()
+    config = parse('--method.name', 'mocov3', *remedy)
+    assert (config.method.name, config.method.dim, config.method.queue_size) == ('mocov3', 64, None)
+
+
+def test_settings_that_do_not_fit_each_other_are_told_together():
+    message = refusal(
+        '--data.batch_size',
+        '50',
+        '--optim.epochs',
+        '3',
+        '--method.slow_start_epochs',
+        '4',
+        '--optim.warmup_epochs',
+        '5',
+    )
+    for words in (
+        'method.queue_size 512 is not a multiple of data.batch_size 50; give 500',
+        'data.batch_size 50 does not divide into method.bn_splits 4',
+        'method.slow_start_epochs 4 exceeds optim.epochs 3',
+        'optim.warmup_epochs 5 exceeds optim.epochs 3',
+    ):
+        assert words in message
+
+
+@pytest.mark.parametrize('epochs', ['1', '3', '40'])
+def test_demo_recipe_takes_any_number_of_epochs(epochs):
+    assert parse('--optim.epochs', epochs).slow_start == int(epochs) / 2
+
+
+def test_keys_of_earlier_versions(tmp_path):
+    path = tmp_path / 'mine.yaml'
+    path.write_text('method: {weights: none}\nspeed: {shared: false, compile: true}\n')
+    message = refusal('--config', str(path))
+    assert 'method.weights is now method.loss_weights' in message
+    assert 'speed.compile is now run.compile' in message
+    assert 'speed.shared is gone' in message
+    assert 'method.weights is now method.loss_weights' in refusal('--method.weights', 'none')
+    assert 'speed.lerp is gone' in refusal('--speed.lerp=false')
+
+
+def test_recorded_recipe_of_an_earlier_version(tmp_path, capsys):
+    path = tmp_path / RECIPE
+    path.write_text('method: {weights: none}\nspeed: {shared: false, lerp: true, compile: true}\n')
+    config = load_recipe(path)
+    assert (config.method.loss_weights, config.run.compile) == ('none', True)
+    assert load_recipe(path) == config
+    assert capsys.readouterr().out.count('dropped: speed.shared, speed.lerp\n') == 1
 
 
 def test_second_views_of_a_single_view():
@@ -268,19 +320,28 @@ def test_command_line_overrides_the_recipe(tmp_path):
     assert (config.optim.lr, config.optim.epochs) == (0.1, 4)
     assert config.model.widths == (0.5,)
     assert config.data.root is None
+    assert parse('--optim.lr', '0.1', '--config', str(path)).optim.lr == 0.1
     # What neither names is the default of the class, not that of the default recipe.
     assert config.method == MethodConfig()
     assert parse(f'--config={path}').optim.lr == 0.3
 
 
 def test_types_come_out_as_declared():
-    config = parse('--method.weights', '[4, 3, 2, 1]', '--optim.lr', '1', '--model.args', '{drop_path_rate: 0.1}')
-    assert tuple(config.method.weights) == (4.0, 3.0, 2.0, 1.0)
+    config = parse('--method.loss_weights', '[4, 3, 2, 1]', '--optim.lr', '1', '--model.args', '{drop_path_rate: 0.1}')
+    assert tuple(config.method.loss_weights) == (4.0, 3.0, 2.0, 1.0)
     assert isinstance(config.optim.lr, float)
     assert config.model.args['drop_path_rate'] == 0.1
     assert parse('--run.name', '2024').run.name == '2024'
     assert parse('--method.hidden_dim', 'null').method.hidden_dim is None
     assert parse('--run.channels_last', 'false').run.channels_last is False
+
+
+@pytest.mark.parametrize('value', ['0.5,0.25', '[0.5, 0.25]', '[0.5,0.25]'])
+def test_several_numbers(value):
+    assert parse('--model.widths', value).model.widths == (0.5, 0.25)
+    assert parse(f'--model.widths={value}').model.widths == (0.5, 0.25)
+    assert parse('--model.widths', value, '--method.loss_weights', '2,1').method.loss_weights == (2.0, 1.0)
+    assert parse('--model.widths', '0.5').model.widths == (0.5,)
 
 
 def test_slow_start_is_half_of_the_epochs_unless_given():
@@ -290,7 +351,7 @@ def test_slow_start_is_half_of_the_epochs_unless_given():
 
 def test_round_trip(tmp_path):
     config = parse(
-        '--model.widths', '[1.0, 0.3]', '--method.weights', '[2, 1]', '--method.slow_start_epochs', '1.5',
+        '--model.widths', '[1.0, 0.3]', '--method.loss_weights', '[2, 1]', '--method.slow_start_epochs', '1.5',
         '--data.name', 'folder', '--data.root', '/data/with space: and colon', '--run.name', 'null-ish',
         '--run.seed', '7', '--optim.weight_decay', '1e-5',
         '--model.args', '{drop_path_rate: 0.1}', '--data.num_samples', '12',
@@ -314,10 +375,13 @@ def test_help_explains_every_key(capsys, monkeypatch):
         if section.name == 'second_views':  # has the keys of views, and its own help
             assert '--second_views.help' in shown
             continue
-        for key in fields(section.default_factory):
+        if section.name == 'imports':
+            continue
+        keys = {key for name in METHODS for key in settings_of(name)} if section.name == 'method' else None
+        for key in keys or [key.name for key in fields(section.default_factory)]:
             # The name, and after it more than the type and the default.
-            explained = re.search(rf'--{section.name}\.{key.name} (?:[^\n]*?)\n?\s+(.+?)\(type:', shown, re.DOTALL)
-            assert explained, f'{section.name}.{key.name}'
+            explained = re.search(rf'--{section.name}\.{key} (?:[^\n]*?)\n?\s+(.+?)\(type:', shown, re.DOTALL)
+            assert explained, f'{section.name}.{key}'
             assert len(explained[1]) > 5
     for option in '--config', '--resume', 'accelerate launch':
         assert option in shown

@@ -1,7 +1,7 @@
 import pytest
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.train.command import changes_of
+from slimclr_hub.train.command import changes
 from slimclr_hub.train.config import ModelConfig, PretrainConfig
 from slimclr_hub.train.diagnostics import DiagnosticsConfig
 from tests.train.test_config import parse, refusal
@@ -45,4 +45,4 @@ def test_width_without_channels_of_its_own():
 
 
 def test_resumed_run_may_record_something_else():
-    assert changes_of(parse(), parse('--diagnostics.every', '3', '--diagnostics.snapshots', '10')) == []
+    assert changes(parse(), parse('--diagnostics.every', '3', '--diagnostics.snapshots', '10')) == []

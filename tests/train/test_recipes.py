@@ -18,8 +18,8 @@ BATCH, SIZE = 2, 64
 
 
 def small(config: PretrainConfig) -> PretrainConfig:
-    """The recipe with a batch that a test can afford, which does not divide into parts."""
-    method = replace(config.method, bn_splits=1 if config.method.bn_splits else None)
+    """The recipe with a batch that a test can afford, which does not divide into splits."""
+    method = config.method.replace(bn_splits=1 if config.method.bn_splits else None)
     return replace(config, method=method, data=replace(config.data, batch_size=BATCH))
 
 
@@ -64,7 +64,7 @@ def test_mocov2(epochs):
     method, optim = config.method, config.optim
     assert config.model.widths == (1.0, 0.75, 0.5, 0.25)
     assert (method.queue_size, method.dim, method.hidden_dim, method.temperature) == (65536, 128, None, 0.2)
-    assert (method.momentum, method.momentum_schedule, method.weights) == (0.999, 'constant', 'full_plus_sum')
+    assert (method.momentum, method.momentum_schedule, method.loss_weights) == (0.999, 'constant', 'full_plus_sum')
     assert (method.distillation, method.distillation_temperature) == ('kd', 5.0)
     assert (optim.name, optim.lr, optim.momentum, optim.weight_decay) == ('momentum', 0.2, 0.9, 1e-4)
     assert (config.data.batch_size, optim.warmup_epochs, optim.epochs) == (1024, 10, epochs)
@@ -96,18 +96,18 @@ def test_individual_networks():
 def test_ablations_change_what_their_table_names():
     """Each experiment is the baseline of the next table."""
     vanilla = recipe('mocov2_resnet50_imagenet_200e_vanilla').method
-    assert (vanilla.slow_start_epochs, vanilla.distillation, vanilla.weights) == (0, 'none', 'none')
+    assert (vanilla.slow_start_epochs, vanilla.distillation, vanilla.loss_weights) == (0, 'none', 'none')
     slow = recipe('ablations/table3b_slow_start_100').method
-    assert slow == replace(vanilla, slow_start_epochs=100)
+    assert slow == vanilla.replace(slow_start_epochs=100)
     for name in 'mse', 'atkd', 'dkd', 'kd':
-        assert recipe(f'ablations/table3c_{name}').method == replace(slow, distillation=name)
+        assert recipe(f'ablations/table3c_{name}').method == slow.replace(distillation=name)
     kd = recipe('ablations/table3c_kd').method
     for temperature in 3.0, 4.0, 5.0, 6.0:
         method = recipe(f'ablations/table3d_temperature_{temperature:g}').method
-        assert method == replace(kd, distillation_temperature=temperature)
+        assert method == kd.replace(distillation_temperature=temperature)
     for number, weights in enumerate(['full_plus_sum', 'full_plus_max', 'proportional', 'cumulative'], 1):
         method = recipe(f'ablations/table3e_weights_{number}').method
-        assert method == replace(kd, weights=weights)
+        assert method == kd.replace(loss_weights=weights)
     assert recipe('ablations/table3e_weights_1').method == recipe('mocov2_resnet50_imagenet_200e').method
     for start in 200, 300, 400, 500:
         config = recipe(f'ablations/table3f_slow_start_{start}')

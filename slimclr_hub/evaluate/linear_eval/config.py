@@ -9,7 +9,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.network import data_defaults
 from slimclr_hub.runs.command_line import make_parser, parse
 from slimclr_hub.runs.result import Protocol, data_name
-from slimclr_hub.settings import PRECISIONS, Incidental, above, at_least, one_of, share
+from slimclr_hub.settings import PRECISIONS, Incidental, above, at_least, check_fraction, one_of
 
 BATCH_SIZE = 256
 HEADS = ('switchable', 'slimmable')
@@ -71,7 +71,7 @@ class SweepConfig:
         if len(set(self.rates)) < len(self.rates):
             raise InputError(f'optim.lr {list(self.rates)} names a learning rate twice; give each once')
         one_of('optim.schedule', self.schedule, SCHEDULES)
-        share('optim.momentum', self.momentum)
+        check_fraction('optim.momentum', self.momentum)
         at_least('optim.weight_decay', self.weight_decay, 0)
         at_least('optim.epochs', self.epochs, 1)
         if self.milestones is not None and self.schedule != 'step':
