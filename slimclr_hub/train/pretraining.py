@@ -49,8 +49,11 @@ def pretrain(command: Command) -> Path:
         DivergedError: The loss is not finite; the optimizer has not moved, and the state is kept.
         PreemptedError: A signal asked to stop; the state is kept.
     """
+    accelerator = make_accelerator(command.config)
+    # The recipe records the precision that accelerate was launched with.
+    run = replace(command.config.run, precision=accelerator.mixed_precision)
+    command = replace(command, config=replace(command.config, run=run))
     config, resume = command.config, command.resume
-    accelerator = make_accelerator(config)
     if resume == AUTO:
         resume = find_run(config, accelerator)
         if resume is not None:
