@@ -1,1 +1,1 @@
-"""k-NN accuracy and the reports of a run."""
+"""Evaluation of frozen networks: features, k-NN, linear probes, and comparison of results."""

@@ -43,7 +43,7 @@ class Neighbours(NamedTuple):
 def nearest(
     queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, k: int, bank_chunk: int = _BANK_CHUNK
 ) -> Neighbours:
-    """The `k` nearest neighbours of each query by cosine similarity, all N where those are fewer.
+    """Find the `k` nearest neighbours of each query by cosine similarity, or all N where those are fewer.
 
     Args:
         queries: Features [Q, D] of length 1.
@@ -60,7 +60,7 @@ def nearest(
 
 
 def merge(parts: Sequence[Neighbours], k: int) -> Neighbours:
-    """The `k` nearest among the neighbours that several searches found for the same queries."""
+    """Merge the neighbours that several searches found for the same queries, and keep the `k` nearest."""
     similarity, labels = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
     similarity, index = similarity.topk(min(k, similarity.shape[1]), dim=1)
     return Neighbours(similarity, labels.gather(1, index))
@@ -69,13 +69,13 @@ def merge(parts: Sequence[Neighbours], k: int) -> Neighbours:
 def vote(
     neighbours: Neighbours, ks: Sequence[int], temperature: float | None, classes: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Votes for each class by the k nearest of `neighbours`, for each of several k in ascending order.
+    """Count votes for each class by the k nearest of `neighbours`, for each of several k in ascending order.
 
     A neighbour of similarity s votes with weight exp(s / temperature), here divided by that of the nearest one so that
     a small temperature does not overflow.
 
     Args:
-        neighbours: What `nearest` found, of at least the largest k.
+        neighbours: Result of `nearest` for at least the largest k.
         ks: Numbers of neighbours.
         temperature: tau; None for the limit of a large one, in which every vote counts the same.
         classes: Number of classes.
@@ -102,7 +102,7 @@ def knn_predict(
     temperature: float | None = 0.1,
     chunk: int = 1024,
 ) -> torch.Tensor:
-    """Classes of `queries` by a vote of their k nearest neighbours in `bank`, by cosine similarity.
+    """Classify `queries` by a vote of their k nearest neighbours in `bank`, by cosine similarity.
 
     Args:
         queries: Features [Q, D], of any length.
@@ -113,7 +113,7 @@ def knn_predict(
         chunk: Queries at a time, which bounds the memory.
 
     Returns:
-        Predicted classes [Q]; of those with equal votes the first.
+        Predicted classes [Q]; of classes with equal votes the first.
 
     Raises:
         InputError: The bank is empty or a label is negative.

@@ -10,11 +10,11 @@ from slimclr_hub.errors import InputError
 def linear_predict(
     queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, weight_decay: float = 1e-3, iterations: int = 100
 ) -> torch.Tensor:
-    """Classes of `queries` by multinomial logistic regression on `bank`.
+    """Classify `queries` by multinomial logistic regression on `bank`.
 
     Features are standardised by the bank's mean and deviation; the regression starts from zero and is fitted to the
-    whole bank by L-BFGS, so the result is a function of the features alone. It sees no augmented images: a quick look
-    at what a linear layer finds, not the paper's evaluation protocol (section 4.1).
+    whole bank by L-BFGS, so the result is a function of the features alone. It sees no augmented images: a quick
+    estimate, not the paper's evaluation protocol (section 4.1).
 
     Args:
         queries: Features [Q, D].
@@ -34,10 +34,10 @@ def linear_predict(
     if labels.min() < 0:
         raise InputError('the linear probe needs a label for every training image; set probe.every to 0 without them')
     mean, std = bank.mean(0), bank.std(0, correction=0)
-    # A feature that never moves would be divided by zero; it has nothing to say.
+    # A constant feature would be divided by zero; it carries no information.
     scale = torch.where(std > 0, 1 / std, torch.zeros_like(std))
     bank, queries = (bank - mean) * scale, (queries - mean) * scale
-    # Uninitialised at first: drawing would move the generator that training goes on with.
+    # Uninitialised: random weights would advance the generator that training draws from.
     linear = nn.utils.skip_init(nn.Linear, bank.shape[1], int(labels.max()) + 1, device=bank.device)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -50,7 +50,7 @@ def linear_predict(
         return loss
 
     with torch.inference_mode(False), torch.enable_grad():
-        bank, labels = bank.clone(), labels.clone()  # what inference made cannot be part of a graph
+        bank, labels = bank.clone(), labels.clone()  # tensors of inference mode cannot be part of a graph
         optimizer.step(closure)
     with torch.no_grad():
         return linear(queries).argmax(1)

@@ -71,8 +71,8 @@ def check_network(network: str) -> None:
     known = source == 'hf-hub' or (name.startswith('slimclr_') and timm.is_model(name.partition('.')[0]))
     if not folder.exists() and not known:
         raise InputError(
-            f'--network {network} does not exist; give a folder, a .safetensors file, hf-hub:USER/NAME, or a tag such '
-            'as slimclr_resnet50.mocov2_200e_in1k'
+            f'there is no network {network!r}; give a folder, a .safetensors file, hf-hub:USER/NAME, or a tag such as '
+            'slimclr_resnet50.mocov2_200e_in1k'
         )
 
 

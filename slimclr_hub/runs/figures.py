@@ -17,33 +17,31 @@ _MARKERS = ('o', 's', '^', 'D', 'v', 'P')
 
 
 def new_figure(
-    columns: int = 1, rows: int = 1, width: float | Sequence[float] = 5, height: float | Sequence[float] = 4
+    columns: int = 1, rows: int = 1, width: float = 5, height: float | Sequence[float] = 4
 ) -> 'tuple[Figure, list[Axes]]':
-    """A figure and its panels, row by row.
+    """Make a figure and its panels, row by row.
 
     Args:
         columns: Panels beside each other.
         rows: Panels above each other.
-        width: Width of a panel in inches; of each column where these are several.
-        height: Height of a panel in inches; of each row where these are several.
+        width: Width of a panel in inches.
+        height: Height of a panel in inches, or the height of each row.
     """
     import matplotlib
 
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
-    widths = [width] * columns if isinstance(width, int | float) else list(width)
     heights = [height] * rows if isinstance(height, int | float) else list(height)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(sum(widths), sum(heights)), squeeze=False, width_ratios=widths, height_ratios=heights
-    )
+    size = (columns * width, sum(heights))
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, height_ratios=heights)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     return figure, list(axes.flat)
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Colour and line of the `number`-th series, which differ in both so that neither has to be seen."""
+    """Colour and line style of the `number`-th series; series differ in both."""
     return {'color': _COLOURS[number % len(_COLOURS)], 'linestyle': _STYLES[number % len(_STYLES)]}
 
 
@@ -62,7 +60,7 @@ def mark_slow_start(axis: 'Axes', epoch: float) -> None:
 
 
 def save_figure(figure: 'Figure', path: Path) -> None:
-    """Write a figure as `path`.png and `path`.pdf, and let go of it.
+    """Write a figure as `path`.png and `path`.pdf, and close it.
 
     Args:
         figure: From `new_figure`.

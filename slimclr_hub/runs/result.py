@@ -40,7 +40,7 @@ _OLD_GRID = 'accuracies.json'  # k-NN at every k and tau, beside a result.json o
 
 @dataclass(frozen=True)
 class Protocol:
-    """How an accuracy was measured; two accuracies compare if and only if their protocols are equal.
+    """The protocol of an accuracy; two accuracies compare if and only if their protocols are equal.
 
     Args:
         kind: `knn`, weighted k-NN; `linear`, a linear layer trained by SGD (paper, section 4.1); `logistic`, logistic
@@ -99,7 +99,7 @@ class Result:
 
     Args:
         network: Name or folder of the network.
-        protocol: How they were measured.
+        protocol: The protocol they were measured by.
         top1: Width -> top-1 accuracy in percent, in descending order of width.
         top5: Width -> top-5 accuracy in percent, where measured.
         start: Width -> top-1 accuracy in percent before training, where measured.

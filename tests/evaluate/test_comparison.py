@@ -543,7 +543,7 @@ def test_a_run_without_accuracies_tells_its_cost(place, capsys):
 
 MISTAKES = {
     'no run': (['nothing'], {}, 'neither a run'),
-    'not there': (['nowhere'], {}, 'does not exist'),
+    'not there': (['nowhere'], {}, "no network 'nowhere'"),
     'twice': (['slim', 'slim'], {}, 'once'),
     'nothing at all': ([], {}, '--reported'),
     'figure in another format': (['slim'], {'figure': Path('a.jpg')}, 'PNG and PDF'),

@@ -267,7 +267,11 @@ MISTAKES = {
     'width that is none of its': (['--widths', '[0.5]'], [], '0.5'),
     'precision': (['--precision', 'fp8'], [], 'fp8'),
     'no validation images': (['--data.val_split', 'null'], [], 'data.val_split'),
-    'network before its images': (['--network', 'nowhere', '--data.root', 'nowhere either'], [], '--network nowhere'),
+    'network before its images': (
+        ['--network', 'nowhere', '--data.root', 'nowhere either'],
+        [],
+        "there is no network 'nowhere'",
+    ),
     'no folder of images': (
         ['--data.name', 'folder', '--data.root', 'data/imagenet'],
         [],

@@ -288,7 +288,7 @@ def test_evaluation_of_before_typed_protocols_is_finished(tmp_path, capsys):
         # Before its images, which are those of ImageNet for a network without a recipe.
         (
             ['--network', 'nowhere', '--data.root', 'images'],
-            r'--network nowhere does not exist; give a folder, .* a tag',
+            r"there is no network 'nowhere'; give a folder, .* a tag",
         ),
         (['--data.root', 'nowhere'], 'nowhere'),
         ([*FOLDER, '--data.root', 'images'], r'data\.root images does not exist; give the folder'),

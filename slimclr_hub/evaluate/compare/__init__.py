@@ -1,1 +1,1 @@
-"""Runs and networks side by side."""
+"""Comparison of runs and networks: cost, speed and accuracy."""

@@ -1,1 +1,1 @@
-"""The linear evaluation of a frozen network (paper, section 4.1)."""
+"""Linear evaluation of a frozen network (paper, section 4.1)."""

@@ -1,4 +1,4 @@
-"""Training of linear probes on a frozen network, judged after each epoch."""
+"""Training of linear probes on a frozen network, with a test after each epoch."""
 
 import time
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from slimclr_hub.runs.checkpoints import Checkpoints
 from slimclr_hub.runs.job import Job, StopSignals
 
 Record = dict[str, Any]
-"""What one epoch gave: `epoch`, `loss` of each learning rate, and `top1` (and `top5`) of each, by width."""
+"""Record of an epoch: `epoch`, `loss` of each learning rate, and `top1` (and `top5`) of each, by width."""
 
 _CHECKPOINT_SECONDS = 60  # an epoch on cached features takes less than its checkpoint
 _TOP = 5
@@ -39,7 +39,7 @@ class ProbeTraining(Job[FeatureBatch]):
         accelerator: The processes.
         head: The head that all probes start from.
         batches: Features to learn from.
-        validation: Features to judge on, as the network gives them.
+        validation: Features to test on, as the network gives them.
         scaling: How the features of `batches` have been scaled, if they have.
         folder: Folder of the checkpoints.
         signals: Signals that ask to stop.
