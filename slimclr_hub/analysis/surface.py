@@ -30,12 +30,14 @@ from slimclr_hub.analysis.command import (
 from slimclr_hub.analysis.landscape import (
     NORMALISATIONS,
     Directions,
+    Panel,
     PlanePath,
     Weights,
     load_trajectory,
     plane_path,
+    planes_figure,
+    reach_of,
 )
-from slimclr_hub.analysis.landscape_figure import Panel, planes_figure, reach_of
 from slimclr_hub.analysis.replay import Replay, recipe_of
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import has_validation

@@ -13,8 +13,7 @@ from slimclr_hub.analysis.command import (
     run_folders,
     write_data,
 )
-from slimclr_hub.analysis.landscape import NORMALISATIONS, PlanePath, load_trajectory, plane_path
-from slimclr_hub.analysis.landscape_figure import Panel, planes_figure
+from slimclr_hub.analysis.landscape import NORMALISATIONS, Panel, PlanePath, load_trajectory, plane_path, planes_figure
 from slimclr_hub.runs.figures import save_figure
 from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.settings import one_of, relevant

@@ -10,8 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from slimclr_hub.analysis.command import labels_of
-from slimclr_hub.analysis.landscape import load_trajectory, plane_path
-from slimclr_hub.analysis.landscape_figure import Panel, planes_figure
+from slimclr_hub.analysis.landscape import Panel, load_trajectory, plane_path, planes_figure
 from slimclr_hub.errors import InputError
 from slimclr_hub.runs.command_line import dump
 from slimclr_hub.train.config import PretrainConfig
