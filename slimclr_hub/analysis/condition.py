@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from slimclr_hub.analysis.command import Analysis, OutputOption, data_file, read_data, write_data
+from slimclr_hub.analysis.base import Analysis, OutputOption, data_file, read_data, write_data
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.errors import InputError

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from slimclr_hub.analysis.command import Analysis
+    from slimclr_hub.analysis.base import Analysis
 
 # Module of this room, with an `ANALYSIS` -> summary. Only the module that is asked for is imported.
 _SUMMARIES = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from slimclr_hub.analysis.command import Analysis, OutputOption, read_data, run_folders, write_data
+from slimclr_hub.analysis.base import Analysis, OutputOption, read_data, run_folders, write_data
 from slimclr_hub.analysis.run_gradients import RunGradients, components, gradients_of, phases
 from slimclr_hub.files import write_text
 from slimclr_hub.models.widths import check_widths

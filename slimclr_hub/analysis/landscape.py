@@ -309,40 +309,28 @@ def planes_figure(panels: Sequence[Panel], quantity: str) -> 'Figure':
         panels: The runs.
         quantity: Label of the surfaces' height, with its unit.
     """
-    raised = all(panel.values is not None for panel in panels)
-    columns = len(panels)
-    figure, axes = new_figure(columns, 1 + raised, width=5.4, height=4.4)
-    lows, highs = zip(*(_span(panel) for panel in panels), strict=True)
-    levels = _levels(min(lows), max(highs))
+    surfaces = [np.ma.masked_invalid(np.array(panel.values, float)) for panel in panels if panel.values is not None]
+    figure, axes = new_figure(len(panels), 2 if surfaces else 1, width=5.4, height=4.4)
     reach = reach_of([panel.path for panel in panels])
     last = max(panel.path.epochs[-1] for panel in panels)
     for i, panel in enumerate(panels):
-        if raised:
-            _draw_raised(figure, axes[i], i, 1 + raised, columns, panel, levels, quantity)
-        axis = axes[columns * raised + i]
-        if panel.values is not None:
-            assert panel.axes is not None
-            axis.grid(False)
-            values = _array(panel)
-            filled = axis.contourf(*panel.axes, values, levels=levels, cmap=_COLOURS, extend='both')
-            axis.contour(*panel.axes, values, levels=levels, colors='white', linewidths=0.4, alpha=0.6)
-            figure.colorbar(filled, ax=axis, label=quantity)
-            axis.set_xlim(min(panel.axes[0]), max(panel.axes[0]))
-            axis.set_ylim(min(panel.axes[1]), max(panel.axes[1]))
+        axis, path = axes[i - len(panels)], panel.path
+        axes[i].set_title(panel.title)
+        if surfaces:
+            _draw_surface(figure, axes[i], axis, panel, surfaces[i], _levels(surfaces), quantity)
         else:
             axis.set_xlim(-reach[0], reach[0])
             axis.set_ylim(-reach[1], reach[1])
-        _draw_path(axis, panel.path)
-        if panel.values is None:
-            along, across = zip(*panel.path.coordinates, strict=True)
+            along, across = zip(*path.coordinates, strict=True)
             style: dict[str, Any] = {'cmap': _COLOURS, 's': 36, 'zorder': 2.5, 'edgecolor': 'black'}
             # One scale of epochs for all panels.
-            dots = axis.scatter(along, across, c=panel.path.epochs, vmin=0, vmax=last, **style)
+            dots = axis.scatter(along, across, c=path.epochs, vmin=0, vmax=last, **style)
             figure.colorbar(dots, ax=axis, label='epoch')
-        if not raised:
-            axis.set_title(panel.title)
-        axis.set_xlabel(_label(panel.path, 0))
-        axis.set_ylabel(_label(panel.path, 1))
+        _draw_path(axis, path)
+        scale = 'filter-normalised' if path.normalise == 'filter' else 'distance of weights'
+        first, second = (f'{100 * share:.1f} % explained\n({scale})' for share in path.explained)
+        axis.set_xlabel(f'1st PCA component, {first}')
+        axis.set_ylabel(f'2nd PCA component, {second}')
         axis.legend(loc='upper left', fontsize='small', framealpha=0.9)
     return figure
 
@@ -363,18 +351,24 @@ def _draw_path(axis: 'Axes', path: PlanePath) -> None:
     axis.plot([0], [0], color='white', marker='*', markersize=15, label=origin, **style)
 
 
-def _draw_raised(
-    figure: Any, flat: 'Axes', i: int, rows: int, columns: int, panel: Panel, levels: Any, quantity: str
+def _draw_surface(
+    figure: Any, raised: Any, flat: 'Axes', panel: Panel, values: Any, levels: Any, quantity: str
 ) -> None:
+    """Draw contours in the panel `flat`, and the surface in perspective in the place of the panel `raised`."""
     assert panel.axes is not None
-    flat.remove()
-    axis = figure.add_subplot(rows, columns, i + 1, projection='3d')
-    along, across = np.meshgrid(*panel.axes)
+    along, across = panel.axes
     low, high = levels[0], levels[-1]
-    values = np.clip(np.ma.filled(_array(panel), high), low, high)
-    axis.plot_surface(
-        along, across, values, cmap=_COLOURS, vmin=low, vmax=high, rstride=1, cstride=1, linewidth=0.1, edgecolor='k'
-    )
+    flat.grid(False)
+    filled = flat.contourf(along, across, values, levels=levels, cmap=_COLOURS, extend='both')
+    flat.contour(along, across, values, levels=levels, colors='white', linewidths=0.4, alpha=0.6)
+    figure.colorbar(filled, ax=flat, label=quantity)
+    flat.set_xlim(min(along), max(along))
+    flat.set_ylim(min(across), max(across))
+    raised.remove()
+    axis = figure.add_subplot(raised.get_subplotspec(), projection='3d')
+    style: dict[str, Any] = {'cmap': _COLOURS, 'rstride': 1, 'cstride': 1, 'linewidth': 0.1, 'edgecolor': 'k'}
+    heights = np.clip(np.ma.filled(values, high), low, high)
+    axis.plot_surface(*np.meshgrid(along, across), heights, vmin=low, vmax=high, **style)
     axis.set_zlim(low, high)
     axis.view_init(elev=35, azim=-60)
     axis.set_title(panel.title)
@@ -383,26 +377,12 @@ def _draw_raised(
     axis.set_zlabel(quantity)
 
 
-def _label(path: PlanePath, i: int) -> str:
-    scale = 'filter-normalised' if path.normalise == 'filter' else 'distance of weights'
-    return f'{("1st", "2nd")[i]} PCA component, {100 * path.explained[i]:.1f} % explained\n({scale})'
-
-
-def _array(panel: Panel) -> Any:
-    return np.ma.masked_invalid(np.array(panel.values, dtype=float))
-
-
-def _span(panel: Panel) -> tuple[float, float]:
-    """Lowest value and 95th percentile of a surface: steep corners go beyond the colours."""
-    if panel.values is None:
-        return float('inf'), float('-inf')
-    values = _array(panel).compressed()
-    return float(values.min()), float(np.percentile(values, 95))
-
-
-def _levels(low: float, high: float) -> Any:
+def _levels(surfaces: Sequence[Any]) -> Any:
+    """Levels of all surfaces up to the 95th percentile: steep corners go beyond the colours."""
     from matplotlib.ticker import MaxNLocator
 
-    if not low < high:  # no surface, or a flat one
-        low, high = (low - 0.5, low + 0.5) if low == high else (0.0, 1.0)
+    found = [values.compressed() for values in surfaces]
+    low, high = min(values.min() for values in found), max(np.percentile(values, 95) for values in found)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
     return MaxNLocator(_LEVELS).tick_values(low, high)

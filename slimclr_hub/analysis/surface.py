@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-from slimclr_hub.analysis.command import (
+from slimclr_hub.analysis.base import (
     Analysis,
     OutputOption,
     data_file,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from slimclr_hub.analysis.command import (
+from slimclr_hub.analysis.base import (
     Analysis,
     OutputOption,
     data_file,

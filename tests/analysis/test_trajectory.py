@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 from safetensors.torch import save_file
 
-from slimclr_hub.analysis.command import labels_of
+from slimclr_hub.analysis.base import labels_of
 from slimclr_hub.analysis.landscape import Panel, load_trajectory, plane_path, planes_figure
 from slimclr_hub.errors import InputError
 from slimclr_hub.runs.command_line import dump

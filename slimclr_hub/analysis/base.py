@@ -1,4 +1,4 @@
-"""Shared parts of the analysis commands: their description, runs, and output files."""
+"""Shared parts of the analyses: description of a command, its runs, and its files."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
