@@ -17,7 +17,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.train.diagnostics import NormRecord, Records
 from slimclr_hub.train.gradient_norms import last_linear, layer_slices, mean_norms
 
-LEAST = 3
+MIN_GRADIENTS = 3
 """Gradients of the last layer that two principal components need at least."""
 
 
@@ -75,13 +75,13 @@ def gradients_of(
             f'{folder} has recorded the share of width {norms[0].width:g}, not of {smallest:g}; drop --smallest, or '
             'give --from_checkpoints true'
         )
-    recorded_norms, recorded_gradients = bool(norms), len(steps) >= LEAST
+    recorded_norms, recorded_gradients = bool(norms), len(steps) >= MIN_GRADIENTS
     notes: tuple[str, ...] = ()
     if not (recorded_norms and recorded_gradients):
-        if (count := len(checkpoint_steps(folder))) < LEAST:
+        if (count := len(checkpoint_steps(folder))) < MIN_GRADIENTS:
             raise InputError(
                 f'{folder} has recorded too few gradients, and has {count} checkpoints; train with --diagnostics.every '
-                f'10 --diagnostics.gradients 10, or keep {LEAST} checkpoints or more by run.keep_checkpoints'
+                f'10 --diagnostics.gradients 10, or keep {MIN_GRADIENTS} checkpoints or more by run.keep_checkpoints'
             )
         diagnostics = replace(config.diagnostics, smallest=smallest or config.diagnostics.smallest)
         width = diagnostics.smallest_of(config.model.widths, config.model.overlap)
