@@ -1,12 +1,12 @@
-"""Peak memory of training steps and of inference, and how it grows with the batch and the size of the images.
+"""Peak memory of training steps and of inference, by the batch and the size of the images.
 
     python benchmarks/memory.py --batch 4 8 --size 32 64
     python benchmarks/memory.py --model slimclr_resnet50 --batch 64 128 256 --size 224 --device cuda --bf16
 
-Each figure is of a fresh process, above what it held once everything was imported: on CUDA of tensors, on the CPU of
-the whole process, from /proc. There training keeps what it frees, as the trainer does. `network` is what is
-held between steps: weights, key encoder, queue, and the optimizer's momentum. The batch grows at the first size, the
-size at the first batch. A ratio is to the first row of the same batch and size.
+Each figure is of a fresh process, above what it held after the imports: on CUDA of tensors, on the CPU of the whole
+process, from /proc, where training keeps freed memory. `network` is what is held between steps: weights, key encoder,
+queue, and the optimizer's momentum. Batches are measured at the first size, sizes at the first batch. A ratio is to the
+first row of the same batch and size.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from measure import (
     can_measure_memory,
     in_fresh_process,
     in_turns,
+    keeps_memory,
     make_parser,
     measured,
     parse,
@@ -33,7 +34,7 @@ from measure import (
     synchronize,
 )
 from torch import nn
-from training_step import Trainer, configure
+from training_step import TrainingStep, configure
 
 from slimclr_hub.models import DEFAULT_WIDTHS
 from slimclr_hub.runs.command_line import run_script
@@ -47,33 +48,32 @@ TRAINING: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
     'SlimCLR-MoCo v2, four widths': ('mocov2', DEFAULT_WIDTHS, DEFAULT_WIDTHS),
     'SlimCLR-MoCo v3, four widths': ('mocov3', DEFAULT_WIDTHS, DEFAULT_WIDTHS),
 }
-"""What trains -> method, widths of the network, widths that train in the step."""
+"""Name -> method, widths of the network, widths that train in the step."""
 
-STEPS = 2  # the optimizer has its momentum from the first one on
+STEPS = 2  # the first step allocates the momentum of the optimizer
 
 
 def training(
-    what: str, checkpointing: bool, model: str, batch: int, size: int, device: str, bf16: bool
+    name: str, checkpointing: bool, model: str, batch: int, size: int, device: str, bf16: bool
 ) -> tuple[Callable[[], object], Callable[[], float]]:
-    """A training step, and a function that tells MiB of what is held between steps."""
-    method, widths, trained = TRAINING[what]
-    asked = argparse.Namespace(method=method, model=model, batch=batch, size=size)
+    """Return a training step, and a function that returns MiB held between steps."""
+    method, widths, trained = TRAINING[name]
     views = [torch.randn(batch, 3, size, size, device=device) for _ in range(2)]
-    trainer = Trainer(configure(asked, widths), views, bf16)
+    step = TrainingStep(configure(method, model, batch, size, widths), views, bf16)
     if checkpointing:
-        trainer.method.backbone.set_grad_checkpointing()
+        step.method.backbone.set_grad_checkpointing()
 
     def held() -> float:
-        states = (value for state in trainer.optimizer.state.values() for value in state.values())
-        return tensors_of(trainer.method) + mebibytes(value for value in states if isinstance(value, torch.Tensor))
+        states = (value for state in step.optimizer.state.values() for value in state.values())
+        return tensors_of(step.method) + mebibytes(value for value in states if isinstance(value, torch.Tensor))
 
-    return partial(trainer.step, trained), held
+    return partial(step, trained), held
 
 
 def inference(
     width: float, model: str, batch: int, size: int, device: str, bf16: bool
 ) -> tuple[Callable[[], object], Callable[[], float]]:
-    """A forward at a width, and a function that tells MiB of the whole network."""
+    """Return a forward at a width, and a function that returns MiB of the whole network."""
     network = make_backbone(ModelConfig(model), in_chans=3, num_classes=1000)
     network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
@@ -86,7 +86,6 @@ def inference(
 
 
 def tensors_of(module: nn.Module) -> float:
-    """MiB of its tensors."""
     return mebibytes(module.state_dict().values())
 
 
@@ -95,14 +94,14 @@ def mebibytes(tensors: Any) -> float:
 
 
 def alone(asked: dict[str, Any]) -> dict[str, float] | None:
-    """MiB of peak and network in this process; none where the device has not as much."""
+    """Measure peak and network in this process, in MiB; None if the device runs out of memory."""
     device = asked['device']
     torch.set_num_threads(asked.pop('threads'))
-    if asked.pop('keep') and 'what' in asked:
+    if asked.pop('keep') and 'name' in asked:
         keep_freed_memory()
-    # What libraries set up for themselves at first is no part of the answer.
+    # What libraries allocate at their first call is left out.
     nn.Conv2d(3, 8, 3, device=device)(torch.randn(1, 3, 8, 8, device=device)).sum().backward()
-    make = training if 'what' in asked else inference
+    make = training if 'name' in asked else inference
     try:
         with peak_memory(device) as peak:
             call, held = make(**asked)
@@ -115,7 +114,7 @@ def alone(asked: dict[str, Any]) -> dict[str, float] | None:
 
 
 def rows_of(cases: dict[str, dict[str, Any]], labels: dict[str, Row], repeats: int) -> list[Row]:
-    """Measure cases in turns, each in processes of its own; the first is the reference."""
+    """Measure interleaved cases, each in fresh processes; the first is the reference."""
     found = in_turns({name: partial(in_fresh_process, __file__, **asked) for name, asked in cases.items()}, repeats)
     rows: list[Row] = []
     reference: list[float] | None = None
@@ -130,20 +129,12 @@ def rows_of(cases: dict[str, dict[str, Any]], labels: dict[str, Row], repeats: i
     return rows
 
 
-def places(args: argparse.Namespace) -> list[tuple[int, int]]:
-    """Batches at the first size, sizes at the first batch."""
-    return list(
-        dict.fromkeys([*((batch, args.size[0]) for batch in args.batch), *((args.batch[0], s) for s in args.size)])
-    )
-
-
 def main() -> None:
-    parser = make_parser(__doc__, repeats=3)
+    parser = make_parser(__doc__, repeats=3, memory=True)
     parser.add_argument('--model', default='slimclr_resnet50')
     parser.add_argument('--batch', type=positive, nargs='+', default=[8, 16])
-    parser.add_argument('--size', type=positive, nargs='+', default=[64, 96], help='of the images in pixels')
+    parser.add_argument('--size', type=positive, nargs='+', default=[64, 96], help='of the images, in pixels')
     parser.add_argument('--only', choices=('training', 'inference'))
-    parser.add_argument('--release-memory', action='store_true', help='let training release freed memory')
     parser.add_argument('--alone', type=json.loads, help=argparse.SUPPRESS)
     args = parse(parser)
     if args.alone is not None:
@@ -151,7 +142,7 @@ def main() -> None:
         return
     if not can_measure_memory(args.device):
         sys.exit('error: the memory of a process is measured from /proc/self/clear_refs, which is not here')
-    make_backbone(ModelConfig(args.model, args={'device': 'meta'}), in_chans=3)  # whether there is such a network
+    make_backbone(ModelConfig(args.model, args={'device': 'meta'}), in_chans=3)  # checks the name
 
     report = Report(setting(args.device, 'bf16' if args.bf16 else 'float32', 'channels last', args.model), args.json)
     shared = {
@@ -159,34 +150,32 @@ def main() -> None:
         'device': args.device,
         'bf16': args.bf16,
         'threads': torch.get_num_threads(),
-        'keep': torch.device(args.device).type == 'cpu' and not args.release_memory,
+        'keep': keeps_memory(args),
     }
+    # Batches at the first size, sizes at the first batch.
+    shapes = dict.fromkeys([(batch, args.size[0]) for batch in args.batch] + [(args.batch[0], s) for s in args.size])
     cases: dict[str, dict[str, Any]]
     labels: dict[str, Row]
     if args.only != 'inference':
         rows: list[Row] = []
-        for batch, size in places(args):
+        for batch, size in shapes:
             cases, labels = {}, {}
             for checkpointing in False, True:
-                for what in TRAINING:
-                    name = f'{what} {checkpointing}'
-                    labels[name] = {
-                        'batch': batch,
-                        'size': size,
-                        'step': what,
-                        'checkpointing': 'yes' if checkpointing else 'no',
-                    }
-                    cases[name] = {'what': what, 'checkpointing': checkpointing, 'batch': batch, 'size': size, **shared}
+                for name in TRAINING:
+                    shape: dict[str, Any] = {'batch': batch, 'size': size}
+                    case = f'{name} {checkpointing}'
+                    labels[case] = {**shape, 'step': name, 'checkpointing': 'yes' if checkpointing else 'no'}
+                    cases[case] = {'name': name, 'checkpointing': checkpointing, **shape, **shared}
             rows += rows_of(cases, labels, args.repeats)
-        kept = 'kept for the next step' if shared['keep'] else 'given back'
-        report.table(f'peak memory of a training step, what it frees {kept}', rows)
+        kept = 'kept' if shared['keep'] else 'released'
+        report.table(f'peak memory of a training step, freed memory {kept}', rows)
     if args.only != 'training':
         rows = []
-        for batch, size in places(args):
+        for batch, size in shapes:
             cases = {f'{w:g}': {'width': w, 'batch': batch, 'size': size, **shared} for w in DEFAULT_WIDTHS}
             labels = {width: {'batch': batch, 'size': size, 'width': width} for width in cases}
             rows += rows_of(cases, labels, args.repeats)
-        report.table('peak memory of inference, all widths in memory', rows)
+        report.table('peak memory of inference, with all widths loaded', rows)
 
 
 if __name__ == '__main__':

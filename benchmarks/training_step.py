@@ -4,26 +4,30 @@
     python benchmarks/training_step.py --method mocov3 --size 64 --batch 16
     python benchmarks/training_step.py --size 224 --batch 8 --bf16
 
-A step is what the training loop does with a batch that is there: forward, backward, norm of the gradients, means of the
+A step is what training does with a batch that is on the device: forward, backward, norm of the gradients, means of the
 log, optimizer. Beside it: forward and backward of timm's resnet50 on one view as the floor, and naive.py. All cases
-share a process, so the memory which the trainer keeps (not with `--release-memory`) serves them all.
+share a process, so the freed memory that training keeps (not with `--release-memory`) serves them all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
 import timm
 import torch
-from measure import Report, autocast, interleave, make_parser, parse, positive, setting, timed
+from measure import Report, autocast, interleave, keeps_memory, make_parser, parse, positive, setting, timed
 from naive import NaiveMoCoV2
 
 from slimclr_hub.data import DataConfig
+from slimclr_hub.data.batches import Batch
 from slimclr_hub.models import DEFAULT_WIDTHS
 from slimclr_hub.runs.memory import keep_freed_memory
 from slimclr_hub.runs.meter import Meter
-from slimclr_hub.train.config import MethodConfig, ModelConfig, OptimConfig, PretrainConfig, RunConfig
+from slimclr_hub.train.config import MethodConfig, ModelConfig, OptimConfig, PretrainConfig
 from slimclr_hub.train.setup import arrange, make_method, make_optimizer
+from slimclr_hub.train.step import forward_backward
 
 FULL = (1.0,)
 QUEUE = 65536
@@ -33,24 +37,24 @@ OPTIMIZERS = {
 }
 
 
-class Trainer:
-    """One kind of training step, on the same two views again and again."""
+class TrainingStep:
+    """Training steps of one configuration, always on the same views."""
 
-    def __init__(self, config: PretrainConfig, views: list[torch.Tensor], bf16: bool) -> None:
+    def __init__(self, config: PretrainConfig, views: Sequence[torch.Tensor], bf16: bool) -> None:
+        device = views[0].device
         self.method: Any = make_method(config)
-        self.method.train().to(views[0].device)
+        self.method.train().to(device)
         arrange(config, self.method)
         self.optimizer = make_optimizer(config.optim, self.method)
         self.trained = [parameter for parameter in self.method.parameters() if parameter.requires_grad]
         layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
-        self.views = [view.contiguous(memory_format=layout) for view in views]
+        labels = torch.full([len(views[0])], -1, device=device)
+        self.batch = Batch(tuple(view.contiguous(memory_format=layout) for view in views), labels)
         self.meter = Meter()
-        self.bf16 = bf16
+        self.autocast = partial(autocast, device, bf16)
 
-    def step(self, widths: tuple[float, ...]) -> None:
-        with autocast(self.views[0].device, self.bf16):
-            output = self.method(self.views, widths, 0.999)
-        output['loss'].backward()
+    def __call__(self, widths: tuple[float, ...] = DEFAULT_WIDTHS) -> None:
+        (output,) = forward_backward(self.method, [self.batch], widths, 0.999, autocast=self.autocast)
         self.meter.add(output)
         self.meter.add({'grad_norm': self.norm()})
         self.optimizer.step()
@@ -60,11 +64,11 @@ class Trainer:
         return torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
 
     def parts(self) -> dict[str, Callable[[], object]]:
-        """What a step does besides forward and backward, one by one."""
+        """The parts of a step besides forward and backward."""
         for parameter in self.trained:
             parameter.grad = torch.zeros_like(parameter)
         return {
-            'momentum encoder': lambda: self.method.ema.update(0.999),
+            'momentum encoder': partial(self.method.update_key_encoder, 0.999),
             'norm of the gradients': self.norm,
             'optimizer': self.optimizer.step,
         }
@@ -102,44 +106,43 @@ def floor(view: torch.Tensor, bf16: bool) -> Callable[[], None]:
     return step
 
 
-def configure(args: Any, widths: tuple[float, ...], compile: bool = False) -> PretrainConfig:
-    method = MethodConfig(name=args.method)
-    if args.method == 'mocov2':
-        method = method.replace(queue_size=QUEUE // args.batch * args.batch)
-    data = DataConfig(
-        size=args.size, channels=3, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), batch_size=args.batch, num_workers=0
+def configure(
+    method: str, model: str, batch: int, size: int, widths: tuple[float, ...], compiled: bool = False
+) -> PretrainConfig:
+    queue: dict[str, Any] = {'queue_size': QUEUE // batch * batch} if method == 'mocov2' else {}
+    config = PretrainConfig(
+        model=ModelConfig(name=model, widths=widths),
+        method=MethodConfig(name=method, **queue),
+        data=DataConfig(
+            size=size, channels=3, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), batch_size=batch, num_workers=0
+        ),
+        optim=OPTIMIZERS[method],
     )
-    return PretrainConfig(
-        model=ModelConfig(name=args.model, widths=widths),
-        method=method,
-        data=data,
-        optim=OPTIMIZERS[args.method],
-        run=RunConfig(compile=compile),
-    )
+    return replace(config, run=replace(config.run, compile=compiled))
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, memory=True)
     parser.add_argument('--method', choices=OPTIMIZERS, default='mocov2')
     parser.add_argument('--model', default='slimclr_resnet50')
-    parser.add_argument('--size', type=positive, default=224, help='pixels of a side')
+    parser.add_argument('--size', type=positive, default=224, help='height and width of the images in pixels')
     parser.add_argument('--batch', type=positive, default=8)
     parser.add_argument('--compile', action='store_true', help='with run.compile')
-    parser.add_argument('--release-memory', action='store_true', help='let freed memory go back to the system')
     args = parse(parser)
-    kept = not args.release_memory and torch.device(args.device).type == 'cpu' and keep_freed_memory()
+    kept = keeps_memory(args) and keep_freed_memory()
 
     views = [torch.randn(args.batch, 3, args.size, args.size, device=args.device) for _ in range(2)]
-    plain = Trainer(configure(args, FULL, args.compile), views, args.bf16)
-    slim = Trainer(configure(args, DEFAULT_WIDTHS, args.compile), views, args.bf16)
+    configured = partial(configure, args.method, args.model, args.batch, args.size, compiled=args.compile)
+    plain = TrainingStep(configured(FULL), views, args.bf16)
+    slim = TrainingStep(configured(DEFAULT_WIDTHS), views, args.bf16)
     cases: dict[str, Callable[[], object]] = {
         'resnet50 of timm, one view': floor(views[0], args.bf16),
-        'plain, one width': lambda: plain.step(FULL),
-        'slow start': lambda: slim.step(FULL),
-        'four widths': lambda: slim.step(DEFAULT_WIDTHS),
+        'plain, one width': partial(plain, FULL),
+        'slow start': partial(slim, FULL),
+        'four widths': slim,
     }
     if args.method == 'mocov2' and args.model == 'slimclr_resnet50':
-        # The authors' own half precision is fp16, with a scaler, in which a CPU takes most of a minute for a step.
+        # The authors' half precision is fp16 with a scaler; on a CPU such a step takes most of a minute.
         lowered = torch.float16 if torch.device(args.device).type == 'cuda' else torch.bfloat16
         cases['naive, four widths'] = naive(args.batch, views, lowered if args.bf16 else torch.float32)
 
@@ -153,28 +156,18 @@ def main() -> None:
         args.json,
     )
     seconds = interleave(cases, args.repeats, warmup=2, device=args.device)
-    report.table(
-        'training step; ratio to plain, one width',
-        [
-            {'step': name, **timed(values, seconds['plain, one width'], images=args.batch)}
-            for name, values in seconds.items()
-        ],
-    )
-    reference = seconds['four widths']
-    others = {name: seconds[name] for name in seconds if name.startswith(('naive', 'resnet50'))}
-    report.table(
-        'over four widths',
-        [{'step': name, **timed(values, reference)} for name, values in others.items()],
-    )
+    plain_seconds, slim_seconds = seconds['plain, one width'], seconds['four widths']
+    rows = [{'step': name, **timed(values, plain_seconds, args.batch)} for name, values in seconds.items()]
+    report.table('training step; ratio to plain, one width', rows)
+    others = {name: values for name, values in seconds.items() if name.startswith(('naive', 'resnet50'))}
+    report.table('over four widths', [{'step': name, **timed(each, slim_seconds)} for name, each in others.items()])
     parts = interleave(slim.parts(), args.repeats, device=args.device)
-    step = median(reference)
-    report.table(
-        'parts of the step at four widths',
-        [
-            {'part': name, **timed(values), 'share of the step (%)': 100 * median(values) / step}
-            for name, values in parts.items()
-        ],
-    )
+    step = median(slim_seconds)
+    rows = [
+        {'part': name, **timed(values), 'share of the step (%)': 100 * median(values) / step}
+        for name, values in parts.items()
+    ]
+    report.table('parts of the step at four widths', rows)
 
 
 if __name__ == '__main__':
