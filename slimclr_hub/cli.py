@@ -22,11 +22,11 @@ app = typer.Typer(
 
 Network = Annotated[str, typer.Argument(help='A tag (slimclr-hub list), hf-hub:USER/NAME, a folder or .safetensors.')]
 Images = Annotated[list[Path], typer.Argument(help='Image files, and folders of images.')]
-Width = Annotated[float | None, typer.Option(help='Width to run at; the largest unless given.')]
-Overwrite = Annotated[bool, typer.Option('--overwrite', help='Replace what is there.')]
-BatchSize = Annotated[int, typer.Option(help='Images at a time.')]
+Width = Annotated[float | None, typer.Option(help='Width to run at; by default the largest.')]
+Overwrite = Annotated[bool, typer.Option('--overwrite', help='Replace existing files.')]
+BatchSize = Annotated[int, typer.Option(help='Images of a batch.')]
 Workers = Annotated[int | None, typer.Option(help='Processes that decode images.')]
-Device = Annotated[str | None, typer.Option(help='Where to run, such as cuda:1; an accelerator if there is one.')]
+Device = Annotated[str | None, typer.Option(help='Device, such as cuda:1; by default an accelerator if there is one.')]
 Encoder = Literal['online', 'momentum']
 DenseFormat = Literal['timm', 'torchvision', 'mmdet']
 ExportFormat = Literal['onnx', 'pt2']
@@ -106,7 +106,7 @@ def convert(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Convert a checkpoint of others into weights of this package."""
+    """Convert a foreign checkpoint into weights of this package."""
     from slimclr_hub.hub.conversion import convert_file
     from slimclr_hub.models import DEFAULT_WIDTHS
     from slimclr_hub.models.widths import check_widths
@@ -139,9 +139,9 @@ def extract(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Take one width away as an ordinary network that opens without this package.
+    """Extract one width as an ordinary network that opens without this package.
 
-    Of a slimmable detector's checkpoint, `--format mmdet` takes the detector.
+    With `--format mmdet`, the checkpoint of a slimmable detector gives a detector.
     """
     from slimclr_hub.hub import formats
     from slimclr_hub.hub.conversion import check_file, check_folder
@@ -225,7 +225,7 @@ def embed(
     skip_unreadable: Skip = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write the features of images, or of all images in folders, at one width."""
+    """Write features of images at one width."""
     from slimclr_hub.inference.embed import check_output, save_embeddings
     from slimclr_hub.inference.embed import embed as run
     from slimclr_hub.inference.images import list_images
@@ -399,7 +399,7 @@ def doctor(
 
 
 def _convert_detector(source: Path, target: Path, overwrite: bool) -> bool:
-    """Convert the authors' detector, if the source is one."""
+    """Convert the authors' detector; return False if the source is something else."""
     from slimclr_hub.detection.authors import convert_detector_file
 
     done = convert_detector_file(source, target, overwrite)
@@ -420,7 +420,7 @@ def _convert_detector(source: Path, target: Path, overwrite: bool) -> bool:
 def _extract_detector(
     network: Path, target: Path, width: float, format: DenseFormat, config: Path | None, overwrite: bool
 ) -> bool:
-    """Take one width of a slimmable detector, if the network is a checkpoint of one."""
+    """Extract one width of a slimmable detector; return False if the network is no checkpoint of one."""
     if network.suffix != '.pth' or not network.is_file():
         return False
     from slimclr_hub.detection.extract import extract_detector, read_detector
@@ -457,7 +457,7 @@ def _print_evaluation(config: str | Path, checkpoint: Path) -> None:
 
 @contextmanager
 def _train_extra(doing: str) -> Iterator[None]:
-    """Name the extra that is missing where a module is."""
+    """Turn a missing module into an error that names the extra."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -465,7 +465,7 @@ def _train_extra(doing: str) -> Iterator[None]:
 
 
 def _described(network: str) -> Any:
-    """The network itself, or for a published one a network of its kind without weights, which needs no download."""
+    """Open a network; a published one without its weights, which needs no download."""
     import timm
 
     from slimclr_hub.hub.open import open_network

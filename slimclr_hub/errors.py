@@ -1,14 +1,14 @@
-"""Errors that a user can put right; commands print their message alone."""
+"""Errors that a user can correct; commands print their message without a traceback."""
 
 from collections.abc import Sequence
 
 
 class InputError(ValueError):
-    """A wrong argument, file or folder. The message names the value and the remedy."""
+    """An argument, file or folder is wrong. The message names the value and the remedy."""
 
 
 class DataError(RuntimeError):
-    """Data that cannot be used, met while it is read. The message names it and the remedy."""
+    """Data turned out to be unusable while it was read. The message names it and the remedy."""
 
 
 class DivergedError(RuntimeError):
@@ -16,10 +16,10 @@ class DivergedError(RuntimeError):
 
 
 class PreemptedError(RuntimeError):
-    """Training was asked to stop, and has kept its state.
+    """Training was asked to stop, and has saved its state.
 
     Args:
-        message: What happened and how to go on.
+        message: The reason, and how to resume.
         status: Exit status of the process.
     """
 
@@ -29,10 +29,10 @@ class PreemptedError(RuntimeError):
 
 
 class ExportError(RuntimeError):
-    """An exported network computes something else than the network it was made of."""
+    """The outputs of an exported network differ from those of the original."""
 
 
 def shorten(problems: Sequence[str], most: int = 5) -> str:
-    """Some problems, and how many more there are."""
+    """Join the first problems, and count the others."""
     more = f' and {len(problems) - most} more' if len(problems) > most else ''
     return '; '.join(problems[:most]) + more

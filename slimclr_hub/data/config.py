@@ -76,7 +76,7 @@ class ImagesConfig:
 
 @dataclass(frozen=True)
 class LoaderConfig(Incidental):
-    """How images reach the training process.
+    """Loading of the images.
 
     Args:
         root: Folder of the data set, where the name needs one.

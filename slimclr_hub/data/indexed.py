@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ Key = tuple[int, int]
 _REPLACEMENT = 1  # keeps the draws of a replacement apart from those of the views
 
 
+@dataclass(eq=False)
 class EpochBatches(Sampler[list[Key]]):
     """(epoch, index) of this process's images of each microbatch, from microbatch `start` of epoch `epoch` on.
 
@@ -31,18 +33,25 @@ class EpochBatches(Sampler[list[Key]]):
         processes: Number of processes.
         rank: Rank of this process.
         count: Microbatches an epoch.
+        ahead: False to end with the epoch, for benchmarks whose cases take turns.
+        epoch: The epoch to begin with.
+        start: The microbatch to begin with.
     """
 
-    def __init__(self, length: int, seed: int, microbatch: int, processes: int, rank: int, count: int) -> None:
-        self.length = length
-        self.seed = seed
-        self.microbatch = microbatch
-        self.size = microbatch // processes
-        self.rank = rank
-        self.count = count
-        self.ahead = True  # a benchmark, whose cases take turns, ends with the epoch instead
-        self.epoch = 0
-        self.start = 0
+    length: int
+    seed: int
+    microbatch: int
+    processes: int
+    rank: int
+    count: int
+    ahead: bool = True
+    epoch: int = 0
+    start: int = 0
+
+    @property
+    def size(self) -> int:
+        """Images of this process in a microbatch."""
+        return self.microbatch // self.processes
 
     def __iter__(self) -> Iterator[list[Key]]:
         start = self.start
@@ -60,6 +69,7 @@ class EpochBatches(Sampler[list[Key]]):
         return (epoch + 1, 0) if self.ahead else None
 
 
+@dataclass(eq=False)
 class IndexedImages(Dataset[tuple[Sample | None, list[Problem]]]):
     """Samples by (epoch, index); an unreadable image is replaced by another one of the data set.
 
@@ -73,19 +83,11 @@ class IndexedImages(Dataset[tuple[Sample | None, list[Problem]]]):
         max_corrupt: Unreadable images to tolerate for one index.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        transform: Callable[[Any], tuple[torch.Tensor, ...]],
-        seed: int,
-        mode: str,
-        max_corrupt: int,
-    ) -> None:
-        self.dataset = dataset
-        self.transform = transform
-        self.seed = seed
-        self.mode = mode
-        self.max_corrupt = max_corrupt
+    dataset: Dataset
+    transform: Callable[[Any], tuple[torch.Tensor, ...]]
+    seed: int
+    mode: str
+    max_corrupt: int
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]

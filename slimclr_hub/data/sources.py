@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,21 @@ _TORCHVISION_SUBFOLDER = 'FashionMNIST/raw'
 _SPLIT_FOLDERS = ({'train', 'training'}, {'val', 'valid', 'validation', 'eval', 'evaluation'})  # timm's synonyms
 
 
+@dataclass(eq=False)
 class ArrayImages(Dataset[tuple[Any, int]]):
     """Images held in memory.
 
     Args:
         images: uint8 [N, H, W].
         labels: Integers [N].
+        mode: Pillow's mode to convert images to.
+        transform: Transform of a PIL image.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, mode: str) -> None:
-        self.images = images
-        self.labels = labels
-        self.mode = mode
-        self.transform: Callable[[Any], Any] | None = None
+    images: np.ndarray
+    labels: np.ndarray
+    mode: str
+    transform: Callable[[Any], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.images)

@@ -87,7 +87,8 @@ class TrainData:
         self.to_device = ToDevice(self.device)
         self.normalize = Normalize(config.mean, config.std, self.device)
         self.device_views = _device_views(config, configs, self.device) if views.backend == 'kornia' else None
-        transform = Views(*(_transform(config, each, views.backend) for each in configs))
+        on_device = self.device_views is not None
+        transform = Views(*(_transform(each, each.size or config.size, config.channels, on_device) for each in configs))
         make_feed = _stream_feed if config.streams else _indexed_feed
         self.feed, length = make_feed(config, transform, seed, processes, rank, microbatches)
         self.steps_per_epoch = length // config.batch_size
@@ -197,11 +198,8 @@ def _check_length(config: DataConfig, length: int) -> int:
     return length
 
 
-def _transform(config: DataConfig, views: ViewConfig, backend: str) -> Callable[[Any], torch.Tensor]:
-    size = views.size or config.size
-    return SingleImageTransform(
-        make_crop(views, size) if backend == 'kornia' else make_view(views, size, config.channels)
-    )
+def _transform(views: ViewConfig, size: int, channels: int, on_device: bool) -> SingleImageTransform:
+    return SingleImageTransform(make_crop(views, size) if on_device else make_view(views, size, channels))
 
 
 def _device_views(

@@ -6,7 +6,7 @@ samples used of every share and the worker whose turn it is; from there the same
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -54,6 +54,7 @@ class Source(Protocol):
         """Decode image and label."""
 
 
+@dataclass
 class ShardedSource:
     """Shards, divided over the workers of all processes and shuffled.
 
@@ -65,12 +66,11 @@ class ShardedSource:
         buffer: Size of the shuffle buffer.
     """
 
-    def __init__(self, shards: Shards, layout: Layout, rank: int, seed: int, buffer: int) -> None:
-        self.shards = shards
-        self.layout = layout
-        self.rank = rank
-        self.seed = seed
-        self.buffer = buffer
+    shards: Shards
+    layout: Layout
+    rank: int
+    seed: int
+    buffer: int
 
     def order(self, epoch: int, role: int) -> Iterator[tuple[Place, Raw]]:
         """Yield samples of a share, shuffled."""
@@ -84,6 +84,7 @@ class ShardedSource:
         return self.shards.decode(raw)
 
 
+@dataclass(eq=False)
 class StreamedChunks(IterableDataset[Chunk]):
     """Microbatches of this process's workers, each of its own share.
 
@@ -96,23 +97,16 @@ class StreamedChunks(IterableDataset[Chunk]):
         max_corrupt: Unreadable images after which they are reported without waiting for a full batch.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        transform: Callable[[Any], tuple[torch.Tensor, ...]],
-        layout: Layout,
-        seed: int,
-        mode: str,
-        max_corrupt: int,
-    ) -> None:
-        self.source = source
-        self.transform = transform
-        self.layout = layout
-        self.seed = seed
-        self.mode = mode
-        self.max_corrupt = max_corrupt
+    source: Source
+    transform: Callable[[Any], tuple[torch.Tensor, ...]]
+    layout: Layout
+    seed: int
+    mode: str
+    max_corrupt: int
+
+    def __post_init__(self) -> None:
         # Epoch, role of the first worker, samples used of each share; shared, as workers outlive an epoch.
-        self.state = torch.zeros(2 + layout.workers, dtype=torch.int64).share_memory_()
+        self.state = torch.zeros(2 + self.layout.workers, dtype=torch.int64).share_memory_()
 
     def enter(self, epoch: int, first: int, consumed: list[int]) -> None:
         """Set where the next iteration begins."""
@@ -282,6 +276,7 @@ def _as_it_is(chunk: Any) -> Any:
     return chunk
 
 
+@dataclass
 class TimmSource:
     """A stream that timm itself divides over workers and processes.
 
@@ -290,9 +285,8 @@ class TimmSource:
         rank: Rank of this process.
     """
 
-    def __init__(self, dataset: Any, rank: int) -> None:
-        self.dataset = dataset
-        self.rank = rank
+    dataset: Any
+    rank: int
 
     def order(self, epoch: int, role: int) -> Iterator[tuple[tuple[int, ...], Raw]]:
         """Yield samples of the calling worker."""
