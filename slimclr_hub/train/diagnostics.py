@@ -19,7 +19,7 @@ from torch import nn
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import append_json_line, atomic_files, read_json_lines, write_json_lines
 from slimclr_hub.models.widths import check_widths
-from slimclr_hub.settings import at_least
+from slimclr_hub.settings import Incidental, at_least
 from slimclr_hub.train.gradient_norms import last_linear, layer_slices, mean_norms
 
 _NORMS = 'gradients.jsonl'
@@ -29,7 +29,7 @@ _CHUNK = 64 * 2**20  # bytes of gradients kept in memory between checkpoints, at
 
 
 @dataclass(frozen=True)
-class DiagnosticsConfig:
+class DiagnosticsConfig(Incidental):
     """Records of gradients and weights for recipes/analyze.py; off by default.
 
     Args:
