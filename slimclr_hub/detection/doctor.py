@@ -47,7 +47,6 @@ class Package:
     the first line of an import error.
     """
 
-    module: str
     state: str = 'ok'
     distribution: str = ''
     version: str = ''
@@ -136,8 +135,8 @@ def examine(config: Path | None = None, data: Path | None = None, with_files: bo
 def _examine(module: str) -> Package:
     spec = find_spec(module)
     if spec is None:
-        return Package(module, 'missing')
-    package = Package(module)
+        return Package('missing')
+    package = Package()
     parents = [Path(place).parent for place in spec.submodule_search_locations or ()]
     # Both upstream and the fork may have left metadata; an editable install has no module beside its own.
     found = [d for name in DISTRIBUTIONS[module] for d in metadata.distributions(name=name)]

@@ -150,18 +150,15 @@ def roi_align_forward(
     argmax_x: torch.Tensor,
     **options: Any,
 ) -> None:
-    """Fill `output` with the means of `input` in the cells of every region.
+    """Fill `output`, [K, C, aligned_height, aligned_width], with the means of `input` in the cells of every region.
 
     Args:
         input: [N, C, H, W].
         rois: [K, 5], index into N, x1, y1, x2, y2, in pixels of the image.
-        output: [K, C, aligned_height, aligned_width].
+        output: Result.
         argmax_y: Not used, as it belongs to maxima.
         argmax_x: Not used, as it belongs to maxima.
-        options: `aligned_height` and `aligned_width`, cells of a region; `spatial_scale`, size of `input` by size of
-            the image; `sampling_ratio`, points in a cell and direction, 0 for one for each pixel of the cell;
-            `pool_mode`, 1 for the mean; `aligned`, False for pixel centres at whole numbers and regions of at least one
-            pixel.
+        options: See `_roi_options`.
 
     Raises:
         InputError: `pool_mode` is 0, the maximum.
@@ -189,7 +186,12 @@ def roi_align_backward(
 def _roi_options(
     aligned_height: int, aligned_width: int, spatial_scale: float, sampling_ratio: int, pool_mode: int, aligned: bool
 ) -> tuple[tuple[float, int, int], tuple[int, bool]]:
-    """Return the options in the two groups of torchvision's arguments."""
+    """Return RoIAlign's options in the two groups of torchvision's arguments.
+
+    A cell has `sampling_ratio` points in each direction, with 0 as many as it has pixels. `spatial_scale` is the size
+    of the map by that of the image. Without `aligned`, pixel centres are at whole numbers and regions have at least one
+    pixel.
+    """
     if pool_mode != 1:
         raise InputError(f"RoIAlign with pool_mode='max': torchvision has 'avg' only; use this or {_remedy()}")
     return (spatial_scale, aligned_height, aligned_width), (sampling_ratio, aligned)

@@ -1,86 +1,57 @@
 """A small detector for tests: a slimmable ResNet-20 with narrow heads, on random images."""
 
 import copy
+from functools import cache
 from typing import Any
 
 import torch
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
 
+from tests.hub.files import ROOT
 from tests.networks import randomise_batchnorm
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 SIZE = 32  # pixels
 _CHANNELS = 8
-_ALL = 10**6  # more than there are: the samplers draw nothing by chance
+_ALL = 10**6  # more than there are, so that the samplers draw nothing at random
 
 DefaultScope.get_instance('tests', scope_name='mmdet')
 
 
+@cache
+def _config() -> Config:
+    anchors = dict(scales=[6], ratios=[1.0], strides=[1, 2, 4, 8])
+    extractor = dict(out_channels=_CHANNELS, featmap_strides=[1, 2, 4])
+    regions = dict(
+        assigner=dict(pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0.2), sampler=dict(num=_ALL, pos_fraction=0.5)
+    )
+    proposals = dict(nms_pre=60, max_per_img=20)
+    small = dict(
+        backbone=dict(name='slimclr_resnet20', widths=WIDTHS, out_indices=(0, 1, 2)),
+        neck=dict(in_channels=[16, 32, 64], out_channels=_CHANNELS, num_outs=4),
+        rpn_head=dict(in_channels=_CHANNELS, feat_channels=_CHANNELS, anchor_generator=anchors),
+        roi_head=dict(
+            bbox_roi_extractor=dict(**extractor, roi_layer=dict(output_size=3, sampling_ratio=1)),
+            bbox_head=dict(in_channels=_CHANNELS, fc_out_channels=16, roi_feat_size=3),
+            mask_roi_extractor=dict(**extractor, roi_layer=dict(output_size=4, sampling_ratio=1)),
+            mask_head=dict(num_convs=1, in_channels=_CHANNELS, conv_out_channels=_CHANNELS),
+        ),
+        train_cfg=dict(rpn=regions, rpn_proposal=proposals, rcnn=dict(**regions, mask_size=8)),
+        test_cfg=dict(rpn=proposals, rcnn=dict(score_thr=0.0, max_per_img=10)),
+    )
+    config = Config.fromfile(ROOT / 'transfer' / 'mask_rcnn_slim_coins.py')
+    config.merge_from_dict(dict(model=small))
+    return config
+
+
 def config(**changes: Any) -> ConfigDict:
     """Return the config of a Mask R-CNN of one class whose samplers take every region."""
-    assigner = dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0.2, ignore_iof_thr=-1)
-    sampler = dict(type='RandomSampler', num=_ALL, pos_fraction=0.5, neg_pos_ub=-1)
-    proposals = dict(nms_pre=60, max_per_img=20, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0)
-    coder = dict(type='DeltaXYWHBBoxCoder')
-    extractor = dict(type='SingleRoIExtractor', out_channels=_CHANNELS, featmap_strides=[1, 2, 4])
-    model = dict(
-        type='SlimmableMaskRCNN',
-        data_preprocessor=dict(type='DetDataPreprocessor', mean=[120.0] * 3, std=[60.0] * 3, pad_mask=True),
-        backbone=dict(type='SlimmableResNet', name='slimclr_resnet20', widths=WIDTHS, out_indices=(0, 1, 2)),
-        neck=dict(type='SlimmableFPN', in_channels=[16, 32, 64], out_channels=_CHANNELS, num_outs=4),
-        rpn_head=dict(
-            type='RPNHead',
-            in_channels=_CHANNELS,
-            feat_channels=_CHANNELS,
-            anchor_generator=dict(type='AnchorGenerator', scales=[6], ratios=[1.0], strides=[1, 2, 4, 8]),
-            bbox_coder=coder,
-        ),
-        roi_head=dict(
-            type='StandardRoIHead',
-            bbox_roi_extractor=dict(**extractor, roi_layer=dict(type='RoIAlign', output_size=3, sampling_ratio=1)),
-            bbox_head=dict(
-                type='Shared2FCBBoxHead',
-                in_channels=_CHANNELS,
-                fc_out_channels=16,
-                roi_feat_size=3,
-                num_classes=1,
-                bbox_coder=coder,
-                loss_cls=dict(type='CrossEntropyLoss'),
-                loss_bbox=dict(type='L1Loss'),
-            ),
-            mask_roi_extractor=dict(**extractor, roi_layer=dict(type='RoIAlign', output_size=4, sampling_ratio=1)),
-            mask_head=dict(
-                type='FCNMaskHead', num_convs=1, in_channels=_CHANNELS, conv_out_channels=_CHANNELS, num_classes=1
-            ),
-        ),
-        train_cfg=dict(
-            rpn=dict(
-                assigner=assigner,
-                sampler=dict(sampler, add_gt_as_proposals=False),
-                allowed_border=-1,
-                pos_weight=-1,
-                debug=False,
-            ),
-            rpn_proposal=proposals,
-            rcnn=dict(
-                assigner=assigner,
-                sampler=dict(sampler, add_gt_as_proposals=True),
-                mask_size=8,
-                pos_weight=-1,
-                debug=False,
-            ),
-        ),
-        test_cfg=dict(
-            rpn=proposals,
-            rcnn=dict(score_thr=0.0, nms=dict(type='nms', iou_threshold=0.5), max_per_img=10, mask_thr_binary=0.5),
-        ),
-    )
-    merged = ConfigDict(copy.deepcopy(model))
+    merged = copy.deepcopy(_config().model)
     for key, value in changes.items():
         merged[key] = {**merged[key], **value} if isinstance(value, dict) else value
     return merged

@@ -221,7 +221,7 @@ def test_no_such_config(command):
 
 def test_several_gpus():
     """The command is told without GPUs."""
-    packages = {name: Package(name) for name in ('mmdet', 'mmcv', 'torch', 'torchvision', 'timm')}
+    packages = {name: Package() for name in ('mmdet', 'mmcv', 'torch', 'torchvision', 'timm')}
     found = [line for line in Report(packages, 8, Path('a.py'), {}).lines() if 'mim train' in line]
     single = 'To fine-tune with MMDetection: mim train mmdet a.py'
     assert found == [single, f'{single} --launcher pytorch --gpus 8']

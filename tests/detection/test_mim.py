@@ -52,7 +52,7 @@ def test_missing_coco_is_the_last_line(tmp_path):
     """The remedy is the last line, neither above mim's traceback nor above a log."""
     printed = mim(tmp_path, 'train', CONFIGS / 'faster_rcnn_slim.py', status=1)
     missing = r'no annotations/instances_train2017\.json and no train2017/ in data/coco'
-    assert re.search(rf'\nError: {missing}; set COCO_ROOT .*\n\s*Aborted!\n$', printed), printed[-3000:]
+    assert re.search(rf'\nError: {missing}; COCO 2017 .* COCO_ROOT .*\n\s*Aborted!\n$', printed), printed[-3000:]
     assert 'Traceback' not in printed
 
 

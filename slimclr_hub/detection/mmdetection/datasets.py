@@ -25,7 +25,7 @@ class CocoFolder(CocoDataset):
         InputError: Annotations or images are missing.
     """
 
-    remedy = 'set COCO_ROOT to the folder of COCO 2017 (environment); `slimclr-hub doctor` checks it'
+    remedy = 'COCO 2017 lies in the folder COCO_ROOT (environment); `slimclr-hub doctor` lists what is missing'
 
     def __init__(
         self, *, data_root: str, ann_file: str, data_prefix: dict[str, str], lazy_init: bool = False, **kwargs: Any
