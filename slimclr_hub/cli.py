@@ -157,17 +157,7 @@ def extract(
         check_file(target, overwrite)
     model = open_network(network, width=width)
     if format == 'timm':
-        cfg = model.pretrained_cfg
-        formats.save_timm_folder(
-            model,
-            width,
-            target,
-            size=cfg['input_size'][-1],
-            mean=tuple(cfg['mean']),
-            std=tuple(cfg['std']),
-            crop_pct=cfg['crop_pct'],
-            tagged='tag' in cfg,
-        )
+        formats.save_timm_folder(model, width, target, tagged='tag' in model.pretrained_cfg)
         print(f"Open it: timm.create_model('local-dir:{target}', pretrained=True)")
     elif format == 'torchvision':
         formats.save_tensors(formats.torchvision_state_dict(model, width), target)

@@ -60,16 +60,13 @@ def save_timm_folder(
     width: float,
     folder: Path,
     *,
-    size: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    crop_pct: float,
     card: str | None = None,
     tagged: bool = False,
 ) -> None:
     """Write one width as a folder that timm opens without this package: config.json, model.safetensors and README.md.
 
-    `timm.create_model('local-dir:FOLDER', pretrained=True)` opens it as a `resnet50` (101, 152) with the same output.
+    `timm.create_model('local-dir:FOLDER', pretrained=True)` opens it as a `resnet50` (101, 152) with the same
+    output and preprocessing.
 
     A `resnet50` has a stem of 64 channels, blocks with four times as many output as inner channels, and a projection in
     the first block only if that changes the number of channels. Channels that a width lacks are zeros: in the stem at
@@ -81,10 +78,6 @@ def save_timm_folder(
         model: A slimmable ResNet-50, 101 or 152.
         width: One of its widths.
         folder: Where to write; made if it does not exist.
-        size: Height and width of the images in pixels.
-        mean: Mean of each channel for normalising images.
-        std: Standard deviation of each channel for normalising images.
-        crop_pct: Fraction of the image that evaluation crops.
         card: Text of the model card; by default one that says how to open the folder.
         tagged: True if these are the weights of the tag that the network was built with; origin and licence are then
             recorded.
@@ -100,8 +93,7 @@ def save_timm_folder(
         card = _card(model, width, folder, network, needed, tagged)
     runs = model.global_pool.feat_mult()
     padded = {name: _padded(name, tensors[name], whole.shape, runs) for name, whole in network.state_dict().items()}
-    data_config = {'input_size': (model.in_chans, size, size), 'mean': mean, 'std': std, 'crop_pct': crop_pct}
-    write_folder(network, padded, folder, model_args={}, data_config=data_config, card=card, tagged=tagged, width=width)
+    write_folder(network, padded, folder, model_args={}, data_config={}, card=card, tagged=tagged, width=width)
 
 
 def torchvision_state_dict(model: SlimmableResNet, width: float = 1.0) -> dict[str, torch.Tensor]:

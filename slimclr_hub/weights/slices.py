@@ -80,11 +80,6 @@ def switched_key(name: str) -> str | None:
     return match[1] if match else None
 
 
-def leading(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """The leading block of `tensor` that has `shape`, as a contiguous tensor of its own."""
-    return _block(tensor, shape, ())
-
-
 def dense_tensors(
     source: Mapping[str, torch.Tensor],
     shapes: Mapping[str, Sequence[int]],
@@ -100,11 +95,12 @@ def dense_tensors(
         starts: Name -> first index of the width in the tensor, where it may be other than 0.
     """
     return {
-        name: _block(source[name if name in source else switch_name(name, key)], shape, starts.get(name, ()))
+        name: leading(source[name if name in source else switch_name(name, key)], shape, starts.get(name, ()))
         for name, shape in shapes.items()
     }
 
 
-def _block(tensor: torch.Tensor, shape: Sequence[int], start: Sequence[int]) -> torch.Tensor:
+def leading(tensor: torch.Tensor, shape: Sequence[int], start: Sequence[int] = ()) -> torch.Tensor:
+    """The block of `tensor` with `shape`, from 0 unless `start` says otherwise, as a contiguous tensor of its own."""
     spans = zip_longest(start, shape, fillvalue=0)
     return tensor[tuple(slice(begin, begin + n) for begin, n in spans)].clone(memory_format=torch.contiguous_format)

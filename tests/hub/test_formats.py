@@ -27,12 +27,14 @@ from slimclr_hub.models import DEFAULT_WIDTHS
 from tests.networks import randomise_batchnorm
 
 WIDTHS = DEFAULT_WIDTHS
-ABOUT = {'size': 64, 'mean': (0.1, 0.2, 0.3), 'std': (0.4, 0.5, 0.6), 'crop_pct': 1.0}
+PREPROCESSING = {'mean': (0.1, 0.2, 0.3), 'std': (0.4, 0.5, 0.6), 'crop_pct': 1.0}
+ABOUT = {'size': 64, **PREPROCESSING}
 
 
 def make(name='slimclr_resnet50', **kwargs):
     torch.manual_seed(0)
     model = timm.create_model(name, **{'num_classes': 10, **kwargs})
+    model.pretrained_cfg |= {'input_size': (model.in_chans, 64, 64), **PREPROCESSING}
     randomise_batchnorm(model)
     return model.eval()
 
@@ -92,7 +94,7 @@ def test_timm_opens_each_width_without_this_package(tmp_path):
     x, model, expected = images().double(), make(widths=(*WIDTHS, 0.6)), {}
     wide = copy.deepcopy(model).double()
     for width in model.widths:
-        save_timm_folder(model, width, tmp_path / f'network-{width}', **ABOUT)
+        save_timm_folder(model, width, tmp_path / f'network-{width}')
         with torch.no_grad():
             expected[f'network-{width}'] = wide.forward_at(x, width)
     save_file({'x': x}, tmp_path / 'images.safetensors')
@@ -105,7 +107,7 @@ def test_open_network_takes_it_as_a_network_of_one_width(tmp_path, pool):
     """Without the channels of zeros; also where the pooled features stand side by side."""
     model, x = make(widths=(1.0, 0.8, 0.25), global_pool=pool), images()
     for width in model.widths:
-        save_timm_folder(model, width, tmp_path / f'{width}', **ABOUT)
+        save_timm_folder(model, width, tmp_path / f'{width}')
         opened = open_network(str(tmp_path / f'{width}'), width=width, lazy=True).eval()
         assert opened.widths == (width,)
         assert opened.num_features == int(2048 * width)
@@ -146,7 +148,7 @@ def test_open_network_takes_dense_networks_of_ours(tmp_path):
 def test_timm_folder_of_a_width(tmp_path, width, channels, spare):
     """Features are as many as the width has, or up to three more, which are zero."""
     model = make(widths=(width,))
-    save_timm_folder(model, width, tmp_path / 'network', **ABOUT)
+    save_timm_folder(model, width, tmp_path / 'network')
     assert sorted(p.name for p in (tmp_path / 'network').iterdir()) == ['README.md', 'config.json', 'model.safetensors']
     config = json.loads((tmp_path / 'network' / 'config.json').read_text())
     assert config['architecture'] == 'resnet50'
@@ -163,7 +165,7 @@ def test_timm_folder_of_a_width(tmp_path, width, channels, spare):
 
 def test_timm_folder_holds_the_width_and_zeros(tmp_path):
     model = make(widths=(1.0, 0.25))
-    save_timm_folder(model, 0.25, tmp_path, **ABOUT)
+    save_timm_folder(model, 0.25, tmp_path)
     tensors, dense = load_file(tmp_path / 'model.safetensors'), model.extract(0.25).state_dict()
     assert tensors.keys() == dense.keys()
     for name, tensor in tensors.items():
@@ -178,7 +180,7 @@ def test_timm_folder_holds_the_width_and_zeros(tmp_path):
 @pytest.mark.parametrize('width', [0.8, 0.25])
 def test_timm_folder_of_other_networks(tmp_path, kwargs, width):
     model = make(widths=(1.0, width), **kwargs)
-    save_timm_folder(model, width, tmp_path, **{**ABOUT, 'mean': (0.1,), 'std': (0.2,)})
+    save_timm_folder(model, width, tmp_path)
     opened = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     assert_equal_in_float64(opened, model, width, images(1, model.in_chans))
 
@@ -186,7 +188,7 @@ def test_timm_folder_of_other_networks(tmp_path, kwargs, width):
 def test_timm_folder_with_two_kinds_of_pooling(tmp_path):
     """Zeros stand at the end of either half of the features."""
     model = make(widths=(0.8,), global_pool='catavgmax')
-    save_timm_folder(model, 0.8, tmp_path, **ABOUT)
+    save_timm_folder(model, 0.8, tmp_path)
     opened = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).double().eval()
     assert opened.fc.in_features == 2 * 1640
     with torch.no_grad():
@@ -199,7 +201,7 @@ def test_timm_folder_with_two_kinds_of_pooling(tmp_path):
 def test_timm_folder_of_deeper_networks(tmp_path, name, architecture):
     # Random networks of this depth explode in float32; it is float64 that is compared.
     model = make(name, widths=(0.25,))
-    save_timm_folder(model, 0.25, tmp_path, **ABOUT)
+    save_timm_folder(model, 0.25, tmp_path)
     assert json.loads((tmp_path / 'config.json').read_text())['architecture'] == architecture
     opened = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     assert_equal_in_float64(opened, model, 0.25, images(1))
@@ -208,7 +210,7 @@ def test_timm_folder_of_deeper_networks(tmp_path, name, architecture):
 def test_timm_folder_trains_as_the_width_does(tmp_path):
     """The zeros stay what they are: with them or without, training gives the same network."""
     model = make(widths=(0.25,))
-    save_timm_folder(model, 0.25, tmp_path, **ABOUT)
+    save_timm_folder(model, 0.25, tmp_path)
     opened = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).double()
     dense, x = model.extract(0.25).double(), images(8, size=32).double()
     for network in opened, dense:
@@ -226,7 +228,7 @@ def test_timm_folder_card(tmp_path):
     model = make(widths=(1.0, 0.8, 0.25))
     texts = {}
     for width in model.widths:
-        save_timm_folder(model, width, tmp_path / f'network-{width}', **ABOUT)
+        save_timm_folder(model, width, tmp_path / f'network-{width}')
         texts[width] = (tmp_path / f'network-{width}' / 'README.md').read_text()
         assert f"timm.create_model('local-dir:network-{width}', pretrained=True)" in texts[width]
         assert texts[width].startswith('---\nlibrary_name: timm\n')
@@ -237,7 +239,7 @@ def test_timm_folder_card(tmp_path):
     assert f'where the width\nhas {needed:,}' in texts[0.25]
     assert 'features the last' not in texts[0.25]
     assert 'Of the 1640 features the last 2 are always zero' in texts[0.8]
-    save_timm_folder(model, 0.25, tmp_path / 'own', **ABOUT, card='# A card\n')
+    save_timm_folder(model, 0.25, tmp_path / 'own', card='# A card\n')
     assert (tmp_path / 'own' / 'README.md').read_text() == '# A card\n'
 
 
@@ -246,7 +248,7 @@ def test_timm_folder_of_a_lazy_network(tmp_path):
     whole = make(num_classes=0)
     save_folder(whole, tmp_path / 'whole', **ABOUT, card='')
     lazy = timm.create_model(f'local-dir:{tmp_path / "whole"}', pretrained=True, width=0.25, lazy=True)
-    save_timm_folder(lazy, 0.5, tmp_path / 'network', **ABOUT)
+    save_timm_folder(lazy, 0.5, tmp_path / 'network')
     assert_equal_in_float64(
         timm.create_model(f'local-dir:{tmp_path / "network"}', pretrained=True), whole, 0.5, images(1)
     )
@@ -256,7 +258,7 @@ def test_origin_is_noted_of_published_weights_alone(tmp_path):
     model = make(widths=(0.25,))
     assert model.pretrained_cfg['license'] == 'other'
     for tagged in True, False:
-        save_timm_folder(model, 0.25, tmp_path, **ABOUT, tagged=tagged)
+        save_timm_folder(model, 0.25, tmp_path, tagged=tagged)
         config = json.loads((tmp_path / 'config.json').read_text())['pretrained_cfg']
         assert ('license: other' in (tmp_path / 'README.md').read_text()) == tagged
         assert all((key in config) == tagged for key in ('license', 'origin_url', 'tag'))
@@ -385,7 +387,7 @@ def test_networks_for_small_images_are_nowhere_else(tmp_path, name):
     model = make(name)
     remedy = rf'no {name}; keep it as it is, in a folder that timm opens after `import slimclr_hub`'
     with pytest.raises(InputError, match=f'timm has {remedy}'.replace('has no', 'has ResNets of .*no')):
-        save_timm_folder(model, 1.0, tmp_path / 'network', **ABOUT)
+        save_timm_folder(model, 1.0, tmp_path / 'network')
     with pytest.raises(InputError, match='torchvision has ResNets'):
         torchvision_state_dict(model, 1.0)
     with pytest.raises(InputError, match='MMDetection has ResNets'):
@@ -396,7 +398,7 @@ def test_networks_for_small_images_are_nowhere_else(tmp_path, name):
 @pytest.mark.parametrize('kwargs', [{'channels': (32, 64, 128, 256)}, {'small_stem': True}, {'layers': (2, 2, 2, 2)}])
 def test_networks_of_another_shape(tmp_path, kwargs):
     with pytest.raises(InputError, match=r'timm has ResNets of 50, 101 and 152 layers, but no slimclr_resnet50'):
-        save_timm_folder(make(**kwargs), 1.0, tmp_path, **ABOUT)
+        save_timm_folder(make(**kwargs), 1.0, tmp_path)
 
 
 def test_saved_tensors(tmp_path):

@@ -138,7 +138,7 @@ def test_dense_networks_are_refused(resnet50, tmp_path, name):
 @pytest.mark.parametrize(
     'refused',
     [
-        lambda model, folder, new: save_timm_folder(model, 0.5, new, **ABOUT),
+        lambda model, folder, new: save_timm_folder(model, 0.5, new),
         lambda model, folder, new: torchvision_state_dict(model),
         lambda model, folder, new: mmdet_state_dict(model, 0.5),
         lambda model, folder, new: mmdet_config(model, 0.5, 'x.pth'),
