@@ -47,7 +47,7 @@ class Protocol:
             regression on features of centre crops; `classifier`, the classifier that the network has.
         data: Name of the data set.
         train_images: Largest number of training images used; all where None.
-        k: Neighbours of k-NN.
+        k: Neighbours of k-NN; None for `default_k` of the training images, or if it is unknown.
         temperature: tau of k-NN; None for votes without weights.
         head: `switchable` or `slimmable`.
         features: `cached`, of centre crops, or `augmented`.
@@ -74,7 +74,8 @@ class Protocol:
     def __str__(self) -> str:
         words = [_WORDS[self.kind], *filter(None, (self.head, self.features))]
         if self.kind == 'knn':
-            words += [] if self.k is None else [f'k={self.k}']
+            by_class = ['k by the images of a class'] if self.while_training else []
+            words += by_class if self.k is None else [f'k={self.k}']
             words.append('unweighted' if self.temperature is None else f'tau={self.temperature:g}')
         words += ['without distillation'] if self.distillation is False else []
         words += [] if self.train_images is None else [f'at most {self.train_images} training images']

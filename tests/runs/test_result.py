@@ -47,6 +47,11 @@ def test_another_file_is_refused_by_its_name(tmp_path, text):
             'linear evaluation, switchable, augmented, as reported by A et al., table 1',
             'linear, reported',
         ),
+        (
+            replace(KNN, k=None, while_training=True),
+            'k-NN, k by the images of a class, tau=0.1, while training',
+            'k-NN',
+        ),
         (Protocol('logistic', while_training=True), 'logistic regression, while training', 'linear'),
         (Protocol('classifier', while_training=True), "the network's own classifier, while training", 'top-1'),
     ],

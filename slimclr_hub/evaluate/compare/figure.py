@@ -105,7 +105,7 @@ def _draw(
     axis.plot(xs, ys, label=entry.name, marker=marker(number), zorder=3, **style)
     if any(spreads):
         axis.errorbar(xs, ys, spreads, fmt='none', capsize=3, zorder=3, color=style['color'])
-    began = [(x, values[0]) for x, _, width in points if (values := entry.values(protocol, 'start', width))]
+    began = [(x, mean(values)) for x, _, width in points if (values := entry.values(protocol, 'start', width))]
     if alone and began:
         axis.plot(*zip(*began, strict=True), label='before training', marker='x', color=GREY, linestyle=':')
     return points
