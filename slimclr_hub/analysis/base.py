@@ -72,17 +72,13 @@ def output_stem(kind: str, folders: Sequence[Path], output: str | None) -> Path:
     return folder / '+'.join([kind, *(labels if output is not None else labels[1:])])
 
 
-def data_file(stem: Path) -> Path:
-    """JSON file of a stem; its name may contain dots, as `alone-0.5` does."""
-    return stem.with_name(f'{stem.name}.json')
-
-
-def read_data(file: Path, settings: Mapping[str, Any]) -> Any:
-    """Read the results that an earlier call with the same settings wrote to `file`; None if there is no file.
+def read_data(stem: Path, settings: Mapping[str, Any]) -> Any:
+    """Read the results that an earlier call with the same settings wrote to `stem`.json; None if there is no file.
 
     Raises:
         InputError: The file holds results of other settings, or something else.
     """
+    file = _data_file(stem)
     if not file.exists():
         return None
     try:
@@ -95,7 +91,11 @@ def read_data(file: Path, settings: Mapping[str, Any]) -> Any:
     return content
 
 
-def write_data(file: Path, settings: Mapping[str, Any], **results: Any) -> None:
-    """Write results and their settings as JSON; the folder is made if needed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps({'settings': settings, **results}, indent=1) + '\n')
+def write_data(stem: Path, settings: Mapping[str, Any], **results: Any) -> None:
+    """Write results and their settings to `stem`.json; the folder is made if needed."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    write_text(_data_file(stem), json.dumps({'settings': settings, **results}, indent=1) + '\n')
+
+
+def _data_file(stem: Path) -> Path:
+    return stem.with_name(f'{stem.name}.json')  # not with_suffix: names such as `alone-0.5` contain dots

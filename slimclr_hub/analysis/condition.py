@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from slimclr_hub.analysis.base import Analysis, OutputOption, data_file, read_data, write_data
+from slimclr_hub.analysis.base import Analysis, OutputOption, read_data, write_data
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.errors import InputError
@@ -243,10 +243,10 @@ def analyse_condition(networks: Sequence[str], config: ConditionConfig) -> None:
     network = networks[0]
     stem = (Path(config.output) if config.output else default_output(network, 'analysis')) / 'condition'
     settings = {'network': network, **relevant(config), 'data.root': config.data.root}
-    read_data(data_file(stem), settings)
+    read_data(stem, settings)
     results = measure_condition(network, config)
     found = {split: {f'{w:g}': asdict(each) for w, each in widths.items()} for split, widths in results.items()}
-    write_data(data_file(stem), settings, environment=environment(), condition=found)
+    write_data(stem, settings, environment=environment(), condition=found)
     save_figure(condition_figure(results, network), stem)
     _table(results, network).print()
     print(f'Figure: {stem}.png\nData: {stem}.json')

@@ -51,7 +51,7 @@ def _analyse(argv: list[str], prog: str) -> None:
         raise InputError(f'{name} of what? Give the folder of a run: {prog} {name} runs/NAME')
     parser = make_parser(analysis.config, f'{prog} {name}', analysis.arguments, analysis.about)
     parser.usage = f'{prog} {name} {analysis.arguments} [--key VALUE ...]'
-    parser.add_argument('networks', nargs='+', type=str, help=analysis.arguments)
+    parser.add_argument('networks', nargs='+', type=str, help='folders of runs, or a network')
     parser.set_defaults(dict(analysis.defaults(rest)))
     built = parse(parser, rest)
     if (processes := int(os.environ.get('WORLD_SIZE', '1'))) > 1:

@@ -64,7 +64,7 @@ def analyse_gradients(runs: Sequence[str], config: GradientsConfig) -> None:
     folders = run_folders(runs)
     output = Path(config.output) if config.output is not None else folders[0] / 'analysis'
     settings = {'runs': [str(folder.resolve()) for folder in folders], **relevant(config)}
-    read_data(output / 'gradients.json', settings)
+    read_data(output / 'gradients', settings)
     found = [
         gradients_of(
             folder,
@@ -78,7 +78,7 @@ def analyse_gradients(runs: Sequence[str], config: GradientsConfig) -> None:
     draw_divergence(found, output / 'gradient_divergence')
     draw_divergence(found, output / 'gradient_directions', unit_length=True)
     write_text(output / 'gradients.csv', _csv(found))
-    write_data(output / 'gradients.json', settings, environment=environment(), runs=[_summary(run) for run in found])
+    write_data(output / 'gradients', settings, environment=environment(), runs=[_summary(run) for run in found])
     _table(found).print()
     names = ('gradient_imbalance', 'gradient_divergence', 'gradient_directions')
     print(f'Figures: {", ".join(str(output / f"{name}.png") for name in names)}')

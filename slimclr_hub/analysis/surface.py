@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 from slimclr_hub.analysis.base import (
     Analysis,
     OutputOption,
-    data_file,
     labels_of,
     output_stem,
     read_data,
@@ -277,13 +276,13 @@ def analyse_surface(runs: Sequence[str], config: SurfaceConfig) -> None:
     kind = 'error-surface' if config.quantity == 'error' else 'loss-surface'
     stem = output_stem(kind, folders, config.output)
     settings = _settings(config, paths, reach)
-    known = read_data(data_file(stem), settings)
+    known = read_data(stem, settings)
     if known is not None:
         measured = known['runs']
     else:
         partials = [stem.with_name(f'{stem.name}.{number}.partial.jsonl') for number in range(len(folders))]
         measured = _measure_all(config, paths, directions, axes, partials, settings)
-        write_data(data_file(stem), settings, runs=measured)
+        write_data(stem, settings, runs=measured)
         for partial in partials:
             partial.unlink()
     keys, label = _height(config, methods[0], measured)
@@ -325,8 +324,13 @@ def _measure_all(
         for path, plane, partial in zip(paths, directions, partials, strict=True):
             replay = Replay(Path(path.run))
             replay.load(path.steps[-1])
-            for note in _notes(replay):
+            for note in replay.notes:
                 bar.write(note)
+            if replay.step < replay.schedule.total_steps:
+                bar.write(
+                    f'{replay.folder}: the last checkpoint is after step {replay.step} of '
+                    f'{replay.schedule.total_steps}; the surface is about that one'
+                )
             measure = (
                 ErrorMeasure(replay, config.images)
                 if config.quantity == 'error'
@@ -336,16 +340,6 @@ def _measure_all(
             values = measure_surface(measure, (plane.first, plane.second), axes, partial, own, bar.update)
             results.append({'path': asdict(path), 'axes': axes, 'values': values})
     return results
-
-
-def _notes(replay: Replay) -> list[str]:
-    notes = list(replay.notes)
-    if replay.step < replay.schedule.total_steps:
-        notes.append(
-            f'{replay.folder}: the last checkpoint is after step {replay.step} of {replay.schedule.total_steps}; the '
-            'surface is about that one'
-        )
-    return notes
 
 
 def _height(config: SurfaceConfig, method: str, runs: Sequence[dict[str, Any]]) -> tuple[list[str], str]:

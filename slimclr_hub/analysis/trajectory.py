@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from slimclr_hub.analysis.base import (
     Analysis,
     OutputOption,
-    data_file,
     labels_of,
     output_stem,
     read_data,
@@ -39,13 +38,13 @@ def analyse_trajectory(runs: Sequence[str], config: TrajectoryConfig) -> None:
     folders = run_folders(runs)
     stem = output_stem('trajectory', folders, config.output)
     settings = {'runs': [str(folder) for folder in folders], **relevant(config)}
-    read_data(data_file(stem), settings)
+    read_data(stem, settings)
     paths: list[dict[str, PlanePath]] = []
     for folder in folders:
         trajectory = load_trajectory(folder)
         paths.append({how: plane_path(trajectory, trajectory.directions(how), how) for how in NORMALISATIONS})
     found = [{how: asdict(path) for how, path in both.items()} for both in paths]
-    write_data(data_file(stem), settings, trajectories=found)
+    write_data(stem, settings, trajectories=found)
     labels = labels_of(folders)
     panels = [Panel(label, both[config.normalise]) for label, both in zip(labels, paths, strict=True)]
     save_figure(planes_figure(panels, ''), stem)
