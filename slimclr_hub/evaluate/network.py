@@ -7,7 +7,6 @@ from typing import Any
 
 import timm
 import yaml
-from timm.models import parse_model_name
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.sources import has_validation
@@ -68,8 +67,8 @@ def check_network(network: str) -> None:
     if (folder / RECIPE).is_file() and not (folder / 'config.json').is_file():
         raise InputError(f'{network} is a run without a result yet; finish it: --resume {network}')
     source, _, name = network.rpartition(':')
-    known = source == 'hf-hub' or (name.startswith('slimclr_') and timm.is_model(name.partition('.')[0]))
-    if not folder.exists() and not known:
+    tag = not source and name.startswith('slimclr_') and timm.is_model(name.partition('.')[0])
+    if not (folder.exists() or tag or source == 'hf-hub'):
         raise InputError(
             f'there is no network {network!r}; give a folder, a .safetensors file, hf-hub:USER/NAME, or a tag such as '
             'slimclr_resnet50.mocov2_200e_in1k'
@@ -77,11 +76,10 @@ def check_network(network: str) -> None:
 
 
 def published_network(network: str) -> Published | None:
-    """Facts of a published network that is asked for by its name or tag, else None."""
-    if Path(network).exists() or '/' in network:
+    """Facts of a published network that is asked for by its name, else None."""
+    if Path(network).exists():
         return None
-    _, name = parse_model_name(network)
-    return PUBLISHED.get(name.partition('.')[2])
+    return next((published for published in PUBLISHED.values() if published.name == network), None)
 
 
 def check_images(data: DataConfig) -> None:

@@ -544,6 +544,7 @@ def test_a_run_without_accuracies_tells_its_cost(place, capsys):
 MISTAKES = {
     'no run': (['nothing'], {}, 'neither a run'),
     'not there': (['nowhere'], {}, "no network 'nowhere'"),
+    'of no kind': (['nowhere:x'], {}, "no network 'nowhere:x'"),
     'twice': (['slim', 'slim'], {}, 'once'),
     'nothing at all': ([], {}, '--reported'),
     'figure in another format': (['slim'], {'figure': Path('a.jpg')}, 'PNG and PDF'),

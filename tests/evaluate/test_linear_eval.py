@@ -165,7 +165,7 @@ def test_saved_network_is_compared_by_what_it_reached(place, network, tmp_path, 
     printed = capsys.readouterr().out
     for width in WIDTHS:
         assert f'{result.top1[width]:.1f} / {result.top5[width]:.1f}' in printed
-    # It is judged again by its images, not by what comes to mind; and that is the newest then.
+    # Tested again on the same images, it has a newer result.
     again = linear_eval(configured(place, saved))
     assert again.top1 == result.top1
     (entry,) = read_entries([str(saved)])
