@@ -134,7 +134,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         if isinstance(values, dict)
         for key, value in values.items()
     }
-    if path.name == RECIPE:
+    if path.name == RECIPE or path.name.startswith('recipe-until-step-'):
         return _updated(content, keys, path)
     _check_current(keys, str(path))
     return content

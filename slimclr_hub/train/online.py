@@ -34,12 +34,16 @@ class OnlineEvaluation:
     Args:
         config: The run's configuration.
         accelerator: The processes.
+
+    Attributes:
+        facts: Neighbours `k` and number of test `images` of the last evaluation.
     """
 
     def __init__(self, config: PretrainConfig, accelerator: Accelerator) -> None:
         assert config.data.val_split is not None
         self._config = config
         self._accelerator = accelerator
+        self.facts: dict[str, int] = {}
         self._bank = self._loader(config.data.train_split, config.knn.bank)
         self._queries = self._loader(config.data.val_split, None)
 
@@ -71,6 +75,7 @@ class OnlineEvaluation:
         bank, labels = extract_features(self._accelerator, backbone, self._bank, backbone.widths)
         queries, truth = extract_features(self._accelerator, backbone, self._queries, backbone.widths)
         k = config.knn.neighbours(labels)
+        self.facts = {'k': k, 'images': len(truth)}
         temperature = config.knn.temperature
         for width in backbone.widths:
             if due['knn']:

@@ -19,7 +19,7 @@ from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cost import width_facts
 from slimclr_hub.runs.figures import line_style, mark_slow_start, new_figure, save_figure
 from slimclr_hub.runs.result import environment, save, training_results
-from slimclr_hub.settings import plain
+from slimclr_hub.settings import to_dict
 from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.run_folder import RunFolder
 
@@ -37,29 +37,27 @@ _PANELS = {
 def write_result(
     config: PretrainConfig, backbone: SlimmableResNet, folder: RunFolder, accelerator: Accelerator
 ) -> None:
-    """Write the network of a finished run, its card, accuracies and the figure of its training into its folder."""
+    """Write the network of a finished run, its results, its card and the figure of its training into its folder."""
     average_batchnorm(backbone)
     if accelerator.is_main_process:
-        metrics = folder.read_metrics()
-        results = training_results(metrics, plain(asdict(config)), str(folder.path))
+        metrics, data = folder.read_metrics(), config.data
+        facts: dict[str, Any] = next((record for record in reversed(metrics) if record['kind'] == 'eval'), {})
+        measured = training_results(
+            metrics, to_dict(config), str(folder.path), k=facts.get('k'), images=facts.get('images')
+        )
+        results = [replace(result, environment=environment()) for result in measured]
         about = {
             'name': folder.path.name,
             'folder': str(folder.path),
             'architecture': config.model.name,
             'method': config.method.name,
-            'data': config.data.name,
+            'data': data.name,
             'epochs': str(config.optim.epochs),
-            'size': str(config.data.size),
+            'size': str(data.size),
         }
-        save_folder(
-            backbone,
-            folder.path,
-            size=config.data.size,
-            mean=config.data.mean,
-            std=config.data.std,
-            crop_pct=config.data.crop_pct,
-            card=training_card(width_facts(backbone, config.data.size), about, results),
-        )
+        card = training_card(width_facts(backbone, data.size), about, results)
+        look: dict[str, Any] = {'size': data.size, 'mean': data.mean, 'std': data.std, 'crop_pct': data.crop_pct}
+        save_folder(backbone, folder.path, **look, card=card)
         if results:
             save(results, folder.path)
         draw_figure(metrics, backbone.widths, folder.path / 'training', config.slow_start)

@@ -25,8 +25,7 @@ def make_backbone(config: ModelConfig, in_chans: int, num_classes: int = 0) -> S
     name = config.name
     if not timm.is_model(name.partition('.')[0]):
         raise InputError(f'model.name {name!r} is not known; slimmable: {", ".join(slimmable_models())}')
-    if name.partition('.')[0] not in slimmable_models():
-        raise InputError(f'model.name {name!r} is not slimmable; these are: {", ".join(slimmable_models())}')
+    not_slimmable = InputError(f'model.name {name!r} is not slimmable; these are: {", ".join(slimmable_models())}')
     kwargs: dict[str, Any] = {
         'num_classes': num_classes,
         'in_chans': in_chans,
@@ -45,8 +44,11 @@ def make_backbone(config: ModelConfig, in_chans: int, num_classes: int = 0) -> S
             raise
         raise InputError(f'model.weights {config.weights}: {error}') from error
     except (TypeError, RuntimeError) as error:
+        if 'widths' in str(error):  # which every slimmable network takes
+            raise not_slimmable from error
         raise InputError(f'model.name {name}, model.args {config.args}: {error}') from error
-    assert isinstance(backbone, SlimmableResNet)
+    if not isinstance(backbone, SlimmableResNet):
+        raise not_slimmable
     return backbone
 
 

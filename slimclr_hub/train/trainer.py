@@ -278,7 +278,8 @@ class Trainer(Job[list[Batch]]):
         if not accuracies:
             return
         values = {f'{kind}/{width:g}': value for kind, group in accuracies.items() for width, value in group.items()}
-        self.folder.write_metrics({'kind': 'eval', 'epoch': epoch, 'step': self.step, **values})
+        facts = self.online.facts if self.online is not None else {}
+        self.folder.write_metrics({'kind': 'eval', 'epoch': epoch, 'step': self.step, **values, **facts})
         self.accelerator.log({f'eval/{name}': value for name, value in values.items()}, step=self.step)
         if self.accelerator.is_main_process:
             for kind, group in accuracies.items():

@@ -260,5 +260,5 @@ def test_loss_weights_as_numbers():
 def test_wrong_loss_weights_are_refused():
     with pytest.raises(ValueError, match=r"'sum'.*full_plus_sum, full_plus_max, proportional, cumulative, none"):
         loss_weights('sum', WIDTHS)
-    with pytest.raises(ValueError, match=r'2 loss weights.*4 widths'):
+    with pytest.raises(ValueError, match=r'2 numbers for 4 widths'):
         loss_weights([1.0, 2.0], WIDTHS)

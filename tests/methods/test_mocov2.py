@@ -385,7 +385,7 @@ def test_wrong_options_are_refused():
         make(distillation='cosine')
     with pytest.raises(ValueError, match=r"'heavy'.*full_plus_sum"):
         make(loss_weights='heavy')
-    with pytest.raises(ValueError, match='2 loss weights'):
+    with pytest.raises(ValueError, match='2 numbers for 4 widths'):
         make(loss_weights=[1.0, 2.0])
     with pytest.raises(ValueError, match='bn_splits 0'):
         make(bn_splits=0)

@@ -49,7 +49,7 @@ def test_against_loops(weights, numbers):
 @pytest.mark.parametrize('distillation', DISTILLATIONS)
 def test_each_distillation(distillation):
     logits, target = make_logits()
-    output = Objective(WIDTHS, distillation=distillation, temperature=3.0)(logits, target, temperature=0.2)
+    output = Objective(WIDTHS, distillation=distillation, distillation_temperature=3.0)(logits, target, temperature=0.2)
     full = logits[1.0].detach()
     expected = {'loss': 2.5 * info_nce(logits[1.0], 0.2, target)}
     for width in WIDTHS[1:]:
@@ -79,7 +79,7 @@ def test_each_distillation(distillation):
 def test_unsquared_kd():
     logits, target = make_logits()
     squared = Objective(WIDTHS, distillation_temperature=3.0)(logits, target)
-    output = Objective(WIDTHS, distillation_temperature=3.0, squared=False)(logits, target)
+    output = Objective(WIDTHS, distillation_temperature=3.0, distillation_squared=False)(logits, target)
     for width in WIDTHS[1:]:
         torch.testing.assert_close(output[f'distillation/{width:g}'] * 9, squared[f'distillation/{width:g}'])
         torch.testing.assert_close(output[f'kl/{width:g}'], squared[f'kl/{width:g}'])
@@ -118,7 +118,7 @@ def test_wrong_options_are_refused():
         Objective(WIDTHS, distillation='cosine')
     with pytest.raises(InputError, match=r"'heavy'.*full_plus_sum"):
         Objective(WIDTHS, loss_weights='heavy')
-    with pytest.raises(InputError, match=r'2 loss weights.*4 widths'):
+    with pytest.raises(InputError, match=r'2 numbers for 4 widths'):
         Objective(WIDTHS, loss_weights=[1.0, 2.0])
 
 

@@ -87,6 +87,8 @@ def linear_eval(config: LinearEvalConfig) -> Result:
         )
     except ValueError as error:
         raise InputError(f'run.precision {config.run.precision}: {error}') from error
+    # The settings record the precision that accelerate was launched with.
+    config = replace(config, run=replace(config.run, precision=accelerator.mixed_precision))
     config = _with_fitting_batch(config, accelerator)
     network = open_for_test(config.network)
     check_channels(network, config.data)
@@ -278,4 +280,6 @@ def _changes(folder: Path, settings: dict[str, Any]) -> list[str]:
         return ['no linear evaluation, but other files']
     if recorded.get('weights') != settings['weights']:
         return ['been made of other weights']
+    if recorded.get('run.precision') is None:  # one of before it was recorded where accelerate chose it
+        recorded.pop('run.precision', None)
     return changes(recorded, settings)
