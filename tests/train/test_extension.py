@@ -55,7 +55,7 @@ def test_method_of_ones_own(tmp_path):
     mine.write_text(FILE)
     unknown = launch(place)
     assert unknown.returncode != 0
-    assert "method.name 'pairs' is not one of mocov2" in unknown.stderr
+    assert "'scale'" in unknown.stderr
 
     launch_well(place, '--import', 'mine.py', '--run.name', 'own')
     folder = place / 'runs' / 'own'
