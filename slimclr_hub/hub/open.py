@@ -34,9 +34,10 @@ def open_network(name: str, **kwargs: Any) -> SlimmableResNet:
     """
     name, kwargs, config = _resolve(name, kwargs)
     architecture = config['architecture']
-    if architecture in slimmable_models():
+    if architecture in slimmable_models() or _is_users(architecture):
         model = _create(name, kwargs)
-        assert isinstance(model, SlimmableResNet)
+        if not isinstance(model, SlimmableResNet):
+            raise InputError(f'{name.removeprefix("local-dir:")} is a {architecture}, not a slimmable network')
         return model
     if not architecture.startswith('slimclr_') and WIDTH not in config:
         raise InputError(f'{name.removeprefix("local-dir:")} is a {architecture}, not a slimmable network')
@@ -47,6 +48,13 @@ def open_network(name: str, **kwargs: Any) -> SlimmableResNet:
     if asked is not None:
         check_width(asked, model.widths)
     return model
+
+
+def _is_users(architecture: str) -> bool:
+    """True if a user's own file registered an architecture, as `--import` does."""
+    if not timm.is_model(architecture):
+        return False
+    return not timm.models.model_entrypoint(architecture).__module__.startswith(('timm.', 'slimclr_hub.'))
 
 
 def open_any(name: str, **kwargs: Any) -> nn.Module:
