@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from slimclr_hub.evaluate.compare.reported import REPORTED
-
+from slimclr_hub.evaluate.reported import REPORTED
 from slimclr_hub.runs.figures import line_style, marker, new_figure
 from slimclr_hub.weights.published import PUBLISHED, published_facts
 
@@ -20,8 +19,8 @@ def main() -> None:
     figure, (axis,) = new_figure(width=7.5, height=4)
     cost = {facts.width: facts.multiply_adds / 1e9 for facts in published_facts(0)}
     for number, (series, label) in enumerate(SERIES.items()):
-        rows = [row for row in REPORTED if row.series == series and row.width is not None]
-        points = [(cost[row.width], row.top1) for row in rows if row.width is not None]
+        (network,) = (of for of in REPORTED if of.method == series and len(of.costs) > 1)
+        points = [(cost[width], top1) for width, top1 in network.result.top1.items()]
         style = line_style(number) if number < len(SERIES) - 1 else {'color': '0.5', 'linestyle': ':'}
         axis.plot(*zip(*points, strict=True), marker=marker(number), label=label, **style)
     for facts in published_facts(PUBLISHED['mocov3_300e_lincls_in1k'].num_classes):
