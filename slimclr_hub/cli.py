@@ -432,7 +432,7 @@ def _same_recipe(first: Path, second: Path) -> bool:
     from slimclr_hub.train.command import load_recipe
 
     changes = differences(load_recipe(first / RECIPE), load_recipe(second / RECIPE))
-    return all(change.startswith(('run.seed ', 'run.name ')) for change in changes)
+    return all(change.startswith('run.seed ') for change in changes)
 
 
 def _print_evaluation(config: str | Path, checkpoint: Path) -> None:
