@@ -12,8 +12,8 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.methods import METHODS
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.registry import slimmable_models
+from slimclr_hub.runs.schedule import Schedule
 from slimclr_hub.train.config import ModelConfig, OptimConfig, PretrainConfig
-from slimclr_hub.train.schedule import Schedule
 
 
 def make_backbone(config: ModelConfig, in_chans: int, num_classes: int = 0) -> SlimmableResNet:

@@ -2,8 +2,7 @@ from math import cos, pi
 
 import pytest
 
-from slimclr_hub.runs.curves import cosine_momentum, warmup_cosine
-from slimclr_hub.train.schedule import Schedule
+from slimclr_hub.runs.schedule import Schedule, cosine_momentum, warmup_cosine
 from tests.reference import TRAINING
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)

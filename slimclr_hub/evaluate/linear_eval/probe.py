@@ -14,7 +14,7 @@ from slimclr_hub.methods.losses import full_precision
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.layers import SlimmableLinear, SwitchableLinear
 from slimclr_hub.models.widths import width_key
-from slimclr_hub.runs.curves import warmup_cosine
+from slimclr_hub.runs.schedule import warmup_cosine
 
 Head = SwitchableLinear | SlimmableLinear
 Scaling = Mapping[float, tuple[torch.Tensor, torch.Tensor]]
