@@ -1,10 +1,16 @@
 """The precision that the launcher chose is part of the run."""
 
+import json
+import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import yaml
 
-from tests.train.runs import TIMEOUT, environment, launch_command, make_place, read_metrics
+from tests.train.runs import SCRIPT, TIMEOUT, environment, launch_command, make_place, read_metrics
+
+BEFORE = Path(__file__).parents[1] / 'data' / 'run_before'
 
 
 def launch_in(place, precision, *arguments):
@@ -30,3 +36,15 @@ def test_precision_of_the_launcher_is_recorded(tmp_path):
     auto = launch_in(place, None, '--resume', 'auto', '--run.name', 'half')
     assert auto.returncode != 0
     assert 'run.precision bf16 -> no' in auto.stderr
+
+
+def test_linear_evaluation_records_it(tmp_path):
+    network = tmp_path / 'before'
+    shutil.copytree(BEFORE, network)
+    script = SCRIPT.with_name('linear_eval.py')
+    for precision, folder in ('bf16', 'linear_eval-2'), ('no', 'linear_eval-3'):
+        launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--mixed_precision', precision]
+        command = [*launcher, str(script), '--network', str(network), '--optim.epochs', '1']
+        ended = subprocess.run(command, capture_output=True, text=True, env=environment(tmp_path), timeout=TIMEOUT)
+        assert ended.returncode == 0, ended.stderr
+        assert json.loads((network / folder / 'settings.json').read_text())['run.precision'] == precision
