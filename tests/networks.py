@@ -1,6 +1,11 @@
 """Networks as tests want them."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import nn
+
+from slimclr_hub.models import SlimmableResNet
 
 
 def randomise_batchnorm(model: nn.Module) -> None:
@@ -15,3 +20,10 @@ def randomise_batchnorm(model: nn.Module) -> None:
             nn.init.uniform_(module.running_var, 0.5, 1.5)
             nn.init.uniform_(module.running_mean, -0.2, 0.2)
             module.num_batches_tracked.fill_(9)
+
+
+def forward_apart(
+    model: SlimmableResNet, x: torch.Tensor, widths: Sequence[float] | None = None
+) -> dict[float, torch.Tensor]:
+    """`forward_widths` without sharing: one forward after the other."""
+    return {width: model.forward_at(x, width) for width in (model.widths if widths is None else widths)}

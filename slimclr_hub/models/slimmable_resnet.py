@@ -445,22 +445,21 @@ class SlimmableResNet(nn.Module):
         """
         return self._forward_at(x, self._ready(width))
 
-    def forward_widths(
-        self, x: torch.Tensor, widths: Sequence[float] | None = None, *, shared: bool = True
-    ) -> dict[float, torch.Tensor]:
+    def forward_widths(self, x: torch.Tensor, widths: Sequence[float] | None = None) -> dict[float, torch.Tensor]:
         """Run several widths on the same images; all of them unless named.
+
+        In training, slices of weights are made once (`slicing.sliced_once`), and the widest one's first convolution
+        serves all, since their outputs are channels of its own. This equals `forward_at` but for rounding.
 
         Args:
             x: Images [N, C, H, W].
             widths: The widths.
-            shared: In training, make slices of weights once (`slicing.sliced_once`), and let the widest one's first
-                convolution serve all, whose outputs are the leading channels of its own. Equal but for rounding.
 
         Returns:
             Width -> output as `forward_at` gives it, in the order asked for.
         """
         chosen = tuple(self._ready(width) for width in (self._widths if widths is None else widths))
-        if not (shared and self.training and len(chosen) > 1) or torch.compiler.is_compiling():
+        if not (self.training and len(chosen) > 1) or torch.compiler.is_compiling():
             return {width: self._forward_at(x, width) for width in chosen}
         with sliced_once([self], chosen):
             stems = self._first_convolutions(x, chosen)

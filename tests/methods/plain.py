@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partialmethod
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torch
 from slimclr_hub.methods import mocov2, mocov3, simclr
 from slimclr_hub.methods.momentum import EMA
 from slimclr_hub.models import SlimmableResNet
+from tests.networks import forward_apart
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def plain_paths() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in mocov2, mocov3, simclr:
             patch.setattr(module, 'sliced_once', lambda modules, widths: nullcontext())
-        patch.setattr(SlimmableResNet, 'forward_widths', partialmethod(SlimmableResNet.forward_widths, shared=False))
+        patch.setattr(SlimmableResNet, 'forward_widths', forward_apart)
         patch.setattr(EMA, 'update', _update)
         yield
 

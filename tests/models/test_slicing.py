@@ -10,7 +10,7 @@ import torch
 from slimclr_hub.errors import InputError
 from slimclr_hub.models.layers import SlimmableConv2d
 from slimclr_hub.models.slicing import SlicedWeight, cut, sliced_once
-from tests.networks import randomise_batchnorm
+from tests.networks import forward_apart, randomise_batchnorm
 
 WIDTHS = (1.0, 0.5, 0.25)
 
@@ -30,9 +30,9 @@ def layers(model):
     return [layer for layer in model.modules() if isinstance(layer, SlicedWeight)]
 
 
-def step(model, x, **kwargs):
+def step(model, x, shared=True, **kwargs):
     """Outputs, gradients by name, and buffers, after a forward and backward of a sum that tells widths apart."""
-    outputs = model.forward_widths(x, **kwargs)
+    outputs = model.forward_widths(x, **kwargs) if shared else forward_apart(model, x)
     sum((output * width).square().sum() for width, output in outputs.items()).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return outputs, gradients, dict(model.named_buffers())
@@ -146,7 +146,7 @@ def test_first_convolution_runs_once():
     model.conv1.register_forward_hook(lambda *_: calls.append(1))
     model.forward_widths(images())
     assert len(calls) == 1
-    model.forward_widths(images(), shared=False)
+    forward_apart(model, images())
     assert len(calls) == 1 + len(WIDTHS)
 
 
