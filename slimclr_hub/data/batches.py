@@ -2,8 +2,8 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from PIL import UnidentifiedImageError
@@ -16,15 +16,8 @@ Problem = tuple[str, str]
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One image, ready to be batched.
-
-    Args:
-        views: Tensors [C, H, W].
-        label: Its class, -1 where there is none.
-        consumed: For a stream, samples of the worker's share that are used up once this one is.
-    """
+class Sample(NamedTuple):
+    """Views [C, H, W] of an image, its class or -1, and how many samples of a stream's share are used with it."""
 
     views: tuple[torch.Tensor, ...]
     label: int
@@ -60,7 +53,7 @@ class Batch:
     views: tuple[torch.Tensor, ...]
     labels: torch.Tensor
     position: dict[str, Any] | None = None
-    corrupt: tuple[str, ...] = field(default=())
+    corrupt: tuple[str, ...] = ()
 
 
 def make_chunk(samples: Sequence[Sample], problems: list[Problem], role: int = 0) -> Chunk:
@@ -74,28 +67,6 @@ def make_chunk(samples: Sequence[Sample], problems: list[Problem], role: int = 0
     }
 
 
-def join_chunks(chunks: Sequence[Chunk]) -> Chunk:
-    """Concatenate chunks. The result has the role of the first; the caller keeps the others."""
-    return {
-        'views': tuple(torch.cat(views) for views in zip(*(chunk['views'] for chunk in chunks), strict=True)),
-        'labels': torch.cat([chunk['labels'] for chunk in chunks]),
-        'consumed': torch.cat([chunk['consumed'] for chunk in chunks]),
-        'role': chunks[0]['role'],
-        'problems': [problem for chunk in chunks for problem in chunk['problems']],
-    }
-
-
-def cut_chunk(chunk: Chunk, start: int, stop: int) -> Chunk:
-    """Samples `start` to `stop` of a chunk, without its problems."""
-    return {
-        'views': tuple(view[start:stop] for view in chunk['views']),
-        'labels': chunk['labels'][start:stop],
-        'consumed': chunk['consumed'][start:stop],
-        'role': chunk['role'],
-        'problems': [],
-    }
-
-
 def reason(error: Exception) -> str:
     """Explain on one line why an image could not be read."""
     if isinstance(error, UnidentifiedImageError):
@@ -104,22 +75,14 @@ def reason(error: Exception) -> str:
 
 
 class CorruptImages:
-    """Count distinct unreadable images of this process, and stop training when there are too many.
-
-    Args:
-        at_most: Images that may be replaced.
-    """
+    """Count distinct unreadable images of this process, and stop training when there are more than `at_most`."""
 
     def __init__(self, at_most: int) -> None:
         self.at_most = at_most
         self.reasons: dict[str, str] = {}
 
     def add(self, problems: Iterable[Problem]) -> None:
-        """Log each new image.
-
-        Raises:
-            DataError: There are more than `at_most`.
-        """
+        """Log each new image; raise a DataError if there are too many."""
         for name, why in problems:
             if name not in self.reasons:
                 self.reasons[name] = why

@@ -85,29 +85,10 @@ def draw(config: ViewConfig, count: int, generator: torch.Generator) -> Paramete
     )
 
 
-class DeviceViews:
-    """Turn uint8 crops into normalised views of one distribution.
-
-    Args:
-        config: The distribution.
-        mean: Mean of each channel.
-        std: Standard deviation of each channel.
-        device: Device of the crops.
-    """
-
-    def __init__(
-        self, config: ViewConfig, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-    ) -> None:
-        self.config = config
-        self.device = device
-        self.mean = torch.tensor(mean, device=device)[:, None, None]
-        self.std = torch.tensor(std, device=device)[:, None, None]
-
-    def __call__(self, crops: torch.Tensor, *numbers: int) -> torch.Tensor:
-        """uint8 [b, C, H, W] -> float [b, C, H, W]; draws follow from the integers alone."""
-        generator = torch.Generator().manual_seed(mixed_seed(*numbers))
-        parameters = draw(self.config, len(crops), generator).to(self.device)
-        return (augment(crops / 255, self.config, parameters) - self.mean) / self.std
+def make_views(crops: torch.Tensor, config: ViewConfig, *numbers: int) -> torch.Tensor:
+    """uint8 crops [b, C, H, W] -> float views in [0, 1], on their device; draws follow from the integers alone."""
+    generator = torch.Generator().manual_seed(mixed_seed(*numbers))
+    return augment(crops / 255, config, draw(config, len(crops), generator).to(crops.device))
 
 
 def augment(images: torch.Tensor, config: ViewConfig, parameters: Parameters) -> torch.Tensor:

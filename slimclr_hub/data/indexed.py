@@ -171,7 +171,7 @@ class IndexedFeed:
         self._running: Iterator[Chunk] = iter(())
         self._next: tuple[int, int] | None = None
 
-    def chunks(self, epoch: int, start: int, position: None) -> Iterator[tuple[Chunk, None]]:
+    def chunks(self, epoch: int, start: int, position: Any) -> Iterator[tuple[Chunk, None]]:
         """Yield microbatches of an epoch from the `start`-th on; a data set by index needs no position.
 
         Raises:

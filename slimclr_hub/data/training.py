@@ -1,42 +1,23 @@
 """Training batches of one process, from any source, on its device."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from slimclr_hub.data.batches import Batch, Chunk, CorruptImages
+from slimclr_hub.data.batches import Batch, CorruptImages
 from slimclr_hub.data.config import DataConfig
 from slimclr_hub.data.indexed import EpochBatches, IndexedFeed, IndexedImages
 from slimclr_hub.data.loaders import ToDevice, loader_options
 from slimclr_hub.data.sources import make_dataset
-from slimclr_hub.data.streams.hub_shards import HubShards
-from slimclr_hub.data.streams.shards import Shards, TarShards
-from slimclr_hub.data.streams.shares import Layout
-from slimclr_hub.data.streams.stream import (
-    OneWayFeed,
-    ShardedSource,
-    Source,
-    StreamedChunks,
-    StreamFeed,
-    TimmSource,
-)
+from slimclr_hub.data.streams.shards import HubShards, Shards, TarShards
+from slimclr_hub.data.streams.stream import Layout, OneWayFeed, Order, ShardOrder, StreamedChunks, StreamFeed, TimmOrder
 from slimclr_hub.data.views import Normalize, SingleImageTransform, ViewConfig, Views, make_crop, make_view
 from slimclr_hub.errors import InputError
 
+Feed = IndexedFeed | StreamFeed | OneWayFeed
 Position = dict[str, Any] | None
 _LEAST_IMAGES = 2  # of a process in a microbatch: batch normalisation of a single image is degenerate
-
-
-class Feed(Protocol):
-    """Source of this process's microbatches."""
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Sentences that a user must read before training starts."""
-
-    def chunks(self, epoch: int, start: int, position: Any) -> Iterator[tuple[Chunk, Position]]:
-        """Yield microbatches from the `start`-th of an epoch on, each with the position after it."""
 
 
 class TrainData:
@@ -78,19 +59,18 @@ class TrainData:
         if view_count not in (1, 2):
             raise InputError(f'view_count is {view_count}; give 1 or 2')
         self.seed = seed
+        self.processes = processes
         self.rank = rank
         self.microbatches = microbatches
         self.size = config.batch_size // microbatches // processes
-        self.device = torch.device(device)
         self.corrupt = CorruptImages(config.max_corrupt)
-        configs = [views, second_views or views][:view_count]
-        self.to_device = ToDevice(self.device)
-        self.normalize = Normalize(config.mean, config.std, self.device)
-        self.device_views = _device_views(config, configs, self.device) if views.backend == 'kornia' else None
-        on_device = self.device_views is not None
-        transform = Views(*(_transform(each, each.size or config.size, config.channels, on_device) for each in configs))
-        make_feed = _stream_feed if config.streams else _indexed_feed
-        self.feed, length = make_feed(config, transform, seed, processes, rank, microbatches)
+        self.to_device = ToDevice(torch.device(device))
+        self.normalize = Normalize(config.mean, config.std, self.to_device.device)
+        self.distributions = [views, second_views or views][:view_count]
+        self.augment = _device_augmentation() if views.backend == 'kornia' else None
+        transform = Views(*(self._transform(each, each.size or config.size) for each in self.distributions))
+        make_feed = self._stream_feed if config.streams else self._indexed_feed
+        self.feed, length = make_feed(config, transform)
         self.steps_per_epoch = length // config.batch_size
 
     @property
@@ -130,58 +110,55 @@ class TrainData:
                 return
 
     def _views(self, views: Sequence[torch.Tensor], epoch: int, micro: int) -> tuple[torch.Tensor, ...]:
-        if self.device_views is None:
-            return tuple(map(self.normalize, views))
-        return tuple(
-            make(crops, self.seed, epoch, *divmod(micro, self.microbatches), self.rank, number)
-            for number, (make, crops) in enumerate(zip(self.device_views, views, strict=True))
-        )
+        if self.augment is not None:
+            numbers = (self.seed, epoch, *divmod(micro, self.microbatches), self.rank)
+            pairs = zip(views, self.distributions, strict=True)
+            views = [self.augment(crops, config, *numbers, i) for i, (crops, config) in enumerate(pairs)]
+        return tuple(map(self.normalize, views))
 
+    def _transform(self, views: ViewConfig, size: int) -> SingleImageTransform:
+        channels = len(self.normalize.mean)
+        return SingleImageTransform(make_crop(views, size) if self.augment else make_view(views, size, channels))
 
-def _indexed_feed(
-    config: DataConfig, transform: Views, seed: int, processes: int, rank: int, microbatches: int
-) -> tuple[Feed, int]:
-    dataset = make_dataset(config, config.train_split, training=True)
-    length = _check_length(config, len(dataset))  # type: ignore[arg-type]
-    images = IndexedImages(dataset, transform, seed, config.mode, config.max_corrupt)
-    count = length // config.batch_size * microbatches
-    batches = EpochBatches(length, seed, config.batch_size // microbatches, processes, rank, count)
-    return IndexedFeed(images, batches, loader_options(config, seed)), length
+    def _layout(self, config: DataConfig, length: int) -> Layout:
+        if config.batch_size > length:
+            raise InputError(f'data.batch_size {config.batch_size} is larger than the data set of {length} images')
+        batches = length // config.batch_size * self.microbatches
+        return Layout(self.processes, max(1, config.num_workers), self.size, batches)
 
+    def _indexed_feed(self, config: DataConfig, transform: Views) -> tuple[Feed, int]:
+        dataset = make_dataset(config, config.train_split, training=True)
+        length = len(dataset)  # type: ignore[arg-type]
+        images = IndexedImages(dataset, transform, self.seed, config.mode, config.max_corrupt)
+        count = self._layout(config, length).batches
+        batches = EpochBatches(length, self.seed, self.size * self.processes, self.processes, self.rank, count)
+        return IndexedFeed(images, batches, loader_options(config, self.seed)), length
 
-def _stream_feed(
-    config: DataConfig, transform: Views, seed: int, processes: int, rank: int, microbatches: int
-) -> tuple[Feed, int]:
-    def chunks(source: Source, layout: Layout) -> StreamedChunks:
-        return StreamedChunks(source, transform, layout, seed, config.mode, config.max_corrupt)
-
-    def layout(length: int) -> Layout:
-        return Layout(
-            processes=processes,
-            workers=max(1, config.num_workers),
-            images=config.batch_size // microbatches // processes,
-            batches=_check_length(config, length) // config.batch_size * microbatches,
-        )
-
-    options = loader_options(config, seed)
-    if config.name.startswith('tfds/'):
-        dataset: Any = make_dataset(config, config.train_split, training=True)
-        dataset.set_loader_cfg(num_workers=config.num_workers)
-        length = dataset.reader.num_samples
-        feed = StreamFeed(chunks(TimmSource(dataset, rank), layout(length)), options, (), {})
-        return OneWayFeed(feed, config.name), length
-    shards: Shards = TarShards(config) if config.name.startswith('wds/') else HubShards(config)
-    length = _stream_length(config, shards)
-    divided = layout(length)
-    source = ShardedSource(shards, divided, rank, seed, config.shuffle_buffer)
-    facts = {'shards': shards.count, 'shuffle_buffer': config.shuffle_buffer}
-    notes: tuple[str, ...] = ()
-    if shards.lengths is None and processes > 1:
-        notes = (
-            f'data.name {config.name}: the lengths of the {shards.count} shards are unknown, so each of {processes} '
-            'processes reads all of them and uses its part; an _info.json, or Parquet files, would spare that.',
-        )
-    return StreamFeed(chunks(source, divided), options, notes, facts), length
+    def _stream_feed(self, config: DataConfig, transform: Views) -> tuple[Feed, int]:
+        order: Order
+        notes: tuple[str, ...] = ()
+        facts: dict[str, int] = {}
+        if config.name.startswith('tfds/'):
+            dataset: Any = make_dataset(config, config.train_split, training=True)
+            dataset.set_loader_cfg(num_workers=config.num_workers)
+            length = dataset.reader.num_samples
+            layout = self._layout(config, length)
+            order = TimmOrder(dataset, self.rank)
+        else:
+            shards: Shards = TarShards(config) if config.name.startswith('wds/') else HubShards(config)
+            length = _stream_length(config, shards)
+            layout = self._layout(config, length)
+            order = ShardOrder(shards, layout, self.rank, self.seed, config.shuffle_buffer)
+            facts = {'shards': shards.count, 'shuffle_buffer': config.shuffle_buffer}
+            if shards.lengths is None and self.processes > 1:
+                notes = (
+                    f'data.name {config.name}: the lengths of the {shards.count} shards are unknown, so each of '
+                    f'{self.processes} processes reads all of them and uses its part; an _info.json, or Parquet files, '
+                    'would spare that.',
+                )
+        chunks = StreamedChunks(order, transform, layout, self.seed, config.mode, config.max_corrupt)
+        feed = StreamFeed(chunks, loader_options(config, self.seed), notes, facts)
+        return (feed if facts else OneWayFeed(feed, config.name)), length
 
 
 def _stream_length(config: DataConfig, shards: Shards) -> int:
@@ -192,26 +169,14 @@ def _stream_length(config: DataConfig, shards: Shards) -> int:
     return shards.total
 
 
-def _check_length(config: DataConfig, length: int) -> int:
-    if config.batch_size > length:
-        raise InputError(f'data.batch_size {config.batch_size} is larger than the data set of {length} images')
-    return length
-
-
-def _transform(views: ViewConfig, size: int, channels: int, on_device: bool) -> SingleImageTransform:
-    return SingleImageTransform(make_crop(views, size) if on_device else make_view(views, size, channels))
-
-
-def _device_views(
-    config: DataConfig, views: list[ViewConfig], device: torch.device
-) -> list[Callable[..., torch.Tensor]]:
+def _device_augmentation() -> Callable[..., torch.Tensor]:
     try:
-        from slimclr_hub.data.device_views import DeviceViews
+        from slimclr_hub.data.device_views import make_views
     except ImportError as error:
         raise InputError(
             f'views.backend kornia: {error}; pip install "slimclr-hub[gpu]" brings it, or take views.backend cpu'
         ) from error
-    return [DeviceViews(each, config.mean, config.std, device) for each in views]
+    return make_views
 
 
 def _check_batch(batch: int, processes: int, microbatches: int) -> None:

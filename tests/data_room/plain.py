@@ -25,7 +25,7 @@ def plain_data(of: DataConfig, *views: ViewConfig, **values) -> TrainData:
     assert isinstance(feed, IndexedFeed | StreamFeed)
     images: Any = feed.loader.dataset
     configs = (views * 2)[: len(images.transform.transforms)]
-    if data.device_views is None:
+    if data.augment is None:
         data.normalize = lambda view: view  # type: ignore[assignment]
         each = [normalised_view(config, config.size or of.size, of.mean, of.std) for config in configs]
     else:

@@ -19,23 +19,22 @@ from slimclr_hub.data.device_views import (
     BRIGHTNESS,
     CONTRAST,
     SATURATION,
-    DeviceViews,
     Parameters,
     augment,
     blend,
     blur,
     draw,
+    make_views,
     shift_hue,
     solarize,
 )
 from slimclr_hub.data.training import TrainData
-from slimclr_hub.data.views import blur_kernel, make_crop
+from slimclr_hub.data.views import Normalize, blur_kernel, make_crop
 from slimclr_hub.errors import InputError
 from tests.data_room.files import write_idx_set, write_shards
 from tests.data_room.plain import normalised_view
 
 LEVEL = 1 / 255
-CPU = torch.device('cpu')
 MOCO_V3 = (ViewConfig(blur_prob=1.0), ViewConfig(blur_prob=0.1, solarize_prob=0.2))
 
 
@@ -324,9 +323,9 @@ def test_other_distributions_are_found_out(on_cpu, crops, other):
 def test_nothing_waits_for_the_device():
     """Tensors of the meta device have no values, so whatever asks for one fails."""
     meta = torch.device('meta')
-    views = DeviceViews(replace(MOCO_V3[1], blur_prob=0.5), (0.5,) * 3, (0.2,) * 3, meta)
+    normalize = Normalize((0.5,) * 3, (0.2,) * 3, meta)
     crops = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device=meta)
-    result = views(crops, 1, 2, 3)
+    result = normalize(make_views(crops, replace(MOCO_V3[1], blur_prob=0.5), 1, 2, 3))
     assert result.shape == crops.shape
     assert result.dtype == torch.float32
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -335,14 +334,13 @@ def test_nothing_waits_for_the_device():
 
 @pytest.mark.parametrize('channels', [1, 3])
 def test_gray_and_colour_images(channels):
-    views = DeviceViews(MOCO_V3[1], (0.5,) * channels, (0.25,) * channels, CPU)
     crops = torch.randint(256, (16, channels, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    result = views(crops, 0)
+    result = make_views(crops, MOCO_V3[1], 0)
     assert result.shape == crops.shape
-    assert result.min() >= -2
-    assert result.max() <= 2
-    assert result.equal(views(crops, 0))
-    assert not result.equal(views(crops, 1))
+    assert result.min() >= 0
+    assert result.max() <= 1
+    assert result.equal(make_views(crops, MOCO_V3[1], 0))
+    assert not result.equal(make_views(crops, MOCO_V3[1], 1))
 
 
 # In training

@@ -9,8 +9,7 @@ import torch
 from slimclr_hub.data import DataConfig, ViewConfig
 from slimclr_hub.data.seeding import drawing
 from slimclr_hub.data.sources import make_dataset
-from slimclr_hub.data.streams.shares import Layout
-from slimclr_hub.data.streams.stream import OneWayFeed, StreamedChunks, StreamFeed, TimmSource
+from slimclr_hub.data.streams.stream import Layout, OneWayFeed, StreamedChunks, StreamFeed, TimmOrder
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.data.views import Views
 from slimclr_hub.errors import InputError
@@ -190,7 +189,7 @@ def test_stream_that_cannot_be_entered_in_its_middle(tmp_path, workers):
     dataset.set_loader_cfg(num_workers=workers)
     layout = Layout(processes=1, workers=max(1, workers), images=4, batches=10)
     view = normalised_view(VIEWS, 12, of.mean, of.std)
-    chunks = StreamedChunks(TimmSource(dataset, 0), Views(view, view), layout, 0, 'L', 0)
+    chunks = StreamedChunks(TimmOrder(dataset, 0), Views(view, view), layout, 0, 'L', 0)
     feed = OneWayFeed(StreamFeed(chunks, {'num_workers': workers}, (), {}), 'tfds/some')
     assert 'tfds/some cannot be entered within an epoch' in feed.notes[0]
     for start in 0, 3:

@@ -1,10 +1,12 @@
-"""Sharded sources that are read in order: their interface, and tar files in webdataset's layout."""
+"""Sharded sources that are read in order: tar files in webdataset's layout, and streamed data sets of the Hub."""
 
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +19,8 @@ from slimclr_hub.errors import DataError, InputError
 _IMAGES = 'jpg;jpeg;png;webp'
 _INFO = ('_info.json', 'info.json')  # timm's names
 _META = re.compile(r'__[^/]*__($|/)')  # members that webdataset skips
+_ROWS = 32  # of a Hub data set, read at a time; they are encoded images
+_THREADS = 16  # they wait for the network
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,11 @@ class Raw:
 
     Args:
         name: Name in messages.
-        payload: Encoded content, which the source decodes.
+        decode: Decodes image and label, -1 where there is none; exceptions of the decoder pass through.
     """
 
     name: str
-    payload: Any
+    decode: Callable[[], tuple[Image.Image, int]]
 
 
 class Shards(Protocol):
@@ -50,9 +54,6 @@ class Shards(Protocol):
 
     def read(self, shard: int) -> Iterator[Raw]:
         """Yield encoded samples of a shard in stored order."""
-
-    def decode(self, raw: Raw) -> tuple[Image.Image, int]:
-        """Decode image and label, -1 where there is none; exceptions of the decoder pass through."""
 
 
 class TarShards:
@@ -86,55 +87,104 @@ class TarShards:
 
     def read(self, shard: int) -> Iterator[Raw]:
         """Yield samples of a tar file."""
+        for sample in self._samples(self.paths[shard]):
+            yield Raw(f'{self.paths[shard]}/{sample["__key__"]}', partial(self._decode, sample))
+
+    def _samples(self, path: str) -> Iterator[dict[str, Any]]:
         import webdataset
 
-        path = self.paths[shard]
         try:
-            for sample in webdataset.tariterators.tarfile_samples([{'url': path}]):
-                yield Raw(f'{path}/{sample["__key__"]}', sample)
+            yield from webdataset.tariterators.tarfile_samples([{'url': path}])
         except (tarfile.TarError, OSError, ValueError) as error:
             raise DataError(f'cannot read {path}: {error.args[0]}; fetch the shard again') from error
 
-    def decode(self, raw: Raw) -> tuple[Image.Image, int]:
-        """Decode image and label of a sample."""
-        image = next((raw.payload[key] for key in self.image_keys if key in raw.payload), None)
+    def _decode(self, sample: dict[str, Any]) -> tuple[Image.Image, int]:
+        image = next((sample[key] for key in self.image_keys if key in sample), None)
         if image is None:
             raise KeyError(f'no member {" or ".join(self.image_keys)}')
-        if self.label_key is not None:
-            return Image.open(BytesIO(image)), int(json.loads(raw.payload['json'])[self.label_key])
-        return Image.open(BytesIO(image)), int(raw.payload.get('cls', -1))
+        label = sample.get('cls', -1) if self.label_key is None else json.loads(sample['json'])[self.label_key]
+        return Image.open(BytesIO(image)), int(label)
 
     def _check_first(self, config: DataConfig) -> None:
         # Else every image of the epoch would turn out to be unreadable, in the middle of it.
-        first = next((raw.payload for raw in self.read(0)), None)
-        where = f'{self.paths[0]}: the first sample'
+        first = next(self._samples(self.paths[0]), None)
         if first is None:
             raise InputError(f'{self.paths[0]} holds no samples')
-        members = [key for key in first if not key.startswith('__')]
+        where = f'{self.paths[0]}: the first sample'
         if not any(key in first for key in self.image_keys):
-            raise InputError(f'{where} has {", ".join(members)}; data.image_key is {config.image_key}')
+            members = ', '.join(key for key in first if not key.startswith('__'))
+            raise InputError(f'{where} has {members}; data.image_key is {config.image_key}')
         if config.label_key is not None and config.label_key not in json.loads(first.get('json', '{}')):
             raise InputError(f'{where} has no {config.label_key} in its json; data.label_key names a field of it')
 
 
-def count_samples(path: str) -> int:
-    """Count the samples of a local tar file from its headers alone.
+class HubShards:
+    """A data set of the Hub, or a local folder in one of its formats, read as a stream.
+
+    Args:
+        config: The source; `name` is `hfids/USER/NAME` or `hfids//FOLDER`.
 
     Raises:
-        InputError: It is not a complete tar file.
+        InputError: There is no such data set, split or column.
     """
-    from webdataset.tariterators import base_plus_ext
 
-    count, last = 0, None
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                base, _ = base_plus_ext(member.name)
-                if member.isreg() and base is not None and not _META.match(member.name) and base != last:
-                    count, last = count + 1, base
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise InputError(f'cannot read the shard {path}: {error}; fetch it again') from error
-    return count
+    def __init__(self, config: DataConfig) -> None:
+        import datasets
+
+        name = config.name.removeprefix('hfids/')
+        where = f'data.name {config.name}, split {config.train_split}'
+        try:
+            builder = datasets.load_dataset_builder(name, cache_dir=config.root)
+            self.stream = builder.as_streaming_dataset(split=config.train_split)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise InputError(f'{where}: {str(error) or "not found"}') from error
+        columns = self.stream.column_names or list(next(iter(self.stream.take(1)), {}))
+        self.image_key = config.image_key or 'image'
+        self.label_key = config.label_key or ('label' if 'label' in columns else None)
+        for key, column in ('image_key', self.image_key), ('label_key', self.label_key):
+            if column is not None and column not in columns:
+                raise InputError(f'{where}: no column {column}, data.{key}; there are {", ".join(columns)}')
+        # Decoded by ourselves: what is skipped needs not be decoded, and what cannot be must not end the stream.
+        self.image = datasets.Image()
+        self.stream = self.stream.cast_column(self.image_key, datasets.Image(decode=False))
+        self.count = self.stream.num_shards
+        self.files = [str(file) for file in (builder.config.data_files or {}).get(config.train_split, ())]
+        self.lengths = _parquet_lengths(self.files) if len(self.files) == self.count else None
+        info = (builder.info.splits or {}).get(config.train_split)
+        self.total = config.num_samples or (info.num_examples if info else None)
+
+    def name(self, shard: int) -> str:
+        """Return the address of a file."""
+        return self.files[shard] if len(self.files) == self.count else f'shard {shard}'
+
+    def read(self, shard: int) -> Iterator[Raw]:
+        """Yield rows of a file."""
+        rows = self.stream.shard(self.count, shard)
+        name, i = self.name(shard), 0
+        # By `iter`, since inside a worker of torch's loader the data set itself would divide the shard once more.
+        for columns in rows.iter(batch_size=_ROWS):
+            labels = columns[self.label_key] if self.label_key else [None] * len(columns[self.image_key])
+            for image, label in zip(columns[self.image_key], labels, strict=True):
+                yield Raw(f'{name}, row {i}', partial(self._decode, image, label))
+                i += 1
+
+    def _decode(self, image: Any, label: Any) -> tuple[Image.Image, int]:
+        return self.image.decode_example(image), -1 if label is None else int(label)
+
+
+def _parquet_lengths(files: Sequence[str]) -> tuple[int, ...] | None:
+    """Read the number of rows of each file from its footer; None unless all are Parquet files."""
+    import fsspec  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    def rows(path: str) -> int:
+        with fsspec.open(path, 'rb') as file:
+            return int(parquet.read_metadata(file).num_rows)
+
+    if not files or not all(file.endswith('.parquet') for file in files):
+        return None
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return tuple(pool.map(rows, files))
 
 
 def is_remote(root: str) -> bool:
@@ -160,15 +210,19 @@ def find_shards(root: str, split: str) -> tuple[list[str], tuple[int, ...] | Non
     remote = is_remote(root)
     if not remote and not Path(root).is_dir():
         raise InputError(f'data.root {root} does not exist')
-    info = {} if remote else _read_info(Path(root))
-    files, total = _find(root, split, info)
-    known = _known_lengths(info)
+    splits = {} if remote else _read_info(Path(root)).get('splits', {})
+    files, total = _find(root, split, splits)
+    known = {
+        file: int(length)
+        for each in splits.values()
+        for file, length in zip(each['filenames'], each['shard_lengths'], strict=True)
+    }
     if all(file in known for file in files):
         return files, tuple(known[file] for file in files), total
-    return files, None if remote else tuple(count_samples(f'{root.rstrip("/")}/{file}') for file in files), total
+    return files, None if remote else tuple(_count_samples(Path(root) / file) for file in files), total
 
 
-def _find(root: str, split: str, info: dict[str, Any]) -> tuple[list[str], int | None]:
+def _find(root: str, split: str, splits: dict[str, Any]) -> tuple[list[str], int | None]:
     """Find names of shards, and the number of samples where the pattern gives it."""
     from webdataset.shardlists import expand_urls
 
@@ -181,8 +235,8 @@ def _find(root: str, split: str, info: dict[str, Any]) -> tuple[list[str], int |
         if missing:
             raise InputError(f'data.root {root} has no {missing[0]} ({len(missing)} of {len(files)} are missing)')
         return files, int(total) if total else None
-    if split in info.get('splits', {}):
-        return list(info['splits'][split]['filenames']), None
+    if split in splits:
+        return list(splits[split]['filenames']), None
     if is_remote(root):
         raise InputError(f'data.train_split {split}: give the pattern of the shards, such as train-{{0000..0123}}.tar')
     return sorted(path.name for path in Path(root).glob(f'*{split}*.tar')), None
@@ -198,9 +252,17 @@ def _read_info(root: Path) -> dict[str, Any]:
     return {}
 
 
-def _known_lengths(info: dict[str, Any]) -> dict[str, int]:
-    return {
-        file: int(length)
-        for split in info.get('splits', {}).values()
-        for file, length in zip(split['filenames'], split['shard_lengths'], strict=True)
-    }
+def _count_samples(path: Path) -> int:
+    """Count the samples of a local tar file from its headers alone."""
+    from webdataset.tariterators import base_plus_ext
+
+    count, last = 0, None
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                base, _ = base_plus_ext(member.name)
+                if member.isreg() and base is not None and not _META.match(member.name) and base != last:
+                    count, last = count + 1, base
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise InputError(f'cannot read the shard {path}: {error}; fetch it again') from error
+    return count

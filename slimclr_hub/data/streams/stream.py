@@ -5,28 +5,115 @@ samples used of every share and the worker whose turn it is; from there the same
 """
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from slimclr_hub.data.batches import Chunk, Problem, Sample, cut_chunk, join_chunks, make_chunk, reason
-from slimclr_hub.data.seeding import drawing, mixed_seed
+from slimclr_hub.data.batches import Chunk, Problem, Sample, make_chunk, reason
+from slimclr_hub.data.seeding import drawing, mixed_seed, permutation
 from slimclr_hub.data.streams.shards import Raw, Shards
-from slimclr_hub.data.streams.shares import Layout, Share, plan_epoch
 from slimclr_hub.errors import DataError, InputError
 
 T = TypeVar('T')
 Place = tuple[int, ...]
 """Identity of a sample in its epoch, such as its shard and its number in it."""
+Order = Callable[[int, int], Iterator[tuple[Place, Raw]]]
+"""(epoch, role) -> samples of a worker's share in training order; a place is unique in the epoch."""
 Start = tuple[int, int, list[int]]
 """Epoch, role of the first worker, and samples used of each share when workers begin."""
 
 
-def shuffled(items: Iterator[T], size: int, seed: int) -> Iterator[T]:
+@dataclass(frozen=True)
+class Layout:
+    """Division of an epoch of a stream; it has to be the same where a run is resumed within an epoch.
+
+    Args:
+        processes: Number of processes.
+        workers: Shares of a process, one for each worker.
+        images: Images of a process in a microbatch.
+        batches: Microbatches an epoch.
+    """
+
+    processes: int
+    workers: int
+    images: int
+    batches: int
+
+
+@dataclass(frozen=True)
+class ShardOrder:
+    """Order of the samples of shards, divided over the workers of all processes and shuffled.
+
+    Args:
+        shards: The shards.
+        layout: Division of an epoch.
+        rank: Rank of this process.
+        seed: Seed of orders.
+        buffer: Size of the shuffle buffer.
+    """
+
+    shards: Shards
+    layout: Layout
+    rank: int
+    seed: int
+    buffer: int
+
+    def __call__(self, epoch: int, role: int) -> Iterator[tuple[Place, Raw]]:
+        """Yield samples of a share, shuffled."""
+        return _shuffled(self._share(epoch, role), self.buffer, mixed_seed(self.seed, epoch, self.rank, role))
+
+    def _share(self, epoch: int, role: int) -> Iterator[tuple[Place, Raw]]:
+        """Yield samples of a share in stored order; over all shares every sample occurs once, but for the last batch.
+
+        With known lengths, an epoch is the beginning of the permuted shards, in whole batches, cut into one range for
+        each process and within it into whole microbatches for each worker: a worker reads its own shards, and parts of
+        those at its borders. With unknown lengths, shards are divided over the workers, and process r of P takes
+        samples r, r + P, ... of them: every process reads all, and their counts differ by at most one sample for each
+        worker.
+
+        Raises:
+            DataError: A shard has another length than announced, so samples would be lost or repeated.
+        """
+        shards, layout = self.shards, self.layout
+        order = permutation(shards.count, self.seed, epoch).tolist()
+        if shards.lengths is None:
+            order = order[role :: layout.workers]
+            chosen = range(self.rank, sys.maxsize, layout.processes)
+        else:
+            each, more = divmod(layout.batches, layout.workers)
+            # The first workers take the odd batches, as turns are taken from the first on.
+            first = self.rank * layout.batches + role * each + min(role, more)
+            chosen = range(first * layout.images, (first + each + (role < more)) * layout.images)
+        begin = 0
+        for shard in order:
+            if not chosen or begin >= chosen.stop:
+                return
+            announced = None if shards.lengths is None else shards.lengths[shard]
+            if announced is not None and begin + announced <= chosen.start:
+                begin += announced
+                continue
+            found = 0
+            for raw in shards.read(shard):
+                if begin + found >= chosen.stop:
+                    return
+                if begin + found in chosen:
+                    yield (shard, found), raw
+                found += 1
+            if announced not in (None, found):
+                raise DataError(
+                    f'{shards.name(shard)} holds {found} samples, not {announced} as announced; fetch the shard again '
+                    'or correct its _info.json'
+                )
+            begin += found
+
+
+def _shuffled(items: Iterator[T], size: int, seed: int) -> Iterator[T]:
     """Yield every item once, drawn from a buffer of `size` items in an order that follows from the seed."""
     if size <= 1:
         yield from items
@@ -44,44 +131,23 @@ def shuffled(items: Iterator[T], size: int, seed: int) -> Iterator[T]:
     yield from held
 
 
-class Source(Protocol):
-    """A stream divided into shares, one for each worker of this process."""
-
-    def order(self, epoch: int, role: int) -> Iterator[tuple[Place, Raw]]:
-        """Yield samples of a share in training order; a place is unique in the epoch."""
-
-    def decode(self, raw: Raw) -> tuple[Image.Image, int]:
-        """Decode image and label."""
-
-
-@dataclass
-class ShardedSource:
-    """Shards, divided over the workers of all processes and shuffled.
+@dataclass(frozen=True)
+class TimmOrder:
+    """Order of a stream that timm itself divides over workers and processes, and decodes.
 
     Args:
-        shards: The shards.
-        layout: Division of an epoch.
+        dataset: timm's `IterableImageDataset`, without a transform.
         rank: Rank of this process.
-        seed: Seed of orders.
-        buffer: Size of the shuffle buffer.
     """
 
-    shards: Shards
-    layout: Layout
+    dataset: Any
     rank: int
-    seed: int
-    buffer: int
 
-    def order(self, epoch: int, role: int) -> Iterator[tuple[Place, Raw]]:
-        """Yield samples of a share, shuffled."""
-        shards = self.shards
-        share = plan_epoch(shards.lengths, shards.count, self.layout, self.rank, self.seed, epoch)[role]
-        seed = mixed_seed(self.seed, epoch, self.rank, role)
-        return shuffled(read_share(shards, share), self.buffer, seed)
-
-    def decode(self, raw: Raw) -> tuple[Image.Image, int]:
-        """Decode image and label of a sample."""
-        return self.shards.decode(raw)
+    def __call__(self, epoch: int, role: int) -> Iterator[tuple[Place, Raw]]:
+        """Yield samples of the calling worker."""
+        self.dataset.set_epoch(epoch)
+        for i, (image, label) in enumerate(self.dataset):
+            yield (self.rank, role, i), Raw(f'sample {i}', partial(_labelled, image, label))
 
 
 @dataclass(eq=False)
@@ -89,7 +155,7 @@ class StreamedChunks(IterableDataset[Chunk]):
     """Microbatches of this process's workers, each of its own share.
 
     Args:
-        source: The shares.
+        order: Samples of each share.
         transform: Views of an image, drawn from torch's global generator.
         layout: Division of an epoch.
         seed: Seed of views.
@@ -97,7 +163,7 @@ class StreamedChunks(IterableDataset[Chunk]):
         max_corrupt: Unreadable images after which they are reported without waiting for a full batch.
     """
 
-    source: Source
+    order: Order
     transform: Callable[[Any], tuple[torch.Tensor, ...]]
     layout: Layout
     seed: int
@@ -122,11 +188,11 @@ class StreamedChunks(IterableDataset[Chunk]):
     def _chunks(self, epoch: int, role: int, consumed: int) -> Iterator[Chunk]:
         samples: list[Sample] = []
         problems: list[Problem] = []
-        for i, (place, raw) in enumerate(self.source.order(epoch, role)):
+        for i, (place, raw) in enumerate(self.order(epoch, role)):
             if i < consumed:
                 continue
             try:
-                image, label = self.source.decode(raw)
+                image, label = raw.decode()
                 image = image.convert(self.mode)
             except Exception as error:  # decoders raise whatever occurs to them: SyntaxError, struct.error, IndexError
                 problems.append((raw.name, reason(error)))
@@ -138,34 +204,6 @@ class StreamedChunks(IterableDataset[Chunk]):
                 samples, problems = [], []
         if samples or problems:
             yield make_chunk(samples, problems, role)
-
-
-def read_share(shards: Shards, share: Share) -> Iterator[tuple[Place, Raw]]:
-    """Yield samples of a share in stored order.
-
-    Raises:
-        DataError: A shard has another length than announced, so samples would be lost or repeated.
-    """
-    begin = 0
-    for shard in share.shards:
-        i = -1
-        for i, raw in enumerate(shards.read(shard)):
-            at = begin + i
-            if share.stop is not None and at >= share.stop:
-                break
-            if at >= share.start and (at - share.start) % share.step == 0:
-                yield (shard, i), raw
-        else:
-            _check_length(shards, shard, i + 1)
-        begin += shards.lengths[shard] if shards.lengths is not None else i + 1
-
-
-def _check_length(shards: Shards, shard: int, found: int) -> None:
-    if shards.lengths is not None and shards.lengths[shard] != found:
-        raise DataError(
-            f'{shards.name(shard)} holds {found} samples, not {shards.lengths[shard]} as announced; fetch the shard '
-            'again or correct its _info.json'
-        )
 
 
 class StreamFeed:
@@ -257,56 +295,34 @@ class StreamFeed:
 def _joined(tails: list[Chunk], size: int, consumed: list[int]) -> Iterator[Chunk]:
     """Join the remainders of several shares to microbatches; counts in `consumed` the samples used of each."""
     tails = [tail for tail in tails if len(tail['labels'])]
-    while sum(len(tail['labels']) for tail in tails) >= size:
-        taken: list[Chunk] = []
-        missing = size
-        while missing:
-            tail = tails.pop(0)
-            length = len(tail['labels'])
-            count = min(missing, length)
-            taken.append(cut_chunk(tail, 0, count))
-            consumed[tail['role']] = int(tail['consumed'][count - 1])
-            if count < length:
-                tails.insert(0, cut_chunk(tail, count, length))
-            missing -= count
-        yield join_chunks(taken)
+    roles = [tail['role'] for tail in tails for _ in tail['labels']]
+    if len(roles) < size:
+        return
+    views = [torch.cat(views) for views in zip(*(tail['views'] for tail in tails), strict=True)]
+    labels, used = (torch.cat([tail[key] for tail in tails]) for key in ('labels', 'consumed'))
+    for start in range(0, len(roles) - size + 1, size):
+        part = slice(start, start + size)
+        for role, count in zip(roles[part], used[part].tolist(), strict=True):
+            consumed[role] = count
+        yield {
+            'views': tuple(view[part] for view in views),
+            'labels': labels[part],
+            'consumed': used[part],
+            'role': roles[start],
+            'problems': [],
+        }
+
+
+def _labelled(image: Image.Image, label: Any) -> tuple[Image.Image, int]:
+    return image, int(label)
 
 
 def _as_it_is(chunk: Any) -> Any:
     return chunk
 
 
-@dataclass
-class TimmSource:
-    """A stream that timm itself divides over workers and processes.
-
-    Args:
-        dataset: timm's `IterableImageDataset`, without a transform.
-        rank: Rank of this process.
-    """
-
-    dataset: Any
-    rank: int
-
-    def order(self, epoch: int, role: int) -> Iterator[tuple[tuple[int, ...], Raw]]:
-        """Yield samples of the calling worker."""
-        self.dataset.set_epoch(epoch)
-        for i, sample in enumerate(self.dataset):
-            yield (self.rank, role, i), Raw(f'sample {i}', sample)
-
-    def decode(self, raw: Raw) -> tuple[Image.Image, int]:
-        """Return image and label, which timm has decoded already."""
-        image, label = raw.payload
-        return image, int(label)
-
-
 class OneWayFeed:
-    """A feed that restarts its epoch wherever it is entered.
-
-    Args:
-        feed: The feed.
-        name: Name of the source in messages.
-    """
+    """A feed that restarts its epoch wherever it is entered; `name` is that of the source."""
 
     def __init__(self, feed: StreamFeed, name: str) -> None:
         self.feed = feed
