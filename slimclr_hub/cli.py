@@ -97,13 +97,9 @@ def info(network: Network) -> None:
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="The authors' checkpoint, a ResNet's, or one of MoCo v2 or v3.")],
-    target: Annotated[
-        Path, typer.Argument(help='A folder that timm opens, or a file in .safetensors; .pth for a whole detector.')
-    ],
+    target: Annotated[Path, typer.Argument(help='A folder for timm, or a .safetensors; .pth for a whole detector.')],
     encoder: Annotated[Encoder, typer.Option(help='Which network of a pre-training checkpoint.')] = 'online',
-    width: Annotated[
-        list[float] | None, typer.Option(help='Widths to give to a plain network; repeat for each.')
-    ] = None,
+    width: Annotated[list[float] | None, typer.Option(help='Widths for a plain network; repeat for each.')] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Convert a foreign checkpoint into weights of this package."""
@@ -134,9 +130,7 @@ def extract(
     target: Annotated[Path, typer.Argument(help='A folder for timm; a .pth or .safetensors file for the others.')],
     width: Annotated[float, typer.Option(help='Width to take.')],
     format: Annotated[DenseFormat, typer.Option(help='Whose format.')] = 'timm',
-    config: Annotated[
-        Path | None, typer.Option(help="Config of a detector, which is run; its checkpoint's unless given.")
-    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A detector's config, which runs; else its checkpoint's.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Extract one width as an ordinary network that opens without this package.
@@ -222,13 +216,9 @@ def embed(
 
     check_output(out, overwrite)
     listed = list_images(images)  # before a network is downloaded
+    model = _on_device(network, width, device)
     embeddings = run(
-        _on_device(network, width, device),
-        listed,
-        batch_size=batch_size,
-        workers=workers,
-        precision=precision,
-        skip_unreadable=skip_unreadable,
+        model, listed, batch_size=batch_size, workers=workers, precision=precision, skip_unreadable=skip_unreadable
     )
     save_embeddings(embeddings, out, overwrite)
     count, length = embeddings.features.shape
@@ -252,14 +242,8 @@ def predict(
     from slimclr_hub.inference.predict import predictions_table
 
     listed = list_images(images)  # before a network is downloaded
-    predictions = run(
-        _on_device(network, width, device),
-        listed,
-        top=top,
-        batch_size=batch_size,
-        workers=workers,
-        skip_unreadable=skip_unreadable,
-    )
+    model = _on_device(network, width, device)
+    predictions = run(model, listed, top=top, batch_size=batch_size, workers=workers, skip_unreadable=skip_unreadable)
     _print(predictions_table(predictions))
 
 
@@ -268,18 +252,12 @@ def compare(
     networks: Annotated[
         list[str] | None, typer.Argument(metavar='RUN...', help='Folders of runs and networks, and published tags.')
     ] = None,
-    markdown: Annotated[
-        Path | None, typer.Option(help='Write the tables as Markdown, too; - prints them so instead.')
-    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help='Write tables as Markdown; - prints them instead.')] = None,
     csv: Annotated[Path | None, typer.Option(help='Write all numbers as CSV; - as above.')] = None,
     latex: Annotated[Path | None, typer.Option(help='Write the tables as LaTeX; - as above.')] = None,
     figure: Annotated[Path | None, typer.Option(help='Draw accuracy over multiply-adds, as PNG and PDF.')] = None,
-    reported: Annotated[
-        bool, typer.Option('--reported', help='Add what the paper reports of networks of such a cost; alone, of all.')
-    ] = False,
-    seeds: Annotated[
-        bool, typer.Option('--seeds', help='Mean and spread of runs that differ in their seed alone.')
-    ] = False,
+    reported: Annotated[bool, typer.Option('--reported', help='What the paper reports too; alone, all of it.')] = False,
+    seeds: Annotated[bool, typer.Option('--seeds', help='Mean and spread of runs that differ in the seed.')] = False,
     speed: Annotated[bool, typer.Option(help='Measure images/s, here and now.')] = True,
     batch_size: BatchSize = 32,
 ) -> None:
@@ -319,9 +297,7 @@ def push(
     private: Annotated[bool, typer.Option('--private', help='Make a new repository private.')] = False,
     revision: Annotated[str | None, typer.Option(help='Branch to commit to, made if need be.')] = None,
     message: Annotated[str | None, typer.Option(help='Message of the commit.')] = None,
-    dry_run: Annotated[
-        bool, typer.Option('--dry-run', help='Check the folder and list the files; upload nothing.')
-    ] = False,
+    dry_run: Annotated[bool, typer.Option('--dry-run', help='Check and list the files; upload nothing.')] = False,
 ) -> None:
     """Publish a folder on the Hub: weights, configuration and card, after checking that they fit."""
     from slimclr_hub.hub.push import plan_push
@@ -342,9 +318,7 @@ def push(
 
 
 @app.command()
-def cards(
-    folder: Annotated[Path, typer.Argument(help='Where to write them.')] = Path('model_cards'),
-) -> None:
+def cards(folder: Annotated[Path, typer.Argument(help='Where to write them.')] = Path('model_cards')) -> None:
     """Write the model cards of the published networks, as they are in model_cards/."""
     from slimclr_hub.hub.card import all_cards
 
@@ -356,14 +330,9 @@ def cards(
 
 @app.command()
 def doctor(
-    config: Annotated[
-        Path | None, typer.Option(help='Config to check for; transfer/mask_rcnn_slim.py unless given, on COCO.')
-    ] = None,
+    config: Annotated[Path | None, typer.Option(help='Config to check; by default transfer/mask_rcnn_slim.py.')] = None,
     data: Annotated[Path | None, typer.Option(help='Folder of COCO; COCO_ROOT or data/coco unless given.')] = None,
-    link_ops: Annotated[
-        bool,
-        typer.Option('--link-ops', help="Put torchvision's operators beside mmcv-lite, for `mim test`."),
-    ] = False,
+    link_ops: Annotated[bool, typer.Option('--link-ops', help="torchvision's ops in mmcv-lite, for mim test.")] = False,
 ) -> None:
     """Check that fine-tuning a detector could start: packages, the command to type, data files."""
     from slimclr_hub.detection.doctor import OPTIONAL, examine
