@@ -27,8 +27,8 @@ class Embeddings:
     Args:
         names: Name of each image, from `list_images`.
         features: Pooled features, float32 [N, D], on the CPU.
-        architecture: Name of the network in timm's registry.
-        width: Width it ran at; None for a network without widths.
+        architecture: Name in timm's registry.
+        width: Width of the network; None if it has none.
         skipped: Name of each unreadable image, and the reason.
     """
 
@@ -89,11 +89,7 @@ def embed(
 
 
 def check_output(path: Path, overwrite: bool = False) -> None:
-    """Check before any work that embeddings can be written to `path`; its folder is created.
-
-    Args:
-        path: The file that `save_embeddings` is to write.
-        overwrite: True to replace an existing file.
+    """Check before any work that `save_embeddings` can write `path`; its folder is created.
 
     Raises:
         InputError: The suffix is unknown, its writer is not installed, the file exists, or the folder cannot be written
@@ -128,11 +124,6 @@ def save_embeddings(embeddings: Embeddings, path: Path, overwrite: bool = False)
     - `.npy`: the features, float32 [N, D]; beside it `NAME.names.txt` with a name on each line.
     - `.parquet`: the columns `path` (string) and `embedding` (list of D float32); `architecture` and `width` in the
       metadata of the schema.
-
-    Args:
-        embeddings: The features and their names.
-        path: The file; its folder is created.
-        overwrite: True to replace an existing file.
 
     Raises:
         InputError: As `check_output` does, which is best called before the work.

@@ -29,12 +29,7 @@ _loading = Lock()  # one image may stand in a list twice
 
 @dataclass(frozen=True)
 class ImageList:
-    """Images by index.
-
-    Args:
-        names: Name of each image: its path, or its index where it was given in memory.
-        items: Paths and PIL images; a list, or a sequence of PIL images that are decoded on access.
-    """
+    """Images by index: names, which are paths or indices, and paths or PIL images, which may be decoded on access."""
 
     names: list[str]
     items: Sequence[Any]
@@ -43,12 +38,7 @@ class ImageList:
         return len(self.names)
 
     def read(self, index: int, mode: str) -> Image.Image:
-        """Decode one image as timm's data sets do: without transparency, 16 bits clipped to 8, not rotated by its EXIF.
-
-        Args:
-            index: Index of the image.
-            mode: Pillow's mode to convert to.
-        """
+        """Decode one image as timm's data sets do: without transparency, 16 bits clipped to 8, not rotated by EXIF."""
         item = self.items[index]
         if isinstance(item, Path):
             with Image.open(item) as image:
@@ -107,20 +97,18 @@ def find_unreadable(images: ImageList, progress: bool = True) -> dict[int, str]:
 
     Images in memory are loaded here: forked workers would share the open file of an unloaded one, and move its position
     under each other. Images that are decoded on access are not checked.
-
-    Args:
-        images: The images.
-        progress: True to show a bar if it takes longer than a moment.
     """
     if not isinstance(images.items, list):
         return {}
-    problems: list[str | None] = []
+    problems = {}
     with ThreadPoolExecutor(_THREADS) as pool, progress_bar(len(images), 'checking', progress) as bar:
         for start in range(0, len(images), _CHUNK):
-            for problem in pool.map(_problem, images.items[start : start + _CHUNK]):
-                problems.append(problem)
+            found = pool.map(_problem, images.items[start : start + _CHUNK])
+            for index, problem in enumerate(found, start):
+                if problem is not None:
+                    problems[index] = problem
                 bar.update()
-    return {index: problem for index, problem in enumerate(problems) if problem is not None}
+    return problems
 
 
 def reason(error: Exception) -> str:
@@ -170,15 +158,12 @@ def _files(path: Path) -> list[Path]:
     found = []
     for folder, inner, files in os.walk(path, followlinks=True):
         inner[:] = [name for name in inner if not name.startswith('.')]
-        found += [Path(folder, name) for name in files if not name.startswith('.') and _ending(name) in endings]
+        visible = (Path(folder, name) for name in files if not name.startswith('.'))
+        found += [file for file in visible if file.suffix.lower() in endings]
     if not found:
         raise InputError(f'images {path}: no images in this folder; searched for {", ".join(sorted(endings))}')
     # The path itself decides between names that differ in case alone, else the file system's order would.
     return sorted(found, key=lambda file: (_natural_key(str(file)), str(file)))
-
-
-def _ending(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
 
 
 def _natural_key(name: str) -> list[str | int]:
@@ -193,8 +178,7 @@ def _printable(path: Path) -> str:
 def _problem(item: Any) -> str | None:
     try:
         if isinstance(item, Path):
-            with Image.open(item):
-                pass
+            Image.open(item).close()
         else:
             with _loading:
                 item.load()

@@ -21,13 +21,7 @@ _WITH_HEAD = 'slimclr_resnet50.mocov3_300e_lincls_in1k'
 
 @dataclass(frozen=True)
 class ClassProbability:
-    """One class and its probability.
-
-    Args:
-        index: Index of the class in the head's output.
-        label: Name of the class.
-        probability: Softmax over all classes, in [0, 1].
-    """
+    """One class, with its index in the head's output, its name, and its softmax over all classes, in [0, 1]."""
 
     index: int
     label: str
@@ -36,12 +30,7 @@ class ClassProbability:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Classes of one image.
-
-    Args:
-        name: Name of the image, from `list_images`.
-        classes: The most probable classes, in descending order.
-    """
+    """Name of an image, from `list_images`, and its most probable classes in descending order."""
 
     name: str
     classes: tuple[ClassProbability, ...]
@@ -88,17 +77,12 @@ def predict(
         return probability, index
 
     outputs = run_images(model, images, forward, config, 'predicting')
-    rows = zip(outputs.names, *(tensor.tolist() for tensor in outputs.tensors), strict=True)
-    return [
-        Prediction(
-            name,
-            tuple(
-                ClassProbability(index, label(index), probability)
-                for probability, index in zip(probabilities, indices, strict=True)
-            ),
-        )
-        for name, probabilities, indices in rows
-    ]
+    predictions = []
+    for name, *row in zip(outputs.names, *(tensor.tolist() for tensor in outputs.tensors), strict=True):
+        pairs = zip(*row, strict=True)
+        classes = tuple(ClassProbability(index, label(index), probability) for probability, index in pairs)
+        predictions.append(Prediction(name, classes))
+    return predictions
 
 
 def predictions_table(predictions: Sequence[Prediction], title: str | None = None) -> 'Table':

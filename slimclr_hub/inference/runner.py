@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -51,15 +51,8 @@ class InferenceConfig:
         one_of('--precision', self.precision, PRECISIONS)
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """Outputs of a pass.
-
-    Args:
-        names: Names of the images that were read, in the order of the list.
-        tensors: Outputs of the network, on the CPU, a row for each name.
-        skipped: Name of each unreadable image, and the reason.
-    """
+class Outputs(NamedTuple):
+    """Names of the images that were read, outputs of the network with a row for each, and the unreadable images."""
 
     names: list[str]
     tensors: tuple[torch.Tensor, ...]
@@ -69,13 +62,10 @@ class Outputs:
 def run_images(
     model: nn.Module, images: Sources, forward: Forward, config: InferenceConfig, description: str
 ) -> Outputs:
-    """Run a network in eval mode over images, on its device and in its dtype.
+    """Run a network in eval mode over images, on its device and in its dtype; its mode is restored.
 
     Args:
-        model: A network of timm's interface; its mode is restored.
-        images: Images, as `list_images` takes them.
         forward: Map from a batch [B, C, H, W] to tensors of B rows.
-        config: Options.
         description: Word at the progress bar.
 
     Raises:
@@ -83,7 +73,12 @@ def run_images(
             in memory.
     """
     transform, mode = preprocessing(model)
-    listed, skipped = _openable(list_images(images), config)
+    listed = list_images(images)
+    problems = find_unreadable(listed, config.progress)
+    skipped = [(listed.names[index], why) for index, why in problems.items()]
+    if skipped and (not config.skip_unreadable or len(skipped) == len(listed)):
+        raise unreadable_error(skipped)
+    listed = listed.without(problems) if skipped else listed
     device, dtype = get_device_dtype(model).values()
     names: list[str] = []
     tensors: list[torch.Tensor] = []
@@ -103,7 +98,9 @@ def run_images(
             bar.update(len(indices) + len(failed))
     if not names:
         raise unreadable_error(skipped)
-    _report(skipped)
+    if skipped:
+        lines = [f'  {name}: {why}' for name, why in skipped]
+        print(f'Left out {len(skipped)} that could not be read:', *lines, sep='\n', file=sys.stderr)
     return Outputs(names, tuple(tensor[: len(names)] for tensor in tensors), skipped)
 
 
@@ -125,16 +122,6 @@ def preprocessing(model: nn.Module) -> tuple[Callable[[Image.Image], torch.Tenso
     return create_transform(**data, is_training=False), _MODES[channels]
 
 
-def _openable(images: ImageList, config: InferenceConfig) -> tuple[ImageList, list[Problem]]:
-    problems = find_unreadable(images, config.progress)
-    if not problems:
-        return images, []
-    skipped = [(images.names[index], why) for index, why in problems.items()]
-    if not config.skip_unreadable or len(skipped) == len(images):
-        raise unreadable_error(skipped)
-    return images.without(problems), skipped
-
-
 def _forward(forward: Forward, batch: torch.Tensor, config: InferenceConfig) -> tuple[torch.Tensor, ...]:
     dtype = PRECISIONS[config.precision]
     try:
@@ -144,12 +131,12 @@ def _forward(forward: Forward, batch: torch.Tensor, config: InferenceConfig) -> 
         raise InputError(f'--batch-size {config.batch_size} is too large for {batch.device}; halve it') from error
 
 
+@dataclass(eq=False)
 class _Decoded(Dataset[tuple[int, torch.Tensor | None, str | None]]):
     # An error is returned as a value: a worker would wrap it into a traceback, and lose its batch.
-    def __init__(self, images: ImageList, transform: Callable[[Image.Image], torch.Tensor], mode: str) -> None:
-        self.images = images
-        self.transform = transform
-        self.mode = mode
+    images: ImageList
+    transform: Callable[[Image.Image], torch.Tensor]
+    mode: str
 
     def __len__(self) -> int:
         return len(self.images)
@@ -192,9 +179,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _report(skipped: Sequence[Problem]) -> None:
-    if skipped:
-        lines = [f'  {name}: {why}' for name, why in skipped]
-        print(f'Left out {len(skipped)} that could not be read:', *lines, sep='\n', file=sys.stderr)
