@@ -14,8 +14,7 @@ from tqdm.auto import tqdm
 from slimclr_hub.analysis.pca import Components, principal_components
 from slimclr_hub.analysis.replay import Replay, checkpoint_steps, recipe_of, slow_start_end
 from slimclr_hub.errors import InputError
-from slimclr_hub.train.diagnostics import NormRecord, Records
-from slimclr_hub.train.gradient_norms import last_linear, layer_slices, mean_norms
+from slimclr_hub.train.diagnostics import NormRecord, Records, last_linear, layer_slices, mean_norms
 
 MIN_GRADIENTS = 3
 """Gradients of the last layer that two principal components need at least."""

@@ -7,7 +7,7 @@ runs/NAME/diagnostics/gradients.jsonl               gradient norms, one JSON obj
 A record of `step` belongs to the weights after that many optimizer steps, and to the gradient of the next step.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from torch import nn
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import append_json_line, atomic_files, read_json_lines, write_json_lines
-from slimclr_hub.models.widths import check_widths
+from slimclr_hub.models.layers import SlimmableConv2d, SlimmableLinear, SwitchableLinear
+from slimclr_hub.models.slicing import Span
+from slimclr_hub.models.widths import check_widths, width_key
 from slimclr_hub.settings import Incidental, at_least
-from slimclr_hub.train.gradient_norms import last_linear, layer_slices, mean_norms
 
 _NORMS = 'gradients.jsonl'
 _LAST_LAYER = 'last-layer-????????.safetensors'
@@ -30,7 +31,7 @@ _CHUNK = 64 * 2**20  # bytes of gradients kept in memory between checkpoints, at
 
 @dataclass(frozen=True)
 class DiagnosticsConfig(Incidental):
-    """Records of gradients and weights for recipes/analyze.py; off by default.
+    """Records of gradients and weights for `slimclr-hub analyze`; off by default.
 
     Args:
         every: Optimizer steps between records of gradient norms (Fig. 3); 0 disables them.
@@ -82,15 +83,9 @@ class DiagnosticsConfig(Incidental):
 
 @dataclass(frozen=True)
 class NormRecord:
-    """Gradient norms of one step, averaged over layers (paper, Fig. 3).
+    """Gradient norms of the step after `step` others, which trained as many as `widths` widths (paper, Fig. 3).
 
-    Args:
-        step: Optimizer steps taken before.
-        width: The smallest width.
-        smallest: Norm within that width's slices of the weights.
-        all: Norm of the whole gradient.
-        rest: Norm outside those slices.
-        widths: Number of widths that the step trained.
+    Means over layers of the norm within the slices of the smallest width, `width`, of the whole gradient, and outside.
     """
 
     step: int
@@ -112,24 +107,19 @@ class NormRecord:
 
     def logged(self) -> dict[str, float]:
         """Values for a tracker."""
-        norms = {f'gradient_{name}': getattr(self, name) for name in ('smallest', 'all', 'rest')}
-        return {**norms, 'ratio_all': self.all_ratio, 'ratio_rest': self.rest_ratio}
+        ratios = {'ratio_all': self.all_ratio, 'ratio_rest': self.rest_ratio}
+        return {'gradient_smallest': self.smallest, 'gradient_all': self.all, 'gradient_rest': self.rest, **ratios}
 
 
 class Records:
-    """The diagnostics folder of one run.
-
-    Args:
-        run: Folder of the run.
-    """
+    """The diagnostics in the folder of one run."""
 
     def __init__(self, run: Path) -> None:
         self.folder = run / 'diagnostics'
 
     def add_norms(self, records: Sequence[NormRecord]) -> None:
         """Append gradient norms."""
-        if records:
-            self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
         for record in records:
             append_json_line(self.folder / _NORMS, asdict(record))
 
@@ -146,8 +136,7 @@ class Records:
 
     def add_gradients(self, steps: Sequence[int], gradients: torch.Tensor) -> None:
         """Write gradients [N, D] of the last layer after `steps`."""
-        tensors = {'steps': torch.tensor(steps), 'gradients': gradients}
-        self._save(f'last-layer-{steps[0]:08d}.safetensors', tensors)
+        self._save(f'last-layer-{steps[0]:08d}.safetensors', {'steps': torch.tensor(steps), 'gradients': gradients})
 
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Read steps [N] and gradients of the last layer [N, D], in order of steps; N is 0 without records."""
@@ -185,18 +174,107 @@ class Records:
             save_file(dict(tensors), partial / name)
 
 
+@dataclass(frozen=True)
+class LayerSlice:
+    """A slimmable layer's weight and bias, and the spans of their leading dimensions that one width uses."""
+
+    name: str
+    parameters: tuple[torch.Tensor, ...]
+    spans: tuple[tuple[Span, ...], ...]
+
+
+def layer_slices(method: nn.Module, width: float) -> list[LayerSlice]:
+    """Return a width's slices of all trained layers whose weights are shared by widths, of the network and its heads.
+
+    Batch normalisation and switchable classifiers are left out, since each width has its own.
+
+    Raises:
+        InputError: There is no such layer, or the width uses no channel of one.
+    """
+    found = []
+    for name, layer in method.named_modules():
+        if isinstance(layer, SlimmableConv2d | SlimmableLinear) and layer.weight.requires_grad:
+            spans = layer.spans(width)
+            biases = () if layer.bias is None else (layer.bias,)
+            found.append(LayerSlice(name, (layer.weight, *biases), (spans, spans[:1])[: 1 + len(biases)]))
+    if not found:
+        raise InputError('the network has no layer whose weights several widths share')
+    for each in found:
+        if any(first == end for first, end in each.spans[0]):
+            raise InputError(f'width {width:g} uses no channel of {each.name}; give diagnostics.smallest a larger one')
+    return found
+
+
+def slice_norms(layers: Sequence[LayerSlice]) -> torch.Tensor:
+    """L2 norms of the gradients of layers: within their slices, of the whole gradient, and outside the slices.
+
+    A layer's weight and bias count as one tensor. Slice and rest are measured, and the whole follows from both: a rest
+    by subtraction would lose digits. The device is not synchronised. The result is [layers, 3], on the device; the norm
+    of an empty rest is 0.
+    """
+    pieces: list[torch.Tensor] = []
+    owners: list[int] = []
+    for i, layer in enumerate(layers):
+        for parameter, spans in zip(layer.parameters, layer.spans, strict=True):
+            assert parameter.grad is not None
+            inside, *outside = _pieces(parameter.grad, spans)
+            pieces += [inside, *outside]
+            owners += [2 * i, *[2 * i + 1] * len(outside)]
+    squares = torch.stack([norm.float().square() for norm in torch._foreach_norm(pieces)])
+    sums = squares.new_zeros(2 * len(layers)).index_add_(0, _indices(owners, squares.device), squares)
+    smallest, rest = sums.view(-1, 2).unbind(1)
+    return torch.stack([smallest, smallest + rest, rest], 1).sqrt()
+
+
+def _pieces(tensor: torch.Tensor, spans: tuple[Span, ...]) -> Iterator[torch.Tensor]:
+    """Yield a view of the slice, then views of disjoint pieces around it."""
+    pieces = []
+    for dim, (first, end) in enumerate(spans):
+        pieces += [tensor.narrow(dim, 0, first), tensor.narrow(dim, end, tensor.shape[dim] - end)]
+        tensor = tensor.narrow(dim, first, end - first)
+    yield tensor
+    yield from (piece for piece in pieces if piece.numel())
+
+
+def _indices(values: list[int], device: torch.device) -> torch.Tensor:
+    indices = torch.tensor(values)
+    return indices.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else indices
+
+
+def mean_norms(layers: Sequence[LayerSlice]) -> torch.Tensor:
+    """Mean over layers of `slice_norms` (paper, Fig. 3), [3]."""
+    return slice_norms(layers).mean(0)
+
+
+def last_linear(method: nn.Module) -> torch.Tensor:
+    """Weight of the last linear layer, which the gradient reaches first (paper, Fig. 4).
+
+    It is the head's last layer for MoCo v2 and SimCLR, the predictor's last for MoCo v3, and the classifier for
+    supervised training, of a switchable classifier that of the full width.
+
+    Raises:
+        InputError: The method has no such layer.
+    """
+    for name in 'predictor', 'head':
+        if isinstance(head := getattr(method, name, None), nn.Module):
+            return head.get_submodule('fc2').get_parameter('weight')
+    backbone = method.get_submodule('backbone')
+    classifier = backbone.get_submodule('fc')
+    if isinstance(classifier, SwitchableLinear):
+        widths = method.widths
+        assert isinstance(widths, tuple)
+        classifier = classifier[width_key(max(widths))]
+    if not isinstance(classifier, nn.Linear):
+        raise InputError(f'{type(method).__name__} has no head and no classifier, so it has no last linear layer')
+    return classifier.weight
+
+
 class GradientObserver:
     """Records gradient norms, gradients of the last layer, and weights of a run, on its main process.
 
     Norms stay on the device until the next line of the log, gradients in memory until the next checkpoint. Under DDP
     gradients are the means over processes; batch normalisation statistics in a snapshot are those of this process. A
     recorded step costs one pass over the gradients (norms), a copy of the last layer's, or a file of weights.
-
-    Args:
-        config: What to record.
-        method: The method to observe.
-        smallest: Width whose share of the gradient is measured.
-        records: Where to write.
     """
 
     def __init__(self, config: DiagnosticsConfig, method: nn.Module, smallest: float, records: Records) -> None:
@@ -220,19 +298,18 @@ class GradientObserver:
             # A copy, since the optimizer may change the gradient in place.
             self._gradients.append(self._last.grad.detach().flatten().clone())
         if config.snapshots and step % config.snapshots == 0:
-            self._records.add_weights(step, trained_tensors(method))
+            self._records.add_weights(step, _trained_tensors(method))
 
     def write(self, everything: bool) -> list[tuple[int, dict[str, float]]]:
-        """Write the records; all of them (`everything`) before a checkpoint, from which the run may be resumed.
+        """Write the records, and return values for the tracker by step.
 
-        Returns:
-            Step -> values for the tracker.
+        All of them (`everything`) are written before a checkpoint, from which the run may be resumed.
         """
         found = []
         if self._norms:
             values = torch.stack([norms for *_, norms in self._norms]).tolist()
-            for (step, count, _), (smallest, total, rest) in zip(self._norms, values, strict=True):
-                found.append(NormRecord(step, self._smallest, smallest, total, rest, count))
+            for (step, count, _), norms in zip(self._norms, values, strict=True):
+                found.append(NormRecord(step, self._smallest, *norms, count))
             self._records.add_norms(found)
             self._norms.clear()
         if self._gradients:
@@ -247,12 +324,6 @@ class GradientObserver:
 def observe(config: DiagnosticsConfig, method: Any, folder: Path, step: int) -> GradientObserver | None:
     """Make the observer that a run asks for, and drop records from `step` on, left by an earlier process.
 
-    Args:
-        config: What to record.
-        method: The method, with attributes `widths` and `backbone`.
-        folder: Folder of the run.
-        step: Optimizer steps taken so far.
-
     Raises:
         InputError: There is nothing to observe, or the smallest width is too small.
     """
@@ -263,7 +334,7 @@ def observe(config: DiagnosticsConfig, method: Any, folder: Path, step: int) -> 
     return GradientObserver(config, method, config.smallest_of(method.widths, method.backbone.overlap), records)
 
 
-def trained_tensors(method: nn.Module) -> dict[str, torch.Tensor]:
+def _trained_tensors(method: nn.Module) -> dict[str, torch.Tensor]:
     """Copy the tensors of a method's trained children to the host, in float32; the momentum encoder is left out."""
     return {
         f'{child_name}.{name}': (tensor.float() if tensor.is_floating_point() else tensor).cpu().contiguous().clone()

@@ -14,8 +14,7 @@ from slimclr_hub.analysis.replay import Replay, saved_weights
 from slimclr_hub.analysis.run_gradients import gradients_of
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import file_hash
-from slimclr_hub.train.diagnostics import NormRecord, Records
-from slimclr_hub.train.gradient_norms import last_linear, layer_slices, mean_norms
+from slimclr_hub.train.diagnostics import NormRecord, Records, last_linear, layer_slices, mean_norms
 from tests.analysis.runs import ANALYZE, pretrain, run_script, small_place
 from tests.train.runs import make_place
 

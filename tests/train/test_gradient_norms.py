@@ -10,7 +10,7 @@ from torch import nn
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods import METHODS
 from slimclr_hub.models.layers import SlimmableLinear
-from slimclr_hub.train.gradient_norms import last_linear, layer_slices, mean_norms, slice_norms
+from slimclr_hub.train.diagnostics import last_linear, layer_slices, mean_norms, slice_norms
 
 
 def make(name='mocov2', widths=(1.0, 0.5, 0.25), overlap=True, **options):
