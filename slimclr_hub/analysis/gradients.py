@@ -2,23 +2,30 @@
 
 import csv
 import io
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from math import isfinite
+from dataclasses import asdict, dataclass, replace
+from math import isfinite, nan
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
 
 from slimclr_hub.analysis.base import Analysis, OutputOption, read_data, run_folders, write_data
-from slimclr_hub.analysis.run_gradients import RunGradients, components, gradients_of, phases
+from slimclr_hub.analysis.pca import Components, principal_components
+from slimclr_hub.analysis.replay import Replay, checkpoint_steps, recipe_of, slow_start_end
+from slimclr_hub.errors import InputError
 from slimclr_hub.files import write_text
 from slimclr_hub.models.widths import check_widths
 from slimclr_hub.runs.figures import line_style, mark_slow_start, marker, new_figure, save_figure
 from slimclr_hub.runs.result import environment
 from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.settings import at_least, relevant
+from slimclr_hub.train.diagnostics import NormRecord, Records, last_linear, layer_slices, mean_norms
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,6 +36,7 @@ _COLUMNS = (
     *('smallest', 'all', 'rest', 'all_ratio', 'rest_ratio'),
     *('pc1', 'pc2', 'direction1', 'direction2'),
 )
+_MIN_GRADIENTS = 3  # of the last layer, for two principal components
 _PHASES = {'all': 'all', 'before S': 'slow start', 'after S': 'after slow start'}
 _PANELS = 3  # side by side
 _MANY = 100  # points from which on a line is smoothed, and arrows are heads alone
@@ -55,6 +63,185 @@ class GradientsConfig(OutputOption):
             check_widths([self.smallest])
 
 
+@dataclass(frozen=True)
+class RunGradients:
+    """Gradients of one run over its training.
+
+    Args:
+        name: Name of the run.
+        slow_start: Epoch at which narrower widths begin to train; None for a run without slow start.
+        steps_per_epoch: Optimizer steps in an epoch.
+        norms: Gradient norms, in order of steps.
+        norms_from: `records` of the run, or its `checkpoints`.
+        steps: [N], steps of `gradients`, in order.
+        gradients: [N, D], gradients of the last linear layer.
+        gradients_from: As `norms_from`.
+        notes: Sentences for the reader.
+    """
+
+    name: str
+    slow_start: float | None
+    steps_per_epoch: int
+    norms: list[NormRecord]
+    norms_from: str
+    steps: torch.Tensor
+    gradients: torch.Tensor
+    gradients_from: str
+    notes: tuple[str, ...] = ()
+
+    def in_slow_start(self, step: int) -> bool:
+        """True if the step after `step` trains the full width alone."""
+        return self.slow_start is not None and step < self.slow_start * self.steps_per_epoch
+
+
+def gradients_of(folder: Path, options: GradientsConfig) -> RunGradients:
+    """Read the gradients that a run recorded; compute those of its checkpoints' next steps if it recorded none.
+
+    Raises:
+        InputError: There are too few records and checkpoints, or the checkpoints do not fit the run.
+    """
+    config, smallest = recipe_of(folder), options.smallest
+    norms: list[NormRecord] = []
+    steps, gradients = torch.zeros(0), torch.zeros(0, 0)
+    if not options.from_checkpoints:
+        norms, (steps, gradients) = Records(folder).norms(), Records(folder).gradients()
+    if smallest is not None and any(record.width != smallest for record in norms):
+        raise InputError(
+            f'{folder} has recorded the share of width {norms[0].width:g}, not of {smallest:g}; drop --smallest, or '
+            'give --from_checkpoints true'
+        )
+    recorded_norms, recorded_gradients = bool(norms), len(steps) >= _MIN_GRADIENTS
+    notes: tuple[str, ...] = ()
+    if not (recorded_norms and recorded_gradients):
+        if (count := len(checkpoint_steps(folder))) < _MIN_GRADIENTS:
+            raise InputError(
+                f'{folder} has recorded too few gradients, and has {count} checkpoints; train with --diagnostics.every '
+                f'10 --diagnostics.gradients 10, or keep {_MIN_GRADIENTS} checkpoints or more by run.keep_checkpoints'
+            )
+        diagnostics = replace(config.diagnostics, smallest=smallest or config.diagnostics.smallest)
+        width = diagnostics.smallest_of(config.model.widths, config.model.overlap)
+        replayed, *others, notes = _replay_gradients(Replay(folder), width, options.batches)
+        norms = norms or replayed
+        if not recorded_gradients:
+            steps, gradients = others
+    return RunGradients(
+        name=folder.name,
+        slow_start=slow_start_end(config),
+        steps_per_epoch=_steps_per_epoch(folder),
+        norms=norms,
+        norms_from='records' if recorded_norms else 'checkpoints',
+        steps=steps,
+        gradients=gradients,
+        gradients_from='records' if recorded_gradients else 'checkpoints',
+        notes=notes,
+    )
+
+
+def _replay_gradients(
+    replay: Replay, smallest: float, batches: int
+) -> tuple[list[NormRecord], torch.Tensor, torch.Tensor, tuple[str, ...]]:
+    """Norms, steps [N], gradients of the last layer [N, D] and notes of all checkpoints."""
+    layers, last = layer_slices(replay.method, smallest), last_linear(replay.method)
+    norms, gradients = [], []
+    notes: dict[str, None] = {}
+    for step in tqdm(replay.steps, desc=f'{replay.folder.name}: checkpoints', unit='checkpoint', dynamic_ncols=True):
+        replay.load(step)
+        replay.losses(replay.next_steps(batches), backward=True)
+        within, total, rest = mean_norms(layers).tolist()
+        norms.append(NormRecord(step, smallest, within, total, rest, len(replay.schedule.widths_at(step))))
+        assert last.grad is not None
+        gradients.append(last.grad.flatten().cpu())
+        notes |= dict.fromkeys(replay.notes)
+    return norms, torch.tensor(replay.steps), torch.stack(gradients), tuple(notes)
+
+
+def _steps_per_epoch(folder: Path) -> int:
+    # A checkpoint tells it without the images.
+    for path in (folder / 'checkpoints').glob('step-????????/state.json'):
+        return json.loads(path.read_text())['steps_per_epoch']
+    return Replay(folder).schedule.steps_per_epoch
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Means over a run's slow start, over the epochs after it, or over all epochs of a run without slow start.
+
+    Args:
+        name: `all`, or `before S` and `after S`.
+        norms: Steps with gradient norms.
+        all_ratio: Norm of the whole gradient over that of the smallest width's slice (Fig. 3).
+        rest_ratio: Norm of the rest over that of the smallest width's slice (Fig. 3).
+        gradients: Steps with a gradient of the last layer.
+        length: Norm of the last layer's gradient.
+        consecutive: Cosine of one gradient and the next.
+        pairwise: Cosine of all pairs: 1 if all have one direction, 0 if they have none in common.
+        explained: Share of the squared length of these gradients, each of unit length, along their first and second
+            principal component.
+    """
+
+    name: str
+    norms: int
+    all_ratio: float
+    rest_ratio: float
+    gradients: int
+    length: float
+    consecutive: float
+    pairwise: float
+    explained: tuple[float, float]
+
+
+def phases(run: RunGradients) -> list[Phase]:
+    """Summarise the phases of a run that have at least one step."""
+    found = []
+    names = {'all': None} if run.slow_start is None else {'before S': True, 'after S': False}
+    for name, slow in names.items():
+        records = [record for record in run.norms if slow in (None, run.in_slow_start(record.step))]
+        chosen = [slow in (None, run.in_slow_start(step)) for step in run.steps.tolist()]
+        gradients = run.gradients[torch.tensor(chosen, dtype=torch.bool)]
+        consecutive, pairwise = mean_cosines(gradients)
+        few = len(gradients) < 2
+        first, second = (nan, nan) if few else components(gradients, unit_length=True).ratios.tolist()
+        found.append(
+            Phase(
+                name=name,
+                norms=len(records),
+                all_ratio=_mean([record.all_ratio for record in records]),
+                rest_ratio=_mean([record.rest_ratio for record in records]),
+                gradients=len(gradients),
+                length=_mean(gradients.norm(dim=1).tolist()),
+                consecutive=consecutive,
+                pairwise=pairwise,
+                explained=(first, second),
+            )
+        )
+    return [phase for phase in found if phase.norms or phase.gradients]
+
+
+def components(gradients: torch.Tensor, unit_length: bool = False) -> Components:
+    """First two principal components of gradients [N, D] about the origin (paper, Fig. 4).
+
+    With `unit_length` every step counts alike, and the length of a projection is the share of the direction that lies
+    in the plane. Otherwise, as in the paper, large gradients decide on the plane, and projections show sizes, too.
+    """
+    rows = gradients.double()
+    return principal_components(F.normalize(rows, dim=1) if unit_length else rows)
+
+
+def mean_cosines(gradients: torch.Tensor) -> tuple[float, float]:
+    """Mean cosine of consecutive rows of [N, D], and of all pairs; nan for fewer than two rows."""
+    if len(gradients) < 2:
+        return nan, nan
+    rows = F.normalize(gradients.double(), dim=1)
+    cosines = rows @ rows.T
+    pairs = torch.ones_like(cosines, dtype=torch.bool).triu(1)
+    return cosines.diagonal(1).mean().item(), cosines[pairs].mean().item()
+
+
+def _mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if isfinite(value)]
+    return fmean(finite) if finite else nan
+
+
 def analyse_gradients(runs: Sequence[str], config: GradientsConfig) -> None:
     """Write gradients.csv, gradients.json and three figures of runs, and print a table.
 
@@ -65,15 +252,7 @@ def analyse_gradients(runs: Sequence[str], config: GradientsConfig) -> None:
     output = Path(config.output) if config.output is not None else folders[0] / 'analysis'
     settings = {'runs': [str(folder.resolve()) for folder in folders], **relevant(config)}
     read_data(output / 'gradients', settings)
-    found = [
-        gradients_of(
-            folder,
-            smallest=config.smallest,
-            batches=config.batches,
-            from_checkpoints=config.from_checkpoints,
-        )
-        for folder in folders
-    ]
+    found = [gradients_of(folder, config) for folder in folders]
     draw_imbalance(found, output / 'gradient_imbalance')
     draw_divergence(found, output / 'gradient_divergence')
     draw_divergence(found, output / 'gradient_directions', unit_length=True)
@@ -144,12 +323,7 @@ def _table(runs: Sequence[RunGradients]) -> TextTable:
 
 
 def draw_imbalance(runs: Sequence[RunGradients], path: Path) -> None:
-    """Draw ratios of gradient norms over epochs, one panel per run (paper, Fig. 3).
-
-    Args:
-        runs: Runs with norms.
-        path: PNG and PDF to write, without suffix.
-    """
+    """Draw ratios of gradient norms over epochs, one panel per run (paper, Fig. 3)."""
     figure, axes = _panels(len(runs), width=4.6, height=3.6)
     highest = max(value for run in runs for record in run.norms for value in (record.all_ratio, 1) if isfinite(value))
     for axis, run in zip(axes, runs, strict=True):
@@ -173,11 +347,6 @@ def draw_divergence(runs: Sequence[RunGradients], path: Path, unit_length: bool 
 
     Each step is an arrow, the later the darker; of many only the heads are drawn. At unit length an arrow reaches the
     circle if its direction lies in the plane.
-
-    Args:
-        runs: Runs with gradients.
-        path: PNG and PDF to write, without suffix.
-        unit_length: Draw directions alone, as in `components`.
     """
     figure, axes = _panels(len(runs), width=4.2, height=4.4)
     for axis, run in zip(axes, runs, strict=True):

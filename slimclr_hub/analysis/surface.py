@@ -17,27 +17,17 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-from slimclr_hub.analysis.base import (
-    Analysis,
-    OutputOption,
-    labels_of,
-    output_stem,
-    read_data,
-    run_folders,
-    write_data,
-)
-from slimclr_hub.analysis.landscape import (
+from slimclr_hub.analysis.base import Analysis, OutputOption, labels_of, output_stem, read_data, run_folders, write_data
+from slimclr_hub.analysis.replay import Replay, recipe_of
+from slimclr_hub.analysis.trajectory import (
     NORMALISATIONS,
-    Directions,
     Panel,
     PlanePath,
     Weights,
     load_trajectory,
-    plane_path,
     planes_figure,
     reach_of,
 )
-from slimclr_hub.analysis.replay import Replay, recipe_of
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import has_validation
 from slimclr_hub.errors import InputError
@@ -47,9 +37,6 @@ from slimclr_hub.methods.batchnorm import split_batchnorm
 from slimclr_hub.runs.figures import save_figure
 from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.settings import above, at_least, differences, one_of
-
-Values = dict[str, float | None]
-"""Name of a quantity -> its value; None if it is not finite."""
 
 _QUANTITIES = ('full', 'total', 'error')
 
@@ -83,9 +70,8 @@ class SurfaceConfig(OutputOption):
         at_least('batches', self.batches, 1)
         at_least('images', self.images, 1)
         if self.resolution % 2 == 0:
-            raise InputError(
-                f'resolution is {self.resolution}, which has no point at the origin; give {self.resolution + 1}'
-            )
+            even = f'resolution is {self.resolution}, which has no point at the origin'
+            raise InputError(f'{even}; give {self.resolution + 1}')
         for reach in self.reach or ():
             above('reach', reach, 0)
 
@@ -95,14 +81,7 @@ class LossMeasure:
 
     Images, views, random numbers, keys and queue are the same at every point: the momentum encoder does not follow the
     weights, and nothing is enqueued. Batches are normalised by their own statistics, as in training, and running
-    statistics stay. So at the origin it is the loss of the checkpoint.
-
-    Args:
-        replay: The run, at a checkpoint.
-        batches: Batches, each of an optimizer step, over which the loss is averaged.
-
-    Attributes:
-        backbone: The network whose weights are moved.
+    statistics stay. So at the origin it is the loss of the checkpoint. The weights that move are those of `backbone`.
     """
 
     def __init__(self, replay: Replay, batches: int) -> None:
@@ -223,17 +202,25 @@ def measure_surface(
     parameters = dict(measure.backbone.named_parameters())
     first, second = ({name: d.to(parameters[name]) for name, d in direction.items()} for direction in directions)
     origin = {name: parameters[name].detach().clone() for name in first}
-    points = _read_points(partial, settings)
+    lines = read_json_lines(partial)
+    if lines and (changes := differences(lines[0], settings)):
+        raise InputError(
+            f'{partial} has a part of a surface of other settings ({"; ".join(changes)}); remove it, or give --output'
+        )
+    points = {(j, i): values for j, i, values in lines[1:]}
     progress(len(points))
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if not read_json_lines(partial):
+        if not lines:
             append_json_line(partial, dict(settings))
-        for j, i in product(range(len(axes[1])), range(len(axes[0]))):
+        for (j, b), (i, a) in product(enumerate(axes[1]), enumerate(axes[0])):
             if (j, i) in points:
                 continue
-            move(measure.backbone, origin, first, second, axes[0][i], axes[1][j])
-            points[j, i] = _floats(measure())
+            move(measure.backbone, origin, first, second, a, b)
+            outputs = measure()
+            # One transfer, since each would synchronise the device.
+            numbers = torch.stack([value.float() for value in outputs.values()]).tolist()
+            points[j, i] = {name: x if isfinite(x) else None for name, x in zip(outputs, numbers, strict=True)}
             append_json_line(partial, [j, i, points[j, i]])
             progress(1)
     finally:
@@ -243,21 +230,6 @@ def measure_surface(
     }
 
 
-def _floats(values: Mapping[str, torch.Tensor]) -> Values:
-    # One transfer, since each would synchronise the device.
-    numbers = torch.stack([value.float() for value in values.values()]).tolist()
-    return {name: number if isfinite(number) else None for name, number in zip(values, numbers, strict=True)}
-
-
-def _read_points(partial: Path, settings: Mapping[str, Any]) -> dict[tuple[int, int], Values]:
-    lines = read_json_lines(partial)
-    if lines and (changes := differences(lines[0], settings)):
-        raise InputError(
-            f'{partial} has a part of a surface of other settings ({"; ".join(changes)}); remove it, or give --output'
-        )
-    return {(j, i): values for j, i, values in lines[1:]}
-
-
 def analyse_surface(runs: Sequence[str], config: SurfaceConfig) -> None:
     """Measure the points of runs' surfaces that are still missing, and draw them."""
     folders = run_folders(runs)
@@ -265,23 +237,26 @@ def analyse_surface(runs: Sequence[str], config: SurfaceConfig) -> None:
     if config.quantity != 'error' and len(set(methods)) > 1:
         named = ' and '.join(sorted(set(methods)))
         raise InputError(f'losses of {named} do not compare; give runs of one method, or --quantity error')
-    trajectories = [load_trajectory(folder) for folder in folders]
-    directions = [trajectory.directions(config.normalise) for trajectory in trajectories]
-    paths = [
-        plane_path(trajectory, found, config.normalise)
-        for trajectory, found in zip(trajectories, directions, strict=True)
-    ]
+    planes, paths = zip(*(load_trajectory(folder).plane(config.normalise) for folder in folders), strict=True)
     reach = config.reach or reach_of(paths)
     axes = (grid(reach[0], config.resolution), grid(reach[1], config.resolution))
     kind = 'error-surface' if config.quantity == 'error' else 'loss-surface'
     stem = output_stem(kind, folders, config.output)
-    settings = _settings(config, paths, reach)
+    settings = {
+        'runs': [path.run for path in paths],
+        'steps': [list(path.steps) for path in paths],
+        'resolution': config.resolution,
+        'reach': list(reach),
+        'normalise': config.normalise,
+        # Not the quantity: one measurement of losses has both of them.
+        **({'images': config.images} if config.quantity == 'error' else {'batches': config.batches}),
+    }
     known = read_data(stem, settings)
     if known is not None:
         measured = known['runs']
     else:
         partials = [stem.with_name(f'{stem.name}.{number}.partial.jsonl') for number in range(len(folders))]
-        measured = _measure_all(config, paths, directions, axes, partials, settings)
+        measured = _measure_all(config, paths, planes, axes, partials, settings)
         write_data(stem, settings, runs=measured)
         for partial in partials:
             partial.unlink()
@@ -296,23 +271,10 @@ def analyse_surface(runs: Sequence[str], config: SurfaceConfig) -> None:
     print(f'Figure: {figure}.png\nData: {stem}.json')
 
 
-def _settings(config: SurfaceConfig, paths: Sequence[PlanePath], reach: Sequence[float]) -> dict[str, Any]:
-    # Not the quantity: one measurement of losses has both of them.
-    amount = {'images': config.images} if config.quantity == 'error' else {'batches': config.batches}
-    return {
-        'runs': [path.run for path in paths],
-        'steps': [list(path.steps) for path in paths],
-        'resolution': config.resolution,
-        'reach': list(reach),
-        'normalise': config.normalise,
-        **amount,
-    }
-
-
 def _measure_all(
     config: SurfaceConfig,
     paths: Sequence[PlanePath],
-    directions: Sequence[Directions],
+    planes: Sequence[tuple[Weights, Weights]],
     axes: tuple[Sequence[float], Sequence[float]],
     partials: Sequence[Path],
     settings: Mapping[str, Any],
@@ -321,7 +283,7 @@ def _measure_all(
     interval = 0.2 if sys.stderr.isatty() else 15
     total = len(paths) * config.resolution**2
     with tqdm(total=total, unit='point', desc='surface', dynamic_ncols=True, mininterval=interval) as bar:
-        for path, plane, partial in zip(paths, directions, partials, strict=True):
+        for path, plane, partial in zip(paths, planes, partials, strict=True):
             replay = Replay(Path(path.run))
             replay.load(path.steps[-1])
             for note in replay.notes:
@@ -331,13 +293,9 @@ def _measure_all(
                     f'{replay.folder}: the last checkpoint is after step {replay.step} of '
                     f'{replay.schedule.total_steps}; the surface is about that one'
                 )
-            measure = (
-                ErrorMeasure(replay, config.images)
-                if config.quantity == 'error'
-                else LossMeasure(replay, config.batches)
-            )
-            own = {**settings, 'run': path.run}
-            values = measure_surface(measure, (plane.first, plane.second), axes, partial, own, bar.update)
+            errors = config.quantity == 'error'
+            measure = ErrorMeasure(replay, config.images) if errors else LossMeasure(replay, config.batches)
+            values = measure_surface(measure, plane, axes, partial, {**settings, 'run': path.run}, bar.update)
             results.append({'path': asdict(path), 'axes': axes, 'values': values})
     return results
 

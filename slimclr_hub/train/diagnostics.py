@@ -308,8 +308,8 @@ class GradientObserver:
         found = []
         if self._norms:
             values = torch.stack([norms for *_, norms in self._norms]).tolist()
-            for (step, count, _), norms in zip(self._norms, values, strict=True):
-                found.append(NormRecord(step, self._smallest, *norms, count))
+            for (step, count, _), (smallest, total, rest) in zip(self._norms, values, strict=True):
+                found.append(NormRecord(step, self._smallest, smallest, total, rest, count))
             self._records.add_norms(found)
             self._norms.clear()
         if self._gradients:

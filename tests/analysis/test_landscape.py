@@ -1,20 +1,20 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from slimclr_hub.analysis.landscape import (
-    filter_normalise,
-    find_directions,
-    offset,
-    principal_directions,
-    project,
-)
+from slimclr_hub.analysis.trajectory import PlanePath, Trajectory, Weights, filter_normalise, project
 from slimclr_hub.errors import InputError
 
-SHAPES = {'conv': (6, 3, 3, 3), 'fc': (5, 6), 'norm': (6,), 'bias': (5,)}
-MOVING = ('conv', 'fc')
+SHAPES = {'conv': (6, 3, 3, 3), 'fc': (5, 6)}
+
+
+def plane_of(points, normalise: str = 'none') -> tuple[Weights, Weights, PlanePath]:
+    """Both directions, and the path of points to the last of them."""
+    (first, second), path = Trajectory(Path('run'), tuple(range(len(points))), 1, None, points).plane(normalise)
+    return first, second, path
 
 
 def weights(seed: int, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
@@ -23,22 +23,21 @@ def weights(seed: int, dtype: torch.dtype = torch.float64) -> dict[str, torch.Te
 
 
 def flat(point) -> torch.Tensor:
-    return torch.cat([point[name].double().flatten() for name in MOVING])
+    return torch.cat([point[name].double().flatten() for name in SHAPES])
 
 
 def orthonormal() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     basis, _ = torch.linalg.qr(torch.stack([flat(weights(1)), flat(weights(2))], 1))
     found = []
     for column in basis.T:
-        parts = column.split([math.prod(SHAPES[name]) for name in MOVING])
-        found.append({name: part.reshape(SHAPES[name]) for name, part in zip(MOVING, parts, strict=True)})
+        parts = column.split([math.prod(SHAPES[name]) for name in SHAPES])
+        found.append({name: part.reshape(SHAPES[name]) for name, part in zip(SHAPES, parts, strict=True)})
     return found[0], found[1]
 
 
 def at(origin, first, second, a: float, b: float) -> dict[str, torch.Tensor]:
-    """A point of the plane; what does not take part is anywhere."""
-    moved = {name: origin[name] + a * first[name] + b * second[name] for name in MOVING}
-    return {**weights(77), **moved}
+    """A point of the plane."""
+    return {name: origin[name] + a * first[name] + b * second[name] for name in SHAPES}
 
 
 PATH = [(10.0, -1.0), (8.0, 2.0), (5.0, 3.0), (2.0, 0.5), (0.0, 0.0)]
@@ -47,8 +46,7 @@ PATH = [(10.0, -1.0), (8.0, 2.0), (5.0, 3.0), (2.0, 0.5), (0.0, 0.0)]
 def test_filters_have_the_norms_of_the_weights():
     direction, w = weights(1), weights(2)
     scaled = filter_normalise(direction, w)
-    assert set(scaled) == set(MOVING)  # biases and normalisation do not move
-    for name in MOVING:
+    for name in SHAPES:
         for d, before, v in zip(scaled[name], direction[name], w[name], strict=True):
             assert d.norm().item() == pytest.approx(v.norm().item(), rel=1e-12)
             assert torch.nn.functional.cosine_similarity(d.flatten(), before.flatten(), 0).item() == pytest.approx(1)
@@ -65,13 +63,12 @@ def test_filters_of_zero_stay_finite():
 
 def test_path_in_a_plane_is_recovered():
     origin, (first, second) = weights(0), orthonormal()
-    found = find_directions([at(origin, first, second, a, b) for a, b in PATH], origin, filter_normalised=False)
+    *_, found = plane_of([at(origin, first, second, a, b) for a, b in PATH])
+    coordinates = torch.tensor(found.coordinates, dtype=torch.float64)
     # Up to a rotation and mirroring within the plane: distances of all points from each other.
     path = torch.tensor(PATH, dtype=torch.float64)
-    torch.testing.assert_close(
-        torch.cdist(found.coordinates, found.coordinates), torch.cdist(path, path), rtol=0, atol=1e-7
-    )
-    torch.testing.assert_close(found.coordinates[-1], torch.zeros(2, dtype=torch.float64))
+    torch.testing.assert_close(torch.cdist(coordinates, coordinates), torch.cdist(path, path), rtol=0, atol=1e-7)
+    assert found.coordinates[-1] == (0, 0)
     assert found.captured == pytest.approx(1, abs=1e-12)
     assert sum(found.explained) == pytest.approx(1, abs=1e-12)
     values = torch.linalg.svdvals(path).square()
@@ -82,12 +79,12 @@ def test_path_along_its_own_axes_is_recovered_point_by_point():
     """Coordinates with orthogonal columns are their own principal components."""
     origin, (first, second) = weights(0), orthonormal()
     path = [(4.0, 1.0), (4.0, -1.0), (3.0, 0.0), (0.0, 0.0)]
-    found = find_directions([at(origin, first, second, a, b) for a, b in path], origin, filter_normalised=False)
-    torch.testing.assert_close(found.coordinates, torch.tensor(path, dtype=torch.float64), rtol=0, atol=1e-10)
+    *directions, found = plane_of([at(origin, first, second, a, b) for a, b in path])
+    np.testing.assert_allclose(found.coordinates, path, rtol=0, atol=1e-10)
     assert found.offsets == pytest.approx((4.0, 1.0))
-    for name in MOVING:
-        torch.testing.assert_close(found.first[name], first[name], rtol=0, atol=1e-10)
-        torch.testing.assert_close(found.second[name], second[name], rtol=0, atol=1e-10)
+    for name in SHAPES:
+        torch.testing.assert_close(directions[0][name], first[name], rtol=0, atol=1e-10)
+        torch.testing.assert_close(directions[1][name], second[name], rtol=0, atol=1e-10)
 
 
 def test_components_are_those_of_sklearn_around_the_origin():
@@ -95,32 +92,32 @@ def test_components_are_those_of_sklearn_around_the_origin():
 
     origin = weights(0)
     points = [weights(seed) for seed in range(1, 8)]
-    offsets = [offset(point, origin) for point in points]
-    (first, second), explained = principal_directions(offsets)
-    matrix = torch.stack([flat(each) for each in offsets]).numpy()
+    first, second, found = plane_of([*points, origin])
+    matrix = torch.stack([flat(point) - flat(origin) for point in points]).numpy()
     reference = TruncatedSVD(2, algorithm='arpack').fit(matrix)
     for component, expected in zip((first, second), reference.components_, strict=True):
         assert abs(float(flat(component).numpy() @ expected)) == pytest.approx(1, abs=1e-9)
         assert flat(component).norm().item() == pytest.approx(1, abs=1e-12)
-    np.testing.assert_allclose(explained, reference.singular_values_**2 / (matrix**2).sum())
+    np.testing.assert_allclose(found.explained, reference.singular_values_**2 / (matrix**2).sum())
 
 
 def test_signs_do_not_depend_on_the_solver():
     origin = weights(0)
     points = [weights(seed) for seed in range(1, 5)]
-    coordinates = find_directions([*points, origin], origin, filter_normalised=False).coordinates
-    assert (coordinates[0] > 0).all()
+    *_, found = plane_of([*points, origin])
+    assert min(found.coordinates[0]) > 0
 
 
-@pytest.mark.parametrize('filter_normalised', [False, True])
-def test_projection_is_the_nearest_point(filter_normalised):
+@pytest.mark.parametrize('normalise', ['none', 'filter'])
+def test_projection_is_the_nearest_point(normalise):
     """By a loop: moving away from it in the plane in any direction makes the distance larger."""
     origin = weights(0)
     points = [weights(seed) for seed in range(1, 5)]
-    found = find_directions(points, origin, filter_normalised)
-    matrix = torch.stack([flat(found.first), flat(found.second)], 1)
+    *directions, found = plane_of([*points, origin], normalise)
+    coordinates = torch.tensor(found.coordinates, dtype=torch.float64)
+    matrix = torch.stack([flat(direction) for direction in directions], 1)
     rest = total = 0.0
-    for point, coordinate in zip(points, found.coordinates, strict=True):
+    for point, coordinate in zip(points, coordinates[:-1], strict=True):
         delta = flat(point) - flat(origin)
         torch.testing.assert_close(coordinate, torch.linalg.pinv(matrix) @ delta, rtol=0, atol=1e-9)
         nearest = (delta - matrix @ coordinate).norm()
@@ -136,30 +133,28 @@ def test_directions_that_are_not_orthogonal():
     first, second = orthonormal()
     slanted = {name: second[name] + 0.9 * first[name] for name in second}
     row = {name: 2.0 * first[name] + 3.0 * slanted[name] for name in first}
-    torch.testing.assert_close(project([row], first, slanted), torch.tensor([[2.0, 3.0]], dtype=torch.float64))
+    found = project(flat(row)[None], flat(first), flat(slanted))
+    torch.testing.assert_close(found, torch.tensor([[2.0, 3.0]], dtype=torch.float64))
 
 
 def test_filter_normalised_directions_start_from_the_principal_components():
     origin = weights(0)
     points = [weights(seed) for seed in range(1, 5)]
-    plain, scaled = (find_directions(points, origin, how) for how in (False, True))
-    assert scaled.explained == plain.explained
-    for name in MOVING:
-        expected = filter_normalise(plain.first, origin)[name]
-        torch.testing.assert_close(scaled.first[name], expected)
+    plain, scaled = (plane_of([*points, origin], how) for how in ('none', 'filter'))
+    assert scaled[2].explained == plain[2].explained
+    for name in SHAPES:
+        torch.testing.assert_close(scaled[0][name], filter_normalise(plain[0], origin)[name])
     # A length in such a direction is one of the weights.
-    assert flat(scaled.second).norm().item() == pytest.approx(flat(origin).norm().item())
+    assert flat(scaled[1]).norm().item() == pytest.approx(flat(origin).norm().item())
 
 
-def test_single_precision_and_what_does_not_take_part():
-    """Checkpoints hold float32; a normalisation that moves far changes nothing."""
-    origin, points = weights(0, torch.float32), [weights(seed, torch.float32) for seed in range(1, 5)]
-    before = find_directions(points, origin, filter_normalised=False)
-    for point in points:
-        point['norm'] += 1000
-    after = find_directions(points, origin, filter_normalised=False)
-    torch.testing.assert_close(before.coordinates, after.coordinates, rtol=0, atol=0)
-    assert before.first['conv'].dtype == torch.float64
+def test_single_precision():
+    """Checkpoints hold float32."""
+    points = [weights(seed, torch.float32) for seed in (1, 2, 3, 4, 0)]
+    first, _, found = plane_of(points)
+    *_, expected = plane_of([{name: tensor.double() for name, tensor in point.items()} for point in points])
+    assert first['conv'].dtype == torch.float64
+    assert found == expected
 
 
 @pytest.mark.parametrize('count', [0, 1, 2])
@@ -170,4 +165,4 @@ def test_too_few_points(count):
     with pytest.raises(
         InputError, match=r'do not span a plane; train with --diagnostics\.snapshots 20, or keep more checkpoints'
     ):
-        find_directions([*points, origin], origin, filter_normalised=False)
+        plane_of([*points, origin])

@@ -16,46 +16,46 @@ def rows():
 
 
 def test_agrees_with_scikit_learn(rows):
-    found = principal_components(rows, 4)
+    found = principal_components(rows - rows.mean(0), 4)
     expected = PCA(4, svd_solver='full').fit(rows.numpy())
     signs = np.sign((found.directions.numpy() * expected.components_).sum(1))
     np.testing.assert_allclose(found.directions.numpy() * signs[:, None], expected.components_, atol=1e-12)
     np.testing.assert_allclose(found.projections.numpy() * signs, expected.transform(rows.numpy()), atol=1e-12)
-    np.testing.assert_allclose(found.variances.numpy(), expected.explained_variance_, rtol=1e-12)
+    variances = found.projections.square().sum(0) / (len(rows) - 1)
+    np.testing.assert_allclose(variances.numpy(), expected.explained_variance_, rtol=1e-12)
     np.testing.assert_allclose(found.ratios.numpy(), expected.explained_variance_ratio_, rtol=1e-12)
-    np.testing.assert_allclose(found.origin.numpy(), expected.mean_, rtol=1e-12)
 
 
 def test_about_an_origin_is_the_singular_value_decomposition_from_there(rows):
-    found = principal_components(rows, 3, origin=rows[-1])
+    found = principal_components(rows - rows[-1], 3)
     _, values, vectors = np.linalg.svd((rows - rows[-1]).numpy(), full_matrices=False)
     signs = np.sign((found.directions.numpy() * vectors[:3]).sum(1))
     np.testing.assert_allclose(found.directions.numpy() * signs[:, None], vectors[:3], atol=1e-12)
-    np.testing.assert_allclose(found.variances.numpy(), values[:3] ** 2 / 8, rtol=1e-12)
+    np.testing.assert_allclose(found.projections.square().sum(0).numpy(), values[:3] ** 2, rtol=1e-12)
+    np.testing.assert_allclose(found.ratios.numpy(), values[:3] ** 2 / (values**2).sum(), rtol=1e-12)
     assert found.projections[-1].abs().max() == 0
 
 
 def test_directions_are_orthonormal_and_their_signs_fixed(rows):
     found = principal_components(rows, 5)
     torch.testing.assert_close(found.directions @ found.directions.T, torch.eye(5, dtype=torch.float64))
-    flipped = principal_components(2 * found.origin - rows, 5)
+    flipped = principal_components(-rows, 5)
     torch.testing.assert_close(flipped.directions, found.directions)
     torch.testing.assert_close(flipped.projections, -found.projections)
 
 
 def test_rows_on_a_line_have_one_direction():
-    """Closed form: points t * (3, 4, 0) / 5 about their mean."""
+    """Closed form: points t * (3, 4, 0) / 5."""
     positions = torch.tensor([-2.0, 0.0, 2.0], dtype=torch.float64)
     found = principal_components(positions[:, None] * torch.tensor([0.6, 0.8, 0.0], dtype=torch.float64))
     expected = torch.tensor([[0.6, 0.8, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(found.directions, expected)
     torch.testing.assert_close(found.projections[:, 0], positions)
-    torch.testing.assert_close(found.variances, torch.tensor([4.0, 0.0], dtype=torch.float64))
     torch.testing.assert_close(found.ratios, torch.tensor([1.0, 0.0], dtype=torch.float64))
 
 
 def test_rows_that_do_not_vary_have_no_direction():
-    found = principal_components(torch.ones(3, 5))
+    found = principal_components(torch.zeros(3, 5))
     assert not found.directions.any()
     assert not found.ratios.any()
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from slimclr_hub.analysis.gradients import GradientsConfig, gradients_of
 from slimclr_hub.analysis.replay import Replay, saved_weights
-from slimclr_hub.analysis.run_gradients import gradients_of
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import file_hash
 from slimclr_hub.train.diagnostics import NormRecord, Records, last_linear, layer_slices, mean_norms
@@ -224,15 +224,15 @@ def test_dropped_records_are_those_from_a_step_on(tmp_path):
 
 
 def test_records_are_preferred_and_checkpoints_stand_in(run):
-    recorded = gradients_of(run)
+    recorded = gradients_of(run, GradientsConfig())
     assert (recorded.norms_from, recorded.gradients_from) == ('records', 'records')
     assert (recorded.steps_per_epoch, recorded.slow_start) == (6, 2 / 2)
-    replayed = gradients_of(run, from_checkpoints=True, smallest=0.5)
+    replayed = gradients_of(run, GradientsConfig(from_checkpoints=True, smallest=0.5))
     assert (replayed.norms_from, replayed.gradients_from) == ('checkpoints', 'checkpoints')
     assert [record.step for record in replayed.norms] == replayed.steps.tolist() == [5, 6, 10, 12]
     assert {record.width for record in replayed.norms} == {0.5}
     with pytest.raises(InputError, match=r'has recorded the share of width 0\.25, not of 0\.5'):
-        gradients_of(run, smallest=0.5)
+        gradients_of(run, GradientsConfig(smallest=0.5))
 
 
 @pytest.mark.parametrize('damage', ['cut', 'gone'])

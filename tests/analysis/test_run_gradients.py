@@ -5,8 +5,8 @@ from math import isnan, sqrt
 import pytest
 import torch
 
+from slimclr_hub.analysis.gradients import RunGradients, components, mean_cosines, phases
 from slimclr_hub.analysis.replay import slow_start_end
-from slimclr_hub.analysis.run_gradients import RunGradients, components, mean_cosines, phases
 from slimclr_hub.train.config import MethodConfig, ModelConfig, OptimConfig, PretrainConfig
 from slimclr_hub.train.diagnostics import NormRecord
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from slimclr_hub.analysis.landscape import find_directions, load_trajectory
 from slimclr_hub.analysis.replay import Replay
 from slimclr_hub.analysis.surface import ErrorMeasure, LossMeasure, grid, measure_surface
+from slimclr_hub.analysis.trajectory import load_trajectory
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.errors import InputError
 from tests.analysis.runs import analyse, pretrain, refusal
@@ -61,8 +61,7 @@ def at_the_end(replays):
 
 
 def plane_of(folder: Path):
-    found = load_trajectory(folder).directions('filter')
-    return found.first, found.second
+    return load_trajectory(folder).plane('filter')[0]
 
 
 def state_of(replay: Replay) -> dict[str, torch.Tensor]:
@@ -272,7 +271,6 @@ def test_mistakes_end_in_one_line(runs, capsys, option, value, words):
 def test_directions_are_those_of_the_backbone(runs, at_the_end):
     """All convolutions of all blocks, and with labels the classifier; no head, no momentum encoder."""
     for name, extra in ('mocov2', set()), ('supervised', {'fc.w100.weight', 'fc.w025.weight'}):
-        replay, trajectory = at_the_end(name), load_trajectory(runs[name])
+        replay = at_the_end(name)
         expected = {n for n, p in replay.method.backbone.named_parameters() if p.ndim == 4} | extra
-        found = find_directions(trajectory.points, trajectory.origin, filter_normalised=False)
-        assert set(found.first) == expected
+        assert set(plane_of(runs[name])[0]) == expected

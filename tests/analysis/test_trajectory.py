@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from slimclr_hub.analysis.base import labels_of
-from slimclr_hub.analysis.landscape import Panel, load_trajectory, plane_path, planes_figure
+from slimclr_hub.analysis.trajectory import Panel, load_trajectory, planes_figure
 from slimclr_hub.errors import InputError
 from slimclr_hub.runs.command_line import dump
 from slimclr_hub.train.config import PretrainConfig
@@ -61,10 +61,10 @@ def own(runs, tmp_path) -> Path:
 def test_path_is_that_of_the_checkpoints(runs):
     trajectory = load_trajectory(runs[0])
     assert trajectory.steps == (10, 20, 30, 40)
-    assert set(trajectory.origin) == {'conv1.weight', 'layer1.weight'}
-    found = trajectory.directions('none')
+    assert set(trajectory.points[-1]) == {'conv1.weight', 'layer1.weight'}
+    _, found = trajectory.plane('none')
     expected = torch.tensor(list(ALONE.values()), dtype=torch.float64)
-    torch.testing.assert_close(found.coordinates, expected, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(found.coordinates, expected, rtol=0, atol=1e-9)
     assert found.offsets == pytest.approx((4.0, 1.0))
     squares = expected.square().sum(0)
     assert found.explained == pytest.approx((squares / squares.sum()).tolist())
@@ -77,9 +77,10 @@ def test_snapshots_lie_between_checkpoints(own):
         save_file(tensors(at, step), own / 'diagnostics' / f'weights-{step:08d}.safetensors')
     trajectory = load_trajectory(own)
     assert trajectory.steps == (10, 15, 20, 30, 40)
-    flat = torch.cat([(trajectory.points[1][n] - trajectory.origin[n]).flatten() for n in trajectory.origin])
+    end = trajectory.points[-1]
+    flat = torch.cat([(trajectory.points[1][name] - end[name]).flatten() for name in end])
     torch.testing.assert_close(plane().T @ flat, torch.tensor([2.0, 9.0], dtype=torch.float64))
-    assert trajectory.directions('none').offsets[0] == pytest.approx(9.2, abs=0.3)  # mostly along the 2nd column now
+    assert trajectory.plane('none')[1].offsets[0] == pytest.approx(9.2, abs=0.3)  # mostly along the 2nd column now
 
 
 def test_runs_that_cannot_be_read(own, tmp_path):
@@ -105,10 +106,7 @@ def test_a_run_with_too_few_points_is_named(tmp_path, capsys):
 
 def test_colours_of_epochs_are_those_of_all_panels(runs, own):
     shutil.rmtree(own / 'checkpoints' / 'step-00000040')
-    paths = [
-        plane_path(trajectory, trajectory.directions('none'), 'none')
-        for trajectory in map(load_trajectory, (runs[0], own))
-    ]
+    paths = [load_trajectory(run).plane('none')[1] for run in (runs[0], own)]
     assert [path.epochs[-1] for path in paths] == [2, 1.5]
     figure = planes_figure([Panel('run', path) for path in paths], '')
     scales = [dots.get_clim() for axis in figure.axes for dots in axis.collections if len(dots.get_offsets()) > 2]
