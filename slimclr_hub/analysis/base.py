@@ -43,11 +43,7 @@ class OutputOption(Incidental):
 
 
 def run_folders(runs: Sequence[str]) -> list[Path]:
-    """Return the folders of runs.
-
-    Raises:
-        InputError: One is not the folder of a run, its recipe cannot be read, or it is given twice.
-    """
+    """Return the folders of runs; refuse what is not the folder of a run, and one that is given twice."""
     folders = [Path(run) for run in runs]
     for folder in folders:
         recipe_of(folder)

@@ -136,7 +136,7 @@ def least_squares(X: torch.Tensor, T: torch.Tensor, ridge: float = 0.0) -> torch
         InputError: Without a ridge the columns of X [N, d] are not independent.
     """
     if ridge == 0:
-        check_rank(X)
+        _check_rank(X)
     X, T = X.double(), T.double()
     if ridge > 0:
         d = X.shape[1]
@@ -146,11 +146,8 @@ def least_squares(X: torch.Tensor, T: torch.Tensor, ridge: float = 0.0) -> torch
     return torch.linalg.lstsq(X, T, driver='gels').solution
 
 
-def check_rank(X: torch.Tensor) -> None:
-    """Raise an InputError, with the rank, unless the columns of X [N, d] are independent.
-
-    Columns that differ only by rounding in the precision of X are not.
-    """
+def _check_rank(X: torch.Tensor) -> None:
+    """Refuse columns that are not independent, or only by rounding in the precision of X [N, d]."""
     values = torch.linalg.svdvals(X.double())
     # Rounding of each entry adds a matrix whose norm is about this share of the largest singular value.
     rank = int((values > values.max() * torch.finfo(X.dtype).eps * max(X.shape) ** 0.5).sum())
@@ -165,13 +162,7 @@ def check_rank(X: torch.Tensor) -> None:
 
 
 def linear_condition(X: torch.Tensor, X1: torch.Tensor, labels: torch.Tensor, ridge: float = 0.0) -> Condition:
-    """Measure how far Eq. (23) is from holding.
-
-    Args:
-        X: Features of the full width [N, d].
-        X1: Features of the narrower width [N, d1].
-        labels: Classes [N] from 0.
-        ridge: As in `sides`.
+    """Measure how far Eq. (23) is from holding; arguments as in `sides`, with classes [N] from 0.
 
     Raises:
         InputError: As in `sides`, or a label is negative.
@@ -229,9 +220,9 @@ def condition_defaults(argv: Sequence[str]) -> Mapping[str, Any]:
     Raises:
         InputError: An option comes before it.
     """
+    if argv[0] in ('-h', '--help'):
+        return {}
     if argv[0].startswith('-'):
-        if argv[0] in ('-h', '--help'):
-            return {}
         raise InputError(f'{argv[0]} comes before the network; name it first: condition NETWORK {argv[0]}')
     return data_defaults([f'--network={argv[0]}'])
 
@@ -253,16 +244,11 @@ def analyse_condition(networks: Sequence[str], config: ConditionConfig) -> None:
 
 
 def measure_condition(network: str, config: ConditionConfig) -> Results:
-    """Measure the condition on the features of a network.
-
-    Raises:
-        InputError: There is no such network, width or split, or its features are not independent.
-    """
-    backbone = open_for_test(network).model
+    """Measure the condition on the features of a network."""
+    accelerator = Accelerator()
+    backbone = open_for_test(network).model.to(accelerator.device)
     widths = narrower(backbone.widths, config.widths)
     backbone.reset_classifier(0)
-    accelerator = Accelerator()
-    backbone = backbone.to(accelerator.device)
     full = backbone.widths[0]
     results: Results = {}
     for split in config.splits:
@@ -290,16 +276,15 @@ def condition_figure(results: Results, network: str) -> 'Figure':
     """Draw mean entries of both sides and of their difference, and accuracies, by width; one row per split."""
     figure, axes = new_figure(2, len(results), width=5.2, height=3.8)
     for row, (split, by_width) in enumerate(results.items()):
-        names = [f'{width:g}' for width in by_width]
         found = list(by_width.values())
         images = f'{found[0].images:,} {"training" if split == "train" else split} images'
         left, right = axes[2 * row], axes[2 * row + 1]
-        bars = {'|L|, of the shared layer': 'left', '|R|, of its own': 'right', '|L − R|': 'mean'}  # noqa: RUF001
-        _draw_bars(left, names, {label: [getattr(each, name) for each in found] for label, name in bars.items()})
+        sides = {'left': '|L|, of the shared layer', 'right': '|R|, of its own', 'mean': '|L − R|'}  # noqa: RUF001
+        _draw_bars(left, by_width, sides)
         left.set_ylabel(f'mean of entries\n({images})')
         left.set_ylim(0, 1.35 * max(max(each.left, each.right, each.mean) for each in found))
-        bars = {"the full width's layer, sliced": 'shared', 'a layer of its own': 'own', 'the full width': 'full'}
-        _draw_bars(right, names, {label: [getattr(each, name) for each in found] for label, name in bars.items()})
+        layers = {'shared': "the full width's layer, sliced", 'own': 'a layer of its own', 'full': 'the full width'}
+        _draw_bars(right, by_width, layers)
         right.set_ylabel(f'accuracy (%) on the same\n{images}')
         right.set_ylim(0, 135)
         right.set_yticks(range(0, 101, 20))
@@ -307,14 +292,14 @@ def condition_figure(results: Results, network: str) -> 'Figure':
     return figure
 
 
-def _draw_bars(axis: Any, names: Sequence[str], bars: Mapping[str, Sequence[float]]) -> None:
-    thickness = 0.8 / len(bars)
-    for i, (label, heights) in enumerate(bars.items()):
-        centres = [n + (i - (len(bars) - 1) / 2) * thickness for n in range(len(names))]
+def _draw_bars(axis: Any, by_width: Mapping[float, Condition], labels: Mapping[str, str]) -> None:
+    thickness = 0.8 / len(labels)
+    for i, (name, label) in enumerate(labels.items()):
+        centres = [n + (i - (len(labels) - 1) / 2) * thickness for n in range(len(by_width))]
         style = {'color': line_style(i)['color'], 'hatch': _HATCHES[i], 'edgecolor': 'white'}
-        axis.bar(centres, heights, thickness, label=label, **style)
+        axis.bar(centres, [getattr(each, name) for each in by_width.values()], thickness, label=label, **style)
     axis.set_axisbelow(True)
-    axis.set_xticks(range(len(names)), names)
+    axis.set_xticks(range(len(by_width)), [f'{width:g}' for width in by_width])
     axis.set_xlabel('narrower width')
     axis.legend(fontsize='small')
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,7 @@ class Replay:
         device: Where to compute; a GPU if there is one by default.
 
     Attributes:
-        config: The run's configuration.
         method: The method in training mode, in float32, with the weights of the loaded checkpoint.
-        schedule: Widths, momentum and learning rate by step.
         steps: Steps of the checkpoints.
         step: Step of the loaded checkpoint; -1 before `load`.
         notes: Sentences for the user.
@@ -174,17 +173,13 @@ class Replay:
         epoch, start = divmod(self.step, self.schedule.steps_per_epoch)
         found: list[list[Batch]] = []
         batches = self.data.epoch(epoch, start, self._position if start else None)
-        step: list[Batch] = []
         while len(found) < count:
-            batch = next(batches, None)
-            if batch is None:
-                epoch, step = epoch + 1, []
-                batches = self.data.epoch(epoch)
-                continue
-            step.append(batch)
+            step = list(islice(batches, self.data.microbatches))
             if len(step) == self.data.microbatches:
                 found.append(step)
-                step = []
+            else:
+                epoch += 1
+                batches = self.data.epoch(epoch)
         return found
 
     def losses(
@@ -216,8 +211,7 @@ class Replay:
                 channels_last=self.config.run.channels_last,
                 autocast=self._autocast,
             )
-        shares = [{name: value.float() / len(outputs) for name, value in output.items()} for output in outputs]
-        return {name: torch.stack([share[name] for share in shares]).sum(0) for name in outputs[0]}
+        return {name: torch.stack([out[name].float() / len(outputs) for out in outputs]).sum(0) for name in outputs[0]}
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
@@ -239,4 +233,4 @@ class Replay:
 
     def _autocast(self) -> Any:
         precision = _PRECISIONS.get(self.config.run.precision or 'no')
-        return torch.autocast(self.device.type, precision) if precision is not None else nullcontext()
+        return torch.autocast(self.device.type, precision) if precision else nullcontext()

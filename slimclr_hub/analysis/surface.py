@@ -281,18 +281,16 @@ def _measure_all(
 ) -> list[dict[str, Any]]:
     results = []
     interval = 0.2 if sys.stderr.isatty() else 15
-    total = len(paths) * config.resolution**2
-    with tqdm(total=total, unit='point', desc='surface', dynamic_ncols=True, mininterval=interval) as bar:
+    points = len(paths) * config.resolution**2
+    with tqdm(total=points, unit='point', desc='surface', dynamic_ncols=True, mininterval=interval) as bar:
         for path, plane, partial in zip(paths, planes, partials, strict=True):
             replay = Replay(Path(path.run))
             replay.load(path.steps[-1])
             for note in replay.notes:
                 bar.write(note)
-            if replay.step < replay.schedule.total_steps:
-                bar.write(
-                    f'{replay.folder}: the last checkpoint is after step {replay.step} of '
-                    f'{replay.schedule.total_steps}; the surface is about that one'
-                )
+            if replay.step < (total := replay.schedule.total_steps):
+                cut = f'{replay.folder}: the last checkpoint is after step {replay.step} of {total}'
+                bar.write(f'{cut}; the surface is about that one')
             errors = config.quantity == 'error'
             measure = ErrorMeasure(replay, config.images) if errors else LossMeasure(replay, config.batches)
             values = measure_surface(measure, plane, axes, partial, {**settings, 'run': path.run}, bar.update)

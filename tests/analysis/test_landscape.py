@@ -126,7 +126,7 @@ def test_projection_is_the_nearest_point(normalise):
         rest += nearest.item() ** 2
         total += delta.norm().item() ** 2
     assert found.captured == pytest.approx(1 - rest / total)
-    assert found.offsets == pytest.approx(tuple(max(abs(c[i].item()) for c in found.coordinates) for i in (0, 1)))
+    assert found.offsets == pytest.approx(tuple(max(abs(c[i]) for c in found.coordinates) for i in (0, 1)))
 
 
 def test_directions_that_are_not_orthogonal():
