@@ -34,10 +34,9 @@ from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.evaluate.features import SplitFeatures, extract_features
 from slimclr_hub.evaluate.knn import knn_predict, vote
 from slimclr_hub.evaluate.knn_eval import KNNEvalConfig, neighbours_in_all, rank_of
-from slimclr_hub.evaluate.linear_eval.batches import CachedBatches
 from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig, SweepConfig
 from slimclr_hub.evaluate.linear_eval.probe import make_head, standardisation
-from slimclr_hub.evaluate.linear_eval.training import ProbeTraining
+from slimclr_hub.evaluate.linear_eval.training import CachedBatches, ProbeTraining
 from slimclr_hub.evaluate.logistic import linear_predict
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import run_script

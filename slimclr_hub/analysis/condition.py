@@ -246,7 +246,7 @@ def analyse_condition(networks: Sequence[str], config: ConditionConfig) -> None:
 def measure_condition(network: str, config: ConditionConfig) -> Results:
     """Measure the condition on the features of a network."""
     accelerator = Accelerator()
-    backbone = open_for_test(network).model.to(accelerator.device)
+    backbone = open_for_test(network).to(accelerator.device)
     widths = narrower(backbone.widths, config.widths)
     backbone.reset_classifier(0)
     full = backbone.widths[0]

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
@@ -23,18 +23,7 @@ from slimclr_hub.models.widths import width_key
 from slimclr_hub.runs.progress import progress_bar
 from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
 
-GARMENTS = (
-    'T-shirt/top',
-    'Trouser',
-    'Pullover',
-    'Dress',
-    'Coat',
-    'Sandal',
-    'Shirt',
-    'Sneaker',
-    'Bag',
-    'Ankle boot',
-)
+GARMENTS = ['T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot']
 """Classes of Fashion-MNIST (Xiao et al. 2017, https://arxiv.org/abs/1708.07747, table 1)."""
 
 _LABELS = 'labels'
@@ -67,6 +56,14 @@ def extract_features(
     return {width: torch.cat(parts) for width, parts in features.items()}, torch.cat(labels)
 
 
+def with_progress(accelerator: Accelerator, loader: Iterable, total: int, title: str) -> Iterator[Any]:
+    """Batches of a loader, with a bar over the images of all processes; the others are about as far as this one."""
+    with progress_bar(total, title, accelerator.is_main_process) as bar:
+        for images, labels in loader:
+            yield images, labels
+            bar.update(min(len(images) * accelerator.num_processes, total - bar.n))
+
+
 @dataclass(frozen=True)
 class SplitFeatures:
     """Features of the centre crops of a split.
@@ -83,14 +80,9 @@ class SplitFeatures:
 
 
 def class_names(name: str, dataset: Any) -> list[str] | None:
-    """Names of the classes of a data set in their order; None if it does not know them.
-
-    Args:
-        name: As `data.name`.
-        dataset: From `make_dataset`.
-    """
+    """Names of the classes of a data set `data.name` in their order; None if it does not know them."""
     if name.startswith('fashion-mnist'):
-        return list(GARMENTS)
+        return GARMENTS
     reader = getattr(dataset, 'reader', None)
     numbered = getattr(reader, 'class_to_idx', None)
     if isinstance(numbered, dict) and numbered and sorted(numbered.values()) == list(range(len(numbered))):
@@ -144,16 +136,19 @@ class FeatureCache:
                 f'data.name {self._config.name}: a stream does not come in equal parts for several processes, and '
                 'evaluation has to see each image once; run one process'
             )
-        loader = eval_loader(self._config, split, at_most, 0, accelerator.num_processes)
+        loader: Any = eval_loader(self._config, split, at_most, 0, accelerator.num_processes)
         whole = loader.dataset.dataset if isinstance(loader.dataset, Subset) else loader.dataset
-        path = self.path(split, whole, len(loader.dataset))  # type: ignore[arg-type]
+        path = self._path(split, whole, len(loader.dataset))
         # The main process decides for all: it may be writing the file while another one looks.
         there: list[Any] = [path.is_file() and self._is_whole(path)] if accelerator.is_main_process else [None]
         if not broadcast_object_list(there)[0]:
             self._compute(loader, split, path)
-        return self._read(path, class_names(self._config.name, whole))
+        with TensorFile(path) as file:
+            by_width = {w: file.whole(width_key(w)).to(accelerator.device) for w in self._backbone.widths}
+            labels = file.whole(_LABELS).to(accelerator.device)
+        return SplitFeatures(by_width, labels, class_names(self._config.name, whole))
 
-    def path(self, split: str, dataset: Any, count: int) -> Path:
+    def _path(self, split: str, dataset: Any, count: int) -> Path:
         """File of `count` images of a split, out of the images of `dataset`."""
         data = self._config.fingerprint()
         del data['train_split'], data['val_split']
@@ -170,14 +165,11 @@ class FeatureCache:
         name = ''.join(letter if letter.isalnum() else '-' for letter in split)[:40]
         return self._folder / f'{name}-{key}.safetensors'
 
-    def _compute(self, loader: DataLoader, split: str, path: Path) -> None:
+    def _compute(self, loader: Any, split: str, path: Path) -> None:
         accelerator, backbone = self._accelerator, self._backbone
-        total = len(loader.dataset)  # type: ignore[arg-type]
-        prepared = accelerator.prepare_data_loader(loader)
-        with progress_bar(total, f'features of {split}', accelerator.is_main_process) as bar:
-            features, labels = extract_features(
-                accelerator, backbone, _counted(prepared, bar, accelerator.num_processes), backbone.widths
-            )
+        total, prepared = len(loader.dataset), accelerator.prepare_data_loader(loader)
+        counted = with_progress(accelerator, prepared, total, f'features of {split}')
+        features, labels = extract_features(accelerator, backbone, counted, backbone.widths)
         if accelerator.is_main_process:
             try:
                 save_tensors({**{width_key(w): x for w, x in features.items()}, _LABELS: labels}, path)
@@ -194,18 +186,6 @@ class FeatureCache:
         except InputError as error:
             self._accelerator.print(f'Features are computed again: {error}')
             return False
-
-    def _read(self, path: Path, names: list[str] | None) -> SplitFeatures:
-        device = self._accelerator.device
-        with TensorFile(path) as file:
-            by_width = {width: file.whole(width_key(width)).to(device) for width in self._backbone.widths}
-            return SplitFeatures(by_width, file.whole(_LABELS).to(device), names)
-
-
-def _counted(loader: Iterable, bar: Any, processes: int) -> Iterator[Any]:
-    for images, labels in loader:
-        yield images, labels
-        bar.update(min(len(images) * processes, bar.total - bar.n))
 
 
 def _fingerprint(dataset: Any) -> list[Any]:

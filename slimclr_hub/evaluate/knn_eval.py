@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Subset
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader, loader_options
 from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.features import state_hash, with_progress
 from slimclr_hub.evaluate.knn import Neighbours, default_k, merge, nearest, vote
 from slimclr_hub.evaluate.network import (
-    NetworkUnderTest,
     changes,
     check_channels,
     check_images,
@@ -118,13 +118,12 @@ def _knn_eval(argv: Sequence[str]) -> None:
     built = parse(parser, argv)
     config = KNNEvalConfig(**{name: built[name] for name in KNNEvalConfig.__dataclass_fields__})
     check_network(config.network)
-    _check_output(config)
     check_images(config.data)
     try:
         accelerator = Accelerator(mixed_precision=config.precision)
     except ValueError as error:
         raise InputError(f'precision {config.precision}: {error}') from error
-    results = evaluate(config, open_for_test(config.network), accelerator)
+    results = evaluate(config, accelerator)
     if accelerator.is_main_process:
         draw_results(results, config.folder / 'knn')
         best_first = sorted(results, key=lambda result: -result.mean)
@@ -134,23 +133,18 @@ def _knn_eval(argv: Sequence[str]) -> None:
     accelerator.end_training()
 
 
-def evaluate(config: KNNEvalConfig, network: NetworkUnderTest, accelerator: Accelerator) -> list[Result]:
+def evaluate(config: KNNEvalConfig, accelerator: Accelerator) -> list[Result]:
     """Measure accuracies for every k and tau, the same on all processes.
 
     Of P processes each holds the features of 1/P of the training images and 1/P of the validation images at all widths
     in main memory, 4 bytes a number: for ImageNet and ResNet-50 at four widths 27 GB / P. Its device holds those of the
     training images at one width at a time, at most 10.5 GB / P, and one chunk of the search.
 
-    Args:
-        config: The configuration.
-        network: The network; it loses its classifier.
-        accelerator: The processes.
-
     Raises:
-        InputError: The images have no labels, are fewer than k, are not apart from the training images or do not suit
-            the network; or a width is not one of the network's or has never been trained.
+        InputError: The images have no labels, are fewer than k or do not suit the network; a width is not one of the
+            network's or has never been trained; or the folder has a result of other settings.
     """
-    model = network.model
+    model = open_for_test(config.network)
     widths = model.widths if config.widths is None else check_widths(config.widths)
     for width in widths:
         if not is_calibrated(model, check_width(width, model.widths)):
@@ -158,34 +152,36 @@ def evaluate(config: KNNEvalConfig, network: NetworkUnderTest, accelerator: Acce
                 f'{config.network} has never been trained at width {width:g}; leave it out of --widths, or see '
                 'slimclr_hub.models.calibrate'
             )
-    check_images(config.data)
-    check_channels(network, config.data)
+    check_channels(config.network, model, config.data)
+    model.reset_classifier(0)
+    weights = state_hash(model)
+    _check_output(config, weights)
     assert config.data.val_split is not None
     bank_loader, size = _share_loader(config.data, config.data.train_split, config.bank, config.seed, accelerator)
     query_loader, count = _share_loader(config.data, config.data.val_split, None, config.seed, accelerator)
     if max(config.k or (1,)) > size:
         raise InputError(f'k {max(config.k or ())} is more than the {size} training images; give at most {size}')
-    model.reset_classifier(0)
     model.to(accelerator.device)
     bank, labels = _share_features(accelerator, model, bank_loader, widths, size)
     queries, truth = _share_features(accelerator, model, query_loader, widths, count)
     labels, truth = labels.to(accelerator.device), truth.to(accelerator.device)
     classes = classes_of(accelerator, torch.cat([labels, truth]), config.data.name)
     ks = tuple(sorted(config.k)) if config.k else (min(default_k(size, classes), size),)
-    hits = {}
+    accuracies = {}
     with progress_bar(count * len(widths), 'neighbours', accelerator.is_main_process) as bar:
         for width in widths:
-            hits[width] = _hits(accelerator, config, ks, (queries[width], truth), (bank[width], labels), classes, bar)
+            hits = _hits(accelerator, config, ks, (queries[width], truth), (bank[width], labels), classes, bar)
+            accuracies[width] = {key: [100 * hit / count for hit in of] for key, of in hits.items()}
     data, made = data_name(asdict(config.data)), environment()
     limit = config.bank if config.bank == size else None
     return [
         Result(
             config.network,
             Protocol('knn', data, limit, k, temperature),
-            top1={width: 100 * hits[width][k, temperature][0] / count for width in widths},
-            top5={width: 100 * hits[width][k, temperature][1] / count for width in widths} if classes > _TOP else {},
+            top1={width: accuracies[width][k, temperature][0] for width in widths},
+            top5={width: accuracies[width][k, temperature][1] for width in widths} if classes > _TOP else {},
             images=count,
-            settings=plain(asdict(config)),
+            settings={**plain(asdict(config)), 'weights': weights},
             environment=made,
         )
         for temperature in config.temperature
@@ -221,14 +217,9 @@ def _hits(
 
 
 def rank_of(votes: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Rank the true class by votes, from 0; of equal votes the lower class comes first, and a class without one last.
+    """Rank the true classes [Q] by votes [Q, C], from 0, as integers [Q].
 
-    Args:
-        votes: Votes for each class [Q, C].
-        truth: True classes [Q].
-
-    Returns:
-        Integers [Q].
+    Of equal votes the lower class comes first, and a class without one last.
     """
     truth = truth[:, None]
     own = votes.gather(1, truth)
@@ -238,15 +229,10 @@ def rank_of(votes: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def classes_of(accelerator: Accelerator, labels: torch.Tensor, name: str) -> int:
-    """Number of classes among the labels of all processes.
-
-    Args:
-        accelerator: The processes.
-        labels: Labels of this process, integers [N] on the device; N may be 0.
-        name: Name of the data set, for the error.
+    """Number of classes among the labels of all processes, integers [N] of this one on the device; N may be 0.
 
     Raises:
-        InputError: A label is negative, which stands for an image without one.
+        InputError: A label of the data set `name` is negative, which stands for an image without one.
     """
     lowest, highest = labels.aminmax() if len(labels) else (labels.new_zeros(()), labels.new_zeros(()))
     of_all = accelerator.gather(torch.stack([lowest, highest]))
@@ -279,20 +265,20 @@ def _share_features(
     accelerator: Accelerator, backbone: SlimmableResNet, loader: DataLoader, widths: Sequence[float], total: int
 ) -> tuple[dict[float, torch.Tensor], torch.Tensor]:
     """Compute features [N, D] of length 1 of this process's share at all widths, in main memory, and labels [N]."""
-    features: dict[float, list[torch.Tensor]] = {
-        width: [torch.empty(0, _features_at(backbone, width))] for width in widths
-    }
+    features = {width: [torch.empty(0, _features_at(backbone, width))] for width in widths}
     labels = [torch.empty(0, dtype=torch.long)]
-    with progress_bar(total, 'features', accelerator.is_main_process) as bar:
-        for images, label in loader:
-            with accelerator.autocast():
-                outputs = backbone.forward_widths(images.to(accelerator.device, non_blocking=True), widths)
-            for width, output in outputs.items():
-                features[width].append(F.normalize(output.float(), dim=1).cpu())
-            labels.append(label)
-            # Other processes are about as far.
-            bar.update(min(len(label) * accelerator.num_processes, total - bar.n))
+    for images, label in with_progress(accelerator, loader, total, 'features'):
+        with accelerator.autocast():
+            outputs = backbone.forward_widths(images.to(accelerator.device, non_blocking=True), widths)
+        for width, output in outputs.items():
+            features[width].append(F.normalize(output.float(), dim=1).cpu())
+        labels.append(label)
     return {width: torch.cat(parts) for width, parts in features.items()}, torch.cat(labels)
+
+
+def _features_at(backbone: SlimmableResNet, width: float) -> int:
+    with backbone.set_width(width):
+        return backbone.num_features
 
 
 def neighbours_in_all(
@@ -332,17 +318,12 @@ def neighbours_in_all(
         yield merge(candidates, k)
 
 
-def _features_at(backbone: SlimmableResNet, width: float) -> int:
-    with backbone.set_width(width):
-        return backbone.num_features
-
-
-def _check_output(config: KNNEvalConfig) -> None:
+def _check_output(config: KNNEvalConfig, weights: str) -> None:
     file = config.folder / RESULT
     if not file.exists():
         return
     settings = {key: value for key, value in relevant(config).items() if not key.startswith('data.')}
-    settings |= relevant({'data': config.data.fingerprint()})
+    settings |= {**relevant({'data': config.data.fingerprint()}), 'weights': weights}
     if changed := changes(relevant(load(file)[0].settings), settings):
         raise InputError(
             f'{file} is there already, by other settings ({"; ".join(changed)}); give another folder, such as '

@@ -1,7 +1,7 @@
 """The network under test, and the images to test it on."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +29,8 @@ _IMAGENET = DataConfig(
 )
 
 
-@dataclass(frozen=True)
-class NetworkUnderTest:
-    """A network and the name it was asked for by.
-
-    Args:
-        name: The name.
-        model: The network in eval mode, with the head that it has.
-        published: Facts of the network if it is a published one.
-    """
-
-    name: str
-    model: SlimmableResNet
-    published: Published | None
-
-
-def open_for_test(network: str) -> NetworkUnderTest:
-    """Open a network to test.
+def open_for_test(network: str) -> SlimmableResNet:
+    """Open a network in eval mode, with the head that it has.
 
     Args:
         network: The folder of a run, or what `open_network` takes.
@@ -54,7 +39,7 @@ def open_for_test(network: str) -> NetworkUnderTest:
         InputError: There is no such network, or a run has no result yet.
     """
     check_network(network)
-    return NetworkUnderTest(network, open_network(network).eval(), published_network(network))
+    return open_network(network).eval()
 
 
 def check_network(network: str) -> None:
@@ -97,12 +82,12 @@ def check_images(data: DataConfig) -> None:
         raise InputError(f'data.val_split {data.val_split} is not apart from the training images; give another')
 
 
-def check_channels(network: NetworkUnderTest, data: DataConfig) -> None:
+def check_channels(network: str, model: SlimmableResNet, data: DataConfig) -> None:
     """Raise an InputError if a network takes images of another number of channels."""
-    if (channels := network.model.in_chans) != data.channels:
+    if model.in_chans != data.channels:
         raise InputError(
-            f'{network.name} takes images of {channels} channels, and data.channels is {data.channels}; give '
-            f'--data.channels {channels}, with data.mean and data.std to fit'
+            f'{network} takes images of {model.in_chans} channels, and data.channels is {data.channels}; give '
+            f'--data.channels {model.in_chans}, with data.mean and data.std to fit'
         )
 
 
@@ -137,11 +122,17 @@ def data_defaults(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def changes(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """List settings that differ from recorded ones, as `key old, not new`; those that were not recorded do not."""
+    """List settings that differ from recorded ones, as `key old, not new`; those that were not recorded do not.
+
+    Where the hash of the weights is recorded it decides, whatever the network is called by now.
+    """
+    if recorded.get('weights', settings['weights']) != settings['weights']:
+        return ['other weights']
+    ignored = {'network'} if 'weights' in recorded else set()
     return [
         f'{key} {recorded[key]}, not {value}'
         for key, value in settings.items()
-        if key in recorded and recorded[key] != value
+        if key in recorded and key not in ignored and recorded[key] != value
     ]
 
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -307,6 +309,29 @@ def test_result_by_other_settings_is_not_overwritten(place, result, alone):
         _knn_eval(arguments(place, '--bank', '90'))
     assert '\n' not in str(error.value)
     assert {path.name: path.read_bytes() for path in result[0].iterdir()} == before
+
+
+def test_weights_say_which_network_it_is(place, result, tmp_path, alone):
+    moved, out = tmp_path / 'moved', place / 'moved'
+    shutil.copytree(place / 'network', moved)
+    shutil.copytree(result[0], out)
+    _knn_eval(arguments(place, '--network', str(moved), output='moved'))  # the same under another name
+    assert [(of.network, of.top1) for of in load(out / 'result.json')] == [
+        (str(moved), of.top1) for of in load(result[0] / 'result.json')
+    ]
+    model = timm.create_model(f'local-dir:{moved}', pretrained=True)
+    model.conv1.weight.data *= 2
+    save_folder(model, moved, size=16, mean=(0.286,), std=(0.353,), crop_pct=1.0, card='')
+    with pytest.raises(InputError, match=r'by other settings \(other weights\)'):
+        _knn_eval(arguments(place, '--network', str(moved), output='moved'))
+    # A result of before the hash was recorded has the name alone.
+    results = json.loads((out / 'result.json').read_text())
+    for each in results:
+        del each['settings']['weights']
+        each['settings']['network'] = 'a'
+    (out / 'result.json').write_text(json.dumps(results))
+    with pytest.raises(InputError, match=r'by other settings \(network a, not '):
+        _knn_eval(arguments(place, '--network', str(moved), output='moved'))
 
 
 def test_script_ends_in_one_line(place, alone, monkeypatch, capsys):

@@ -30,12 +30,11 @@ from slimclr_hub.errors import DivergedError, InputError, PreemptedError
 from slimclr_hub.evaluate.compare.compare import compare_networks
 from slimclr_hub.evaluate.compare.entries import read_entries
 from slimclr_hub.evaluate.features import GARMENTS, FeatureCache, state_hash
-from slimclr_hub.evaluate.linear_eval.batches import AugmentedBatches, CachedBatches, FeatureBatches
 from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig, parse_linear_eval
 from slimclr_hub.evaluate.linear_eval.evaluation import check_frozen, linear_eval
 from slimclr_hub.evaluate.linear_eval.probe import make_head, standardisation
 from slimclr_hub.evaluate.linear_eval.report import accuracies_figure, print_result
-from slimclr_hub.evaluate.linear_eval.training import ProbeTraining
+from slimclr_hub.evaluate.linear_eval.training import AugmentedBatches, CachedBatches, FeatureBatches, ProbeTraining
 from slimclr_hub.evaluate.reported import reported_probe
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.inference.predict import predict

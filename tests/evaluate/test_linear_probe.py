@@ -77,7 +77,9 @@ def test_loss_is_the_papers(backbone, kind, distillation):
     head = a_head(backbone, kind)
     output = ProbeSweep(head, WIDTHS, 2, distillation)(features, labels)
     logits = {width: head(x, width) for width, x in features.items()}
-    objective = Objective(WIDTHS, distillation='kd' if distillation else 'none', temperature=1.0, weights='none')
+    objective = Objective(
+        WIDTHS, distillation='kd' if distillation else 'none', distillation_temperature=1.0, loss_weights='none'
+    )
     assert output['loss/0'].item() == pytest.approx(objective(logits, labels)['loss'].item(), rel=1e-12)
     expected = by_hand({width: rows.tolist() for width, rows in logits.items()}, labels.tolist(), distillation)
     assert output['loss/0'].item() == pytest.approx(expected, rel=1e-12)

@@ -114,7 +114,7 @@ def _open(network: str) -> tuple[SlimmableResNet, int]:
         model = timm.create_model(name, num_classes=classes, in_chans=data.get('channels', 3), widths=widths).eval()
         assert isinstance(model, SlimmableResNet)
         return model, data['size']
-    model = timm.create_model(published.name).eval() if published is not None else open_for_test(network).model
+    model = timm.create_model(published.name).eval() if published is not None else open_for_test(network)
     assert isinstance(model, SlimmableResNet)
     return model, model.pretrained_cfg['input_size'][-1]
 

@@ -24,7 +24,6 @@ from slimclr_hub.data.sources import make_dataset
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import FeatureCache, state_hash
-from slimclr_hub.evaluate.linear_eval.batches import AugmentedBatches, CachedBatches, FeatureBatches
 from slimclr_hub.evaluate.linear_eval.config import BATCH_SIZE, LinearEvalConfig, parse_linear_eval
 from slimclr_hub.evaluate.linear_eval.probe import make_head, standardisation
 from slimclr_hub.evaluate.linear_eval.report import (
@@ -34,7 +33,7 @@ from slimclr_hub.evaluate.linear_eval.report import (
     print_result,
     save_with_head,
 )
-from slimclr_hub.evaluate.linear_eval.training import ProbeTraining
+from slimclr_hub.evaluate.linear_eval.training import AugmentedBatches, CachedBatches, FeatureBatches, ProbeTraining
 from slimclr_hub.evaluate.network import (
     changes,
     check_channels,
@@ -42,6 +41,7 @@ from slimclr_hub.evaluate.network import (
     check_network,
     default_output,
     open_for_test,
+    published_network,
 )
 from slimclr_hub.evaluate.reported import reported_probe
 from slimclr_hub.files import write_json_lines, write_text
@@ -59,11 +59,11 @@ SETTINGS = 'settings.json'
 
 def main() -> None:
     """Read the command line, evaluate, print a table and draw a figure."""
-    run_script(_main)
 
+    def work() -> None:
+        linear_eval(parse_linear_eval())
 
-def _main() -> None:
-    linear_eval(parse_linear_eval())
+    run_script(work)
 
 
 def linear_eval(config: LinearEvalConfig) -> Result:
@@ -90,9 +90,8 @@ def linear_eval(config: LinearEvalConfig) -> Result:
     # The settings record the precision that accelerate was launched with.
     config = replace(config, run=replace(config.run, precision=accelerator.mixed_precision))
     config = _with_fitting_batch(config, accelerator)
-    network = open_for_test(config.network)
-    check_channels(network, config.data)
-    backbone = network.model
+    backbone = open_for_test(config.network)
+    check_channels(config.network, backbone, config.data)
     backbone.reset_classifier(0)
     backbone.eval().requires_grad_(False).to(accelerator.device)
     if config.run.channels_last:
@@ -115,7 +114,7 @@ def linear_eval(config: LinearEvalConfig) -> Result:
             with TensorFile(folder / PROBE) as file:
                 head = {name: file.whole(name) for name in file.shapes}
             save_with_head(backbone, head, Path(config.save_to), result, config.data)
-        print_result(result, reported_probe(network.published, str(result.protocol.head)))
+        print_result(result, reported_probe(published_network(config.network), str(result.protocol.head)))
         print(f'Result: {folder / RESULT}\nFigure: {folder / "accuracy.png"}')
         if config.save_to is not None:
             print(f'Network with its head: slimclr-hub predict {config.save_to} IMAGE ...')
@@ -124,11 +123,7 @@ def linear_eval(config: LinearEvalConfig) -> Result:
 
 
 def check_labels(labels: torch.Tensor, num_classes: int, split: str) -> None:
-    """Check that each image has a label that the probe can learn.
-
-    Raises:
-        InputError: One has none, or one beyond the classes.
-    """
+    """Raise an InputError if an image has no label, or one beyond the classes."""
     least, most = labels.min().item(), labels.max().item()
     if least < 0:
         raise InputError(f'split {split} has images without a label; a linear evaluation needs one for each')
@@ -139,15 +134,7 @@ def check_labels(labels: torch.Tensor, num_classes: int, split: str) -> None:
 
 
 def check_frozen(backbone: SlimmableResNet, before: str) -> None:
-    """Check that a network has not changed.
-
-    Args:
-        backbone: The network.
-        before: Its `state_hash` before.
-
-    Raises:
-        RuntimeError: It has; accuracies of the probe are not those of the network that was asked for.
-    """
+    """Raise a RuntimeError if a network has another `state_hash` than before: its accuracies are not its own."""
     if state_hash(backbone) != before:
         raise RuntimeError('the frozen network has moved during linear evaluation; its accuracies are not valid')
 
@@ -256,21 +243,22 @@ def _choose_folder(config: LinearEvalConfig, weights: str, accelerator: Accelera
 def _find_folder(config: LinearEvalConfig, weights: str) -> Path:
     settings = {**relevant(config), **relevant({'data': config.data.fingerprint()})}
     settings |= {'optim.lr': plain(config.optim.rates), 'weights': weights}
-    first = Path(config.run.output) if config.run.output is not None else default_output(config.network, 'linear_eval')
-    for number in count(1):
-        folder = first if number == 1 else first.with_name(f'{first.name}-{number}')
+    first = Path(config.run.output or default_output(config.network, 'linear_eval'))
+    folder = first
+    for number in count(2):
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / SETTINGS, json.dumps(settings, indent=2) + '\n')
-            return folder
+            break
         differing = _changes(folder, settings)
         if not differing:
-            return folder
+            break
         if config.run.output is not None:
             raise InputError(
                 f'run.output {folder} has {"; ".join(differing)}; give another run.output, or these values'
             )
-    raise AssertionError
+        folder = first.with_name(f'{first.name}-{number}')
+    return folder
 
 
 def _changes(folder: Path, settings: dict[str, Any]) -> list[str]:
@@ -278,8 +266,6 @@ def _changes(folder: Path, settings: dict[str, Any]) -> list[str]:
         recorded = relevant(json.loads((folder / SETTINGS).read_text()))
     except (OSError, ValueError):
         return ['no linear evaluation, but other files']
-    if recorded.get('weights') != settings['weights']:
-        return ['been made of other weights']
     if recorded.get('run.precision') is None:  # one of before it was recorded where accelerate chose it
         recorded.pop('run.precision', None)
     return changes(recorded, settings)

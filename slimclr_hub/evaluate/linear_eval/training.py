@@ -1,16 +1,18 @@
-"""Training of linear probes on a frozen network, with a test after each epoch."""
+"""Training of linear probes on features of augmented views or of centre crops, with a test after each epoch."""
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from slimclr_hub.data.seeding import permutation
+from slimclr_hub.data.training import Position, TrainData
 from slimclr_hub.errors import DivergedError
 from slimclr_hub.evaluate.features import SplitFeatures
-from slimclr_hub.evaluate.linear_eval.batches import FeatureBatch, FeatureBatches
 from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig
 from slimclr_hub.evaluate.linear_eval.probe import (
     Head,
@@ -21,6 +23,7 @@ from slimclr_hub.evaluate.linear_eval.probe import (
     lr_factor,
     make_optimizer,
 )
+from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.checkpoints import Checkpoints
 from slimclr_hub.runs.job import Job, StopSignals
 
@@ -29,6 +32,73 @@ Record = dict[str, Any]
 
 _CHECKPOINT_SECONDS = 60  # an epoch on cached features takes less than its checkpoint
 _TOP = 5
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """The part of a batch that this process trains on.
+
+    Args:
+        features: Width -> features [b, C * width].
+        labels: Classes [b].
+        position: Position in this process's stream after the batch, for a checkpoint.
+    """
+
+    features: dict[float, torch.Tensor]
+    labels: torch.Tensor
+    position: Position = None
+
+
+class AugmentedBatches:
+    """Features of each epoch's augmented views, one of each labelled image."""
+
+    def __init__(self, data: TrainData, backbone: SlimmableResNet, accelerator: Accelerator) -> None:
+        self._data = data
+        self._backbone = backbone
+        self._accelerator = accelerator
+        self.steps_per_epoch = data.steps_per_epoch
+        self.notes = data.notes
+
+    def epoch(self, epoch: int, start: int = 0, position: Position = None) -> Iterator[FeatureBatch]:
+        """Batches of an epoch from a step on; a stream may end early."""
+        for batch in self._data.epoch(epoch, start, position):
+            with torch.no_grad(), self._accelerator.autocast():
+                features = self._backbone.forward_widths(batch.views[0])
+            yield FeatureBatch(features, batch.labels, batch.position)
+
+
+class CachedBatches:
+    """Cached features in a new order for each epoch; images that do not fill a batch are left out, as in training.
+
+    Args:
+        features: Features of the training images, as the probe is to see them.
+        batch_size: Images a step over all processes, a multiple of them and no more than there are.
+        seed: Seed of all orders.
+        processes: Number of processes, of which this one is `rank`.
+    """
+
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, features: SplitFeatures, batch_size: int, seed: int, processes: int = 1, rank: int = 0) -> None:
+        self._features = features
+        self._batch_size = batch_size
+        self._seed = seed
+        self._size = batch_size // processes
+        self._rank = rank
+        self.steps_per_epoch = len(features.labels) // batch_size
+
+    def epoch(self, epoch: int, start: int = 0, position: Position = None) -> Iterator[FeatureBatch]:
+        """Batches of an epoch from a step on."""
+        labels, by_width = self._features.labels, self._features.by_width
+        order = torch.from_numpy(permutation(len(labels), self._seed, epoch)).to(labels.device)
+        for step in range(start, self.steps_per_epoch):
+            first = step * self._batch_size + self._rank * self._size
+            chosen = order[first : first + self._size]
+            yield FeatureBatch({width: x[chosen] for width, x in by_width.items()}, labels[chosen])
+
+
+FeatureBatches = AugmentedBatches | CachedBatches
+"""Batches of this process; an epoch can be entered at any step, and one of a stream may end early."""
 
 
 class ProbeTraining(Job[FeatureBatch]):
@@ -99,13 +169,7 @@ class ProbeTraining(Job[FeatureBatch]):
 
     def head(self, number: int) -> Head:
         """The `number`-th probe, for features as the network gives them."""
-        head = self.inner.heads[number]
-        return folded(head, self.scaling)  # type: ignore[arg-type]
-
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return next(module.out_features for module in self.inner.modules() if isinstance(module, torch.nn.Linear))
+        return folded(self.inner.heads[number], self.scaling)  # type: ignore[arg-type]
 
     def batches(self, epoch: int, start: int, position: dict[str, Any] | None) -> Iterator[FeatureBatch]:
         """Features of an epoch from step `start` on."""
@@ -135,7 +199,8 @@ class ProbeTraining(Job[FeatureBatch]):
                 f'the loss is not finite at any of optim.lr {list(self.config.optim.rates)}; lower them, or '
                 'standardise the features'
             )
-        names = {'top1': 1, 'top5': _TOP} if self.classes > _TOP else {'top1': 1}
+        classes = next(each.out_features for each in self.inner.modules() if isinstance(each, torch.nn.Linear))
+        names = {'top1': 1, 'top5': _TOP} if classes > _TOP else {'top1': 1}
         record: Record = {'epoch': epoch, 'loss': losses}
         features, labels = self.validation.by_width, self.validation.labels
         for name, k in names.items():
