@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from slimclr_hub.detection.coco import CLASSES
 from slimclr_hub.errors import InputError, shorten
 from slimclr_hub.files import atomic_files
 from slimclr_hub.hub.conversion import check_file
@@ -18,6 +18,10 @@ from slimclr_hub.weights.layouts import Layout, layout_of, mismatches
 
 NETWORK = 'backbone.network.'
 """Prefix of the backbone's tensors in a slimmable detector, before their names in this package."""
+
+_CATEGORIES = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta['categories']
+CLASSES = tuple(name for name in _CATEGORIES if name not in ('__background__', 'N/A'))
+"""The 80 classes of COCO by ascending id, the order in every version of MMDetection."""
 
 _ROI_HEADS = ('bbox_head.', 'mask_head.')
 _DETECTOR = ('rpn_head.', 'roi_head.', *_ROI_HEADS)
@@ -53,8 +57,7 @@ def convert_detector(tensors: Tensors) -> dict[str, torch.Tensor]:
 
     Box coding, anchors and RoIAlign differ as well; these are up to the config, `transfer/mask_rcnn_slim_reference.py`.
 
-    Args:
-        tensors: State dict of the checkpoint, with or without `module.`.
+    Names may begin with `module.`.
 
     Raises:
         InputError: A tensor is missing, unexpected or misshapen, and is named, or this is no such detector.
@@ -65,8 +68,8 @@ def convert_detector(tensors: Tensors) -> dict[str, torch.Tensor]:
     backbone = {name: tensor for name, tensor in names.items() if name.startswith('backbone.')}
     if backbone and not any(map(_SWITCHED.search, backbone)):
         raise InputError('the backbone is not slimmable: it has no normalisation for each width (backbone.bn1.bn.0)')
-    problems = []
     network: dict[str, torch.Tensor] = {}
+    problems = []
     try:
         network = convert(backbone)
     except InputError as error:
@@ -86,12 +89,7 @@ def convert_detector(tensors: Tensors) -> dict[str, torch.Tensor]:
 def convert_detector_file(source: Path, target: Path, overwrite: bool = False) -> ConvertedDetector | None:
     """Convert a checkpoint by `convert_detector` into one that MMDetection 3 reads, and write it atomically.
 
-    Its `meta` names the classes if there are 80, as in COCO.
-
-    Args:
-        source: Checkpoint of MMDetection 0.6.
-        target: File to write, ending in `.pth`.
-        overwrite: Replace an existing file.
+    Its `meta` names the classes if there are 80, as in COCO. Without `overwrite` no file is replaced.
 
     Returns:
         The converted detector, or None if the source is no detector.
@@ -112,17 +110,13 @@ def convert_detector_file(source: Path, target: Path, overwrite: bool = False) -
     with atomic_files(target.parent) as partial:
         torch.save({'meta': meta, 'state_dict': converted}, partial / target.name)
     network = {name.removeprefix(NETWORK): t.shape for name, t in converted.items() if name.startswith(NETWORK)}
-    has_masks = any(name.startswith('roi_head.mask_head.') for name in converted)
-    return ConvertedDetector(layout_of(network), num_classes, has_masks)
+    return ConvertedDetector(layout_of(network), num_classes, 'roi_head.mask_head.conv_logits.weight' in converted)
 
 
 def _num_classes(parts: Tensors) -> int:
     # By majority, so that a misshapen layer is found.
-    votes: Counter[int] = Counter()
-    for layer, rows in _ROWS.items():
-        for leaf in _LEAVES:
-            if (name := f'{layer}.{leaf}') in parts and parts[name].ndim:
-                votes[len(parts[name]) // rows - 1] += 1
+    names = {f'{layer}.{leaf}': rows for layer, rows in _ROWS.items() for leaf in _LEAVES}
+    votes = Counter(len(parts[n]) // rows - 1 for n, rows in names.items() if n in parts and parts[n].ndim)
     if not votes or (most := votes.most_common(1)[0][0]) < 1:
         raise InputError('no box detector: bbox_head.fc_cls and fc_reg are missing or have no class')
     return most

@@ -1,4 +1,4 @@
-"""Files and classes of COCO 2017."""
+"""Files of COCO 2017."""
 
 import os
 from collections.abc import Iterable
@@ -13,18 +13,6 @@ FILES = (
     'val2017',
 )
 """Files of training and evaluation in the folder of COCO."""
-
-_NAMES = (
-    'person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, '
-    'parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, '
-    'handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, '
-    'surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, '
-    'broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, '
-    'mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, '
-    'teddy bear, hair drier, toothbrush'
-)
-CLASSES = tuple(_NAMES.split(', '))
-"""The 80 classes by ascending id, the order in every version of MMDetection."""
 
 
 def coco_root() -> Path:

@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from slimclr_hub.errors import InputError
-
-SPLITS = ('train', 'val')
-CATEGORY = 'coin'
 
 # Left, top, right, bottom. Row 150 has no coin. The sides of training crops leave at least half of each coin that they
 # cut, so that no coin shows without an annotation; those of validation crops cut none.
@@ -42,28 +40,12 @@ WINDOWS: dict[str, tuple[tuple[int, int, int, int], ...]] = {
 }
 
 
-def picture() -> np.ndarray:
-    """Return the picture, uint8 [303, 384].
-
-    Raises:
-        InputError: scikit-image is not installed.
-    """
-    try:
-        from skimage import data
-    except ImportError as error:
-        raise _not_installed('scikit-image') from error
-    return data.coins()
-
-
 def coin_masks(grey: np.ndarray) -> np.ndarray:
-    """Segment the coins: one mask each, bool [24, H, W], without holes or overlap.
+    """Segment the coins: one mask each, bool [24, H, W], from the picture [H, W], without holes or overlap.
 
     A threshold fails, since the background at the upper left is as bright as the dark coins. A watershed of Sobel's
     gradient finds the edges, flooded from certain background and certain coin as in scikit-image's gallery. Holes are
     then filled, and specks and nicks smoothed away.
-
-    Args:
-        grey: The picture, [H, W].
     """
     from skimage import filters, measure, morphology, segmentation
 
@@ -83,31 +65,37 @@ def write_coins(folder: Path) -> None:
 
     The bytes are the same each time, several processes may write at once, and a folder with the same set is left alone.
 
-    Args:
-        folder: Folder of the data set, created if missing.
-
     Raises:
         InputError: scikit-image or pycocotools is not installed, or the folder holds something else.
     """
-    grey = picture()
+    try:
+        import pycocotools.mask  # noqa: F401
+        from skimage import data
+    except ModuleNotFoundError as error:
+        lacking = 'scikit-image' if error.name == 'skimage' else error.name
+        message = f'the coins need {lacking}, which is not installed: pip install "slimclr-hub[transfer]"'
+        raise InputError(message) from error
+    grey = data.coins()
     masks = coin_masks(grey)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix='.partial-') as name:
         made = Path(name) / 'coins'  # a temporary folder itself stays private to its owner, even after a move
         (made / 'annotations').mkdir(parents=True)
-        for split in SPLITS:
+        for split in WINDOWS:
             _write_split(made, split, grey, masks)
         try:
             os.rename(made, folder)
         except OSError:
             if not folder.exists():
                 raise
-            _check_same(made, folder)
+            for path in sorted(made.rglob('*.*')):
+                other = folder / path.relative_to(made)
+                if not other.is_file() or not _same(path, other):
+                    message = f'{folder} holds something else (see {other}): delete it or name another folder'
+                    raise InputError(message) from None
 
 
 def _write_split(folder: Path, split: str, grey: np.ndarray, masks: np.ndarray) -> None:
-    from PIL import Image
-
     (folder / split).mkdir()
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -123,16 +111,13 @@ def _write_split(folder: Path, split: str, grey: np.ndarray, masks: np.ndarray) 
         'info': {'description': f'Coins of scikit-image, {split}', 'url': 'https://scikit-image.org'},
         'images': images,
         'annotations': annotations,
-        'categories': [{'id': 1, 'name': CATEGORY, 'supercategory': CATEGORY}],
+        'categories': [{'id': 1, 'name': 'coin', 'supercategory': 'coin'}],
     }
     (folder / 'annotations' / f'{split}.json').write_text(json.dumps(content, indent=1) + '\n')
 
 
 def _annotation(mask: np.ndarray) -> dict[str, Any]:
-    try:
-        from pycocotools import mask as coco_mask
-    except ImportError as error:
-        raise _not_installed('pycocotools') from error
+    from pycocotools import mask as coco_mask
 
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     left, top = int(columns[0]), int(rows[0])
@@ -146,25 +131,12 @@ def _annotation(mask: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _check_same(made: Path, folder: Path) -> None:
-    for path in sorted(made.rglob('*.*')):
-        other = folder / path.relative_to(made)
-        if not other.is_file() or not _same(path, other):
-            raise InputError(f'{folder} holds something else (see {other}): delete it or name another folder')
-
-
 def _same(path: Path, other: Path) -> bool:
     if path.suffix != '.png':
         return path.read_bytes() == other.read_bytes()
-    from PIL import Image
-
     # Versions of the library compress differently.
     with Image.open(path) as image, Image.open(other) as there:
         return np.array_equal(np.asarray(image), np.asarray(there))
-
-
-def _not_installed(name: str) -> InputError:
-    return InputError(f'the coins need {name}, which is not installed: pip install "slimclr-hub[transfer]"')
 
 
 def _main(arguments: list[str]) -> None:
@@ -176,7 +148,7 @@ def _main(arguments: list[str]) -> None:
     except (InputError, OSError) as error:
         raise SystemExit(f'Error: {error}') from None
     counts = []
-    for split in SPLITS:
+    for split in WINDOWS:
         content = json.loads((folder / 'annotations' / f'{split}.json').read_text())
         counts.append(f'{split} {len(content["images"])} images, {len(content["annotations"])} instances')
     print(f'{folder}: {"; ".join(counts)}')

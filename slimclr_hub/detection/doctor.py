@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.machinery import PathFinder
@@ -23,12 +24,10 @@ CONFIG = Path('transfer/mask_rcnn_slim.py')
 EXTRA = 'pip install "slimclr-hub[transfer]"'
 FORK = 'pip install -U onedl-mim onedl-mmengine "onedl-mmdetection[mminstall]"'
 FALLBACK, LINKED = 'ops: torchvision (fallback)', 'ops: torchvision (linked)'
-OPTIONAL = ('accelerate',)
+OPTIONAL = {'accelerate'}
 
 DISTRIBUTIONS = {
-    'torch': ('torch',),
-    'torchvision': ('torchvision',),
-    'timm': ('timm',),
+    **{name: (name,) for name in ('torch', 'torchvision', 'timm')},
     'mmengine': ('mmengine', 'onedl-mmengine'),
     'mmcv': ('mmcv-lite', 'mmcv', 'onedl-mmcv'),
     'mmdet': ('mmdet', 'onedl-mmdetection'),
@@ -65,7 +64,7 @@ class Report:
     @property
     def installed(self) -> bool:
         """True if every package that MMDetection needs is ok."""
-        return all(package.state == 'ok' for name, package in self.packages.items() if name not in OPTIONAL)
+        return self._all_ok(self.packages.keys() - OPTIONAL)
 
     @property
     def ready(self) -> bool:
@@ -78,17 +77,22 @@ class Report:
         if self.installed:
             # The fork does not answer to mmdet, though that is what Python imports.
             command = f'mim train {self.packages["mmdet"].distribution or "mmdet"} {self.config}'
-            several = [f'{command} --launcher pytorch --gpus {self.gpus}'] if self.gpus > 1 else []
-            lines += [f'To fine-tune with MMDetection: {command}' for command in (command, *several)]
+            lines.append(f'To fine-tune with MMDetection: {command}')
+            if self.gpus > 1:
+                lines.append(f'{lines[-1]} --launcher pytorch --gpus {self.gpus}')
             if FALLBACK in self.packages['mmcv'].notes:
                 lines.append('For `mim test`, once: slimclr-hub doctor --link-ops')
         else:
             lines.append('Fine-tuning with MMDetection cannot start: see the states that are not ok.')
-        enough = all(self.packages[name].state == 'ok' for name in ('torch', 'torchvision', 'timm'))
-        has = 'are ok' if enough else 'are not all ok'
-        lines.append(f"torchvision's Mask R-CNN needs torch, torchvision and timm alone; they {has}.")
-        counts = {path: f'{count:,} files' if path.is_dir() else 'ok' for path, count in self.files.items()}
-        return lines + [f'{path}: {counts[path] if count else "missing"}' for path, count in self.files.items()]
+        state = 'are ok' if self._all_ok(('torch', 'torchvision', 'timm')) else 'are not all ok'
+        lines.append(f"torchvision's Mask R-CNN needs torch, torchvision and timm alone; they {state}.")
+        for path, count in self.files.items():
+            there = f'{count:,} files' if path.is_dir() else 'ok'
+            lines.append(f'{path}: {there if count else "missing"}')
+        return lines
+
+    def _all_ok(self, names: Iterable[str]) -> bool:
+        return all(self.packages[name].state == 'ok' for name in names)
 
     def _remedies(self) -> list[str]:
         lacking = [p for name, p in self.packages.items() if name not in OPTIONAL and p.state in ('missing', 'too old')]
@@ -108,7 +112,7 @@ def examine(config: Path | None = None, data: Path | None = None, with_files: bo
     Args:
         config: Config of MMDetection, which is run if MMDetection is installed; `CONFIG`, on COCO, unless given.
         data: Folder of COCO, in place of the environment variable `COCO_ROOT`.
-        with_files: False to look at the packages alone.
+        with_files: False to skip the files.
 
     Raises:
         InputError: `config` does not exist.
@@ -118,7 +122,7 @@ def examine(config: Path | None = None, data: Path | None = None, with_files: bo
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of packages about packages that they import
         packages = {module: _examine(module) for module in DISTRIBUTIONS}
-    if not any(packages[name].distribution in ('mmengine', 'openmim') for name in ('mmengine', 'mim')):
+    if packages['mmengine'].distribution != 'mmengine' and packages['mim'].distribution != 'openmim':
         del packages['pkg_resources']
     gpus = _add_devices(packages['torch'])
     _add_operators(packages['mmcv'], packages['torchvision'])
@@ -140,14 +144,12 @@ def _examine(module: str) -> Package:
     parents = [Path(place).parent for place in spec.submodule_search_locations or ()]
     # Both upstream and the fork may have left metadata; an editable install has no module beside its own.
     found = [d for name in DISTRIBUTIONS[module] for d in metadata.distributions(name=name)]
-    for distribution in [d for d in found if Path(str(d.locate_file(''))) in parents] or found:
-        package.distribution, package.version = distribution.metadata['Name'], distribution.version
-        break
+    if found := [d for d in found if Path(str(d.locate_file(''))) in parents] or found:
+        package.distribution, package.version = found[0].metadata['Name'], found[0].version
     try:
         importlib.import_module(module)
     except Exception as error:  # mmdet asserts, compiled extensions raise OSError
-        package.state, package.notes = 'broken', [_first_line(error)]
-        return package
+        return Package('broken', package.distribution, package.version, [_first_line(error)])
     specifiers = [s for r in _requirements() if r.name == DISTRIBUTIONS[module][0] for s in r.specifier]
     minimum = [s.version for s in specifiers if s.operator in ('==', '>=')]
     if minimum and package.version and Version(package.version) < Version(minimum[0]):
@@ -186,16 +188,14 @@ def _add_operators(mmcv: Package, torchvision: Package) -> None:
     if PathFinder.find_spec('mmcv._ext', list(spec.submodule_search_locations or ())):
         try:
             operators = type(importlib.import_module('mmcv._ext')).__name__
+            note = LINKED if operators == 'StandIn' else 'ops: compiled'
         except Exception as error:
-            mmcv.state = 'broken'
-            mmcv.notes.append(f'ops: made for another torch? {_first_line(error)}')
-        else:
-            mmcv.notes.append(LINKED if operators == 'StandIn' else 'ops: compiled')
+            mmcv.state, note = 'broken', f'ops: made for another torch? {_first_line(error)}'
     elif torchvision.state == 'ok':
-        mmcv.notes.append(FALLBACK)
+        note = FALLBACK
     else:
-        mmcv.state = 'broken'
-        mmcv.notes.append('ops: missing')
+        mmcv.state, note = 'broken', 'ops: missing'
+    mmcv.notes.append(note)
 
 
 def _files(config: Path | None) -> dict[Path, int]:

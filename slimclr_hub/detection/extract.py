@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from mmengine.config import Config
     from mmengine.registry import Registry
 
-_OWN = 'slimclr_hub'
-_BACKBONE = 'backbone.'
 _DROPPED = object()
 _MAPS = (256, 512, 1024, 2048)  # channels of the stages at width 1.0, in every ResNet of MMDetection
 
@@ -44,7 +42,7 @@ class SlimmableDetectorFile:
 def is_slimmable_detector(names: Iterable[str]) -> bool:
     """True if tensors of these names belong to a detector with a `SlimmableResNet`."""
     names = tuple(names)
-    return any(n.startswith(NETWORK) for n in names) and not all(n.startswith(_BACKBONE) for n in names)
+    return any(n.startswith(NETWORK) for n in names) and not all(n.startswith('backbone.') for n in names)
 
 
 def dense_state_dict(cfg: 'Config', tensors: Tensors, width: float) -> dict[str, torch.Tensor]:
@@ -54,14 +52,8 @@ def dense_state_dict(cfg: 'Config', tensors: Tensors, width: float) -> dict[str,
     lateral ones, and the one that derives a further level from the last map (`add_extra_convs='on_input'`). Everything
     else is the same at every width.
 
-    Args:
-        cfg: Config with a `SlimmableResNet` as `model.backbone`.
-        tensors: State dict of its detector.
-        width: One of its widths.
-
     Raises:
-        InputError: The tensors are not those of the config, the detector does not hold `width`, or MMDetection has no
-            such network.
+        InputError: The tensors are not those of the config, or as in `dense_config`.
     """
     if not is_slimmable_detector(tensors):
         raise InputError(f'not a slimmable detector: its tensors are {shorten([*tensors], 3)}, none {NETWORK}conv1')
@@ -70,7 +62,7 @@ def dense_state_dict(cfg: 'Config', tensors: Tensors, width: float) -> dict[str,
     own = {name: tensor for name, tensor in tensors.items() if name.startswith(NETWORK)}
     _check_same({NETWORK + name: tensor for name, tensor in network.state_dict().items()}, own)
     network.load_state_dict({name.removeprefix(NETWORK): tensor for name, tensor in own.items()}, assign=True)
-    dense = {_BACKBONE + name: tensor for name, tensor in mmdet_state_dict(network, width).items()}
+    dense = {f'backbone.{name}': tensor for name, tensor in mmdet_state_dict(network, width).items()}
     for name, tensor in tensors.items():
         if name not in own:
             slices = name.startswith('neck.') and tensor.ndim == 4 and name in expected
@@ -87,12 +79,9 @@ def dense_config(cfg: 'Config', width: float) -> 'Config':
     none, the wrapper for distributed runs, the import of this package, initial weights, the folder of the run and the
     checkpoint to resume from.
 
-    Args:
-        cfg: Config with a `SlimmableResNet` as `model.backbone`.
-        width: One of its widths, such that 64 times it is whole.
-
     Raises:
-        InputError: The backbone has another type, does not hold `width`, or MMDetection has no such network.
+        InputError: The backbone is no `SlimmableResNet`, does not hold `width`, or MMDetection has no such network: 64
+            times the width must be whole.
     """
     from mmengine.config import Config
 
@@ -115,7 +104,11 @@ def dense_config(cfg: 'Config', width: float) -> 'Config':
             neck['in_channels'] = [scale_channels(_MAPS[stage], width) for stage in stages]
     if _last(plain.get('model_wrapper_cfg', {}).get('type')) in own:
         del plain['model_wrapper_cfg']
-    _drop_own_imports(plain)
+    imports = plain.pop('custom_imports', {})
+    modules = imports.get('imports', [])
+    modules = [modules] if isinstance(modules, str) else modules
+    if others := [module for module in modules if not _is_own(module)]:
+        plain['custom_imports'] = {**imports, 'imports': others}
     return Config(_stock(plain, own))
 
 
@@ -133,13 +126,11 @@ def read_detector(path: Path) -> SlimmableDetectorFile | None:
     except InputError as error:
         if installed or 'mmengine' not in str(error):
             raise
-        raise InputError(
-            f'{path} is a checkpoint of mmengine: pip install "slimclr-hub[transfer]" to read it'
-        ) from error
+        message = f'{path} is a checkpoint of mmengine: pip install "slimclr-hub[transfer]" to read it'
+        raise InputError(message) from error
     if not is_slimmable_detector(tensors):
         return None
-    content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    meta = content.get('meta')
+    meta = torch.load(path, map_location='cpu', weights_only=True, mmap=True).get('meta')
     return SlimmableDetectorFile(path, tensors, meta if isinstance(meta, Mapping) else {})
 
 
@@ -159,8 +150,7 @@ def extract_detector(
         Path of the config of the width.
 
     Raises:
-        InputError: The target exists or does not end in `.pth`, the checkpoint holds no config, or as in
-            `dense_state_dict`.
+        InputError: The target is there already, there is no config, or as in `dense_state_dict`.
     """
     if target.suffix != '.pth':
         raise InputError(f'{target} does not end in .pth, as checkpoints of MMDetection do')
@@ -172,14 +162,13 @@ def extract_detector(
         tensors = dense_state_dict(cfg, detector.tensors, width)
     except InputError as error:
         raise InputError(f'{detector.path}: {error}') from error
-    about = {key: detector.meta[key] for key in ('dataset_meta',) if key in detector.meta}
     dense = dense_config(cfg, width)
     text = dense.pretty_text
     if parse_config(text).to_dict() != dense.to_dict():  # mmengine does not quote all that it prints
         raise InputError(f'{detector.path}: the config in its meta cannot be written as a file')
-    content = {'meta': {**about, 'cfg': text}, 'state_dict': tensors}
+    meta = {key: value for key, value in detector.meta.items() if key == 'dataset_meta'}
     with atomic_files(target.parent) as partial:
-        torch.save(content, partial / target.name)
+        torch.save({'meta': {**meta, 'cfg': text}, 'state_dict': tensors}, partial / target.name)
         (partial / written.name).write_text(f'# {target.name}: width {width:g} of {detector.path.name}\n{text}')
     return written
 
@@ -200,37 +189,27 @@ def _dense_backbone(backbone: Mapping[str, Any], width: float) -> dict[str, Any]
     return {**dense, 'norm_eval': False, **{key: backbone[key] for key in kept if key in backbone}}
 
 
-def _drop_own_imports(plain: dict[str, Any]) -> None:
-    imports = plain.get('custom_imports', {}).get('imports', [])
-    others = [name for name in ([imports] if isinstance(imports, str) else imports) if name.partition('.')[0] != _OWN]
-    if others:
-        plain['custom_imports']['imports'] = others
-    else:
-        plain.pop('custom_imports', None)
-
-
 # Types
 
 
-def _registries() -> 'Iterator[Registry]':
+def _registries() -> 'list[Registry]':
     import mmdet.registry
     import mmengine.registry
 
-    for module in (mmengine.registry, mmdet.registry):
-        yield from (value for value in vars(module).values() if isinstance(value, mmengine.registry.Registry))
+    values = [*vars(mmengine.registry).values(), *vars(mmdet.registry).values()]
+    return [value for value in values if isinstance(value, mmengine.registry.Registry)]
 
 
 def _own_types() -> dict[str, tuple[type, type | None]]:
     """Return registered name -> class and its nearest stock base, for classes of this package and their subclasses."""
     named = [item for registry in _registries() for item in registry.module_dict.items() if isinstance(item[1], type)]
-    stock = {cls for _, cls in named if not _is_own(cls)}
-    return {
-        name: (cls, next((base for base in cls.__mro__ if base in stock), None)) for name, cls in named if _is_own(cls)
-    }
+    own = [(name, cls) for name, cls in named if any(_is_own(base.__module__) for base in cls.__mro__)]
+    stock = {cls for _, cls in named} - {cls for _, cls in own}
+    return {name: (cls, next((base for base in cls.__mro__ if base in stock), None)) for name, cls in own}
 
 
-def _is_own(cls: type) -> bool:
-    return any(base.__module__.partition('.')[0] == _OWN for base in cls.__mro__)
+def _is_own(module: str) -> bool:
+    return module.partition('.')[0] == 'slimclr_hub'
 
 
 def _last(kind: object) -> str:

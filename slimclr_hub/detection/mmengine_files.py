@@ -15,20 +15,17 @@ from slimclr_hub.errors import InputError
 if TYPE_CHECKING:
     from mmengine.config import Config
 
-# Values and counts of the log, and scores that a metric left as scalars of numpy.
-_DTYPES = ('float64', 'float32', 'int64', 'int32')
-
 
 def allow_mmengine_checkpoints() -> None:
     """Let `torch.load` read checkpoints of mmengine's runner; its check stays on and refuses everything else.
 
     Without it, `--resume`, `mim test`, `mmengine.runner.load_checkpoint` and `DetInferencer` stop at the log in such a
-    checkpoint, from torch 2.6 on. It holds for the whole process, see `torch.serialization.add_safe_globals`, and may
-    be called again.
+    checkpoint, from torch 2.6 on. It holds for the whole process and may be called again.
     """
     makers: dict[str, Any] = {'_reconstruct': np.zeros(0).__reduce__()[0], 'scalar': np.float64(0).__reduce__()[0]}
     allowed: list[Callable | tuple[Callable, str]] = [_history_buffer(), np.ndarray, np.dtype]
-    allowed += {type(np.dtype(name)) for name in _DTYPES}
+    # Values and counts of the log, and scores that a metric left as scalars of numpy.
+    allowed += {type(np.dtype(name)) for name in ('float64', 'float32', 'int64', 'int32')}
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):  # before numpy 2 and since; files have either
         allowed += [(maker, f'{module}.{name}') for name, maker in makers.items()]
     allowed.append((_statistic, 'builtins.getattr'))
@@ -36,10 +33,7 @@ def allow_mmengine_checkpoints() -> None:
 
 
 def _statistic(owner: object, name: str) -> Callable:
-    """Stand in for `getattr`, by which mmengine's log names its four statistics.
-
-    The real one would reach every object of the process: a function has its module, and a module may have `exec`.
-    """
+    """Stand in for `getattr`, by which mmengine's log names its four statistics; the real one could reach `exec`."""
     if owner is not _history_buffer() or name not in ('min', 'max', 'mean', 'current'):
         raise UnpicklingError(f'the checkpoint asks for {name!r} of {owner!r}, which no log of mmengine contains')
     return getattr(owner, name)
@@ -63,8 +57,8 @@ def parse_config(text: object) -> 'Config':
         values = {}
         for statement in ast.parse(text).body:
             match statement:
-                case ast.Assign(targets=[ast.Name(id=name)]):
-                    values[name] = _value(statement.value)
+                case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                    values[name] = ast.literal_eval(_DictCalls().visit(value))
                 case _:
                     raise ValueError(f'line {statement.lineno} assigns no value to a name')
     except (SyntaxError, ValueError, TypeError) as error:
@@ -88,15 +82,12 @@ def run_config(path: Path) -> 'Config':
         raise InputError(f'{path} cannot be read as a config: {error}') from error
 
 
-def _value(node: ast.expr) -> Any:
-    match node:
-        case ast.Call(func=ast.Name(id='dict'), args=[], keywords=keywords) if all(k.arg for k in keywords):
-            return {keyword.arg: _value(keyword.value) for keyword in keywords}
-        case ast.Dict(keys=keys, values=values) if None not in keys:
-            return {_value(key): _value(value) for key, value in zip(keys, values, strict=True) if key}
-        case ast.List(elts=items):
-            return [_value(item) for item in items]
-        case ast.Tuple(elts=items):
-            return tuple(_value(item) for item in items)
-        case _:
-            return ast.literal_eval(node)
+class _DictCalls(ast.NodeTransformer):
+    """Replace `dict(key=value)`, as mmengine prints dictionaries, by `{'key': value}`, which is a literal."""
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        match node:
+            case ast.Call(func=ast.Name(id='dict'), args=[], keywords=items) if all(item.arg for item in items):
+                return ast.Dict([ast.Constant(item.arg) for item in items], [item.value for item in items])
+        return node

@@ -4,7 +4,6 @@ The maintained fork's `onedl-mmcv` lacks it as well if pip builds it in isolatio
 """
 
 import importlib
-import importlib.util
 import logging
 import sys
 from collections.abc import Callable
@@ -38,17 +37,19 @@ from slimclr_hub.detection.ops import StandIn
 sys.modules[__name__] = StandIn()
 '''
 
+_NOT_COMPILED = 'n/a: mmcv is not compiled, torchvision stands in'
+
 _logger = logging.getLogger(__name__)
 
 
 def install_ops() -> str:
     """Make `mmcv.ops` importable, with its compiled operators if there are any, otherwise with torchvision's.
 
-    Call it before anything of `mmcv.ops` or `mmdet.models` is imported; it may be called again.
+    Call it before anything of `mmcv.ops` or `mmdet.models` is imported; it may be called again. With torchvision's,
+    `nms` and `RoIAlign` work, forward and backward, and every other operator raises an error that names it.
 
     Returns:
-        'compiled' or 'torchvision'. With the latter `nms` and `RoIAlign` work, forward and backward, and every other
-        operator raises an error that names it when it is called.
+        'compiled' or 'torchvision'.
 
     Raises:
         InputError: mmcv, or what it imports, is not installed.
@@ -56,9 +57,8 @@ def install_ops() -> str:
     try:
         mmcv = importlib.import_module('mmcv')
     except ModuleNotFoundError as error:
-        raise InputError(
-            f'MMDetection needs {error.name}, which is not installed: pip install "slimclr-hub[transfer]"'
-        ) from error
+        message = f'MMDetection needs {error.name}, which is not installed: pip install "slimclr-hub[transfer]"'
+        raise InputError(message) from error
     try:
         extension = importlib.import_module(NAME)
     except ModuleNotFoundError:
@@ -67,9 +67,7 @@ def install_ops() -> str:
         _logger.warning('the compiled operators of mmcv do not load (%s); those of torchvision stand in', error)
     else:
         return 'torchvision' if isinstance(extension, StandIn) else 'compiled'
-    extension = StandIn()
-    sys.modules[NAME] = extension
-    vars(mmcv)['_ext'] = extension  # as an import would have
+    sys.modules[NAME] = vars(mmcv)['_ext'] = StandIn()  # both, as an import would have
     return 'torchvision'
 
 
@@ -96,24 +94,13 @@ def link_ops() -> Path | None:
 
 
 def linked_ops() -> Path:
-    """Return the path of the file that `link_ops` writes.
-
-    Raises:
-        InputError: mmcv is not installed.
-    """
-    spec = importlib.util.find_spec('mmcv')
-    if spec is None or spec.origin is None:
-        raise InputError('mmcv is not installed: pip install "slimclr-hub[transfer]"')
-    return Path(spec.origin).with_name('_ext.py')
+    """Return the path of the file that `link_ops` writes, beside an installed mmcv."""
+    return Path(importlib.import_module('mmcv').__file__ or '').with_name('_ext.py')
 
 
 def build_command() -> str:
     """Return the command that compiles mmcv with its operators, for the fork if that is installed."""
-    try:
-        metadata.distribution('onedl-mmcv')
-    except metadata.PackageNotFoundError:
-        return _BUILD
-    return _BUILD_FORK
+    return _BUILD_FORK if any(metadata.distributions(name='onedl-mmcv')) else _BUILD
 
 
 def _remedy() -> str:
@@ -125,16 +112,10 @@ def _remedy() -> str:
 
 
 def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float, offset: int) -> torch.Tensor:
-    """Return indices of the boxes that greedy suppression keeps, highest score first.
-
-    Args:
-        boxes: [N, 4], x1, y1, x2, y2.
-        scores: [N].
-        iou_threshold: IoU with a kept box above which a box is dropped.
-        offset: 0; with 1, boxes would be one pixel wider and higher.
+    """Return indices of the boxes [N, 4] that greedy suppression keeps, highest score first.
 
     Raises:
-        InputError: `offset` is not 0.
+        InputError: `offset` is not 0; with 1, boxes would be one pixel wider and higher.
     """
     if offset != 0:
         raise InputError(f'nms with offset={offset}: torchvision has offset=0 only; leave it out or {_remedy()}')
@@ -152,13 +133,8 @@ def roi_align_forward(
 ) -> None:
     """Fill `output`, [K, C, aligned_height, aligned_width], with the means of `input` in the cells of every region.
 
-    Args:
-        input: [N, C, H, W].
-        rois: [K, 5], index into N, x1, y1, x2, y2, in pixels of the image.
-        output: Result.
-        argmax_y: Not used, as it belongs to maxima.
-        argmax_x: Not used, as it belongs to maxima.
-        options: See `_roi_options`.
+    `input` is [N, C, H, W], `rois` [K, 5]: index into N, x1, y1, x2, y2, in pixels of the image. For the options see
+    `_roi_options`; the tensors `argmax_y` and `argmax_x`, which belong to maxima, are not used.
 
     Raises:
         InputError: `pool_mode` is 0, the maximum.
@@ -177,10 +153,8 @@ def roi_align_backward(
 ) -> None:
     """Fill `grad_input` with the gradient of `roi_align_forward` with respect to its input; same options and error."""
     size, sampling = _roi_options(**options)
-    gradient = torch.ops.torchvision._roi_align_backward(
-        _full(grad_output), _full(rois), *size, *grad_input.shape, *sampling
-    )
-    grad_input.copy_(gradient)
+    grads, regions = _full(grad_output), _full(rois)
+    grad_input.copy_(torch.ops.torchvision._roi_align_backward(grads, regions, *size, *grad_input.shape, *sampling))
 
 
 def _roi_options(
@@ -197,27 +171,15 @@ def _roi_options(
     return (spatial_scale, aligned_height, aligned_width), (sampling_ratio, aligned)
 
 
-def _version() -> str:
-    return 'n/a: mmcv is not compiled, torchvision stands in'
-
-
-_OPERATORS: dict[str, Callable] = {
-    'nms': nms,
-    'roi_align_forward': roi_align_forward,
-    'roi_align_backward': roi_align_backward,
-    # Not operators; mmcv.utils.collect_env, at the head of every log, calls them.
-    'get_compiler_version': _version,
-    'get_compiling_cuda_version': _version,
-}
-
-
 class StandIn(ModuleType):
     """The module `mmcv._ext` with an operator of every name; those that torchvision lacks raise an error."""
 
     def __init__(self) -> None:
         super().__init__(NAME, __doc__)
         self.__spec__ = ModuleSpec(NAME, None)  # importlib.util.find_spec refuses modules without one
-        vars(self).update(_OPERATORS)
+        vars(self).update(nms=nms, roi_align_forward=roi_align_forward, roi_align_backward=roi_align_backward)
+        # Not operators; mmcv.utils.collect_env, at the head of every log, calls them.
+        self.get_compiler_version = self.get_compiling_cuda_version = lambda: _NOT_COMPILED
 
     def __getattr__(self, name: str) -> Callable[..., NoReturn]:
         # Python and its tools look for optional attributes such as __path__ and would use what they get.

@@ -13,8 +13,6 @@ KINDS = {'bbox': 'box', 'segm': 'mask'}
 METRICS = ('AP', 'AP50', 'AP75')
 """The first three numbers of COCO's summary."""
 
-_OF_MMDETECTION = re.compile(r'width_([\d.]+)/coco/(bbox|segm)_mAP(_50|_75|)')
-
 Metrics = Mapping[str, Any]
 
 
@@ -27,7 +25,7 @@ def by_width(metrics: Metrics) -> dict[float, dict[str, float]]:
     """Convert metrics of MMDetection, `width_0.50/coco/bbox_mAP_50`, to width -> `bbox/AP50` -> AP from 0 to 1."""
     precision: dict[float, dict[str, float]] = {}
     for name, value in metrics.items():
-        if match := _OF_MMDETECTION.fullmatch(name):
+        if match := re.fullmatch(r'width_([\d.]+)/coco/(bbox|segm)_mAP(_50|_75|)', name):
             width, kind, threshold = match.groups()
             precision.setdefault(float(width), {})[f'{kind}/AP{threshold[1:]}'] = value
     return precision
@@ -49,9 +47,9 @@ def precision_table(precision: Mapping[float, Mapping[str, float]], network: Sli
     columns = [column for column in columns if any(column in row for row in precision.values())]
     if not columns:
         return ''
-    table = Table(box=box.MARKDOWN)
-    for header in ['width', 'backbone', *(f'{KINDS[c[:4]]} {c[5:]}' for c in columns)]:
-        table.add_column(header, justify='right', no_wrap=True)
+    table = Table('width', 'backbone', *(f'{KINDS[c[:4]]} {c[5:]}' for c in columns), box=box.MARKDOWN)
+    for column in table.columns:
+        column.justify = 'right'
     rows = {width_name(width): row for width, row in precision.items()}
     for width in network.widths:
         if row := rows.get(width_name(width)):
@@ -66,12 +64,7 @@ def precision_table(precision: Mapping[float, Mapping[str, float]], network: Sli
 
 
 class History:
-    """Metrics of each evaluation, kept in a file that is written atomically.
-
-    Args:
-        path: The file.
-        resumed: True to go on with its content.
-    """
+    """Metrics of each evaluation, kept in a file that is written atomically; `resumed` goes on with its content."""
 
     def __init__(self, path: Path, resumed: bool) -> None:
         self._path = path
@@ -87,15 +80,14 @@ class History:
 
 
 def draw_history(metrics: Mapping[int, Metrics], unit: str, path: Path) -> bool:
-    """Draw AP over epochs or iterations: one curve for each width, one panel each for boxes and masks.
+    """Draw AP over epochs or iterations into a PNG file; return False if there is no AP of COCO.
+
+    There is one curve for each width, and one panel each for boxes and masks.
 
     Args:
         metrics: Epoch or iteration -> metrics of MMDetection at all widths.
         unit: `epoch` or `iteration`.
-        path: PNG file to write atomically.
-
-    Returns:
-        False if there was no AP of COCO to draw.
+        path: File to write atomically.
     """
     from matplotlib.figure import Figure
 

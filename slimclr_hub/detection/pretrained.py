@@ -24,12 +24,7 @@ _FILES = ('.safetensors', '.pth', '.pt', '.tar', '.bin', '.ckpt')
 
 
 def create_backbone(name: str, widths: Sequence[float] = DEFAULT_WIDTHS, **kwargs: Any) -> SlimmableResNet:
-    """Create a slimmable network without a head.
-
-    Args:
-        name: Name in timm's registry, without a tag.
-        widths: Widths to hold.
-        kwargs: Further arguments of the network.
+    """Create a slimmable network without a head, by its name in timm's registry without a tag.
 
     Raises:
         InputError: There is no such network or width.
@@ -49,7 +44,7 @@ def load_backbone(network: SlimmableResNet, source: str) -> str:
     leading part of the normalisations, whose statistics at narrow widths then come from no image.
 
     Args:
-        network: Network without a head (`num_classes=0`).
+        network: Network without a head.
         source: A tag (`slimclr_resnet50.mocov2_800e_in1k`), `hf-hub:USER/NAME`, a folder that timm opens, a
             pre-training run, one of its checkpoints, or a file: `.safetensors`, or any checkpoint that
             `slimclr-hub convert` takes, such as the authors' or a plain ResNet's.

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from slimclr_hub.cli import app
-from slimclr_hub.detection.authors import convert_detector, is_detector
-from slimclr_hub.detection.coco import CLASSES
+from slimclr_hub.detection.authors import CLASSES, convert_detector, is_detector
 from slimclr_hub.errors import InputError
 from slimclr_hub.models import DEFAULT_WIDTHS
 from tests.formula import tensor
