@@ -56,7 +56,6 @@ def convert_detector(tensors: Tensors) -> dict[str, torch.Tensor]:
     `upgrade_model_version.py` cuts the biases at the other end, which gives each class the bias of the one before it.)
 
     Box coding, anchors and RoIAlign differ as well; these are up to the config, `transfer/mask_rcnn_slim_reference.py`.
-
     Names may begin with `module.`.
 
     Raises:

@@ -23,7 +23,7 @@ from slimclr_hub.detection.coco import FILES, coco_root
 CONFIG = Path('transfer/mask_rcnn_slim.py')
 EXTRA = 'pip install "slimclr-hub[transfer]"'
 FORK = 'pip install -U onedl-mim onedl-mmengine "onedl-mmdetection[mminstall]"'
-FALLBACK, LINKED = 'ops: torchvision (fallback)', 'ops: torchvision (linked)'
+FALLBACK = 'ops: torchvision (fallback)'
 OPTIONAL = {'accelerate'}
 
 DISTRIBUTIONS = {
@@ -40,11 +40,7 @@ DISTRIBUTIONS = {
 
 @dataclass
 class Package:
-    """One row of the report.
-
-    The state is `ok`, `too old`, `missing` or `broken`; notes are GPUs of torch, operators of mmcv, the path of mim, or
-    the first line of an import error.
-    """
+    """One row of the report, with a state of `ok`, `too old`, `missing` or `broken`."""
 
     state: str = 'ok'
     distribution: str = ''
@@ -188,7 +184,7 @@ def _add_operators(mmcv: Package, torchvision: Package) -> None:
     if PathFinder.find_spec('mmcv._ext', list(spec.submodule_search_locations or ())):
         try:
             operators = type(importlib.import_module('mmcv._ext')).__name__
-            note = LINKED if operators == 'StandIn' else 'ops: compiled'
+            note = 'ops: torchvision (linked)' if operators == 'StandIn' else 'ops: compiled'
         except Exception as error:
             mmcv.state, note = 'broken', f'ops: made for another torch? {_first_line(error)}'
     elif torchvision.state == 'ok':

@@ -189,9 +189,6 @@ def _dense_backbone(backbone: Mapping[str, Any], width: float) -> dict[str, Any]
     return {**dense, 'norm_eval': False, **{key: backbone[key] for key in kept if key in backbone}}
 
 
-# Types
-
-
 def _registries() -> 'list[Registry]':
     import mmdet.registry
     import mmengine.registry
@@ -233,9 +230,6 @@ def _stock(value: Any, own: Mapping[str, tuple[type, type | None]]) -> Any:
         if (about := getattr(cls, 'METAINFO', None)) != getattr(stock, 'METAINFO', None):
             value.setdefault('metainfo', about)  # classes of a data set
     return {key: part for key, item in value.items() if (part := _stock(item, own)) is not _DROPPED}
-
-
-# The stock detector
 
 
 def _build(cfg: 'Config') -> Tensors:

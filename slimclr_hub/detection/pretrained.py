@@ -67,36 +67,29 @@ def load_backbone(network: SlimmableResNet, source: str) -> str:
     fitted[FIRST_CONV] = adapt_input_conv(network.in_chans, fitted[FIRST_CONV], base_chans=channels)
     network.load_state_dict(fitted)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    report = [
-        f'Backbone weights from {source}: all {len(fitted)} tensors of the network were loaded, '
-        f'{parameters:,} parameters, for {_listed(network.widths)}. '
-        f'Left out of the source: {_left_out(tensors, network.widths)}.'
-    ]
+    report = f'Backbone weights from {source}: all {len(fitted)} tensors of the network were loaded, '
+    report += f'{parameters:,} parameters, for {_listed(network.widths)}. '
+    report += f'Left out of the source: {_left_out(tensors, network.widths)}.'
     if unseen := _untrained_widths(fitted):
-        report.append(
-            f'The normalisations of {_listed(unseen)} have counted no batch: they come from a network of one width, or '
-            'were never trained.'
-        )
+        report += f' The normalisations of {_listed(unseen)} have counted no batch: they come from a network of one '
+        report += 'width, or were never trained.'
     if channels != network.in_chans:
-        report.append(
-            f'The first convolution was adapted from images of {channels} channels to {network.in_chans}, as timm does.'
-        )
-    return ' '.join(report)
+        report += f' The first convolution was adapted from images of {channels} channels to {network.in_chans}, '
+        report += 'as timm does.'
+    return report
 
 
 def _tensors(source: str, widths: tuple[float, ...]) -> Mapping[str, torch.Tensor]:
     path = Path(source.removeprefix('local-dir:'))
     if path.is_dir() and not (path / 'config.json').is_file():
         path = _file_in(path)
-    if path.is_file():
-        if not _is_ours(path):
-            # A plain network has width 1.0; the widths that are asked for take its leading part.
-            return convert(read_checkpoint(path), widths=sorted({1.0, *widths}, reverse=True))
-        source = str(path)
-    elif not path.exists() and path.suffix in _FILES:
+    if path.is_file() and not _is_ours(path):
+        # A plain network has width 1.0; the widths that are asked for take its leading part.
+        return convert(read_checkpoint(path), widths=sorted({1.0, *widths}, reverse=True))
+    if not path.exists() and path.suffix in _FILES:
         raise InputError(f'{source} does not exist')
     # With all that it holds, so that the report names what does not belong to the backbone.
-    return open_network(source).state_dict()
+    return open_network(str(path) if path.is_file() else source).state_dict()
 
 
 def _file_in(path: Path) -> Path:

@@ -26,10 +26,6 @@ from slimclr_hub.weights.slices import leading
 
 _logger = logging.getLogger(__name__)
 
-# torchvision's anchors have 32 pixels at the level of stride 4, and double with each level.
-_ANCHOR_OVER_STRIDE = 8
-_RATIOS = (0.5, 1.0, 2.0)
-
 
 class SlimmableBackboneWithFPN(WidthMixin, nn.Module):
     """Backbone of torchvision's detectors: feature maps of the active width under a pyramid that all widths share.
@@ -51,7 +47,10 @@ class SlimmableBackboneWithFPN(WidthMixin, nn.Module):
         self.strides = tuple(level['reduction'] for level in info)
         self.fpn = FeaturePyramidNetwork([level['num_chs'] for level in info], out_channels, LastLevelMaxPool())
         for block in self.fpn.inner_blocks:
-            block[0] = _sliced(block[0])
+            plain = block[0]
+            # On meta, since torchvision has drawn the values already.
+            block[0] = InputSlicedConv2d(plain.in_channels, out_channels, 1, device='meta')
+            block[0].weight, block[0].bias = plain.weight, plain.bias
         self.out_channels = out_channels
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -85,14 +84,13 @@ def slimmable_mask_rcnn(
     if weights is not None:
         _logger.info('%s', load_backbone(network, weights))
     backbone = SlimmableBackboneWithFPN(network)
-    strides = (*backbone.strides, 2 * backbone.strides[-1])
     levels = [str(i) for i in range(len(backbone.strides))]
+    # torchvision's anchors have 32 pixels at the level of stride 4, and double with each level.
+    sizes = tuple((8 * stride,) for stride in (*backbone.strides, 2 * backbone.strides[-1]))
     own = {
         'image_mean': network.pretrained_cfg['mean'],
         'image_std': network.pretrained_cfg['std'],
-        'rpn_anchor_generator': AnchorGenerator(
-            tuple((_ANCHOR_OVER_STRIDE * stride,) for stride in strides), (_RATIOS,) * len(strides)
-        ),
+        'rpn_anchor_generator': AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
         'box_roi_pool': MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=2),
         'mask_roi_pool': MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2),
     }
@@ -144,25 +142,18 @@ def extract_width(model: nn.Module, width: float) -> MaskRCNN:
     At width 1.0 a ResNet-50's state dict is that of `torchvision.models.detection.maskrcnn_resnet50_fpn` with
     `norm_layer=nn.BatchNorm2d`.
 
-    Args:
-        model: Detector of `slimmable_mask_rcnn`, itself or in DistributedDataParallel.
-        width: One of its widths.
-
     Raises:
-        InputError: It does not hold `width`.
+        InputError: The model is no detector of `slimmable_mask_rcnn`, itself or in DistributedDataParallel, or does not
+            hold `width`.
     """
     backbone = slimmable_backbone(model)
     dense = backbone.body.extract(width)
-    info = dense.feature_info[1:]
-    plain = BackboneWithFPN(
-        dense,
-        {level['module']: str(i) for i, level in enumerate(info)},
-        [level['num_chs'] for level in info],
-        backbone.out_channels,
-    )
-    tensors = backbone.fpn.state_dict()
+    channels = {level['module']: level['num_chs'] for level in dense.feature_info[1:]}
+    names = {module: str(i) for i, module in enumerate(channels)}
+    plain = BackboneWithFPN(dense, names, [*channels.values()], backbone.out_channels)
     shapes = {name: tensor.shape for name, tensor in plain.fpn.state_dict().items()}
-    plain.fpn.load_state_dict({name: leading(tensors[name], shape) for name, shape in shapes.items()}, assign=True)
+    tensors = {name: leading(tensor, shapes[name]) for name, tensor in backbone.fpn.state_dict().items()}
+    plain.fpn.load_state_dict(tensors, assign=True)
     # The copy takes this backbone for its own.
     return copy.deepcopy(unwrapped(model), {id(backbone): plain.train(backbone.training)})
 
@@ -177,10 +168,3 @@ def slimmable_backbone(model: nn.Module) -> SlimmableBackboneWithFPN:
     if not isinstance(backbone, SlimmableBackboneWithFPN):
         raise InputError(f'the backbone of the model is a {type(backbone).__name__}, not a SlimmableBackboneWithFPN')
     return backbone
-
-
-def _sliced(conv: nn.Conv2d) -> InputSlicedConv2d:
-    # On meta, since torchvision has drawn the values already.
-    sliced = InputSlicedConv2d(conv.in_channels, conv.out_channels, 1, device='meta')
-    sliced.weight, sliced.bias = conv.weight, conv.bias
-    return sliced

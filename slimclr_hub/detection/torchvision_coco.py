@@ -50,7 +50,7 @@ class CocoInstances(torch.utils.data.Dataset):
         if not (folder / names[0]).is_file():
             names = f'annotations/instances_{split}2017.json', f'{split}2017'
         check_files(folder, names, remedy)
-        annotations, images = (folder / name for name in names)
+        annotations, self.folder = (folder / name for name in names)
         try:
             with redirect_stdout(StringIO()):
                 self.coco = COCO(str(annotations))
@@ -61,7 +61,6 @@ class CocoInstances(torch.utils.data.Dataset):
             raise InputError(f"{annotations} is not in COCO's format: {error}") from error
         if without := [number for number, a in self.coco.anns.items() if not a.get('segmentation')]:
             raise InputError(f'{annotations} has no mask for annotation {without[0]}; Mask R-CNN needs all')
-        self.folder = images
         self.transform = transform
         self.crowds = crowds
 
@@ -77,12 +76,8 @@ class CocoInstances(torch.utils.data.Dataset):
         except OSError as error:
             raise InputError(f'{path} cannot be read: {error}') from error
         size = tuple(image.shape[-2:])
-        known = [
-            a
-            for a in self.coco.imgToAnns[image_id]
-            # COCO has boxes of no area, which torchvision refuses.
-            if (self.crowds or not a.get('iscrowd')) and min(a['bbox'][2:]) >= 1
-        ]
+        known = [a for a in self.coco.imgToAnns[image_id] if self.crowds or not a.get('iscrowd')]
+        known = [a for a in known if min(a['bbox'][2:]) >= 1]  # COCO has boxes of no area, which torchvision refuses
         boxes = torch.tensor([a['bbox'] for a in known]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         masks = np.stack([np.zeros(size, np.uint8), *(self.coco.annToMask(a) for a in known)])[1:]
@@ -168,7 +163,7 @@ def _of_all_processes(by_image: dict[int, Any]) -> dict[int, Any]:
 
 def _precision(truth: Mapping[int, Any], found: Mapping[int, Any]) -> dict[str, float]:
     images = [{'id': image_id, 'height': size[0], 'width': size[1]} for image_id, (size, _) in truth.items()]
-    labels = {instance['category_id'] for _, instances in truth.values() for instance in instances}
+    labels = sorted({instance['category_id'] for _, instances in truth.values() for instance in instances})
     with redirect_stdout(StringIO()):
         annotated = _coco(images, labels, {image_id: instances for image_id, (_, instances) in truth.items()})
         detected = _coco(images, labels, found)
@@ -183,13 +178,10 @@ def _precision(truth: Mapping[int, Any], found: Mapping[int, Any]) -> dict[str, 
     return precision
 
 
-def _coco(images: list[dict[str, int]], labels: Iterable[int], instances: Mapping[int, Any]) -> COCO:
+def _coco(images: list[dict[str, int]], labels: list[int], instances: Mapping[int, Any]) -> COCO:
     every = [{'image_id': image_id, **instance} for image_id, several in instances.items() for instance in several]
+    annotations = [{'id': number, **instance} for number, instance in enumerate(every, start=1)]
     coco = COCO()
-    coco.dataset = {
-        'images': images,
-        'categories': [{'id': label} for label in sorted(labels)],
-        'annotations': [{'id': number, **instance} for number, instance in enumerate(every, start=1)],
-    }
+    coco.dataset = {'images': images, 'categories': [{'id': label} for label in labels], 'annotations': annotations}
     coco.createIndex()
     return coco

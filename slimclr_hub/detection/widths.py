@@ -70,14 +70,10 @@ def run_widths(
         set_width: Switches the active width.
         widths: Widths to run.
         run: Forward and backward at the active width; called with True at the last one.
-
-    Returns:
-        Width -> result of `run`, the narrowest first.
     """
-    ordered = sorted(widths)
     results = {}
-    for width in ordered:
-        last = width == ordered[-1]
+    for width in sorted(widths):
+        last = width == max(widths)
         sync = nullcontext() if last else getattr(model, 'no_sync', nullcontext)()
         with sync, set_width(width):
             results[width] = run(last)

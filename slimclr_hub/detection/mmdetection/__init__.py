@@ -21,7 +21,7 @@ from slimclr_hub.errors import InputError
 install_ops()  # before anything of mmdet.models or mmcv.ops is imported
 allow_mmengine_checkpoints()
 
-from slimclr_hub.detection.mmdetection import backbone, datasets, detectors, hooks, loops  # noqa: E402, F401
+from slimclr_hub.detection.mmdetection import backbone, datasets, detectors, runner  # noqa: E402, F401
 
 _previous = sys.excepthook
 

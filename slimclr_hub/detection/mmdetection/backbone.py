@@ -83,9 +83,10 @@ class SlimmableResNet(WidthMixin, BaseModule):
         """
         if self.weights is None:
             self.network.init_weights()
-            print_log(f'backbone: random weights at widths {", ".join(map(str, self.widths))}', 'current')
+            report = f'random weights at widths {", ".join(map(str, self.widths))}'
         else:
-            print_log(f'backbone: {load_backbone(self.network, self.weights)}', 'current')
+            report = load_backbone(self.network, self.weights)
+        print_log(f'backbone: {report}', 'current')
         self._is_init = True
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -98,13 +99,9 @@ class SlimmableResNet(WidthMixin, BaseModule):
     def train(self, mode: bool = True) -> 'SlimmableResNet':
         """Set training mode, except for frozen modules and, with `norm_eval`, normalisations."""
         super().train(mode)
-        if mode:
-            for module in self._frozen():
-                module.eval()
-            if self.norm_eval:
-                for module in self.modules():
-                    if isinstance(module, _BatchNorm):
-                        module.eval()
+        norms = [module for module in self.modules() if self.norm_eval and isinstance(module, _BatchNorm)]
+        for module in self._frozen() + norms:
+            module.eval()
         return self
 
     def _frozen(self) -> list[torch.nn.Module]:
@@ -118,14 +115,8 @@ class SlimmableResNet(WidthMixin, BaseModule):
 class SlimmableFPN(FPN):
     """MMDetection's `FPN` whose lateral convolutions use their leading input channels at a narrow width.
 
-    Nothing else depends on the width, and tensors have the names of `FPN`. This equals padding the maps of a narrow
-    width with zeros, as the reference code of Zhao et al. does.
-
-    Args:
-        in_channels: Channels of the backbone's maps, at the largest width that it holds or at 1.0.
-        out_channels: Channels of the pyramid.
-        num_outs: Levels of the pyramid.
-        kwargs: As in `FPN`, without `norm_cfg` and `conv_cfg`.
+    Nothing else depends on the width, and tensors have the names of `FPN`. `in_channels` are those of the backbone's
+    maps at the largest width that it holds, or at 1.0.
 
     Raises:
         InputError: `norm_cfg` asks for a normalisation, which would mix the statistics of all widths, or `conv_cfg` for
@@ -135,7 +126,6 @@ class SlimmableFPN(FPN):
     def __init__(self, in_channels: Sequence[int], out_channels: int, num_outs: int, **kwargs: Any) -> None:
         if kwargs.get('norm_cfg') is not None:
             raise InputError(f'norm_cfg {kwargs["norm_cfg"]}: widths share the pyramid, so it has no normalisation')
-        if kwargs.get('conv_cfg') is not None:
-            raise InputError(f'conv_cfg {kwargs["conv_cfg"]}: the convolutions of SlimmableFPN are its own')
-        kwargs['conv_cfg'] = {'type': 'InputSlicedConv2d'}
-        super().__init__(list(in_channels), out_channels, num_outs, **kwargs)
+        if (conv_cfg := kwargs.pop('conv_cfg', None)) is not None:
+            raise InputError(f'conv_cfg {conv_cfg}: the convolutions of SlimmableFPN are its own')
+        super().__init__(list(in_channels), out_channels, num_outs, conv_cfg={'type': 'InputSlicedConv2d'}, **kwargs)

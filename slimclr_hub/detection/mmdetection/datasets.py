@@ -12,14 +12,7 @@ from slimclr_hub.detection.coins import write_coins
 
 @DATASETS.register_module()
 class CocoFolder(CocoDataset):
-    """Data set in COCO's format that checks its files first.
-
-    Args:
-        data_root: Folder of the data set.
-        ann_file: File of annotations in it.
-        data_prefix: `img`, folder of images in it.
-        lazy_init: As in `CocoDataset`; files are then not checked, since only the classes are wanted.
-        kwargs: As in `CocoDataset`.
+    """Data set in COCO's format that checks its files first, unless `lazy_init` asks for its classes alone.
 
     Raises:
         InputError: Annotations or images are missing.
@@ -37,13 +30,7 @@ class CocoFolder(CocoDataset):
 
 @DATASETS.register_module()
 class CoinsFolder(CocoFolder):
-    """The coins of scikit-image, written to `data_root` if it does not exist.
-
-    Args:
-        data_root: Folder of the coins.
-        lazy_init: As in `CocoFolder`; nothing is written then.
-        kwargs: As in `CocoFolder`.
-    """
+    """The coins of scikit-image, written to `data_root` if it does not exist, except with `lazy_init`."""
 
     METAINFO: ClassVar[dict[str, Any]] = {'classes': ('coin',), 'palette': [(220, 160, 40)]}
     remedy = 'delete this folder to have the coins written again'

@@ -26,13 +26,8 @@ def train_widths(
 ) -> dict[str, torch.Tensor]:
     """Train all widths in one iteration: losses summed, one clip, one step; images are preprocessed once.
 
-    Zhao et al., section 4.3, after Yu et al. 2019 (https://arxiv.org/abs/1812.08928), algorithm 1.
-
-    Args:
-        model: The detector, or DDP around it.
-        detector: The detector itself.
-        data: A batch as the data loader returns it.
-        optim_wrapper: Optimizer; its accumulation counts iterations, not widths.
+    Zhao et al., section 4.3, after Yu et al. 2019 (https://arxiv.org/abs/1812.08928), algorithm 1. `model` is the
+    detector or DDP around it; accumulation of the optimizer counts iterations, not widths.
 
     Returns:
         `loss`, summed over widths, and for each width `width_0.50/loss` and its terms.
@@ -62,13 +57,9 @@ def train_widths(
 
 
 class SlimmableDetector(WidthMixin, BaseDetector):
-    """Base class of detectors with a slimmable backbone, whose neck and heads all widths share.
+    """Base class of detectors with a `SlimmableResNet` and a `SlimmableFPN`; all widths share neck and heads.
 
     Predictions are those of the active width.
-
-    Args:
-        args: As in the detector.
-        kwargs: As in the detector; the backbone's type is `SlimmableResNet`, the neck's `SlimmableFPN`.
 
     Raises:
         InputError: The backbone is not slimmable.
@@ -80,10 +71,8 @@ class SlimmableDetector(WidthMixin, BaseDetector):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not isinstance(self.backbone, SlimmableResNet):
-            raise InputError(
-                f'the backbone of {type(self).__name__} is a {type(self.backbone).__name__} of one width; its type '
-                'must be SlimmableResNet'
-            )
+            kinds = f'{type(self).__name__} is a {type(self.backbone).__name__}'
+            raise InputError(f'the backbone of {kinds} of one width; its type must be SlimmableResNet')
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, torch.Tensor]:
         """Train all widths in one iteration; see `train_widths`."""
@@ -107,9 +96,7 @@ class SlimmableDetector(WidthMixin, BaseDetector):
 class SlimmableDistributedDataParallel(MMDistributedDataParallel):
     """DDP around a slimmable detector; the loop calls its `train_step`, never the detector's.
 
-    Args:
-        module: Detector.
-        kwargs: As in `MMDistributedDataParallel`; `find_unused_parameters` is on, since no width uses all parameters.
+    `find_unused_parameters` is on, since no width uses all parameters.
 
     Raises:
         InputError: `static_graph` or `detect_anomalous_params` is set; the parameters in use differ between widths.

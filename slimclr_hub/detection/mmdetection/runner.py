@@ -1,23 +1,100 @@
-"""Hooks of mmengine: report AP by width, guard checkpoints."""
+"""Loops of mmengine that evaluate every width, and hooks that report AP by width and guard checkpoints."""
 
-from collections.abc import Container
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.dist import master_only
+from mmengine.evaluator import Evaluator
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
-from mmengine.registry import HOOKS
-from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.registry import HOOKS, LOOPS
+from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner, TestLoop, ValLoop
 
-from slimclr_hub.detection.precision import History, by_width, draw_history, precision_table
+from slimclr_hub.detection.precision import History, by_width, draw_history, precision_table, width_name
 from slimclr_hub.detection.widths import unwrapped
 from slimclr_hub.errors import InputError, shorten
+from slimclr_hub.models.widths import check_width
 from slimclr_hub.weights.layouts import mismatches
 
 _HEADS = ('rpn_head.', 'roi_head.', 'bbox_head.', 'mask_head.')
+_FILES: dict[str, Callable[[str, str], str]] = {
+    'outfile_prefix': lambda prefix, name: f'{prefix}.{name}',  # of CocoMetric
+    'out_file_path': lambda path, name: str(Path(path).with_suffix(f'.{name}{Path(path).suffix}')),  # of mim test --out
+    'test_out_dir': lambda folder, name: str(Path(folder) / name),  # of mim test --show-dir
+}
+
+
+class WidthLoop(BaseLoop):
+    """Evaluate several widths, all that the network holds unless given.
+
+    Raises:
+        InputError: The network does not hold one of them.
+    """
+
+    stage: str
+    evaluator: Evaluator
+
+    def __init__(self, *args: Any, widths: Sequence[float] | float | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        detector = unwrapped(self.runner.model)
+        if not hasattr(detector, 'set_width'):
+            kind = type(detector).__name__
+            raise InputError(f'{kind} has no widths to evaluate; use a type such as SlimmableMaskRCNN')
+        if isinstance(widths, float | int):  # a single value on the command line comes as a number
+            widths = [widths]
+        self.widths = tuple(check_width(w, detector.widths) for w in (detector.widths if widths is None else widths))
+
+    def run(self) -> dict[str, Any]:
+        """Evaluate the widths one after the other; return `width_0.50/coco/bbox_mAP` and so on."""
+        detector = unwrapped(self.runner.model)
+        self.runner.call_hook(f'before_{self.stage}')
+        self.runner.call_hook(f'before_{self.stage}_epoch')
+        self.runner.model.eval()
+        metrics = {}
+        for width in self.widths:
+            self.runner.logger.info(f'{self.stage} at width {width:g}')
+            with detector.set_width(width), self._own_files(width):
+                for i, batch in enumerate(self.dataloader):
+                    self.run_iter(i, batch)
+                found = self.evaluator.evaluate(len(self.dataloader.dataset))
+            metrics.update({f'{width_name(width)}/{key}': value for key, value in found.items()})
+        # Once, with all of them: hooks log them, and choose the best checkpoint by one.
+        self.runner.call_hook(f'after_{self.stage}_epoch', metrics=metrics)
+        self.runner.call_hook(f'after_{self.stage}')
+        return metrics
+
+    @contextmanager
+    def _own_files(self, width: float) -> Iterator[None]:
+        # Otherwise each width would overwrite the predictions and drawings of the one before.
+        before = []
+        for owner in (*self.evaluator.metrics, *self.runner.hooks):
+            for key, place in _FILES.items():
+                if isinstance(value := getattr(owner, key, None), str):
+                    before.append((owner, key, value))
+                    setattr(owner, key, place(value, width_name(width)))
+        try:
+            yield
+        finally:
+            for owner, key, value in before:
+                setattr(owner, key, value)
+
+
+@LOOPS.register_module()
+class SlimmableValLoop(WidthLoop, ValLoop):
+    """Validate several widths; see `WidthLoop`."""
+
+    stage = 'val'
+
+
+@LOOPS.register_module()
+class SlimmableTestLoop(WidthLoop, TestLoop):
+    """Test several widths, or one of them by `--cfg-options test_cfg.widths=0.5`; see `WidthLoop`."""
+
+    stage = 'test'
 
 
 @HOOKS.register_module()
@@ -84,19 +161,14 @@ class CheckpointGuardHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Compare names and shapes with the detector's, before any tensor is loaded."""
-        tensors = checkpoint.get('state_dict', checkpoint)
-        found = {
-            name.removeprefix('module.'): value.shape
-            for name, value in tensors.items()
-            if isinstance(value, torch.Tensor)
-        }
+        content = checkpoint.get('state_dict', checkpoint)
+        tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+        found = {name.removeprefix('module.'): tensor.shape for name, tensor in tensors.items()}
         wanted = {name: tensor.shape for name, tensor in unwrapped(runner.model).state_dict().items()}
         problems = mismatches(wanted, found)
-        if self.other_heads:
-            heads = [problem for problem in problems if problem.startswith(_HEADS)]
-            problems = [problem for problem in problems if not problem.startswith(_HEADS)]
-            if heads:
-                print_log(f'Not taken from the checkpoint: {shorten(heads)}', 'current')
+        if self.other_heads and (heads := [problem for problem in problems if problem.startswith(_HEADS)]):
+            print_log(f'Not taken from the checkpoint: {shorten(heads)}', 'current')
+            problems = [problem for problem in problems if problem not in heads]
         if problems:
             raise InputError(f'the checkpoint is of another detector: {shorten(problems)}{_remedy(found)}')
 
