@@ -210,17 +210,16 @@ def embed(
     overwrite: Overwrite = False,
 ) -> None:
     """Write features of images at one width."""
-    from slimclr_hub.inference.embed import check_output, save_embeddings
-    from slimclr_hub.inference.embed import embed as run
+    from slimclr_hub.inference import embed as embedding
     from slimclr_hub.inference.images import list_images
 
-    check_output(out, overwrite)
+    embedding.check_output(out, overwrite)
     listed = list_images(images)  # before a network is downloaded
     model = _on_device(network, width, device)
-    embeddings = run(
+    embeddings = embedding.embed(
         model, listed, batch_size=batch_size, workers=workers, precision=precision, skip_unreadable=skip_unreadable
     )
-    save_embeddings(embeddings, out, overwrite)
+    embedding.save_embeddings(embeddings, out, overwrite)
     count, length = embeddings.features.shape
     print(f'{out}: {count} images, {length} features each, at width {embeddings.width:g}')
 
@@ -237,14 +236,15 @@ def predict(
     skip_unreadable: Skip = False,
 ) -> None:
     """Print the most probable classes of images, by a network with a probe."""
+    from slimclr_hub.inference import predict as prediction
     from slimclr_hub.inference.images import list_images
-    from slimclr_hub.inference.predict import predict as run
-    from slimclr_hub.inference.predict import predictions_table
 
     listed = list_images(images)  # before a network is downloaded
     model = _on_device(network, width, device)
-    predictions = run(model, listed, top=top, batch_size=batch_size, workers=workers, skip_unreadable=skip_unreadable)
-    _print(predictions_table(predictions))
+    predictions = prediction.predict(
+        model, listed, top=top, batch_size=batch_size, workers=workers, skip_unreadable=skip_unreadable
+    )
+    _print(prediction.predictions_table(predictions))
 
 
 @app.command()

@@ -118,6 +118,16 @@ class DataConfig(LoaderConfig, ImagesConfig):
                 'of your own give --data.name folder, too'
             )
 
+    def required_root(self) -> str:
+        """Return `root`; raise an InputError if it is not given."""
+        if self.root is None:
+            hint = {
+                FASHION_MNIST: ', for example --data.root /usr/share/datasets/fashion-mnist',
+                'folder': ', the folder of images',
+            }
+            raise InputError(f'data.name {self.name} needs data.root{hint.get(self.name, "")}')
+        return self.root
+
     def fingerprint(self) -> dict[str, Any]:
         """Return what identifies the images of an evaluation, as JSON has it.
 

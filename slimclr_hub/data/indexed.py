@@ -24,23 +24,19 @@ class EpochBatches(Sampler[list[Key]]):
     """(epoch, index) of this process's images of each microbatch, from microbatch `start` of epoch `epoch` on.
 
     Process r takes the r-th contiguous slice of images order[k * m : (k + 1) * m] of microbatch k, where m is the size
-    of a microbatch over all processes. Epochs follow each other without an end, so that workers read ahead.
+    of a microbatch over all processes, P * `size`. Epochs follow each other without an end, so that workers read ahead.
 
     Args:
         length: Images in the data set.
         seed: Seed of all orders.
-        microbatch: Images of a microbatch over all processes.
-        processes: Number of processes.
-        rank: Rank of this process.
+        size: Images of this process in a microbatch.
         count: Microbatches an epoch.
         ahead: False to end with the epoch, for benchmarks whose cases take turns.
-        epoch: The epoch to begin with.
-        start: The microbatch to begin with.
     """
 
     length: int
     seed: int
-    microbatch: int
+    size: int
     processes: int
     rank: int
     count: int
@@ -48,17 +44,12 @@ class EpochBatches(Sampler[list[Key]]):
     epoch: int = 0
     start: int = 0
 
-    @property
-    def size(self) -> int:
-        """Images of this process in a microbatch."""
-        return self.microbatch // self.processes
-
     def __iter__(self) -> Iterator[list[Key]]:
         start = self.start
         for epoch in itertools.count(self.epoch) if self.ahead else (self.epoch,):
             order = permutation(self.length, self.seed, epoch)
             for k in range(start, self.count):
-                first = k * self.microbatch + self.rank * self.size
+                first = (k * self.processes + self.rank) * self.size
                 yield [(epoch, int(index)) for index in order[first : first + self.size]]
             start = 0
 
@@ -150,33 +141,19 @@ class IndexedFeed:
     """This process's microbatches of a data set by index.
 
     Workers continue from batch to batch and epoch to epoch as long as the next microbatch is asked for; otherwise they
-    restart at the one that is.
-
-    Args:
-        images: The samples.
-        batches: Keys of the samples in order.
-        options: Arguments of the loader.
+    restart at the one that is. `options` are arguments of torch's loader.
     """
 
     notes: tuple[str, ...] = ()
 
     def __init__(self, images: IndexedImages, batches: EpochBatches, options: dict[str, Any]) -> None:
         self.batches = batches
-        self.loader: DataLoader[Chunk] = DataLoader(
-            images,  # type: ignore[arg-type]
-            batch_sampler=batches,
-            collate_fn=collate,
-            **options,
-        )
+        self.loader = DataLoader(images, batch_sampler=batches, collate_fn=collate, **options)
         self._running: Iterator[Chunk] = iter(())
         self._next: tuple[int, int] | None = None
 
     def chunks(self, epoch: int, start: int, position: Any) -> Iterator[tuple[Chunk, None]]:
-        """Yield microbatches of an epoch from the `start`-th on; a data set by index needs no position.
-
-        Raises:
-            DataError: There is no readable image to replace an unreadable one.
-        """
+        """Yield microbatches of an epoch from the `start`-th on; raise a DataError if no image can be read."""
         for k in range(start, self.batches.count):
             chunk = self._take(epoch, k)
             yield chunk, None

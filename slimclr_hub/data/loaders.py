@@ -75,9 +75,6 @@ class ToDevice:
 
     On the computing stream a copy would begin only after all that is queued there, such as the backward of the step
     before.
-
-    Args:
-        device: Target device.
     """
 
     def __init__(self, device: torch.device) -> None:

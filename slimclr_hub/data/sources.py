@@ -1,7 +1,6 @@
 """Sources of images: the embedded set, Fashion-MNIST's own files, and everything timm's `create_dataset` reads."""
 
 import gzip
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 from slimclr_hub.data.config import EMBEDDED, FASHION_MNIST, DataConfig
 from slimclr_hub.data.streams.shards import find_shards, is_remote
 from slimclr_hub.errors import InputError
+from slimclr_hub.files import file_hash
 
 EMBEDDED_FILE = Path(__file__).parent / 'embedded' / 'fashion_mnist_6k.npz'
 _IDX_PREFIX = {'train': 'train', 'test': 't10k'}
@@ -57,16 +57,11 @@ def make_dataset(config: DataConfig, split: str, training: bool) -> Dataset | It
     Raises:
         InputError: There is no such source or split, or it holds no image.
     """
-    mode = config.mode
     if config.name == EMBEDDED:
-        return ArrayImages(*read_embedded(_idx_split(split)), mode)
+        return ArrayImages(*read_embedded(_idx_split(split)), config.mode)
     if config.name == FASHION_MNIST:
-        if config.root is None:
-            raise InputError(
-                f'data.name {FASHION_MNIST} needs data.root, for example --data.root /usr/share/datasets/fashion-mnist'
-            )
-        return ArrayImages(*read_split(config.root, _idx_split(split)), mode)
-    return _timm_dataset(config, split, training, mode)
+        return ArrayImages(*read_split(config.required_root(), _idx_split(split)), config.mode)
+    return _timm_dataset(config, split, training)
 
 
 def read_embedded(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -76,7 +71,7 @@ def read_embedded(split: str) -> tuple[np.ndarray, np.ndarray]:
         InputError: The file is not the one that was packaged.
     """
     expected = EMBEDDED_FILE.with_suffix('.sha256').read_text().split()[0]
-    if hashlib.sha256(EMBEDDED_FILE.read_bytes()).hexdigest() != expected:
+    if file_hash(EMBEDDED_FILE) != expected:
         raise InputError(f'{EMBEDDED_FILE} is damaged: its sha256 is not {expected}; install the package again')
     with np.load(EMBEDDED_FILE) as arrays:
         return arrays[f'{split}_images'], arrays[f'{split}_labels']
@@ -95,14 +90,11 @@ def has_validation(config: DataConfig) -> bool:
 
 
 def read_split(folder: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read one split of Fashion-MNIST from IDX files, gzipped (Debian's package) or not (torchvision's cache).
+    """Read images, uint8 [N, 28, 28], and labels, uint8 [N], of Fashion-MNIST from IDX files, gzipped or not.
 
     Args:
         folder: Debian's folder (`/usr/share/datasets/fashion-mnist`) or the root given to torchvision.
         split: `train` or `test`.
-
-    Returns:
-        Images, uint8 of shape [N, 28, 28], and labels, uint8 of shape [N].
 
     Raises:
         InputError: The folder or one of its files is missing, or a file is not IDX.
@@ -153,26 +145,25 @@ def _idx_split(split: str) -> str:
     return names[split]
 
 
-def _timm_dataset(config: DataConfig, split: str, training: bool, mode: str) -> Dataset | IterableDataset:
+def _timm_dataset(config: DataConfig, split: str, training: bool) -> Dataset | IterableDataset:
     where = f'data.name {config.name}' + (f', data.root {config.root}' if config.root else '') + f', split {split}'
     if config.name == 'folder':
-        if config.root is None:
-            raise InputError('data.name folder needs data.root, the folder of images')
-        if not Path(config.root).exists():
-            raise InputError(f'data.root {config.root} does not exist')
-        root = Path(config.root)
+        root = Path(config.required_root())
+        if not root.exists():
+            raise InputError(f'data.root {root} does not exist')
         others = [name for group in _SPLIT_FOLDERS for name in sorted(group) if (root / name).is_dir()]
         if others and _split_folder(root, split) is None:
             raise InputError(f'{where}: there is no such split; there are {", ".join(others)}')
-    if config.name.startswith(('wds/', 'torch/')) and config.root is None:
-        raise InputError(f'data.name {config.name} needs data.root')
     num_samples = config.num_samples
-    if config.name.startswith('wds/') and 'tar' not in split and '..' not in split and not is_remote(str(config.root)):
-        # timm knows patterns and the splits of an _info.json; this is how it takes a list.
-        files, lengths, _ = find_shards(str(config.root), split)
-        split, num_samples = '::'.join(files), num_samples or sum(lengths or ())
-    elif config.name.startswith('wds/') and not is_remote(str(config.root)) and not Path(str(config.root)).is_dir():
-        raise InputError(f'data.root {config.root} does not exist')
+    if config.name.startswith('torch/'):
+        config.required_root()
+    elif config.name.startswith('wds/') and not is_remote(address := config.required_root()):
+        if not Path(address).is_dir():
+            raise InputError(f'data.root {address} does not exist')
+        if 'tar' not in split and '..' not in split:
+            # timm knows patterns and the splits of an _info.json; this is how it takes a list.
+            files, lengths, _ = find_shards(address, split)
+            split, num_samples = '::'.join(files), num_samples or sum(lengths or ())
     keys: dict[str, Any] = {'input_key': config.image_key, 'target_key': config.label_key}
     try:
         dataset = create_dataset(
@@ -183,7 +174,7 @@ def _timm_dataset(config: DataConfig, split: str, training: bool, mode: str) -> 
             download=config.download,
             batch_size=config.batch_size,
             num_samples=num_samples,
-            input_img_mode=mode,
+            input_img_mode=config.mode,
             **{name: key for name, key in keys.items() if key is not None},
         )
     except ImportError as error:

@@ -71,12 +71,8 @@ class TrainData:
         transform = Views(*(self._transform(each, each.size or config.size) for each in self.distributions))
         make_feed = self._stream_feed if config.streams else self._indexed_feed
         self.feed, length = make_feed(config, transform)
+        self.notes: tuple[str, ...] = self.feed.notes  # sentences that a user must read before training starts
         self.steps_per_epoch = length // config.batch_size
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Sentences that a user must read before training starts."""
-        return self.feed.notes
 
     def epoch(self, epoch: int, start: int = 0, position: Position = None) -> Iterator[Batch]:
         """Yield microbatches of an epoch from an optimizer step on; a stream may end early.
@@ -99,12 +95,8 @@ class TrainData:
             if len(chunk['labels']) < self.size:
                 continue
             *views, labels = self.to_device((*chunk['views'], chunk['labels']))
-            yield Batch(
-                views=self._views(views, epoch, micro),
-                labels=labels,
-                position=after,
-                corrupt=tuple(name for name, _ in chunk['problems']),
-            )
+            corrupt = tuple(name for name, _ in chunk['problems'])
+            yield Batch(self._views(views, epoch, micro), labels, after, corrupt)
             micro += 1
             if micro == end:
                 return
@@ -131,7 +123,7 @@ class TrainData:
         length = len(dataset)  # type: ignore[arg-type]
         images = IndexedImages(dataset, transform, self.seed, config.mode, config.max_corrupt)
         count = self._layout(config, length).batches
-        batches = EpochBatches(length, self.seed, self.size * self.processes, self.processes, self.rank, count)
+        batches = EpochBatches(length, self.seed, self.size, self.processes, self.rank, count)
         return IndexedFeed(images, batches, loader_options(config, self.seed)), length
 
     def _stream_feed(self, config: DataConfig, transform: Views) -> tuple[Feed, int]:
@@ -149,10 +141,10 @@ class TrainData:
             length = _stream_length(config, shards)
             layout = self._layout(config, length)
             order = ShardOrder(shards, layout, self.rank, self.seed, config.shuffle_buffer)
-            facts = {'shards': shards.count, 'shuffle_buffer': config.shuffle_buffer}
+            facts = {'shards': len(shards.names), 'shuffle_buffer': config.shuffle_buffer}
             if shards.lengths is None and self.processes > 1:
                 notes = (
-                    f'data.name {config.name}: the lengths of the {shards.count} shards are unknown, so each of '
+                    f'data.name {config.name}: the lengths of the {len(shards.names)} shards are unknown, so each of '
                     f'{self.processes} processes reads all of them and uses its part; an _info.json, or Parquet files, '
                     'would spare that.',
                 )
@@ -162,11 +154,10 @@ class TrainData:
 
 
 def _stream_length(config: DataConfig, shards: Shards) -> int:
-    if shards.lengths is not None:
-        return min(sum(shards.lengths), shards.total or sum(shards.lengths))
-    if shards.total is None:
+    length = shards.total if shards.lengths is None else sum(shards.lengths)
+    if length is None:
         raise InputError(f'data.name {config.name}: a stream of unknown length needs data.num_samples')
-    return shards.total
+    return min(length, shards.total or length)
 
 
 def _device_augmentation() -> Callable[..., torch.Tensor]:

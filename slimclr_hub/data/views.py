@@ -108,11 +108,6 @@ class Normalize:
 
     Operations and their order are those of torchvision's `ToDtype(scale=True)` and `Normalize`, so results are equal
     bit for bit. torchvision's would copy mean and std to the device for each batch, and synchronise.
-
-    Args:
-        mean: Mean of each channel.
-        std: Standard deviation of each channel.
-        device: Device of the batches.
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
@@ -125,11 +120,7 @@ class Normalize:
 
 
 class Views:
-    """Several views of an image, each drawn after the one before it.
-
-    Args:
-        transforms: Transform of each view.
-    """
+    """Several views of an image, each drawn after the one before it."""
 
     def __init__(self, *transforms: Callable[[Any], torch.Tensor]) -> None:
         self.transforms = transforms
@@ -142,10 +133,8 @@ class Views:
 class SingleImageTransform:
     """Apply v2 transforms to one PIL image without torchvision's search for images in nested inputs.
 
-    For small images that search takes longer than the transforms. Results and random draws are torchvision's.
-
-    Args:
-        view: Transforms of a PIL image that end with a tensor. Unknown ones are called as usual.
+    For small images that search takes longer than the transforms. Results and random draws are torchvision's. Unknown
+    transforms are called as usual.
     """
 
     def __init__(self, view: v2.Compose) -> None:

@@ -5,11 +5,10 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
@@ -23,34 +22,19 @@ _ROWS = 32  # of a Hub data set, read at a time; they are encoded images
 _THREADS = 16  # they wait for the network
 
 
-@dataclass(frozen=True)
-class Raw:
-    """A sample as it is stored.
-
-    Args:
-        name: Name in messages.
-        decode: Decodes image and label, -1 where there is none; exceptions of the decoder pass through.
-    """
+class Raw(NamedTuple):
+    """A stored sample: its name in messages, and the decoder of its image and label, -1 where there is none."""
 
     name: str
     decode: Callable[[], tuple[Image.Image, int]]
 
 
 class Shards(Protocol):
-    """A sharded source.
+    """A sharded source: the address of each shard, the samples of each and those of an epoch, if known."""
 
-    Args:
-        count: Number of shards.
-        lengths: Samples of each, if known.
-        total: Samples an epoch, if known.
-    """
-
-    count: int
+    names: list[str]
     lengths: tuple[int, ...] | None
     total: int | None
-
-    def name(self, shard: int) -> str:
-        """Return the name of a shard for messages."""
 
     def read(self, shard: int) -> Iterator[Raw]:
         """Yield encoded samples of a shard in stored order."""
@@ -68,27 +52,20 @@ class TarShards:
     """
 
     def __init__(self, config: DataConfig) -> None:
-        if config.root is None:
-            raise InputError(f'data.name {config.name} needs data.root')
+        root = config.required_root()
         self.image_keys = tuple((config.image_key or _IMAGES).split(';'))
         self.label_key = config.label_key
-        files, lengths, total = find_shards(config.root, config.train_split)
+        files, self.lengths, total = find_shards(root, config.train_split)
         if not files:
-            raise InputError(f'data.root {config.root} has no shard that matches data.train_split {config.train_split}')
-        self.paths = [f'{config.root.rstrip("/")}/{file}' for file in files]
-        self.count = len(files)
-        self.lengths = lengths
+            raise InputError(f'data.root {root} has no shard that matches data.train_split {config.train_split}')
+        self.names = [f'{root.rstrip("/")}/{file}' for file in files]
         self.total = config.num_samples or total
         self._check_first(config)
 
-    def name(self, shard: int) -> str:
-        """Return the address of a shard."""
-        return self.paths[shard]
-
     def read(self, shard: int) -> Iterator[Raw]:
         """Yield samples of a tar file."""
-        for sample in self._samples(self.paths[shard]):
-            yield Raw(f'{self.paths[shard]}/{sample["__key__"]}', partial(self._decode, sample))
+        for sample in self._samples(self.names[shard]):
+            yield Raw(f'{self.names[shard]}/{sample["__key__"]}', partial(self._decode, sample))
 
     def _samples(self, path: str) -> Iterator[dict[str, Any]]:
         import webdataset
@@ -107,10 +84,10 @@ class TarShards:
 
     def _check_first(self, config: DataConfig) -> None:
         # Else every image of the epoch would turn out to be unreadable, in the middle of it.
-        first = next(self._samples(self.paths[0]), None)
+        first = next(self._samples(self.names[0]), None)
         if first is None:
-            raise InputError(f'{self.paths[0]} holds no samples')
-        where = f'{self.paths[0]}: the first sample'
+            raise InputError(f'{self.names[0]} holds no samples')
+        where = f'{self.names[0]}: the first sample'
         if not any(key in first for key in self.image_keys):
             members = ', '.join(key for key in first if not key.startswith('__'))
             raise InputError(f'{where} has {members}; data.image_key is {config.image_key}')
@@ -147,25 +124,22 @@ class HubShards:
         # Decoded by ourselves: what is skipped needs not be decoded, and what cannot be must not end the stream.
         self.image = datasets.Image()
         self.stream = self.stream.cast_column(self.image_key, datasets.Image(decode=False))
-        self.count = self.stream.num_shards
-        self.files = [str(file) for file in (builder.config.data_files or {}).get(config.train_split, ())]
-        self.lengths = _parquet_lengths(self.files) if len(self.files) == self.count else None
+        files = [str(file) for file in (builder.config.data_files or {}).get(config.train_split, ())]
+        count = self.stream.num_shards
+        self.names = files if len(files) == count else [f'shard {shard}' for shard in range(count)]
+        self.lengths = _parquet_lengths(self.names)
         info = (builder.info.splits or {}).get(config.train_split)
         self.total = config.num_samples or (info.num_examples if info else None)
 
-    def name(self, shard: int) -> str:
-        """Return the address of a file."""
-        return self.files[shard] if len(self.files) == self.count else f'shard {shard}'
-
     def read(self, shard: int) -> Iterator[Raw]:
         """Yield rows of a file."""
-        rows = self.stream.shard(self.count, shard)
-        name, i = self.name(shard), 0
+        rows = self.stream.shard(len(self.names), shard)
+        i = 0
         # By `iter`, since inside a worker of torch's loader the data set itself would divide the shard once more.
         for columns in rows.iter(batch_size=_ROWS):
             labels = columns[self.label_key] if self.label_key else [None] * len(columns[self.image_key])
             for image, label in zip(columns[self.image_key], labels, strict=True):
-                yield Raw(f'{name}, row {i}', partial(self._decode, image, label))
+                yield Raw(f'{self.names[shard]}, row {i}', partial(self._decode, image, label))
                 i += 1
 
     def _decode(self, image: Any, label: Any) -> tuple[Image.Image, int]:

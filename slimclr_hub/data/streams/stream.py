@@ -48,15 +48,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class ShardOrder:
-    """Order of the samples of shards, divided over the workers of all processes and shuffled.
-
-    Args:
-        shards: The shards.
-        layout: Division of an epoch.
-        rank: Rank of this process.
-        seed: Seed of orders.
-        buffer: Size of the shuffle buffer.
-    """
+    """Order of the samples of shards, divided over the workers of all processes and shuffled by a buffer."""
 
     shards: Shards
     layout: Layout
@@ -81,7 +73,7 @@ class ShardOrder:
             DataError: A shard has another length than announced, so samples would be lost or repeated.
         """
         shards, layout = self.shards, self.layout
-        order = permutation(shards.count, self.seed, epoch).tolist()
+        order = permutation(len(shards.names), self.seed, epoch).tolist()
         if shards.lengths is None:
             order = order[role :: layout.workers]
             chosen = range(self.rank, sys.maxsize, layout.processes)
@@ -107,7 +99,7 @@ class ShardOrder:
                 found += 1
             if announced not in (None, found):
                 raise DataError(
-                    f'{shards.name(shard)} holds {found} samples, not {announced} as announced; fetch the shard again '
+                    f'{shards.names[shard]} holds {found} samples, not {announced} as announced; fetch the shard again '
                     'or correct its _info.json'
                 )
             begin += found
@@ -121,24 +113,18 @@ def _shuffled(items: Iterator[T], size: int, seed: int) -> Iterator[T]:
     rng = random.Random(seed)
     held: list[T] = []
     for item in items:
-        if len(held) < size:
-            held.append(item)
-            continue
-        i = rng.randrange(size)
-        chosen, held[i] = held[i], item
-        yield chosen
+        held.append(item)
+        if len(held) > size:
+            i = rng.randrange(size)
+            held[i], held[-1] = held[-1], held[i]
+            yield held.pop()
     rng.shuffle(held)
     yield from held
 
 
 @dataclass(frozen=True)
 class TimmOrder:
-    """Order of a stream that timm itself divides over workers and processes, and decodes.
-
-    Args:
-        dataset: timm's `IterableImageDataset`, without a transform.
-        rank: Rank of this process.
-    """
+    """Order of timm's `IterableImageDataset`, which timm itself divides over workers and processes, and decodes."""
 
     dataset: Any
     rank: int
