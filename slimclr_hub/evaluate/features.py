@@ -104,13 +104,8 @@ class FeatureCache:
     """Features of the splits of a data set by one frozen network, kept on disk.
 
     The name of a file depends on the network's weights and widths, the precision, and the images: their number, a hash
-    of them where that is quick to compute, size, crop and normalisation. Each process holds all of a split in memory.
-
-    Args:
-        folder: Folder of the files.
-        accelerator: The processes; all of them ask together.
-        backbone: The network in eval mode, without a classifier, on the accelerator's device.
-        config: The source.
+    of them where that is quick to compute, size, crop and normalisation. Each process holds all of a split in memory,
+    and all ask together. The network is in eval mode, without a classifier, on the accelerator's device.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, backbone: SlimmableResNet, config: DataConfig) -> None:
@@ -121,11 +116,7 @@ class FeatureCache:
         self._weights = state_hash(backbone)
 
     def features(self, split: str, at_most: int | None = None) -> SplitFeatures:
-        """Read or compute features of a split, on the accelerator's device.
-
-        Args:
-            split: The split.
-            at_most: Number of images of which to take a fixed random choice, where there are more.
+        """Read or compute features of a split on the device; of `at_most` images, a fixed random choice, if given.
 
         Raises:
             InputError: There is no such split, or the source is a stream and there are several processes.

@@ -17,13 +17,9 @@ _BANK_CHUNK = 65_536  # labelled images at a time
 
 
 def default_k(images: int, classes: int) -> int:
-    """Neighbours to ask where a configuration leaves k open: a tenth of the images of a class, from 5 to 200.
+    """Neighbours to ask where a configuration leaves k open: a tenth of the labelled images of a class, from 5 to 200.
 
     With many more neighbours than a class has images, votes say little but which classes are frequent.
-
-    Args:
-        images: Number of labelled images.
-        classes: Number of classes.
     """
     return min(max(round(images / classes / 10), 5), 200)
 

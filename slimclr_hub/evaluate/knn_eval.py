@@ -244,11 +244,7 @@ def classes_of(accelerator: Accelerator, labels: torch.Tensor, name: str) -> int
 def _share_loader(
     config: DataConfig, split: str, at_most: int | None, seed: int, accelerator: Accelerator
 ) -> tuple[DataLoader, int]:
-    """Loader of this process's share of a split, and the number of images in all shares.
-
-    Raises:
-        InputError: There are no such images, or they are a stream, which cannot be divided over processes.
-    """
+    """Loader of this process's share of a split, and the number of images in all shares."""
     loader = eval_loader(config, split, at_most, seed)
     dataset: Any = loader.dataset
     total = len(dataset)

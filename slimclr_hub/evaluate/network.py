@@ -30,10 +30,7 @@ _IMAGENET = DataConfig(
 
 
 def open_for_test(network: str) -> SlimmableResNet:
-    """Open a network in eval mode, with the head that it has.
-
-    Args:
-        network: The folder of a run, or what `open_network` takes.
+    """Open a run or what `open_network` takes in eval mode, with the head that it has.
 
     Raises:
         InputError: There is no such network, or a run has no result yet.
@@ -43,11 +40,7 @@ def open_for_test(network: str) -> SlimmableResNet:
 
 
 def check_network(network: str) -> None:
-    """Check that a name can be that of a network, without fetching anything.
-
-    Raises:
-        InputError: It cannot, or it is a run that has no result yet.
-    """
+    """Raise an InputError if a name cannot be that of a network, or is a run without a result; fetch nothing."""
     folder = folder_of(network)
     if (folder / RECIPE).is_file() and not (folder / 'config.json').is_file():
         raise InputError(f'{network} is a run without a result yet; finish it: --resume {network}')
@@ -68,11 +61,7 @@ def published_network(network: str) -> Published | None:
 
 
 def check_images(data: DataConfig) -> None:
-    """Check that there are images to test on, before a network is fetched.
-
-    Raises:
-        InputError: Their folder does not exist, or none of them are apart from the training images.
-    """
+    """Raise an InputError if there is no folder of images, or none of them are apart from the training images."""
     if data.name == 'folder' and data.root is not None and not Path(data.root).exists():
         raise InputError(
             f'data.root {data.root} does not exist; give the folder of the images by --data.root, or other images by '

@@ -5,7 +5,7 @@ Where the paper's cells span several rows, each row here has the value of its ow
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from slimclr_hub.runs.result import IMAGENET, Protocol, Result
@@ -149,15 +149,15 @@ def reported_probe(published: Published | None, head: str) -> Result | None:
     """
     if published is None:
         return None
-    if head == 'switchable':
-        result, source, distillation = published_result(published), 'Zhao et al., table 1', True
-    elif (published.method, published.epochs) == ('MoCo v2', 200):
+    result, source = published_result(published), 'Zhao et al., table 1'
+    distillation: bool | None = True
+    if head == 'slimmable':
+        if (published.method, published.epochs) != ('MoCo v2', 200):
+            return None
         result = Result(published.name, TABLE_1, *_SLIMMABLE_PROBE)
+        distillation = None
         source = (
             'Zhao et al., table 3a (of a network without slow start, distillation and loss weights, which this one has)'
         )
-        distillation = None
-    else:
-        return None
     protocol = Protocol('linear', IMAGENET, head=head, features='augmented', distillation=distillation, source=source)
-    return Result(result.network, protocol, result.top1, result.top5)
+    return replace(result, protocol=protocol)

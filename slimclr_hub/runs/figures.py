@@ -19,14 +19,7 @@ _MARKERS = ('o', 's', '^', 'D', 'v', 'P')
 def new_figure(
     columns: int = 1, rows: int = 1, width: float = 5, height: float | Sequence[float] = 4
 ) -> 'tuple[Figure, list[Axes]]':
-    """Make a figure and its panels, row by row.
-
-    Args:
-        columns: Panels beside each other.
-        rows: Panels above each other.
-        width: Width of a panel in inches.
-        height: Height of a panel in inches, or the height of each row.
-    """
+    """Make a figure and its panels, row by row, of a width and a height, or one for each row, in inches."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -60,12 +53,7 @@ def mark_slow_start(axis: 'Axes', epoch: float) -> None:
 
 
 def save_figure(figure: 'Figure', path: Path) -> None:
-    """Write a figure as `path`.png and `path`.pdf, and close it.
-
-    Args:
-        figure: From `new_figure`.
-        path: Without suffix; its folder is made if it is not there.
-    """
+    """Write a figure as `path`.png and `path`.pdf into a folder that is made if need be, and close it."""
     from matplotlib import pyplot as plt
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -211,11 +211,7 @@ def training_results(
 
 
 def data_name(data: Mapping[str, Any]) -> str:
-    """Name of a data set in tables.
-
-    Args:
-        data: The `data` section of a configuration.
-    """
+    """Name in tables of the data set in the `data` section of a configuration."""
     name, root = str(data.get('name', 'unknown data')), data.get('root')
     if name in ('folder', 'wds/') and root:
         name = Path(root).resolve().name
@@ -254,17 +250,10 @@ def _old_results(content: dict[str, Any], grid: Path) -> list[Result]:
     if content['kind'] == 'linear':
         probe, features = (settings.get(section) or {} for section in ('probe', 'features'))
         mode, standardise = features.get('mode'), features.get('standardise')
-        protocol = Protocol(
-            'linear',
-            data,
-            features.get('train_images'),
-            head=probe.get('head'),
-            features=mode,
-            distillation=probe.get('distillation'),
-            standardised=mode == 'cached' if standardise is None else standardise,
-            epochs=(settings.get('optim') or {}).get('epochs'),
-        )
-        protocols = [protocol]
+        about: dict[str, Any] = {key: probe.get(key) for key in ('head', 'distillation')}
+        about |= {'features': mode, 'standardised': mode == 'cached' if standardise is None else standardise}
+        epochs = (settings.get('optim') or {}).get('epochs')
+        protocols = [Protocol('linear', data, features.get('train_images'), epochs=epochs, **about)]
     elif grid.is_file():
         records = sorted(json.loads(grid.read_text()), key=lambda each: -mean(each['top1'].values()))
         protocols = [Protocol('knn', data, each['bank'], each['k'], each['temperature']) for each in records]

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 _DEFAULT_COLUMNS = 160  # where no terminal tells how many there are
 _LATEX = {'\\': r'\textbackslash{}', '±': r'$\pm$', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}'}
@@ -48,55 +47,40 @@ class TextTable:
         return '\n'.join([*lines, *(f'% {note}' for note in self.notes)]) + '\n'
 
     def print(self, console: 'Console | None' = None) -> None:
-        """Print the table without cutting any cell, however narrow the terminal is.
+        """Print the table with each cell on one line; headers may take several.
+
+        A terminal that is too narrow folds lines, where rich would cut cells.
 
         Args:
-            console: The console; standard output unless given.
+            console: The console; standard output unless given. It keeps the width that the table needs.
         """
+        from rich.cells import cell_len
         from rich.console import Console
         from rich.table import Table
 
+        console = console or Console(markup=False, emoji=False, highlight=False)
+        columns = console.width if console.is_terminal else max(_DEFAULT_COLUMNS, console.width)
+        cells = [[row[i] for row in self.rows] for i in range(len(self.headers))]
+        # Rich's own widths would be below the least ones.
+        widths = [
+            max(map(cell_len, (*header.split(), *column)), default=0)
+            for header, column in zip(self.headers, cells, strict=True)
+        ]
+        needed = sum(widths) + 3 * len(widths) + 1  # a space on either side, and lines between
+        spare = max(columns - needed, 0)
+        while spare and (long := [i for i, header in enumerate(self.headers) if cell_len(header) > widths[i]]):
+            widths[max(long, key=lambda i: cell_len(self.headers[i]) / widths[i])] += 1
+            spare -= 1
         table = Table(title=self.title)
-        for i, header in enumerate(self.headers):
-            table.add_column(header, justify='left' if i < self.names else 'right')
+        for i, (header, width) in enumerate(zip(self.headers, widths, strict=True)):
+            table.add_column(header, justify='left' if i < self.names else 'right', width=width)
         for row in self.rows:
             table.add_row(*row)
-        console = console or Console(markup=False, emoji=False, highlight=False)
-        print_table(table, console)
+        # Both, as a height alone would leave the width to a terminal that does not tell it.
+        console.size = (max(columns, needed), console.height)
+        console.print(table)
         for note in self.notes:
             console.print(note, soft_wrap=True)
-
-
-def print_table(table: 'Table', console: 'Console | None' = None) -> None:
-    """Print a table with each cell on one line; titles of columns may take several.
-
-    A terminal that is too narrow folds lines, where rich would cut cells.
-
-    Args:
-        table: A table of texts, from rich.
-        console: The console; standard output unless given. It keeps the width that the table needs.
-    """
-    from rich.cells import cell_len
-    from rich.console import Console
-
-    console = console or Console(markup=False, emoji=False, highlight=False)
-    columns = console.width if console.is_terminal else max(_DEFAULT_COLUMNS, console.width)
-    titles = [str(column.header) for column in table.columns]
-    # Rich's own widths would be below the least ones.
-    widths = [
-        max(map(cell_len, (*(title.split() if not column.no_wrap else [title]), *map(str, column.cells))), default=0)
-        for column, title in zip(table.columns, titles, strict=True)
-    ]
-    needed = sum(widths) + 3 * len(widths) + 1  # a space on either side, and lines between
-    spare = max(columns - needed, 0)
-    while spare and (long := [i for i, title in enumerate(titles) if cell_len(title) > widths[i]]):
-        widths[max(long, key=lambda i: cell_len(titles[i]) / widths[i])] += 1
-        spare -= 1
-    for column, width in zip(table.columns, widths, strict=True):
-        column.width = width
-    # Both, as a height alone would leave the width to a terminal that does not tell it.
-    console.size = (max(columns, needed), console.height)
-    console.print(table)
 
 
 def _escaped(text: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.compare.entries import SameRecipe, measure_speed, read_entries
-from slimclr_hub.evaluate.compare.figure import draw_pareto, figure_path
+from slimclr_hub.evaluate.compare.figure import draw_pareto
 from slimclr_hub.evaluate.compare.tables import comparison_tables, csv_text, reported_networks, reported_tables
 from slimclr_hub.files import write_text
 from slimclr_hub.runs.result import environment
@@ -46,11 +46,12 @@ def compare_networks(
     """
     if not networks and not reported:
         raise InputError('nothing to compare; name runs, networks or tags, or give --reported')
-    target = figure_path(figure) if figure else None
+    if figure and figure.suffix not in ('', '.png', '.pdf'):
+        raise InputError(f'--figure {figure}: figures are PNG and PDF; give a name in .png or without suffix')
     outputs = {'--markdown': markdown, '--csv': csv, '--latex': latex}
     if list(outputs.values()).count(_STANDARD_OUTPUT) > 1:
         raise InputError(f'only one of {", ".join(outputs)} can be printed by -; give the others the name of a file')
-    for option, file in (*outputs.items(), ('--figure', target)):
+    for option, file in (*outputs.items(), ('--figure', figure)):
         if file is not None and file != _STANDARD_OUTPUT:
             _check_writable(option, file)
     if batch_size is not None and batch_size < 1:
@@ -69,9 +70,8 @@ def compare_networks(
         '--csv': csv_text(entries, reported),
         '--latex': '\n'.join(table.latex() for table in tables),
     }
-    if _STANDARD_OUTPUT not in outputs.values():
-        for table in tables:
-            table.print()
+    for table in tables if _STANDARD_OUTPUT not in outputs.values() else ():
+        table.print()
     written = []
     for option, file in outputs.items():
         if file == _STANDARD_OUTPUT:
@@ -79,18 +79,14 @@ def compare_networks(
         elif file is not None:
             write_text(file, texts[option])
             written.append(file)
-    if target is not None and draw_pareto(entries, target, reported):
-        written += [target.parent / f'{target.name}.{suffix}' for suffix in ('png', 'pdf')]
+    if figure is not None and draw_pareto(entries, figure.with_suffix(''), reported):
+        written += [figure.with_suffix(suffix) for suffix in ('.png', '.pdf')]
     return written
 
 
 def _check_writable(option: str, file: Path) -> None:
-    """Make the folder of a file, before there is any work to lose.
-
-    Raises:
-        InputError: The file is a folder, or its folder cannot be made or written to.
-    """
-    if option != '--figure' and file.is_dir():
+    """Make the folder of a file, before there is any work to lose; raise an InputError if it cannot be written."""
+    if file.is_dir():
         raise InputError(f'{option} {file} is a folder; give the name of a file in it')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Networks to compare: their cost and speed, and every accuracy in their folders."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import takewhile
@@ -77,11 +77,9 @@ class _Measurement:
 
 
 def read_entries(networks: Sequence[str], same_recipe: SameRecipe | None = None) -> list[Entry]:
-    """Read cost and accuracies of networks.
+    """Read cost and accuracies of folders of runs and networks, and of published ones by their names.
 
-    Args:
-        networks: Folders of runs and networks, and names of published ones.
-        same_recipe: Puts runs that differ in nothing but the seed into one entry, if given.
+    Runs that are of the same recipe by `same_recipe` go into one entry, if it is given.
 
     Raises:
         InputError: One of them is none of these.
@@ -155,47 +153,43 @@ def _newest(
     measurements: Sequence[_Measurement], chosen: Mapping[Protocol, Protocol]
 ) -> tuple[dict[Protocol, list[Result]], dict[Protocol, str]]:
     """The newest result by each protocol, and a note where there are older ones."""
-    results: dict[Protocol, list[Result]] = {}
-    sources: dict[Protocol, list[str]] = {}
     found: dict[Protocol, list[tuple[str, str, Result]]] = {}
     for each in measurements:
         wanted = chosen.get(each.place)
         result = next((one for one in each.results if one.protocol == wanted), each.results[0])
         found.setdefault(result.protocol, []).append((each.time, each.source, result))
+    results, notes = {}, {}
     for protocol, several in found.items():
         *older, (_, source, newest) = sorted(several, key=lambda one: one[0])
         results[protocol] = [newest]
         if older:
-            sources[protocol] = [source, *(name for _, name, _ in older)]
-    return results, {
-        protocol: f'of {source}, the newest by this protocol; left out: {", ".join(older)}'
-        for protocol, (source, *older) in sources.items()
-    }
+            left_out = ', '.join(name for _, name, _ in older)
+            notes[protocol] = f'of {source}, the newest by this protocol; left out: {left_out}'
+    return results, notes
 
 
 def _merge_seeds(entries: Sequence[Entry], same_recipe: SameRecipe) -> list[Entry]:
     merged: list[Entry] = []
     for entry in entries:
-        paths = [(i, folder_of(each.networks[0]), folder_of(entry.networks[0])) for i, each in enumerate(merged)]
-        runs = [both for both in paths if all((path / RECIPE).is_file() for path in both[1:])]
-        same = next((i for i, first, second in runs if same_recipe(first, second)), None)
-        if same is None:
-            merged.append(entry)
+        own = folder_of(entry.networks[0])
+        for i, other in enumerate(merged):
+            folder = folder_of(other.networks[0])
+            if all((path / RECIPE).is_file() for path in (folder, own)) and same_recipe(folder, own):
+                merged[i] = _merged(other, entry)
+                break
         else:
-            merged[same] = _merged(merged[same], entry)
+            merged.append(entry)
     return merged
 
 
 def _merged(first: Entry, second: Entry) -> Entry:
-    protocols = [*first.results, *(protocol for protocol in second.results if protocol not in first.results)]
-    results = {of: [*first.results.get(of, ()), *second.results.get(of, ())] for of in protocols}
-    name = _SEED.sub('', ''.join(_common([first.name, second.name]))) or first.name
+    results = {
+        protocol: [*first.results.get(protocol, ()), *second.results.get(protocol, ())]
+        for protocol in {**first.results, **second.results}
+    }
+    shared = takewhile(lambda letters: letters[0] == letters[1], zip(first.name, second.name, strict=False))
+    name = _SEED.sub('', ''.join(letter for letter, _ in shared)) or first.name
     return replace(first, name=name, results=results, networks=[*first.networks, *second.networks], notes={})
-
-
-def _common(names: Iterable[str]) -> Iterator[str]:
-    """Leading characters that all names share."""
-    return (letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False)))
 
 
 @torch.inference_mode()
@@ -205,16 +199,9 @@ def measure_speed(entries: Sequence[Entry], batch_size: int, seconds: float = 20
     Every width of every network takes its turn in each repetition, so that other load on the machine affects all alike.
     The median of seven repetitions counts, or of at least three once `seconds` have passed.
 
-    Args:
-        entries: The networks.
-        batch_size: Images at a time.
-        seconds: About how long it may take.
-
     Raises:
         InputError: The batch does not fit in memory.
     """
-    if batch_size < 1:
-        raise InputError(f'batch size is {batch_size}; give 1 or more')
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or torch.device('cpu')
     begun = perf_counter()
@@ -236,16 +223,12 @@ def measure_speed(entries: Sequence[Entry], batch_size: int, seconds: float = 20
                 measured[turn].append(_time(entries[i].model, images, width, count))
     except torch.OutOfMemoryError as error:
         raise InputError(f'a batch of {batch_size} does not fit in memory; give a smaller --batch-size') from error
-    speeds: list[dict[float, float]] = [{} for _ in entries]
-    spreads = [0.0 for _ in entries]
+    result = [replace(entry, speed={}, spread=0.0) for entry in entries]
     for (i, width, _), found in zip(turns, measured, strict=True):
         first, middle, third = quantiles(found, n=4, method='inclusive')
-        speeds[i][width] = batch_size / middle
-        spreads[i] = max(spreads[i], (third - first) / middle)
-    return [
-        replace(entry, speed=speed, spread=spread)
-        for entry, speed, spread in zip(entries, speeds, spreads, strict=True)
-    ]
+        speed = {**result[i].speed, width: batch_size / middle}
+        result[i] = replace(result[i], speed=speed, spread=max(result[i].spread, (third - first) / middle))
+    return result
 
 
 def _time(model: SlimmableResNet, images: torch.Tensor, width: float, count: int) -> float:

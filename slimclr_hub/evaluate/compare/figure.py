@@ -7,7 +7,6 @@ from statistics import mean, stdev
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
-from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.compare.entries import Entry
 from slimclr_hub.evaluate.compare.tables import reported_networks
 from slimclr_hub.evaluate.reported import TABLE_1
@@ -26,16 +25,7 @@ _LINE = 0.18  # inches of a line of a legend
 
 
 def draw_pareto(entries: Sequence[Entry], path: Path, reported: bool = False) -> bool:
-    """Draw accuracy over multiply-adds, a panel for each data set and protocol, as only those compare.
-
-    Args:
-        entries: The networks.
-        path: Files to write, without suffix: a PNG and a PDF.
-        reported: As in `pareto_figure`.
-
-    Returns:
-        True if there was any accuracy to draw.
-    """
+    """Write `pareto_figure` into `path`.png and `path`.pdf, and return False if there is no accuracy to draw."""
     figure = pareto_figure(entries, reported)
     if figure is not None:
         save_figure(figure, path)
@@ -43,15 +33,13 @@ def draw_pareto(entries: Sequence[Entry], path: Path, reported: bool = False) ->
 
 
 def pareto_figure(entries: Sequence[Entry], reported: bool = False) -> 'Figure | None':
-    """Make the figure that `draw_pareto` writes; None if there is no accuracy to draw.
+    """Draw accuracy over multiply-adds, a panel for each data set and protocol, as only those compare.
 
     The widths of a network are joined by a line and marked by their numbers; a network of one width is a point. Bars
-    are standard deviations over seeds.
+    are standard deviations over seeds. None is returned if there is no accuracy to draw.
 
-    Args:
-        entries: The networks.
-        reported: Add networks of about the same cost from the paper's table 1 in grey, to linear evaluations by its
-            protocol, or in a panel of their own if there is none.
+    With `reported`, networks of about the same cost from the paper's table 1 are added in grey, to linear evaluations
+    by its protocol, or in a panel of their own if there is none.
     """
     panels = list(dict.fromkeys(protocol for entry in entries for protocol in entry.results))
     if reported and reported_networks(entries) and not any(map(_is_like_the_papers, panels)):
@@ -60,10 +48,8 @@ def pareto_figure(entries: Sequence[Entry], reported: bool = False) -> 'Figure |
         return None
     columns = min(len(panels), _COLUMNS)
     grey = {protocol for protocol in panels if reported and _is_like_the_papers(protocol)}
-    lines = [
-        sum(protocol in entry.results for entry in entries) + (_paper_lines(entries) if protocol in grey else 0)
-        for protocol in panels
-    ]
+    methods = len({network.method for network, _ in reported_networks(entries)})
+    lines = [sum(protocol in entry.results for entry in entries) + methods * (protocol in grey) for protocol in panels]
     heights = [_HEIGHT + _LINE * max(lines[start : start + columns]) for start in range(0, len(panels), columns)]
     figure, axes = new_figure(columns, len(heights), _WIDTH, heights)
     for axis, protocol in zip(axes, panels, strict=False):
@@ -78,19 +64,6 @@ def pareto_figure(entries: Sequence[Entry], reported: bool = False) -> 'Figure |
     for axis in axes[len(panels) :]:
         axis.remove()
     return figure
-
-
-def figure_path(path: Path) -> Path:
-    """Path of a figure without its suffix.
-
-    Raises:
-        InputError: The suffix is of another format, or the path is a folder.
-    """
-    if path.suffix not in ('', '.png', '.pdf'):
-        raise InputError(f'--figure {path}: figures are written as PNG and PDF; give a name in .png or without suffix')
-    if path.is_dir():
-        raise InputError(f'--figure {path} is a folder; give the name of a file in it')
-    return path.with_suffix('')
 
 
 def _draw(
@@ -118,10 +91,6 @@ def _mark_widths(axis: 'Axes', points: Sequence[tuple[float, float, float]]) -> 
         highest[x, width] = max(y, highest.get((x, width), y))
     for (x, width), y in highest.items():
         axis.annotate(f'{width:g}', (x, y), textcoords='offset points', xytext=(0, 7), ha='center', fontsize='small')
-
-
-def _paper_lines(entries: Sequence[Entry]) -> int:
-    return len({network.method for network, _ in reported_networks(entries)})
 
 
 def _draw_paper(axis: 'Axes', entries: Sequence[Entry]) -> None:

@@ -19,10 +19,7 @@ _NEAR = 1.5  # ratio of multiply-adds within which a reported network is of such
 def comparison_tables(entries: Sequence[Entry], batch_size: int, hardware: str) -> list[TextTable]:
     """Tables of networks, one for each data set; networks without any accuracy stand in the first one.
 
-    Args:
-        entries: The networks.
-        batch_size: Images at a time while speed was measured.
-        hardware: Machine that speed was measured on.
+    Speed was measured by `batch_size` images at a time on the machine `hardware`.
     """
     sets = list(dict.fromkeys(protocol.data for entry in entries for protocol in entry.results))
     tables = []
@@ -102,12 +99,7 @@ def reported_tables(entries: Sequence[Entry]) -> list[TextTable]:
 
 
 def csv_text(entries: Sequence[Entry], reported: bool) -> str:
-    """All numbers as CSV, with a row for each network, width and protocol.
-
-    Args:
-        entries: The networks.
-        reported: Add the rows of `reported_networks`.
-    """
+    """All numbers as CSV, a row for each network, width and protocol; `reported` adds those of `reported_networks`."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator='\n')
     headers = ('network', 'width', 'parameters', 'multiply_adds', 'images_per_second', 'data', 'protocol')

@@ -16,10 +16,6 @@ HEADS = ('switchable', 'slimmable')
 SCHEDULES = ('cosine', 'step')
 
 
-def _plain_views() -> ViewConfig:
-    return ViewConfig(crop_min=0.08, jitter_prob=0, gray_prob=0, blur_prob=0)
-
-
 @dataclass(frozen=True)
 class LinearProbeConfig:
     """The linear probe.
@@ -201,7 +197,9 @@ class LinearEvalConfig(LinearNetworkConfig):
     """
 
     data: DataConfig = field(default_factory=lambda: DataConfig(batch_size=BATCH_SIZE))
-    views: ViewConfig = field(default_factory=_plain_views)
+    views: ViewConfig = field(
+        default_factory=lambda: ViewConfig(crop_min=0.08, jitter_prob=0, gray_prob=0, blur_prob=0)
+    )
     probe: LinearProbeConfig = field(default_factory=LinearProbeConfig)
     optim: SweepConfig = field(default_factory=SweepConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
@@ -219,7 +217,7 @@ class LinearEvalConfig(LinearNetworkConfig):
             data_name(asdict(self.data)),
             self.features.train_images,
             head=self.probe.head,
-            features='cached' if self.features.mode == 'cached' else 'augmented',
+            features=self.features.mode,  # type: ignore[arg-type]
             distillation=self.probe.distillation,
             standardised=self.features.standardised,
             epochs=self.optim.epochs,
@@ -227,11 +225,7 @@ class LinearEvalConfig(LinearNetworkConfig):
 
 
 def parse_linear_eval(argv: Sequence[str] | None = None) -> LinearEvalConfig:
-    """Read the command line.
-
-    Raises:
-        InputError: A key or value is wrong, or a file is not there.
-    """
+    """Read the command line; raises an InputError if a key or value is wrong, or a file is not there."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser(
         LinearEvalConfig,

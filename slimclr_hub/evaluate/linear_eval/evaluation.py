@@ -184,11 +184,7 @@ def _train(
 
 
 def _with_fitting_batch(config: LinearEvalConfig, accelerator: Accelerator) -> LinearEvalConfig:
-    """The configuration with a batch that fits processes and images; the default one is lowered.
-
-    Raises:
-        InputError: Another one does not fit.
-    """
+    """Lower the default batch to one that fits processes and images; raise an InputError if another does not fit."""
     batch, processes = config.data.batch_size, accelerator.num_processes
     if batch % processes:
         nearest = max(round(batch / processes), 1) * processes
@@ -223,11 +219,7 @@ def _check_save_to(config: LinearEvalConfig) -> None:
 
 
 def _choose_folder(config: LinearEvalConfig, weights: str, accelerator: Accelerator) -> Path:
-    """Find or make the folder of these settings on the main process, and tell the others.
-
-    Raises:
-        InputError: `run.output` has a result of other settings, or cannot be written to.
-    """
+    """Find or make the folder of these settings on the main process, and tell the others or raise its InputError."""
     chosen: list[Any] = [None]
     if accelerator.is_main_process:
         try:

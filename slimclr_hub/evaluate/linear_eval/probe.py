@@ -22,13 +22,9 @@ Scaling = Mapping[float, tuple[torch.Tensor, torch.Tensor]]
 
 
 def make_head(backbone: SlimmableResNet, kind: str, num_classes: int, seed: int) -> Head:
-    """A new head for a network, as the network itself would make it: N(0, 0.01) for the weights, zero for the biases.
+    """A new head of a kind, `switchable` or `slimmable`, for a network, which is left without one.
 
-    Args:
-        backbone: The network; it is left without a head.
-        kind: `switchable` or `slimmable`.
-        num_classes: Classes.
-        seed: Seed of the weights.
+    As the network itself would make it: N(0, 0.01) for the weights, zero for the biases.
     """
     with drawing(seed):
         backbone.reset_classifier(num_classes, head=kind)
@@ -58,11 +54,7 @@ class ProbeSweep(nn.Module):
         self.distillation = distillation
 
     def forward(self, features: Mapping[float, torch.Tensor], labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Losses of a batch.
-
-        Args:
-            features: Width -> features [B, D]; in float32 whatever autocast says.
-            labels: Classes [B].
+        """Losses of features [B, D] by width, in float32 whatever autocast says, and classes [B].
 
         Returns:
             `loss`, the sum over the copies, to be differentiated; and `loss/i` of each copy, detached.
@@ -110,11 +102,7 @@ def standardisation(head: Head, features: Mapping[float, torch.Tensor]) -> Scali
     """Shift and scale that bring features of training images to unit variance, such that `folded` can undo them.
 
     For a linear layer of each width they also subtract the mean. A layer that all widths share needs one scale for all:
-    the root of the mean variance over the widths that have the feature.
-
-    Args:
-        head: The head that the features are for.
-        features: Width -> features [N, D].
+    the root of the mean variance over the widths that have the feature. Features are [N, D] by width.
     """
     variances = {width: x.var(0, correction=0) for width, x in features.items()}
     if isinstance(head, SwitchableLinear):
@@ -157,14 +145,9 @@ def folded(head: Head, scaling: Scaling | None) -> Head:
 def accuracies(
     head: Head, features: Mapping[float, torch.Tensor], labels: torch.Tensor, k: int, chunk: int = 8192
 ) -> dict[float, float]:
-    """Top-k accuracy in percent by width; logits that are not finite count as wrong.
+    """Top-k accuracy in percent by width, of features [N, D] and classes [N].
 
-    Args:
-        head: The head.
-        features: Width -> features [N, D] as the network gives them.
-        labels: Classes [N].
-        k: Number of classes that may contain the true one.
-        chunk: Images at a time, which bounds the memory by chunk x classes.
+    Logits that are not finite count as wrong. `chunk` images at a time bound the memory by chunk x classes.
     """
     counts = []
     for width, x in features.items():

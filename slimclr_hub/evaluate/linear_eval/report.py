@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -58,11 +58,7 @@ weights of the network are those of whoever made it, and so is their licence.
 
 
 def best_rate(record: Record) -> int:
-    """Index of the learning rate with the highest mean top-1 accuracy over widths; of equal ones the first.
-
-    Args:
-        record: Of the last epoch.
-    """
+    """Index of the learning rate with the highest mean top-1 accuracy over widths; of equal ones the first."""
     means = [mean(each.values()) for each in record['top1']]
     return means.index(max(means))
 
@@ -75,15 +71,9 @@ def make_result(
     names: Sequence[str] | None,
     weights: str,
 ) -> Result:
-    """Make the result of an evaluation; its settings tell all learning rates and how one was chosen.
+    """Make the result of an evaluation, measured on `images` images by a network whose weights have the hash `weights`.
 
-    Args:
-        config: The configuration.
-        history: Loss and accuracies of each epoch.
-        classes: Number of classes.
-        images: Number of images that accuracies were measured on.
-        names: Names of the classes, where they are known.
-        weights: Hash of the network's weights, before and after.
+    Its settings tell all learning rates and how one was chosen, and the names of the classes where they are known.
     """
     last = history[-1]
     best = best_rate(last)
@@ -121,15 +111,13 @@ def print_result(result: Result, reported: Result | None) -> None:
             'Checked: the network has not moved; all its tensors have the hash that they had before '
             f'({settings["frozen"][:12]}).'
         )
+    measured = {'top-1': result.top1, **({'top-5': result.top5} if result.top5 else {})}
     if reported is not None:
         sentences.append(f'Reported: {reported.protocol.data}, {reported.protocol}.')
+        measured |= {'top-1, reported': reported.top1, 'top-5, reported': reported.top5}
     columns = {'width': [f'{width:g}' for width in result.top1]}
-    for title, values in ('top-1', result.top1), ('top-5', result.top5):
-        if values:
-            columns[title] = [f'{value:.1f}' for value in values.values()]
-    if reported is not None:
-        for title, values in ('top-1, reported', reported.top1), ('top-5, reported', reported.top5):
-            columns[title] = [f'{values[width]:.1f}' if width in values else '' for width in result.top1]
+    for title, values in measured.items():
+        columns[title] = [f'{values[width]:.1f}' if width in values else '' for width in result.top1]
     print(f'{result.network}: accuracies by width')
     rows = list(zip(*columns.values(), strict=True))
     TextTable('linear evaluation (%)', list(columns), rows, sentences, names=0).print()
@@ -186,11 +174,7 @@ def accuracies_figure(history: Sequence[Record], result: Result) -> 'Figure':
 
 
 def save_with_head(
-    backbone: SlimmableResNet,
-    head: Mapping[str, torch.Tensor],
-    folder: Path,
-    result: Result,
-    data: DataConfig,
+    backbone: SlimmableResNet, head: Mapping[str, torch.Tensor], folder: Path, result: Result, data: DataConfig
 ) -> None:
     """Write the network with the probe as its head, and the result beside it.
 
@@ -224,15 +208,7 @@ def save_with_head(
     names = settings['class_names']
     if names is not None and (len(names) != settings['classes'] or all(map(_WORDNET.fullmatch, names))):
         names = None  # for ImageNet's own numbers there are better names, which timm knows
-    save_folder(
-        backbone,
-        folder,
-        size=data.size,
-        mean=data.mean,
-        std=data.std,
-        crop_pct=data.crop_pct,
-        card=card,
-        label_names=names,
-    )
+    look: dict[str, Any] = {'size': data.size, 'mean': data.mean, 'std': data.std, 'crop_pct': data.crop_pct}
+    save_folder(backbone, folder, **look, card=card, label_names=names)
     save([result], folder / 'linear_eval')  # where comparisons find it
     backbone.reset_classifier(0)
