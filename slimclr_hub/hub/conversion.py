@@ -79,11 +79,7 @@ def convert_file(
     else:
         name = published.name if published else layout.architecture
         model = timm.create_model(
-            name,
-            widths=layout.widths,
-            num_classes=layout.num_classes,
-            in_chans=layout.in_chans,
-            device='meta',
+            name, widths=layout.widths, num_classes=layout.num_classes, in_chans=layout.in_chans, device='meta'
         )
         assert isinstance(model, SlimmableResNet)
         size = model.pretrained_cfg['input_size'][-1]
@@ -98,10 +94,7 @@ def convert_file(
             model,
             tensors,
             target,
-            model_args={
-                'widths': layout.widths,
-                'head': layout.head if layout.num_classes else 'switchable',
-            },
+            model_args={'widths': layout.widths, 'head': layout.head if layout.num_classes else 'switchable'},
             data_config={},
             card=card,
             tagged=published is not None,

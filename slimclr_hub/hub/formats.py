@@ -56,12 +56,7 @@ has {needed:,}. They leave the output as it is, and stay zeros in training.{feat
 
 
 def save_timm_folder(
-    model: SlimmableResNet,
-    width: float,
-    folder: Path,
-    *,
-    card: str | None = None,
-    tagged: bool = False,
+    model: SlimmableResNet, width: float, folder: Path, *, card: str | None = None, tagged: bool = False
 ) -> None:
     """Write one width as a folder that timm opens without this package: config.json, model.safetensors and README.md.
 

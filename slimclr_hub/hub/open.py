@@ -135,11 +135,7 @@ def _of_one_width(dense: Any, width: float, config: dict[str, Any]) -> Slimmable
     architecture = ARCHITECTURES[layout.expansion, layout.stages, 64]
     model = timm.create_model(
         architecture,
-        pretrained_cfg={
-            **dense.pretrained_cfg,
-            'architecture': architecture,
-            'classifier': f'fc.{width_key(width)}',
-        },
+        pretrained_cfg={**dense.pretrained_cfg, 'architecture': architecture, 'classifier': f'fc.{width_key(width)}'},
         widths=(width,),
         num_classes=dense.num_classes,
         in_chans=layout.in_chans,
