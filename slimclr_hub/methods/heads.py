@@ -53,8 +53,8 @@ class SlimmableMLP(nn.Module):
 
     def extract(self, width: float) -> nn.Sequential:
         """The dense head of one width, with tensors of its own and the names `fc1` and `fc2`."""
-        in_features = scale_channels(self.fc1.full_in_features, width)
-        hidden_features = scale_channels(self.fc1.full_out_features, width)
+        in_features = scale_channels(self.fc1.full_in, width)
+        hidden_features = scale_channels(self.fc1.full_out, width)
         dense = nn.Sequential()
         dense.add_module('fc1', nn.Linear(in_features, hidden_features, device='meta'))
         dense.add_module('act', nn.ReLU(inplace=True))
@@ -118,19 +118,17 @@ class SlimmableProjector(nn.Module):
         dense.add_module(
             'fc1',
             nn.Linear(
-                scale_channels(self.fc1.full_in_features, width) if self.fc1.slim_in else self.fc1.in_features,
-                scale_channels(self.fc1.full_out_features, width),
+                scale_channels(self.fc1.full_in, width) if self.fc1.slim_in else self.fc1.in_features,
+                scale_channels(self.fc1.full_out, width),
                 bias=False,
                 device='meta',
             ),
         )
-        dense.add_module('bn1', nn.BatchNorm1d(scale_channels(self.fc1.full_out_features, width), device='meta'))
+        dense.add_module('bn1', nn.BatchNorm1d(scale_channels(self.fc1.full_out, width), device='meta'))
         dense.add_module('act', nn.ReLU(inplace=True))
         dense.add_module(
             'fc2',
-            nn.Linear(
-                scale_channels(self.fc2.full_in_features, width), self.fc2.out_features, bias=False, device='meta'
-            ),
+            nn.Linear(scale_channels(self.fc2.full_in, width), self.fc2.out_features, bias=False, device='meta'),
         )
         if self.bn2 is not None:
             dense.add_module('bn2', nn.BatchNorm1d(self.fc2.out_features, affine=False, device='meta'))

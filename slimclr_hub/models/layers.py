@@ -13,44 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from slimclr_hub.models.slicing import SlicedWeight, Span, part
-from slimclr_hub.models.widths import channel_span, scale_channels, width_key
+from slimclr_hub.models.slicing import SlicedWeight, part
+from slimclr_hub.models.widths import scale_channels, width_key
 
 
 class SlimmableConv2d(SlicedWeight, nn.Conv2d):
-    """Convolution whose width w uses `int(w * channels)` of its output and input channels, the first unless `disjoint`.
-
-    Args:
-        in_channels: Input channels at width 1.0.
-        out_channels: Output channels at width 1.0.
-        kernel_size: As in `nn.Conv2d`.
-        max_width: Largest width that will be used.
-        disjoint: Widths whose channels do not overlap, if any; see `channel_span`.
-        slim_in: True if the input has width w too; false for the stem, whose input is images.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        *,
-        max_width: float = 1.0,
-        disjoint: Sequence[float] = (),
-        slim_in: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        max_in_channels = scale_channels(in_channels, max_width) if slim_in else in_channels
-        super().__init__(max_in_channels, scale_channels(out_channels, max_width), kernel_size, **kwargs)
-        self.full_in_channels = in_channels
-        self.full_out_channels = out_channels
-        self.disjoint = tuple(disjoint)
-        self.slim_in = slim_in
-
-    def spans(self, width: float) -> tuple[Span, Span]:
-        """The output and the input channels that `width` uses."""
-        inputs = channel_span(self.full_in_channels, width, self.disjoint) if self.slim_in else (0, self.in_channels)
-        return channel_span(self.full_out_channels, width, self.disjoint), inputs
+    """Convolution whose width w uses `int(w * channels)` of its output and input channels; see `SlicedWeight`."""
 
     def full_size(self) -> tuple[int, int]:
         """Output and input channels of the weight."""
@@ -63,45 +31,7 @@ class SlimmableConv2d(SlicedWeight, nn.Conv2d):
 
 
 class SlimmableLinear(SlicedWeight, nn.Linear):
-    """Linear layer whose width w uses `int(w * features)` features of slim sides, the first unless `disjoint`.
-
-    Args:
-        in_features: Input features at width 1.0.
-        out_features: Output features at width 1.0.
-        max_width: Largest width that will be used.
-        disjoint: Widths whose features do not overlap, if any; see `channel_span`.
-        slim_in: True if the input has width w.
-        slim_out: True if the output has width w; false for the last layer of a head.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        max_width: float = 1.0,
-        disjoint: Sequence[float] = (),
-        slim_in: bool = True,
-        slim_out: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            scale_channels(in_features, max_width) if slim_in else in_features,
-            scale_channels(out_features, max_width) if slim_out else out_features,
-            **kwargs,
-        )
-        self.full_in_features = in_features
-        self.full_out_features = out_features
-        self.disjoint = tuple(disjoint)
-        self.slim_in = slim_in
-        self.slim_out = slim_out
-
-    def spans(self, width: float) -> tuple[Span, Span]:
-        """The output and the input features that `width` uses."""
-        inputs = channel_span(self.full_in_features, width, self.disjoint) if self.slim_in else (0, self.in_features)
-        if not self.slim_out:
-            return (0, self.out_features), inputs
-        return channel_span(self.full_out_features, width, self.disjoint), inputs
+    """Linear layer whose width w uses `int(w * features)` features of slim sides; see `SlicedWeight`."""
 
     def full_size(self) -> tuple[int, int]:
         """Output and input features of the weight."""
@@ -217,7 +147,7 @@ def slice_starts(model: nn.Module, width: float) -> dict[str, tuple[int, ...]]:
     """Name -> first index of `width` in each weight and bias of a model's slimmable layers."""
     starts: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, SlimmableConv2d | SlimmableLinear):
+        if isinstance(module, SlicedWeight):
             outputs, inputs = module.spans(width)
             starts[f'{name}.weight'] = outputs[0], inputs[0]
             starts[f'{name}.bias'] = (outputs[0],)

@@ -14,6 +14,8 @@ import torch
 from torch import fx, nn
 from torch.autograd.function import once_differentiable
 
+from slimclr_hub.models.widths import channel_span, scale_channels
+
 Span = tuple[int, int]
 """First channel, and the one after the last."""
 
@@ -41,18 +43,43 @@ class SlicedWeight(nn.Module):
     - inside `sliced_once`, for a step that trains several widths;
     - in eval mode under `torch.inference_mode`, kept from the first forward at the width on, for as long as the weight
       is the same tensor and has not been written to. Its version tells, but not of a write through `.data`.
+
+    Args:
+        full_in: Input channels at width 1.0.
+        full_out: Output channels at width 1.0.
+        args: Of the ordinary layer, such as the size of the kernel.
+        max_width: Largest width that will be used.
+        disjoint: Widths whose channels do not overlap, if any; see `channel_span`.
+        slim_in: True if the input has width w; false for the stem, whose input is images.
+        slim_out: True if the output has width w; false for the last layer of a head.
+        kwargs: Of the ordinary layer.
     """
 
     weight: torch.Tensor
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        full_in: int,
+        full_out: int,
+        *args: Any,
+        max_width: float = 1.0,
+        disjoint: Sequence[float] = (),
+        slim_in: bool = True,
+        slim_out: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        inputs = scale_channels(full_in, max_width) if slim_in else full_in
+        super().__init__(inputs, scale_channels(full_out, max_width) if slim_out else full_out, *args, **kwargs)
+        self.full_in, self.full_out = full_in, full_out
+        self.slim_in, self.slim_out = slim_in, slim_out
+        self.disjoint = tuple(disjoint)
         self._step = Transient()
         self._kept = Transient()
 
     def spans(self, width: float) -> tuple[Span, Span]:
         """The output and the input channels that `width` uses."""
-        raise NotImplementedError
+        outputs = channel_span(self.full_out, width, self.disjoint) if self.slim_out else (0, self.full_out)
+        return outputs, channel_span(self.full_in, width, self.disjoint) if self.slim_in else (0, self.full_in)
 
     def full_size(self) -> tuple[int, int]:
         """Output and input channels of the weight, as numbers, so that torch.fx can trace through."""

@@ -62,7 +62,7 @@ class BasicBlock(nn.Module):
     """
 
     expansion = 1
-    dense = timm_resnet.BasicBlock
+    dense: type[timm_resnet.BasicBlock] | type[timm_resnet.Bottleneck] = timm_resnet.BasicBlock
 
     def __init__(
         self,
@@ -78,84 +78,65 @@ class BasicBlock(nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
-        conv: dict[str, Any] = {'max_width': max(widths), 'disjoint': disjoint, 'bias': False, **factory}
-        self.conv1 = SlimmableConv2d(
-            inplanes, planes, 3, stride=stride, padding=first_dilation, dilation=first_dilation, **conv
-        )
-        self.bn1 = SwitchableBatchNorm2d(planes, widths, **factory)
-        self.act1 = nn.ReLU(inplace=True)
-        self.conv2 = SlimmableConv2d(planes, planes, 3, padding=dilation, dilation=dilation, **conv)
-        self.bn2 = SwitchableBatchNorm2d(planes, widths, **factory)
-        self.act2 = nn.ReLU(inplace=True)
+        conv = partial(SlimmableConv2d, max_width=max(widths), disjoint=disjoint, bias=False, **factory)
+        norm = partial(SwitchableBatchNorm2d, widths=widths, **factory)
+        first = {'stride': stride, 'padding': first_dilation, 'dilation': first_dilation}
+        self._add_branch(inplanes, planes, conv, norm, first, {'padding': dilation, 'dilation': dilation})
         self.downsample = downsample
         self.drop_path = drop_path
 
-    @property
-    def last_norm(self) -> SwitchableBatchNorm2d:
-        """The normalisation that ends the residual branch."""
-        return self.bn2
+    def _add_branch(self, inplanes: int, planes: int, conv: Any, norm: Any, first: Any, second: Any) -> None:
+        # `first` and `second` are stride, padding and dilation of the 3x3 convolutions.
+        self.conv1: SlimmableConv2d = conv(inplanes, planes, 3, **first)
+        self.bn1: SwitchableBatchNorm2d = norm(planes)
+        self.act1 = nn.ReLU(inplace=True)
+        self.conv2: SlimmableConv2d = conv(planes, planes, 3, **second)
+        self.bn2: SwitchableBatchNorm2d = norm(planes)
+        self.act2 = nn.ReLU(inplace=True)
+
+    def _branch(self, x: torch.Tensor, width: float) -> torch.Tensor:
+        x = self.act1(self.bn1(self.conv1(x, width), width))
+        return self.bn2(self.conv2(x, width), width)
+
+    def last(self) -> tuple[SwitchableBatchNorm2d, nn.ReLU]:
+        """The normalisation that ends the residual branch, and the activation after the sum."""
+        return self.bn2, self.act2
 
     def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:
-        """[N, in * width, H, W] -> [N, planes * width, H', W']."""
+        """[N, in * width, H, W] -> [N, expansion * planes * width, H', W']."""
         shortcut = x if self.downsample is None else self.downsample(x, width)
-        x = self.act1(self.bn1(self.conv1(x, width), width))
-        x = self.bn2(self.conv2(x, width), width)
+        x = self._branch(x, width)
         if self.drop_path is not None:
             x = self.drop_path(x)
         x += shortcut
-        return self.act2(x)
+        return self.last()[1](x)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(BasicBlock):
     """Residual block of 1x1, 3x3 and 1x1 convolutions, the stride in the 3x3; arguments as in `BasicBlock`."""
 
     expansion = 4
     dense = timm_resnet.Bottleneck
 
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        widths: Sequence[float],
-        stride: int = 1,
-        dilation: int = 1,
-        first_dilation: int = 1,
-        downsample: SlimmableSequential | None = None,
-        drop_path: nn.Module | None = None,
-        disjoint: Sequence[float] = (),
-        **factory: Any,
-    ) -> None:
-        super().__init__()
-        conv: dict[str, Any] = {'max_width': max(widths), 'disjoint': disjoint, 'bias': False, **factory}
-        self.conv1 = SlimmableConv2d(inplanes, planes, 1, **conv)
-        self.bn1 = SwitchableBatchNorm2d(planes, widths, **factory)
+    def _add_branch(self, inplanes: int, planes: int, conv: Any, norm: Any, first: Any, second: Any) -> None:
+        self.conv1 = conv(inplanes, planes, 1)
+        self.bn1 = norm(planes)
         self.act1 = nn.ReLU(inplace=True)
-        self.conv2 = SlimmableConv2d(
-            planes, planes, 3, stride=stride, padding=first_dilation, dilation=first_dilation, **conv
-        )
-        self.bn2 = SwitchableBatchNorm2d(planes, widths, **factory)
+        self.conv2 = conv(planes, planes, 3, **first)
+        self.bn2 = norm(planes)
         self.act2 = nn.ReLU(inplace=True)
-        self.conv3 = SlimmableConv2d(planes, planes * self.expansion, 1, **conv)
-        self.bn3 = SwitchableBatchNorm2d(planes * self.expansion, widths, **factory)
+        self.conv3: SlimmableConv2d = conv(planes, planes * self.expansion, 1)
+        self.bn3: SwitchableBatchNorm2d = norm(planes * self.expansion)
         self.act3 = nn.ReLU(inplace=True)
-        self.downsample = downsample
-        self.drop_path = drop_path
 
-    @property
-    def last_norm(self) -> SwitchableBatchNorm2d:
-        """The normalisation that ends the residual branch."""
-        return self.bn3
-
-    def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:
-        """[N, in * width, H, W] -> [N, 4 * planes * width, H', W']."""
-        shortcut = x if self.downsample is None else self.downsample(x, width)
+    def _branch(self, x: torch.Tensor, width: float) -> torch.Tensor:
         x = self.act1(self.bn1(self.conv1(x, width), width))
         x = self.act2(self.bn2(self.conv2(x, width), width))
-        x = self.bn3(self.conv3(x, width), width)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        x += shortcut
-        return self.act3(x)
+        return self.bn3(self.conv3(x, width), width)
+
+    def last(self) -> tuple[SwitchableBatchNorm2d, nn.ReLU]:
+        """The normalisation that ends the residual branch, and the activation after the sum."""
+        return self.bn3, self.act3
 
 
 class WidthSwitch:
@@ -212,7 +193,7 @@ class SlimmableResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[BasicBlock] | type[Bottleneck],
+        block: type[BasicBlock],
         layers: Sequence[int],
         channels: Sequence[int] = (64, 128, 256, 512),
         *,
@@ -347,8 +328,8 @@ class SlimmableResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, SlimmableConv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
-            elif zero_init_last and isinstance(module, BasicBlock | Bottleneck):
-                for norm in module.last_norm.values():
+            elif zero_init_last and isinstance(module, BasicBlock):
+                for norm in module.last()[0].values():
                     assert isinstance(norm, nn.BatchNorm2d)
                     nn.init.zeros_(norm.weight)
         self.init_head()
