@@ -7,12 +7,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from slimclr_hub.models.convert import DESCENDING, RESNET50_STAGES, backbone_name
+from slimclr_hub.models.convert import backbone_name
 from tests.formula import tensor, uniform
 
 DATA = Path(__file__).parent / 'data'
 TRAINING = json.loads((DATA / 'training_steps.json').read_text())
-_STARTS = dict(zip(('layer1', 'layer2', 'layer3', 'layer4'), (0, *np.cumsum(RESNET50_STAGES)), strict=False))
+DESCENDING = ('w100', 'w075', 'w050', 'w025')
+"""Keys of the widths in the order in which the authors' pre-training checkpoints number them."""
+
+_STAGES = (3, 4, 6, 3)
+_STARTS = dict(zip(('layer1', 'layer2', 'layer3', 'layer4'), (0, *np.cumsum(_STAGES)), strict=False))
 
 
 def reference_name(name: str) -> str:
@@ -23,7 +27,7 @@ def reference_name(name: str) -> str:
     parts = ['shortcut' if part == 'downsample' else part for part in parts]
     holder = 'linears' if parts[0] == 'fc' else 'bn'
     reference = '.'.join(f'{holder}.{DESCENDING.index(part)}' if part in DESCENDING else part for part in parts)
-    assert backbone_name(reference) == name
+    assert backbone_name(reference, _STAGES, DESCENDING) == name
     return reference
 
 

@@ -1,13 +1,11 @@
 """Detectors over several widths: the loop that trains them, and a convolution that takes inputs of any width."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-
-from slimclr_hub.models.slimmable_resnet import WidthSwitch
 
 T = TypeVar('T')
 
@@ -47,7 +45,7 @@ class WidthMixin:
         """Active width."""
         return getattr(self, self.switched).width
 
-    def set_width(self, width: float) -> WidthSwitch:
+    def set_width(self, width: float) -> ExitStack:
         """Switch the active width; as a context manager it switches back. See `models.SlimmableResNet.set_width`."""
         return getattr(self, self.switched).set_width(width)
 
@@ -58,7 +56,7 @@ def unwrapped(model: nn.Module) -> Any:
 
 
 def run_widths(
-    model: nn.Module, set_width: Callable[[float], WidthSwitch], widths: Sequence[float], run: Callable[[bool], T]
+    model: nn.Module, set_width: Callable[[float], ExitStack], widths: Sequence[float], run: Callable[[bool], T]
 ) -> dict[float, T]:
     """Run forward and backward at each width, from narrow to wide, so that activations of one width are in memory.
 

@@ -102,24 +102,13 @@ def training_card(facts: Sequence[WidthFacts], about: Mapping[str, str], results
 def converted_card(
     facts: Sequence[WidthFacts], architecture: str, source: str, folder: str, size: int, calibrated: bool
 ) -> str:
-    """Write the card of a network that was converted from a file of another kind.
+    """Write the card of a network that was converted from the file `source`, for images of `size` pixels.
 
-    Args:
-        facts: Cost of each width, in descending order.
-        architecture: Name of the network in timm's registry.
-        source: Name of the file.
-        folder: Folder of the network.
-        size: Height and width of the images in pixels.
-        calibrated: True if the normalisation of every width has seen images.
+    `calibrated` is true if the normalisation of every width has seen images.
     """
-    return _CONVERTED.format(
-        **_widths(facts),
-        architecture=architecture,
-        source=source,
-        folder=folder,
-        size=size,
-        uncalibrated='' if calibrated else _UNCALIBRATED.format(architecture=architecture),
-    )
+    uncalibrated = '' if calibrated else _UNCALIBRATED.format(architecture=architecture)
+    about = {'architecture': architecture, 'source': source, 'folder': folder, 'size': size}
+    return _CONVERTED.format(**_widths(facts), **about, uncalibrated=uncalibrated)
 
 
 def card_table(facts: Sequence[WidthFacts], results: Sequence[Result] = ()) -> str:
@@ -211,7 +200,11 @@ with torch.inference_mode():
 
 ## Training
 
-{training}
+The recipe with the values of the paper is `{recipe}`; the weights here are the authors' own, made by their code.
+
+```
+accelerate launch recipes/pretrain.py --config {recipe} --data.root /data/imagenet
+```
 
 ## Limits
 
@@ -219,7 +212,8 @@ with torch.inference_mode():
   biases of that set.
 - The widths are those four. `slimclr_hub.models.calibrate_width` adds one between them from a few thousand images, at a
   price in accuracy.
-{limits}
+- {limits}
+
 ## Licence
 
 The authors publish these weights without naming a licence; ask them before you use the weights in a product. They are
@@ -253,6 +247,8 @@ with torch.inference_mode():
 
 _FEATURES = {'at_050': 'features = model(images)  # [1, 1024]', 'at_025': 'features = model(images)  # [1, 512]'}
 _CLASSES = dict.fromkeys(('at_050', 'at_025'), 'probabilities, classes = model(images).softmax(-1).topk(5)')
+_LIMIT_OF_CLASSES = 'The classes are those of ImageNet-1k; the probe is linear, a fine-tuned network is better.'
+_LIMIT_OF_FEATURES = 'It gives features; for classes train a head, or take the tag with `lincls` in its name.'
 _ABOUT_PROBE = '\n\nEach width has a linear layer of its own; `num_classes=0` gives the features that it sees.'
 
 
@@ -261,12 +257,11 @@ def published_card(published: Published) -> str:
     detected = any(reported.box_ap is not None for reported in published.reported.values())
     with_probe = published.num_classes > 0
     usage = _USAGE.format(name=published.name, **(_CLASSES if with_probe else _FEATURES))
-    method = published.method
     return _PUBLISHED.format(
         name=published.name,
         dense=f'{ARCHITECTURE}_050.{published.tag}',
         file=published.file,
-        method=method,
+        method=published.method,
         epochs=published.epochs,
         pipeline='image-classification' if with_probe else 'image-feature-extraction',
         probe='; a linear probe of each width, trained afterwards, is with it' if with_probe else '',
@@ -277,22 +272,8 @@ def published_card(published: Published) -> str:
         detection_note=',\nand AP on COCO val2017 of a Mask R-CNN fine-tuned from it (table 2)' if detected else '',
         rows='\n'.join(_rows(published)),
         usage=usage + _ABOUT_PROBE if with_probe else usage,
-        training=_training(published),
-        limits=_LIMITS[with_probe],
-    )
-
-
-_LIMITS: Mapping[bool, str] = {
-    True: '- The classes are those of ImageNet-1k; the probe is linear, a fine-tuned network is better.\n',
-    False: '- It gives features; for classes train a head, or take the tag with `lincls` in its name.\n',
-}
-
-
-def _training(published: Published) -> str:
-    recipe = f'recipes/configs/{published.recipe}.yaml'
-    return (
-        f"The recipe with the values of the paper is `{recipe}`; the weights here are the authors' own, made by their "
-        f'code.\n\n```\naccelerate launch recipes/pretrain.py --config {recipe} --data.root /data/imagenet\n```'
+        recipe=f'recipes/configs/{published.recipe}.yaml',
+        limits=_LIMIT_OF_CLASSES if with_probe else _LIMIT_OF_FEATURES,
     )
 
 

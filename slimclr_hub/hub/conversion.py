@@ -61,10 +61,7 @@ def convert_file(
             exists already.
     """
     to_file = target.suffix == '.safetensors'
-    if to_file:
-        check_file(target, overwrite)
-    else:
-        check_folder(target, overwrite)
+    (check_file if to_file else check_folder)(target, overwrite)
     try:
         tensors = convert(read_checkpoint(source), encoder, widths)
     except InputError as error:
@@ -74,32 +71,27 @@ def convert_file(
     check_overlap(layout.overlap, source)
     calibrated = all(int(tensor) > 0 for name, tensor in tensors.items() if name.endswith('num_batches_tracked'))
     published = next((p for p in PUBLISHED.values() if p.file == source.name and encoder == 'online'), None)
+    converted = Converted(target, layout, calibrated, published.tag if published else None)
     if to_file:
         save_tensors(tensors, target)
+        return converted
+    model = timm.create_model(
+        published.name if published else layout.architecture,
+        widths=layout.widths,
+        num_classes=layout.num_classes,
+        in_chans=layout.in_chans,
+        device='meta',
+    )
+    assert isinstance(model, SlimmableResNet)
+    if published:
+        card = published_card(published)
     else:
-        name = published.name if published else layout.architecture
-        model = timm.create_model(
-            name, widths=layout.widths, num_classes=layout.num_classes, in_chans=layout.in_chans, device='meta'
-        )
-        assert isinstance(model, SlimmableResNet)
         size = model.pretrained_cfg['input_size'][-1]
-        card = (
-            published_card(published)
-            if published
-            else converted_card(
-                width_facts(model, size), layout.architecture, source.name, str(target), size, calibrated
-            )
-        )
-        write_folder(
-            model,
-            tensors,
-            target,
-            model_args={'widths': layout.widths, 'head': layout.head if layout.num_classes else 'switchable'},
-            data_config={},
-            card=card,
-            tagged=published is not None,
-        )
-    return Converted(target, layout, calibrated, published.tag if published else None)
+        facts = width_facts(model, size)
+        card = converted_card(facts, layout.architecture, source.name, str(target), size, calibrated)
+    model_args = {'widths': layout.widths, 'head': layout.head if layout.num_classes else 'switchable'}
+    write_folder(model, tensors, target, card, model_args=model_args, tagged=published is not None)
+    return converted
 
 
 def check_file(path: Path, overwrite: bool) -> None:

@@ -4,7 +4,7 @@ import copy
 import importlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from slimclr_hub.models import SlimmableResNet
 DEFAULT_OPSET = 18
 """The oldest operator set that PyTorch's exporter writes, which the most runtimes read."""
 
-_EXAMPLE_BATCH = 2  # export would take a batch of 1 for a constant
 _CHECKED_BATCHES = (1, 3)
 _TOLERANCE = 1e-4
 
@@ -52,7 +51,7 @@ def export_onnx(model: nn.Module, path: Path, *, size: int, opset: int = DEFAULT
     with _quiet():
         program = torch.onnx.export(
             network,
-            (_example(network, size),),
+            (_example(batches),),
             input_names=['pixel_values'],
             output_names=['logits' if getattr(model, 'num_classes', 0) > 0 else 'features'],
             dynamic_shapes=({0: torch.export.Dim('batch')},),
@@ -85,26 +84,13 @@ def export_onnx(model: nn.Module, path: Path, *, size: int, opset: int = DEFAULT
 def export_pt2(model: nn.Module, path: Path, *, size: int) -> float:
     """Write a network as a `.pt2` file, after `torch.export.load` has opened it and run it with the same outputs.
 
-    `torch.export.load(path).module()` runs it without this package and without timm. Otherwise as `export_onnx`.
-
-    Args:
-        model: A network with one input and one output.
-        path: The file, `.pt2`.
-        size: Height and width of the images in pixels.
-
-    Returns:
-        The largest absolute difference between the file's outputs and the network's, as in `export_onnx`.
-
-    Raises:
-        InputError: An argument is wrong.
-        ExportError: As in `export_onnx`.
+    `torch.export.load(path).module()` runs it without this package and without timm. Arguments, result and errors are
+    those of `export_onnx`.
     """
     _check(path, '.pt2', size)
     network, batches, outputs = _prepared(model, size)
     with _quiet():
-        program = torch.export.export(
-            network, (_example(network, size),), dynamic_shapes=({0: torch.export.Dim('batch')},)
-        )
+        program = torch.export.export(network, (_example(batches),), dynamic_shapes=({0: torch.export.Dim('batch')},))
     for node in program.graph.nodes:
         node.meta.pop('stack_trace', None)  # holds the paths of this machine
     with atomic_files(path.parent) as partial, _quiet():
@@ -133,7 +119,7 @@ def _prepared(model: nn.Module, size: int) -> tuple[nn.Module, list[torch.Tensor
     # On the CPU, where float32 is float32 and where every runtime is; a copy, so that the caller's stays as it is.
     reference = copy.deepcopy(model).to('cpu', torch.float32).to(memory_format=torch.contiguous_format).eval()
     generator = torch.Generator().manual_seed(0)
-    shape = (_channels(reference), size, size)
+    shape = (int(getattr(reference, 'in_chans', 3)), size, size)
     batches = [torch.randn(count, *shape, generator=generator) for count in _CHECKED_BATCHES]
     with torch.no_grad():
         outputs = [reference(images) for images in batches]
@@ -147,21 +133,12 @@ def _prepared(model: nn.Module, size: int) -> tuple[nn.Module, list[torch.Tensor
     return network, batches, outputs
 
 
-def _channels(model: nn.Module) -> int:
-    channels = getattr(model, 'in_chans', 3)
-    assert isinstance(channels, int)
-    return channels
-
-
-def _example(network: nn.Module, size: int) -> torch.Tensor:
-    return torch.zeros(_EXAMPLE_BATCH, _channels(network), size, size)
+def _example(batches: list[torch.Tensor]) -> torch.Tensor:
+    return torch.zeros_like(batches[-1][:2])  # export would take a batch of 1 for a constant
 
 
 def _difference(
-    run: Callable[[torch.Tensor], torch.Tensor],
-    batches: Sequence[torch.Tensor],
-    outputs: Sequence[torch.Tensor],
-    path: Path,
+    run: Callable[[torch.Tensor], torch.Tensor], batches: list[torch.Tensor], outputs: list[torch.Tensor], path: Path
 ) -> float:
     largest = 0.0
     for images, expected in zip(batches, outputs, strict=True):

@@ -55,7 +55,7 @@ def save_folder(
         folder: Where to write; made if it does not exist.
         size: Height and width of the images in pixels.
         mean: Mean of each channel for normalising images.
-        std: Standard deviation of each channel for normalising images.
+        std: Standard deviation likewise.
         crop_pct: Fraction of the image that evaluation crops.
         card: Text of the model card.
         label_names: Names of the classes in their order, if known.
@@ -68,39 +68,32 @@ def save_folder(
     if not model.overlap:
         model_args['overlap'] = False
     data_config = {'input_size': (model.in_chans, size, size), 'mean': mean, 'std': std, 'crop_pct': crop_pct}
-    write_folder(
-        model,
-        model.state_dict(),
-        folder,
-        model_args=model_args,
-        data_config=data_config,
-        card=card,
-        label_names=label_names,
-    )
+    tensors = model.state_dict()
+    write_folder(model, tensors, folder, card, model_args=model_args, data_config=data_config, label_names=label_names)
 
 
 def write_folder(
     model: nn.Module,
     tensors: Mapping[str, torch.Tensor],
     folder: Path,
-    *,
-    model_args: dict[str, object],
-    data_config: dict[str, object],
     card: str,
+    *,
+    model_args: Mapping[str, object] | None = None,
+    data_config: Mapping[str, object] | None = None,
     label_names: Sequence[str] | None = None,
     tagged: bool = False,
     width: float | None = None,
 ) -> None:
-    """Write the three files of a network, each atomically.
+    """Write the three files of a network, each atomically; see `save_folder`.
 
     Args:
-        model: A network from timm's factory, which the configuration describes; its tensors are not used.
+        model: The network that the configuration describes; its tensors are not used.
         tensors: Its state dict.
-        folder: Where to write; made if it does not exist.
+        folder: Where to write.
         model_args: Arguments of the model that timm has not recorded itself.
-        data_config: `input_size`, `mean`, `std` and `crop_pct`, as in timm.
+        data_config: `input_size`, `mean`, `std` and `crop_pct`, as in timm; timm's own unless given.
         card: Text of the model card.
-        label_names: Names of the classes in their order, if known.
+        label_names: Names of the classes.
         tagged: True if these are the weights of the tag that the network was built with.
         width: The width that a network of timm's own was extracted at.
     """
@@ -109,14 +102,14 @@ def write_folder(
             model,
             str(partial / 'config.json'),
             model_config={'label_names': list(label_names)} if label_names else None,
-            model_args=model_args,
-            data_config=data_config,
+            model_args={**(model_args or {})},
+            data_config={**(data_config or {})},
         )
         config = json.loads((partial / 'config.json').read_text())
         save_tensors(tensors, partial / 'model.safetensors')
         # It is at the top level already; transformers passes both, and a repeated keyword is an error there.
         config['model_args'].pop('num_classes', None)
-        for key in {'lazy', 'width', 'overlap'} - model_args.keys():
+        for key in {'lazy', 'width', 'overlap'} - (model_args or {}).keys():
             config['model_args'].pop(key, None)  # arguments of how it was opened, or defaults
         if not tagged:
             for key in OF_A_TAG:

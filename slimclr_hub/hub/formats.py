@@ -88,7 +88,7 @@ def save_timm_folder(
         card = _card(model, width, folder, network, needed, tagged)
     runs = model.global_pool.feat_mult()
     padded = {name: _padded(name, tensors[name], whole.shape, runs) for name, whole in network.state_dict().items()}
-    write_folder(network, padded, folder, model_args={}, data_config={}, card=card, tagged=tagged, width=width)
+    write_folder(network, padded, folder, card, tagged=tagged, width=width)
 
 
 def torchvision_state_dict(model: SlimmableResNet, width: float = 1.0) -> dict[str, torch.Tensor]:
@@ -118,10 +118,6 @@ def torchvision_state_dict(model: SlimmableResNet, width: float = 1.0) -> dict[s
 
 def mmdet_state_dict(model: SlimmableResNet, width: float) -> dict[str, torch.Tensor]:
     """Make a state dict of the backbone, without a head, for the `ResNet` of MMDetection that `mmdet_config` describes.
-
-    Args:
-        model: A slimmable ResNet-50, 101 or 152.
-        width: One of its widths; 64 times the width must be an integer.
 
     Raises:
         InputError: MMDetection has no such network; the message names the formats that do.
@@ -217,10 +213,8 @@ def _mmdet_channels(model: SlimmableResNet, width: float) -> int:
 def _timm_network(model: SlimmableResNet, tensors: Mapping[str, torch.Tensor]) -> ResNet:
     """Build timm's network that has room for the tensors of one width, on the meta device."""
     architecture = f'resnet{_depth(model, "timm")}'
-    channels = []
-    for stage in range(1, len(_CHANNELS) + 1):
-        outer = len(tensors[f'layer{stage}.0.conv3.weight'])
-        channels.append(-(-outer // _EXPANSION))
+    outer = [len(tensors[f'layer{stage}.0.conv3.weight']) for stage in (1, 2, 3, 4)]
+    channels = [-(-count // _EXPANSION) for count in outer]
     if channels[0] * _EXPANSION == _STEM:
         channels[0] += 1  # or there is no projection
     arguments: dict[str, Any] = {}
@@ -249,12 +243,7 @@ def _timm_network(model: SlimmableResNet, tensors: Mapping[str, torch.Tensor]) -
 def _padded(name: str, tensor: torch.Tensor, shape: Sequence[int], runs: int) -> torch.Tensor:
     """Pad the tensor `name` to `shape` such that the additional channels are zero.
 
-    Args:
-        name: Name of the tensor.
-        tensor: The tensor.
-        shape: Shape to pad to.
-        runs: Copies of the features side by side in the head's input, if they are pooled in several ways; zeros belong
-            at the end of each.
+    In the head's input the features stand side by side `runs` times; zeros belong at the end of each.
     """
     if name == 'fc.weight':
         tensor, shape = tensor.unflatten(1, (runs, -1)), (shape[0], runs, shape[1] // runs)

@@ -36,18 +36,17 @@ def open_network(name: str, **kwargs: Any) -> SlimmableResNet:
     architecture = config['architecture']
     if architecture in slimmable_models() or _is_users(architecture):
         model = _create(name, kwargs)
-        if not isinstance(model, SlimmableResNet):
-            raise InputError(f'{name.removeprefix("local-dir:")} is a {architecture}, not a slimmable network')
+        if isinstance(model, SlimmableResNet):
+            return model
+    elif architecture.startswith('slimclr_') or WIDTH in config:
+        asked = kwargs.pop('width', None)
+        kwargs.pop('lazy', None)  # one width is all there is to read
+        dense = _create(name, kwargs)
+        model = _of_one_width(dense, dense.width if isinstance(dense, DenseResNet) else float(config[WIDTH]), config)
+        if asked is not None:
+            check_width(asked, model.widths)
         return model
-    if not architecture.startswith('slimclr_') and WIDTH not in config:
-        raise InputError(f'{name.removeprefix("local-dir:")} is a {architecture}, not a slimmable network')
-    asked = kwargs.pop('width', None)
-    kwargs.pop('lazy', None)  # one width is all there is to read
-    dense = _create(name, kwargs)
-    model = _of_one_width(dense, dense.width if isinstance(dense, DenseResNet) else float(config[WIDTH]), config)
-    if asked is not None:
-        check_width(asked, model.widths)
-    return model
+    raise InputError(f'{name.removeprefix("local-dir:")} is a {architecture}, not a slimmable network')
 
 
 def _is_users(architecture: str) -> bool:

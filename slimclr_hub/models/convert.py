@@ -12,13 +12,6 @@ from slimclr_hub.models.loading import check_complete
 from slimclr_hub.weights.layouts import ARCHITECTURES
 from slimclr_hub.weights.slices import WIDTH_DIGITS, leading, scale_channels, switch_name, switched_key, width_key
 
-ENCODERS = ('online', 'momentum')
-"""Networks that a pre-training checkpoint holds: the trained one and its moving average."""
-
-RESNET50_STAGES = (3, 4, 6, 3)
-DESCENDING = ('w100', 'w075', 'w050', 'w025')
-"""Keys of the widths in the order in which the authors' pre-training checkpoints number them."""
-
 _PREFIXES = {
     # MoCo v2, MoCo v3, this package's detectors, and others' or this package's backbone; a bare network has none.
     'online': ('encoder_q.', 'base_encoder.', 'backbone.network.', 'backbone.', ''),
@@ -55,8 +48,8 @@ def convert(
         InputError: The checkpoint is of none of these kinds, or not complete; a tensor that is missing, unexpected or
             misshapen is named.
     """
-    if encoder not in ENCODERS:
-        raise InputError(f'encoder {encoder!r} is not one of {", ".join(ENCODERS)}')
+    if encoder not in _PREFIXES:
+        raise InputError(f'encoder {encoder!r} is not one of {", ".join(_PREFIXES)}')
     for name, tensor in tensors.items():
         # A pickle may give any shape to a few bytes, which making it contiguous would allocate.
         if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
@@ -72,15 +65,11 @@ def convert(
     return {name: tensor.contiguous() for name, tensor in ours.items()}
 
 
-def backbone_name(reference: str, stages: Sequence[int] = RESNET50_STAGES, keys: Sequence[str] = DESCENDING) -> str:
+def backbone_name(reference: str, stages: Sequence[int], keys: Sequence[str]) -> str:
     """Translate the authors' name of a backbone's or switchable probe's tensor.
 
-    `features.3.shortcut.1.bn.2.weight` -> `layer2.0.downsample.1.w050.weight`.
-
-    Args:
-        reference: The authors' name, without `module.` and encoder prefix.
-        stages: Blocks in each stage; theirs are numbered through.
-        keys: Keys of the widths in the checkpoint's order.
+    `features.3.shortcut.1.bn.2.weight` -> `layer2.0.downsample.1.w050.weight`. Blocks are numbered through all
+    `stages`, widths in the order of `keys`.
     """
 
     def block(match: re.Match[str]) -> str:
@@ -94,10 +83,8 @@ def backbone_name(reference: str, stages: Sequence[int] = RESNET50_STAGES, keys:
 
 
 def _body(names: Tensors, encoder: str) -> dict[str, torch.Tensor]:
-    for prefix in _PREFIXES[encoder]:
-        if prefix + _FIRST in names:
-            break
-    else:
+    prefix = next((prefix for prefix in _PREFIXES[encoder] if prefix + _FIRST in names), None)
+    if prefix is None:
         wanted = ', '.join(prefix + _FIRST for prefix in _PREFIXES[encoder])
         found = f'the tensors begin with {", ".join([*names][:3])}' if names else 'there are no tensors'
         raise InputError(f'no {encoder} network that is a ResNet: none of {wanted} is there; {found}')

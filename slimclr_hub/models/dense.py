@@ -57,15 +57,8 @@ class DenseResNet(ResNet):
         scaled = tuple(scale_channels(c, width) for c in channels)
         factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         # Built without blocks for its pooling, head and flags; the real stem and stages follow under the same names.
-        super().__init__(
-            block,  # type: ignore[arg-type]
-            (0,) * len(scaled),
-            channels=scaled,
-            in_chans=in_chans,
-            output_stride=output_stride,
-            **kwargs,
-            **factory,
-        )
+        kwargs.update(factory, channels=scaled, in_chans=in_chans, output_stride=output_stride)
+        super().__init__(block, (0,) * len(scaled), **kwargs)  # type: ignore[arg-type]
         self.width = width
         kernel, stride = (3, 1) if small_stem else (7, 2)
         stem = nn.Conv2d(in_chans, scaled[0], kernel, stride=stride, padding=kernel // 2, bias=False, **factory)
@@ -114,17 +107,11 @@ class DenseResNet(ResNet):
         load_file(self, Path(path))
 
     def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = 'NCHW',
-        intermediates_only: bool = False,
+        self, x: torch.Tensor, indices: int | list[int] | None = None, *args: Any, **kwargs: Any
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """Extend timm's method to networks of three stages."""
         taken, _ = feature_take_indices(len(self.feature_info), indices)
-        return super().forward_intermediates(x, taken, norm, stop_early, output_fmt, intermediates_only)
+        return super().forward_intermediates(x, taken, *args, **kwargs)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.models.layers import SlimmableConv2d, SlimmableLinear, SwitchableBatchNorm2d, SwitchableLinear
+from slimclr_hub.models.layers import SwitchableBatchNorm2d, SwitchableLinear
 from slimclr_hub.models.loading import FIRST_CONV, expects_head, load_file, read_first_conv
+from slimclr_hub.models.slicing import SlicedWeight, memory_format
 from slimclr_hub.models.slimmable_resnet import HEAD_STD, SlimmableResNet
 from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_width, check_widths, scale_channels, width_key
 from slimclr_hub.weights.layouts import layout_of
@@ -29,27 +30,18 @@ class LazySlimmableResNet(SlimmableResNet):
     network without `lazy`, or call `hold` first.
 
     Args:
-        block: As in `SlimmableResNet`, like all arguments that are not named here.
-        layers: As in `SlimmableResNet`.
-        channels: As in `SlimmableResNet`.
+        args: As in `SlimmableResNet`.
         widths: The widths to choose from.
         width: The first width to hold; the largest unless given.
         kwargs: As in `SlimmableResNet`.
     """
 
     def __init__(
-        self,
-        block: Any,
-        layers: Sequence[int],
-        channels: Sequence[int] = (64, 128, 256, 512),
-        *,
-        widths: Sequence[float] = DEFAULT_WIDTHS,
-        width: float | None = None,
-        **kwargs: Any,
+        self, *args: Any, widths: Sequence[float] = DEFAULT_WIDTHS, width: float | None = None, **kwargs: Any
     ) -> None:
         widths = check_widths(widths)
         first = widths[0] if width is None else check_width(width, widths)
-        super().__init__(block, layers, channels, widths=widths, width=first, held=(first,), **kwargs)
+        super().__init__(*args, widths=widths, width=first, held=(first,), **kwargs)
         self._path: Path | None = None
         self._stamp: tuple[int, int] | None = None
         self._head_from_file = False
@@ -108,7 +100,7 @@ class LazySlimmableResNet(SlimmableResNet):
             weights = {
                 module: _grown(module.weight, [stop for _, stop in module.spans(largest)], self._reader(file, name))
                 for name, module in self.named_modules()
-                if isinstance(module, SlimmableConv2d | SlimmableLinear)
+                if isinstance(module, SlicedWeight)
             }
             siblings = {
                 switch: self._sibling(file, name, switch, width)
@@ -149,10 +141,8 @@ def _grown(old: torch.Tensor, size: Sequence[int], read: Reader) -> torch.Tensor
     rows, columns = old.shape[:2]
     if tuple(size) == (rows, columns):
         return old
-    layout = torch.channels_last if old.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    if old.is_contiguous():
-        layout = torch.contiguous_format
-    new = torch.empty((*size, *old.shape[2:]), dtype=old.dtype, device=old.device, memory_format=layout)
+    shape = (*size, *old.shape[2:])
+    new = torch.empty(shape, dtype=old.dtype, device=old.device, memory_format=memory_format(old))
     new[:rows, :columns] = old
     if size[0] > rows:
         new[rows:] = read(old, slice(rows, size[0]), slice(0, size[1]))

@@ -39,17 +39,12 @@ def checkpoint_filter_fn(tensors: Mapping[str, torch.Tensor], model: Loadable) -
     A head of other classes is left out, as timm does; the first convolution keeps its input channels, which timm
     adapts after this.
 
-    Args:
-        tensors: State dict of a slimmable network, or of a network just like `model`.
-        model: The network to load them into.
-
     Raises:
         InputError: A tensor is missing, misshapen or not expected; the message names it.
     """
     wanted = _shapes(model.state_dict())
-    sources = fit(wanted, _shapes(tensors), model.width)
     fitted = {}
-    for name, source in sources.items():
+    for name, source in fit(wanted, _shapes(tensors), model.width).items():
         shape = wanted[name]
         if name == FIRST_CONV:
             shape = (shape[0], *tensors[source].shape[1:])
@@ -75,10 +70,9 @@ def load_file(model: Loadable, path: Path) -> None:
     with TensorFile(path) as file:
         try:
             sources = fit(_shapes(state), file.shapes, model.width)
-            if expects_head(model):
-                absent = [name for name in state if name.startswith(_HEAD) and name not in sources]
-                if absent:
-                    raise InputError(f'the weights do not fit: missing {shorten(absent)}')
+            absent = [name for name in state if name.startswith(_HEAD) and name not in sources]
+            if absent and expects_head(model):
+                raise InputError(f'the weights do not fit: missing {shorten(absent)}')
         except InputError as error:
             raise InputError(f'{path}: {error}') from error
         for name, source in sources.items():
@@ -103,12 +97,7 @@ def read_first_conv(file: TensorFile, rows: slice, in_chans: int) -> torch.Tenso
 def fit(wanted: Shapes, available: Shapes, width: float) -> dict[str, str]:
     """Map each tensor of a network to the tensor of the file whose leading block it is.
 
-    A head is left out if the file has none, or one of other classes.
-
-    Args:
-        wanted: Names and shapes of the network's tensors.
-        available: Names and shapes in the file.
-        width: The network's width, if it is dense.
+    A head is left out if the file has none, or one of other classes. `width` is the network's, if it is dense.
 
     Raises:
         InputError: A tensor is missing, misshapen or not expected; the message names it.

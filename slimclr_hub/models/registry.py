@@ -72,8 +72,7 @@ def _slimmable_cfg(**kwargs: Any) -> dict[str, Any]:
     return _cfg(classifier=tuple(f'fc.{width_key(width)}' for width in DEFAULT_WIDTHS), **kwargs)
 
 
-def _small_cfg(**kwargs: Any) -> dict[str, Any]:
-    return _slimmable_cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, **kwargs)
+_SMALL = _slimmable_cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0)
 
 
 def _published(variant: str, cfg: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -97,8 +96,8 @@ default_cfgs = generate_default_cfgs(
         **_published('slimclr_resnet50', _slimmable_cfg()),
         'slimclr_resnet101': _slimmable_cfg(),
         'slimclr_resnet152': _slimmable_cfg(),
-        'slimclr_resnet20': _small_cfg(),
-        'slimclr_resnet20x4': _small_cfg(),
+        'slimclr_resnet20': _SMALL,
+        'slimclr_resnet20x4': _SMALL,
         **_published('slimclr_resnet50_075', _cfg()),
         **_published('slimclr_resnet50_050', _cfg()),
         **_published('slimclr_resnet50_025', _cfg()),
@@ -124,8 +123,8 @@ def build(
         cls: Class of the network; its `load_pretrained(path)` loads a safetensors file.
         variant: Name of the architecture.
         pretrained: True to load weights.
-        pretrained_cfg: As in timm's factory.
-        pretrained_cfg_overlay: As in timm's factory; `file` names a file or folder of one's own.
+        pretrained_cfg: As in timm's factory, like the next.
+        pretrained_cfg_overlay: `file` names a file or folder of one's own.
         cache_dir: Folder of downloads.
         kwargs: Arguments of the class and of timm's factory.
 
@@ -201,25 +200,15 @@ def _slimmable(variant: str, pretrained: bool, lazy: bool = False, **kwargs: Any
     if lazy and not kwargs.get('overlap', True):
         raise InputError('lazy=True is for widths that overlap; with overlap=False leave lazy out')
     arch = _arch(variant)
-    levels = tuple(range(len(arch['layers']) + 1))
-    return build(
-        LazySlimmableResNet if lazy else SlimmableResNet,
-        variant,
-        pretrained,
-        feature_cfg={'out_indices': levels, 'feature_cls': SlimmableFeatureGetter},
-        **{**arch, **kwargs},
-    )
+    features = {'out_indices': tuple(range(len(arch['layers']) + 1)), 'feature_cls': SlimmableFeatureGetter}
+    cls = LazySlimmableResNet if lazy else SlimmableResNet
+    return build(cls, variant, pretrained, feature_cfg=features, **{**arch, **kwargs})
 
 
 def _dense(variant: str, pretrained: bool, **kwargs: Any) -> DenseResNet:
     arch = _arch('slimclr_resnet50')
-    return build(
-        DenseResNet,
-        variant,
-        pretrained,
-        feature_cfg={'feature_cls': 'getter'},
-        **{**arch, 'block': arch['block'].dense, **kwargs},
-    )
+    arguments = {**arch, 'block': arch['block'].dense, **kwargs}
+    return build(DenseResNet, variant, pretrained, feature_cfg={'feature_cls': 'getter'}, **arguments)
 
 
 @register_model

@@ -5,9 +5,9 @@ Yu et al. 2019 (https://arxiv.org/abs/1812.08928) and He et al. 2016 (https://ar
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -139,22 +139,6 @@ class Bottleneck(BasicBlock):
         return self.bn3, self.act3
 
 
-class WidthSwitch:
-    """Context manager that `set_width` returns; it switches back on leaving."""
-
-    def __init__(self, model: 'SlimmableResNet | SlimmableFeatureGetter', previous: float) -> None:
-        self._model = model
-        self._previous = previous
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._model.set_width(self._previous)
-
-
 class SlimmableResNet(nn.Module):
     """A ResNet that runs at any of several widths, with shared convolutions and a normalisation of each width's own.
 
@@ -228,9 +212,7 @@ class SlimmableResNet(nn.Module):
             self.register_buffer(DISJOINT, torch.tensor(units, dtype=torch.int32, device=device))
         # An index rather than the float: torch.compile would make a float that changes a dynamic input of the graph.
         self._active = 0 if width is None else self._widths.index(check_width(width, self._widths))
-        self._block = block
-        self._layers = tuple(layers)
-        self._channels = tuple(channels)
+        self._block, self._layers, self._channels = block, tuple(layers), tuple(channels)
         self._small_stem = small_stem
         self.in_chans = in_chans
         self.output_stride = output_stride
@@ -252,7 +234,6 @@ class SlimmableResNet(nn.Module):
         self.full_features: int = self._feature_info[-1]['num_chs']
 
         self.head = head
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self._make_head(num_classes, global_pool, factory)
         self.init_weights(zero_init_last=zero_init_last)
 
@@ -299,8 +280,7 @@ class SlimmableResNet(nn.Module):
 
     def _make_head(self, num_classes: int, global_pool: str, factory: dict[str, Any]) -> None:
         self.num_classes = num_classes
-        if global_pool != self.global_pool.pool_type:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         multiplier = self.global_pool.feat_mult()
         self.fc: nn.Module
         if self.head not in ('switchable', 'slimmable'):
@@ -312,14 +292,8 @@ class SlimmableResNet(nn.Module):
         elif multiplier != 1:
             raise InputError(f"global_pool {global_pool!r} needs head='switchable': its halves do not slice")
         else:
-            self.fc = SlimmableLinear(
-                self.full_features,
-                num_classes,
-                max_width=self._held[0],
-                disjoint=self._disjoint,
-                slim_out=False,
-                **factory,
-            )
+            slim: dict[str, Any] = {'max_width': self._held[0], 'disjoint': self._disjoint, 'slim_out': False}
+            self.fc = SlimmableLinear(self.full_features, num_classes, **slim, **factory)
         self.init_head()
 
     @torch.jit.ignore
@@ -357,15 +331,16 @@ class SlimmableResNet(nn.Module):
         """The active width, at which `forward` runs."""
         return self._widths[self._active]
 
-    def set_width(self, width: float) -> WidthSwitch:
+    def set_width(self, width: float) -> ExitStack:
         """Switch the active width; `with model.set_width(0.5): ...` switches back on leaving.
 
         Raises:
             InputError: The network does not hold `width`; the message lists those that it does.
         """
-        previous = self.width
+        back = ExitStack()
+        back.callback(self.set_width, self.width)
         self._active = self._widths.index(self._ready(width))
-        return WidthSwitch(self, previous)
+        return back
 
     def add_width(self, width: float) -> None:
         """Add a width between those of the network: new normalisations and a new head, everything else is shared.
@@ -427,14 +402,10 @@ class SlimmableResNet(nn.Module):
         return self._forward_at(x, self._ready(width))
 
     def forward_widths(self, x: torch.Tensor, widths: Sequence[float] | None = None) -> dict[float, torch.Tensor]:
-        """Run several widths on the same images; all of them unless named.
+        """Run several widths on the same images [N, C, H, W]; all of them unless named.
 
         In training, slices of weights are made once (`slicing.sliced_once`), and the widest one's first convolution
         serves all, since their outputs are channels of its own. This equals `forward_at` but for rounding.
-
-        Args:
-            x: Images [N, C, H, W].
-            widths: The widths.
 
         Returns:
             Width -> output as `forward_at` gives it, in the order asked for.
@@ -455,10 +426,8 @@ class SlimmableResNet(nn.Module):
     def compile_widths(self, **options: Any) -> None:
         """Compile the layers after the first convolution for training, one graph for each width.
 
-        Inference is not affected. The widest has a second graph for steps that train it alone.
-
-        Args:
-            options: Of `torch.compile`, such as `mode`.
+        Inference is not affected. The widest has a second graph for steps that train it alone. `options` are those of
+        `torch.compile`, such as `mode`.
 
         Raises:
             InputError: There are more graphs than torch.compile makes of one function.
@@ -660,10 +629,11 @@ class SlimmableFeatureGetter(FeatureGetterNet):
         """The active width."""
         return self.model.width
 
-    def set_width(self, width: float) -> WidthSwitch:
+    def set_width(self, width: float) -> ExitStack:
         """Switch the active width; `feature_info` follows. See `SlimmableResNet.set_width`."""
-        previous = self.model.width
+        back = ExitStack()
+        back.callback(self.set_width, self.width)
         self.model.set_width(width)
         for info, now in zip(self.feature_info.info, self.model.feature_info, strict=True):
             info['num_chs'] = now['num_chs']
-        return WidthSwitch(self, previous)
+        return back

@@ -8,20 +8,10 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
-from huggingface_hub import cached_assets_path, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import cached_assets_path, constants, errors, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock, get_session, hf_raise_for_status
 
@@ -98,25 +88,25 @@ def from_hub(repo: str, filename: str = WEIGHTS, cache_dir: Path | None = None) 
     name, _, revision = repo.partition('@')
     try:
         path = _download(name, filename, revision or None, cache_dir)
-    except GatedRepoError:
+    except errors.GatedRepoError:
         raise InputError(f'{repo} on the Hub is gated: accept its conditions there, then `hf auth login`') from None
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         raise InputError(f'{name} on the Hub has no revision {revision or "main"}') from None
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise NotOnHubError(
             f'the Hub has no {name}, or does not show it to you: check the name, and for a private one `hf auth login`'
         ) from None
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
             raise NotOnHubError(f'offline (HF_HUB_OFFLINE), and the cache has no {filename} of {repo}') from None
         raise NotOnHubError(
             f'the Hub cannot be reached for {repo}, and the cache has no {filename}: {first_line(error.__cause__)}'
         ) from None
-    except EntryNotFoundError:
+    except errors.EntryNotFoundError:
         raise InputError(f'{repo} on the Hub has no {filename}; only safetensors are loaded') from None
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise InputError(f'{repo!r} is not the name of a repository on the Hub, account/name: {error}') from None
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         status = error.response.status_code
         remedy = '; check your token, or `hf auth login`' if status == 401 else ''
         raise InputError(f'{repo}: the Hub answered {status} ({error.server_message}){remedy}') from None
@@ -133,18 +123,10 @@ def from_hub(repo: str, filename: str = WEIGHTS, cache_dir: Path | None = None) 
 
 
 def _download(repo: str, filename: str, revision: str | None, cache_dir: Path | None) -> Path:
-    download = partial(
-        hf_hub_download,
-        repo,
-        filename,
-        revision=revision,
-        cache_dir=cache_dir,
-        library_name='slimclr_hub',
-        library_version=__version__,
-    )
-    if not constants.HF_HUB_OFFLINE and not isinstance(
-        try_to_load_from_cache(repo, filename, cache_dir, revision), str
-    ):
+    library: dict[str, Any] = {'library_name': 'slimclr_hub', 'library_version': __version__}
+    download = partial(hf_hub_download, repo, filename, revision=revision, cache_dir=cache_dir, **library)
+    cached = isinstance(try_to_load_from_cache(repo, filename, cache_dir, revision), str)
+    if not constants.HF_HUB_OFFLINE and not cached:
         _check_connection(constants.ENDPOINT)
     try:
         return Path(with_retries(download))
@@ -152,7 +134,7 @@ def _download(repo: str, filename: str, revision: str | None, cache_dir: Path | 
         if not is_transport_error(error):
             raise
         # The client looks into the cache when the Hub is away, but not when it hangs up.
-        with suppress(LocalEntryNotFoundError):
+        with suppress(errors.LocalEntryNotFoundError):
             return Path(download(local_files_only=True))
         raise
 
@@ -227,12 +209,8 @@ def published(tag: str, convert: Convert, cache_dir: Path | None = None) -> Path
 def from_release(network: Published, convert: Convert, cache_dir: Path | None = None) -> Path:
     """Download and convert a file of the authors' release, unless the result is in the cache.
 
-    An interrupted download is resumed. Processes that start at once wait for the one that downloads.
-
-    Args:
-        network: The published network.
-        convert: Converts the authors' tensors to this package's names, and checks them.
-        cache_dir: Where to keep it instead of huggingface_hub's cache of assets.
+    An interrupted download is resumed. Processes that start at once wait for the one that downloads. Arguments are as
+    in `published`; the cache is huggingface_hub's of assets.
 
     Raises:
         InputError: Offline, not found, or the file is not what it should be.
@@ -275,19 +253,15 @@ def _download_release(network: Published, path: Path) -> None:
     try:
         _check_connection(url)
         size = with_retries(partial(_size, url))
-        _logger.warning(
-            '%s: from the release of the authors, %s. It is converted once and kept in %s',
-            network.name,
-            url,
-            path.parent,
-        )
+        text = '%s: from the release of the authors, %s. It is converted once and kept in %s'
+        _logger.warning(text, network.name, url, path.parent)
         if size is not None and path.is_file() and path.stat().st_size > size:
             path.unlink()
         with path.open('ab') as file:
             with_retries(partial(_append, url, file, size, network.file))
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         raise InputError(f'{network.name}: {url} answered {error.response.status_code}') from None
-    except OfflineModeIsEnabled:
+    except errors.OfflineModeIsEnabled:
         raise InputError(f'{network.name}: offline and not in the cache') from None
     except OSError as error:
         if size is not None and path.is_file() and path.stat().st_size > size:
@@ -333,7 +307,7 @@ def with_retries(call: Callable[[], Answer]) -> Answer:
     for attempt in range(1, _ATTEMPTS):
         try:
             return call()
-        except HfHubHTTPError as error:
+        except errors.HfHubHTTPError as error:
             if error.response is None or error.response.status_code < 500:
                 raise
             _logger.info('%s; trying again', first_line(error))

@@ -3,10 +3,8 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,6 +46,9 @@ class TensorFile:
     Args:
         path: The file.
 
+    Attributes:
+        shapes: Name -> shape of every tensor.
+
     Raises:
         InputError: There is no such file, or it is not a complete safetensors file.
     """
@@ -65,6 +66,7 @@ class TensorFile:
                 raise InputError(f'{path}: {name} is of type {entry["dtype"]}, not one of {", ".join(_DTYPES)}')
             begin = 8 + length + entry['data_offsets'][0]
             self._entries[name] = _Entry(_DTYPES[entry['dtype']], tuple(entry['shape']), begin)
+        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
     def _check(self) -> None:
         try:
@@ -89,15 +91,8 @@ class TensorFile:
     def __enter__(self) -> 'TensorFile':
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()
-
-    @cached_property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Name -> shape of every tensor."""
-        return {name: entry.shape for name, entry in self._entries.items()}
 
     def whole(self, name: str) -> torch.Tensor:
         """Read a tensor."""

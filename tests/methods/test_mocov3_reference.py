@@ -9,11 +9,10 @@ from safetensors.torch import load_file
 
 from slimclr_hub.methods import MoCoV3
 from slimclr_hub.methods.heads import SlimmableProjector
-from slimclr_hub.models.convert import DESCENDING
 from slimclr_hub.runs.schedule import Schedule
 from slimclr_hub.train.config import OptimConfig
 from slimclr_hub.train.setup import make_optimizer
-from tests.reference import DATA, TRAINING, fill, fill_backbone, image, reference_name
+from tests.reference import DATA, DESCENDING, TRAINING, fill, fill_backbone, image, reference_name
 
 FORWARD = load_file(DATA / 'forward.safetensors')
 RECORDED = TRAINING['mocov3']
