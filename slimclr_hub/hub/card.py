@@ -120,6 +120,10 @@ def card_table(facts: Sequence[WidthFacts], results: Sequence[Result] = ()) -> s
                 rows[0].append(title)
                 for row, fact in zip(rows[1:], facts, strict=True):
                     row.append(f'{accuracies[fact.width]:.1f}' if fact.width in accuracies else '')
+    return _markdown(rows)
+
+
+def _markdown(rows: list[list[str]]) -> str:
     rows.insert(1, ['---:'] * len(rows[0]))
     return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
@@ -161,9 +165,7 @@ tags:
 A slimmable ResNet-50: one file of weights, four networks, at 100, 75, 50 and 25 % of the channels. SlimCLR on {method}
 pre-trained it for {epochs} epochs on ImageNet-1k without labels{probe}.
 
-| width | parameters | multiply-adds | linear top-1 (%) | linear top-5 (%) |{detection_head}
-| ---: | ---: | ---: | ---: | ---: |{detection_line}
-{rows}
+{table}
 
 Parameters are those of the network in this file at that width; multiply-adds are for one image of 224x224 pixels.
 Accuracies are **reported by the paper**, not measured here: a linear probe on ImageNet (table 1){detection_note}.
@@ -267,24 +269,22 @@ def published_card(published: Published) -> str:
         probe='; a linear probe of each width, trained afterwards, is with it' if with_probe else '',
         repository=AUTHORS_REPOSITORY,
         short_repository=AUTHORS_REPOSITORY.removeprefix('https://github.com/'),
-        detection_head=' box AP | mask AP |' if detected else '',
-        detection_line=' ---: | ---: |' if detected else '',
         detection_note=',\nand AP on COCO val2017 of a Mask R-CNN fine-tuned from it (table 2)' if detected else '',
-        rows='\n'.join(_rows(published)),
+        table=_reported_table(published),
         usage=usage + _ABOUT_PROBE if with_probe else usage,
         recipe=f'recipes/configs/{published.recipe}.yaml',
         limits=_LIMIT_OF_CLASSES if with_probe else _LIMIT_OF_FEATURES,
     )
 
 
-def _rows(published: Published) -> list[str]:
-    rows = []
-    for fact in published_facts(published.num_classes):
-        reported = published.reported[fact.width]
-        cells = [*fact.cells.values(), f'{reported.top1}', f'{reported.top5}']
-        cells += [f'{ap}' for ap in (reported.box_ap, reported.mask_ap) if ap is not None]
-        rows.append(f'| {" | ".join(cells)} |')
-    return rows
+def _reported_table(published: Published) -> str:
+    titles = {'top1': 'linear top-1 (%)', 'top5': 'linear top-5 (%)', 'box_ap': 'box AP', 'mask_ap': 'mask AP'}
+    rows = [
+        {**fact.cells, **{titles[key]: str(value) for key, value in vars(reported).items() if value is not None}}
+        for fact in published_facts(published.num_classes)
+        for reported in [published.reported[fact.width]]
+    ]
+    return _markdown([[*rows[0]], *([*row.values()] for row in rows)])
 
 
 def all_cards() -> dict[str, str]:

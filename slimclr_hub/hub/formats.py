@@ -94,11 +94,8 @@ def save_timm_folder(
 def torchvision_state_dict(model: SlimmableResNet, width: float = 1.0) -> dict[str, torch.Tensor]:
     """Make a state dict for `torchvision.models.resnet50` (101, 152), which loads it strictly.
 
-    Without a head it has no `fc`; replace torchvision's by `nn.Identity()` before loading.
-
-    Args:
-        model: A slimmable ResNet-50, 101 or 152.
-        width: 1.0, the only width that torchvision has.
+    Without a head it has no `fc`; replace torchvision's by `nn.Identity()` before loading. torchvision has no width but
+    1.0.
 
     Raises:
         InputError: torchvision has no such network; the message names the formats that do.
@@ -131,12 +128,7 @@ def mmdet_config(model: SlimmableResNet, width: float, checkpoint: str) -> dict[
     """Make the backbone of an MMDetection config that loads the tensors of `mmdet_state_dict`.
 
     The neck needs the channels of the feature maps: `in_channels` is `width` times (256, 512, 1024, 2048). A config
-    that inherits another needs `_delete_=True` beside these entries.
-
-    Args:
-        model: A slimmable ResNet-50, 101 or 152.
-        width: One of its widths; 64 times the width must be an integer.
-        checkpoint: Path or address of the tensors as `.pth`.
+    that inherits another needs `_delete_=True` beside these entries. `checkpoint` is path or address of a `.pth` file.
 
     Raises:
         InputError: As in `mmdet_state_dict`, or MMDetection does not read such a file.
@@ -181,12 +173,12 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 def _depth(model: SlimmableResNet, library: str) -> int:
     """Layers of the network, which `library` has at width 1.0 and whose widths overlap."""
-    check_overlap(model.overlap, _configuration(model).get('architecture', type(model).__name__))
+    architecture = _configuration(model).get('architecture', type(model).__name__)
+    check_overlap(model.overlap, architecture)
     stages = [stage for name, stage in model.named_children() if name.startswith('layer')]
     blocks = tuple(len(stage) for stage in stages if isinstance(stage, nn.Sequential))
     full = _EXPANSION * _CHANNELS[-1]
     if blocks not in _DEPTHS or model.full_features != full or model.conv1.kernel_size != (7, 7):
-        architecture = _configuration(model).get('architecture', type(model).__name__)
         raise InputError(f'{library} has ResNets of 50, 101 and 152 layers, but no {architecture}; {_OWN_FOLDER}')
     return _DEPTHS[blocks]
 

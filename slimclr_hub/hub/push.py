@@ -130,11 +130,8 @@ def push(plan: Plan, *, private: bool = False, revision: str | None = None, mess
         with_retries(lambda: api.create_repo(plan.repo, private=private, exist_ok=True))
         if revision:
             with_retries(lambda: api.create_branch(plan.repo, branch=revision, exist_ok=True))
-        commit = with_retries(
-            lambda: api.create_commit(
-                plan.repo, operations, commit_message=message or 'Upload with slimclr-hub', revision=revision
-            )
-        )
+        text = message or 'Upload with slimclr-hub'
+        commit = with_retries(lambda: api.create_commit(plan.repo, operations, commit_message=text, revision=revision))
     except LocalTokenNotFoundError as error:
         raise InputError(f'not logged in: `hf auth login`, or set HF_TOKEN, to push to {plan.repo}') from error
     except HfHubHTTPError as error:

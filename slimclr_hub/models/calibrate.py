@@ -61,12 +61,7 @@ def calibrate_width(
 def calibrate_batchnorm(model: SlimmableResNet, width: float, images: Iterable[torch.Tensor]) -> None:
     """Estimate the running statistics of one width anew, as the mean over batches; nothing else of the network moves.
 
-    Post-statistics of batch normalisation, Yu & Huang 2019, https://arxiv.org/abs/1903.05134, section 3.2.
-
-    Args:
-        model: The network; its mode is restored.
-        width: One of its widths.
-        images: Batches [N, C, H, W], normalised as in training, on the network's device.
+    See `calibrate_width`; here `images` are batches [N, C, H, W] on the network's device.
     """
     norms = list(batchnorms_of(model, model._ready(width)))
     momenta, modes = [norm.momentum for norm in norms], {module: module.training for module in model.modules()}

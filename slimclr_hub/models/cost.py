@@ -8,15 +8,9 @@ from slimclr_hub.weights.published import WidthFacts as WidthFacts
 
 
 def cost(model: SlimmableResNet, width: float, size: int) -> tuple[int, int]:
-    """Parameters and multiply-adds of one width.
+    """Parameters of the dense network of one width, and its multiply-adds for one image of `size` pixels.
 
-    Args:
-        model: The network.
-        width: One of its widths.
-        size: Height and width of the image in pixels.
-
-    Returns:
-        Parameters of the dense network of that width, and its multiply-adds (convolutions and linear layers) per image.
+    Multiply-adds are those of convolutions and linear layers.
     """
     dense = model.extract(width).to('meta').eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -86,12 +86,7 @@ class SwitchableBatchNorm2d(Switchable):
 class SwitchableBatchNorm1d(Switchable):
     """One ordinary batch normalisation of vectors for each width, as in the heads of MoCo v3.
 
-    [B, C * width], or [B, C] where it is not slim -> the same shape.
-
-    Args:
-        num_features: Features at width 1.0.
-        widths: The widths to hold.
-        slim: True if the features have the width; false after the last layer of a head.
+    [B, C * width] -> the same shape; or [B, C] where `slim` is false, as after the last layer of a head.
     """
 
     def __init__(self, num_features: int, widths: Sequence[float], *, slim: bool = True, **kwargs: Any) -> None:

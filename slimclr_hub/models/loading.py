@@ -54,14 +54,10 @@ def checkpoint_filter_fn(tensors: Mapping[str, torch.Tensor], model: Loadable) -
 
 @torch.no_grad()
 def load_file(model: Loadable, path: Path) -> None:
-    """Load a network's tensors from a safetensors file, reading only the slices that it needs.
+    """Load a network's tensors from a slimmable one's safetensors file or its own, reading only slices that it needs.
 
     A head of other classes than the file's is left as it is; a first convolution for other image channels is adapted as
     timm does. If a tensor does not fit, none is changed.
-
-    Args:
-        model: A network of timm's factory.
-        path: File of a slimmable network, or of a network just like `model`.
 
     Raises:
         InputError: The file is damaged, or a tensor is missing, misshapen or not expected.

@@ -123,8 +123,8 @@ def build(
         cls: Class of the network; its `load_pretrained(path)` loads a safetensors file.
         variant: Name of the architecture.
         pretrained: True to load weights.
-        pretrained_cfg: As in timm's factory, like the next.
-        pretrained_cfg_overlay: `file` names a file or folder of one's own.
+        pretrained_cfg: As in timm's factory.
+        pretrained_cfg_overlay: As in timm's factory; `file` names a file or folder of one's own.
         cache_dir: Folder of downloads.
         kwargs: Arguments of the class and of timm's factory.
 

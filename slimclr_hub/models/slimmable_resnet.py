@@ -566,10 +566,7 @@ class SlimmableResNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, head: str | None = None) -> None:
         """Replace the head by a new one on the same device and in the same dtype and mode.
 
-        Args:
-            num_classes: Classes; 0 for no head.
-            global_pool: timm's pooling type; as it is unless given.
-            head: `switchable` or `slimmable`; as it is unless given.
+        `num_classes` is 0 for no head; timm's pooling type and the kind of head stay as they are unless given.
         """
         if head is not None:
             self.head = head

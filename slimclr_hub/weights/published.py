@@ -1,7 +1,6 @@
 """Table of the published networks: files, cost of each width, accuracies that the paper reports. Needs no PyTorch.
 
-Accuracies are those of tables 1 and 2 of Zhao et al.,
-https://arxiv.org/abs/2209.15525.
+Accuracies are those of tables 1 and 2 of Zhao et al., https://arxiv.org/abs/2209.15525.
 """
 
 from collections.abc import Mapping
@@ -26,13 +25,7 @@ LICENSE_NOTE = f'The authors publish these weights without naming a licence; see
 
 @dataclass(frozen=True)
 class WidthFacts:
-    """Cost of one width.
-
-    Args:
-        width: The width.
-        parameters: Parameters of the network at that width.
-        multiply_adds: Multiply-adds for one image (convolutions and linear layers).
-    """
+    """Parameters of the network at one width, and its multiply-adds for an image (convolutions and linear layers)."""
 
     width: float
     parameters: int
@@ -41,22 +34,16 @@ class WidthFacts:
     @property
     def cells(self) -> dict[str, str]:
         """Title -> text, for a row of a table."""
-        return {
-            'width': f'{self.width:g}',
-            'parameters': human(self.parameters),
-            'multiply-adds': human(self.multiply_adds),
-        }
+        counts = {'parameters': human(self.parameters), 'multiply-adds': human(self.multiply_adds)}
+        return {'width': f'{self.width:g}', **counts}
 
 
 @dataclass(frozen=True)
 class Reported:
     """Accuracies that the paper reports for one width.
 
-    Args:
-        top1: Top-1 accuracy of the linear probe on ImageNet in percent (table 1).
-        top5: Top-5 accuracy likewise.
-        box_ap: Box AP on COCO val2017 of Mask R-CNN fine-tuned from it (table 2), where reported.
-        mask_ap: Mask AP likewise.
+    They are those of the linear probe on ImageNet in percent (table 1), and, where reported, the AP of boxes and masks
+    on COCO val2017 of a Mask R-CNN fine-tuned from it (table 2).
     """
 
     top1: float
@@ -93,23 +80,20 @@ class Published:
         return f'{ARCHITECTURE}.{self.tag}'
 
 
-_COSTS = {
-    1.0: (23_508_032, 4_087_136_256),
-    0.75: (13_234_992, 2_321_141_760),
-    0.5: (5_892_640, 1_051_287_552),
-    0.25: (1_480_976, 277_573_632),
-}
-"""Width -> parameters of the backbone and its multiply-adds for one image of 224x224 pixels."""
-
-_FEATURES = 2048
+_COSTS = (
+    (1.0, 2048, 23_508_032, 4_087_136_256),
+    (0.75, 1536, 13_234_992, 2_321_141_760),
+    (0.5, 1024, 5_892_640, 1_051_287_552),
+    (0.25, 512, 1_480_976, 277_573_632),
+)
+"""Width, features, parameters of the backbone and its multiply-adds for one image of 224x224 pixels."""
 
 
 def published_facts(num_classes: int) -> list[WidthFacts]:
     """Parameters and multiply-adds of each width of a published network, without a head (0) or with a linear probe."""
     return [
         WidthFacts(width, parameters + (features + 1) * num_classes, multiply_adds + features * num_classes)
-        for width, (parameters, multiply_adds) in _COSTS.items()
-        for features in [int(_FEATURES * width)]
+        for width, features, parameters, multiply_adds in _COSTS
     ]
 
 
