@@ -81,12 +81,9 @@ file is in), and of no use as it is.
 
 
 def training_card(facts: Sequence[WidthFacts], about: Mapping[str, str], results: Sequence[Result] = ()) -> str:
-    """Write the card of a network that was pre-trained here.
+    """Write the card of a network that was pre-trained here, with the cost of each width in descending order.
 
-    Args:
-        facts: Cost of each width, in descending order.
-        about: `name`, `folder`, `architecture`, `method`, `data`, `epochs` and `size`.
-        results: Accuracies of the network.
+    `about` gives `name`, `folder`, `architecture`, `method`, `data`, `epochs` and `size`.
     """
     return _TRAINED.format(
         **_widths(facts, results),

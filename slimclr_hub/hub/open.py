@@ -23,11 +23,7 @@ _KINDS = 'a tag such as slimclr_resnet50.mocov2_200e_in1k, a folder, a .safetens
 
 
 def open_network(name: str, **kwargs: Any) -> SlimmableResNet:
-    """Open a slimmable network with its weights, or a dense one as a network of its only width.
-
-    Args:
-        name: As in `open_any`.
-        kwargs: Arguments for `timm.create_model`, such as `width` and `lazy`.
+    """Open a slimmable network with its weights, or a dense one as a network of its only width; see `open_any`.
 
     Raises:
         InputError: It is a network without widths, or as in `open_any`.
@@ -61,7 +57,7 @@ def open_any(name: str, **kwargs: Any) -> nn.Module:
 
     Args:
         name: A name of timm's registry, `hf-hub:USER/NAME`, a folder that timm opens, or a safetensors file.
-        kwargs: Arguments for `timm.create_model`, such as `width`.
+        kwargs: Arguments for `timm.create_model`, such as `width` and `lazy`.
 
     Raises:
         InputError: There is no such network, or its weights cannot be had or do not fit.

@@ -60,10 +60,6 @@ class SwitchableBatchNorm2d(Switchable):
 
     Being plain modules, they are found by whatever looks for batch normalisation: SyncBatchNorm conversion, freezing,
     weight-decay filters.
-
-    Args:
-        num_features: Channels at width 1.0.
-        widths: The widths to hold.
     """
 
     def __init__(self, num_features: int, widths: Sequence[float], **kwargs: Any) -> None:
@@ -98,13 +94,7 @@ class SwitchableBatchNorm1d(Switchable):
 class SwitchableLinear(Switchable):
     """One linear layer for each width, sharing nothing: the switchable probe of the paper (section 3.2).
 
-    [N, in * width * multiplier] -> [N, out].
-
-    Args:
-        in_features: Input features at width 1.0.
-        out_features: Output features, the same at every width.
-        widths: The widths to hold.
-        multiplier: Inputs are this many times as long, as after the pooling `catavgmax`.
+    [N, in * width * multiplier] -> [N, out]; inputs are `multiplier` times as long after the pooling `catavgmax`.
     """
 
     def __init__(

@@ -138,11 +138,7 @@ def sliced_once(modules: Iterable[nn.Module], widths: Sequence[float]) -> Iterat
     """Inside, layers take their slices of `widths` from here, all made at the beginning and in autocast's type.
 
     Outputs and gradients are those without it, but for the order in which the gradients of several widths, and of
-    several uses, are added up. Within another one of the same layers it does nothing.
-
-    Args:
-        modules: Whatever contains the layers.
-        widths: The widths of a step; with fewer than two there is nothing to share.
+    several uses, are added up. Within another one of the same layers it does nothing, nor with fewer than two widths.
     """
     layers = [layer for module in modules for layer in module.modules() if isinstance(layer, SlicedWeight)]
     layers = [layer for layer in layers if not layer._step] if len(widths) > 1 else []

@@ -139,13 +139,9 @@ class TensorFile:
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file atomically; an existing one is replaced.
+    """Write a safetensors file atomically; an existing one is replaced, views and other layouts are copied.
 
     Equal tensors give equal bytes: more than one entry of metadata would be written in random order.
-
-    Args:
-        tensors: Tensors by name; views and layouts other than contiguous are copied.
-        path: The file.
     """
     own: dict[str, torch.Tensor] = {}
     storages = set()
