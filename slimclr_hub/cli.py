@@ -103,7 +103,7 @@ def convert(
     overwrite: Overwrite = False,
 ) -> None:
     """Convert a foreign checkpoint into weights of this package."""
-    from slimclr_hub.hub.conversion import convert_file
+    from slimclr_hub.hub.folder import convert_file
     from slimclr_hub.models import DEFAULT_WIDTHS
     from slimclr_hub.models.widths import check_widths
 
@@ -138,7 +138,7 @@ def extract(
     With `--format mmdet`, the checkpoint of a slimmable detector gives a detector.
     """
     from slimclr_hub.hub import formats
-    from slimclr_hub.hub.conversion import check_file, check_folder
+    from slimclr_hub.hub.folder import check_file, check_folder
     from slimclr_hub.hub.open import open_network
 
     if _extract_detector(Path(network), target, width, format, config, overwrite):
@@ -173,8 +173,8 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Export each width for other runtimes, and check it against PyTorch."""
-    from slimclr_hub.hub.conversion import check_file
     from slimclr_hub.hub.export import export_onnx, export_pt2
+    from slimclr_hub.hub.folder import check_file
     from slimclr_hub.hub.open import open_network
     from slimclr_hub.models.widths import check_width, width_key
     from slimclr_hub.text import human

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slimclr_hub.hub.conversion import convert_file
+from slimclr_hub.hub.folder import convert_file
 from slimclr_hub.weights.published import PUBLISHED
 from tests.hub.files import Client, checkpoint, save_small
 from tests.hub_server import HubServer

@@ -11,7 +11,7 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from slimclr_hub.errors import InputError, shorten
 from slimclr_hub.files import atomic_files
-from slimclr_hub.hub.conversion import check_file
+from slimclr_hub.hub.folder import check_file
 from slimclr_hub.models.convert import convert
 from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.layouts import Layout, layout_of, mismatches

@@ -13,7 +13,7 @@ from slimclr_hub.detection.mmengine_files import allow_mmengine_checkpoints, par
 from slimclr_hub.detection.pretrained import create_backbone
 from slimclr_hub.errors import InputError, shorten
 from slimclr_hub.files import atomic_files
-from slimclr_hub.hub.conversion import check_file
+from slimclr_hub.hub.folder import check_file
 from slimclr_hub.hub.formats import mmdet_config, mmdet_state_dict
 from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
 from slimclr_hub.models.widths import scale_channels

@@ -11,7 +11,7 @@ from torch import nn
 
 from slimclr_hub.detection.pretrained import load_backbone
 from slimclr_hub.errors import InputError
-from slimclr_hub.hub.conversion import convert_file
+from slimclr_hub.hub.folder import convert_file
 from slimclr_hub.models import DEFAULT_WIDTHS
 from tests.hub.files import checkpoint, save_small, small_network
 from tests.networks import randomise_batchnorm

@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.hub.conversion import convert_file
 from slimclr_hub.hub.export import export_onnx, export_pt2
-from slimclr_hub.hub.folder import save_folder
+from slimclr_hub.hub.folder import convert_file, save_folder
 from slimclr_hub.hub.formats import mmdet_config, mmdet_state_dict, save_timm_folder, torchvision_state_dict
 from slimclr_hub.hub.open import open_any, open_network
 from slimclr_hub.hub.push import plan_push

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.hub.conversion import convert_file
+from slimclr_hub.hub.folder import convert_file
 from slimclr_hub.models.calibrate import is_calibrated
 from slimclr_hub.train.config import ModelConfig, OptimConfig, PretrainConfig, RunConfig
 from slimclr_hub.train.setup import arrange, make_backbone, make_method, make_optimizer
