@@ -19,12 +19,7 @@ _SUMMARIES = {
 
 
 def main(argv: Sequence[str] | None = None, prog: str = 'slimclr-hub analyze') -> None:
-    """Parse the command line and run the analysis that it names, on one process.
-
-    Args:
-        argv: Arguments after the program's name; those of this process by default.
-        prog: The program as users type it, for help and messages.
-    """
+    """Run the analysis that the command line names, on one process; help and messages call the program `prog`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (['-h'], ['--help']):
         listed = '\n'.join(f'  {name:<10} {summary}' for name, summary in _SUMMARIES.items())

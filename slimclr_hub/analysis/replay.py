@@ -31,11 +31,7 @@ _PRECISIONS = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 def recipe_of(folder: Path) -> PretrainConfig:
-    """Read the configuration of the run in a folder.
-
-    Raises:
-        InputError: It is not the folder of a run.
-    """
+    """Read the configuration of the run in a folder; an InputError if it is not the folder of a run."""
     if not (folder / RECIPE).is_file():
         raise InputError(f'{folder} is not the folder of a run, it has no {RECIPE}; give one like runs/NAME')
     return load_recipe(folder / RECIPE)
@@ -114,11 +110,7 @@ class Replay:
         self._position: Any = None
 
     def load(self, step: int) -> None:
-        """Load the checkpoint after `step`.
-
-        Raises:
-            InputError: It is missing, damaged, or of another network or data set.
-        """
+        """Load the checkpoint after `step`; an InputError if it is missing, damaged, or does not fit the run."""
         path = self.folder / 'checkpoints' / f'step-{step:08d}'
         if step not in self.steps:
             known = ', '.join(map(str, self.steps)) or 'none; run.keep_checkpoints says how many a run keeps'
@@ -165,10 +157,7 @@ class Replay:
         self.notes = tuple(notes)
 
     def next_steps(self, count: int = 1) -> list[list[Batch]]:
-        """Return the microbatches of the next `count` steps, on the device.
-
-        After the last epoch they are those of one epoch more.
-        """
+        """Return the microbatches of the next `count` steps, on the device; after the last epoch, of an extra one."""
         assert self.step >= 0, 'load a checkpoint first'
         epoch, start = divmod(self.step, self.schedule.steps_per_epoch)
         found: list[list[Batch]] = []

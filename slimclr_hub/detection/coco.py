@@ -21,10 +21,6 @@ def coco_root() -> Path:
 
 
 def check_files(root: Path, names: Iterable[str], remedy: str) -> None:
-    """Check that files and folders are there.
-
-    Raises:
-        InputError: One of `names` is missing in `root`; the message lists them and ends with `remedy`.
-    """
+    """Raise an InputError if any of `names` is missing in `root`; the message lists them and ends with `remedy`."""
     if missing := [name for name in names if not (root / name).exists()]:
         raise InputError(f'no {" and no ".join(missing)} in {root}; {remedy}')

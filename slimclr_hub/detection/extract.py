@@ -113,11 +113,7 @@ def dense_config(cfg: 'Config', width: float) -> 'Config':
 
 
 def read_detector(path: Path) -> SlimmableDetectorFile | None:
-    """Read a slimmable detector's checkpoint; None if the file is a checkpoint of another kind.
-
-    Raises:
-        InputError: As in `read_checkpoint`.
-    """
+    """Read a slimmable detector's checkpoint, as `read_checkpoint` does; None for a checkpoint of another kind."""
     installed = find_spec('mmengine') is not None  # checkpoints of other kinds do without
     if installed:
         allow_mmengine_checkpoints()

@@ -67,11 +67,7 @@ def parse_config(text: object) -> 'Config':
 
 
 def run_config(path: Path) -> 'Config':
-    """Load a config of the user's own, which is run.
-
-    Raises:
-        InputError: There is no such file, or it cannot be read.
-    """
+    """Load a config of the user's own, which is run; an InputError if it is missing or cannot be read."""
     from mmengine.config import Config
 
     if not path.is_file():

@@ -46,10 +46,8 @@ def install_ops() -> str:
     """Make `mmcv.ops` importable, with its compiled operators if there are any, otherwise with torchvision's.
 
     Call it before anything of `mmcv.ops` or `mmdet.models` is imported; it may be called again. With torchvision's,
-    `nms` and `RoIAlign` work, forward and backward, and every other operator raises an error that names it.
-
-    Returns:
-        'compiled' or 'torchvision'.
+    `nms` and `RoIAlign` work, forward and backward, and every other operator raises an error that names it. Returns
+    'compiled' or 'torchvision'.
 
     Raises:
         InputError: mmcv, or what it imports, is not installed.
@@ -162,9 +160,8 @@ def _roi_options(
 ) -> tuple[tuple[float, int, int], tuple[int, bool]]:
     """Return RoIAlign's options in the two groups of torchvision's arguments.
 
-    A cell has `sampling_ratio` points in each direction, with 0 as many as it has pixels. `spatial_scale` is the size
-    of the map by that of the image. Without `aligned`, pixel centres are at whole numbers and regions have at least one
-    pixel.
+    A cell has `sampling_ratio` points in each direction, with 0 as many as pixels. `spatial_scale` is the map's size by
+    the image's. Without `aligned`, pixel centres are at whole numbers and regions have at least one pixel.
     """
     if pool_mode != 1:
         raise InputError(f"RoIAlign with pool_mode='max': torchvision has 'avg' only; use this or {_remedy()}")

@@ -80,14 +80,10 @@ class History:
 
 
 def draw_history(metrics: Mapping[int, Metrics], unit: str, path: Path) -> bool:
-    """Draw AP over epochs or iterations into a PNG file; return False if there is no AP of COCO.
+    """Draw AP over epochs or iterations into a PNG file, written atomically; return False if there is no AP of COCO.
 
-    There is one curve for each width, and one panel each for boxes and masks.
-
-    Args:
-        metrics: Epoch or iteration -> metrics of MMDetection at all widths.
-        unit: `epoch` or `iteration`.
-        path: File to write atomically.
+    There is one curve for each width, and one panel each for boxes and masks. `metrics` are MMDetection's by epoch or
+    iteration, and `unit` is `epoch` or `iteration`.
     """
     from matplotlib.figure import Figure
 

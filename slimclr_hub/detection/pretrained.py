@@ -24,11 +24,7 @@ _FILES = ('.safetensors', '.pth', '.pt', '.tar', '.bin', '.ckpt')
 
 
 def create_backbone(name: str, widths: Sequence[float] = DEFAULT_WIDTHS, **kwargs: Any) -> SlimmableResNet:
-    """Create a slimmable network without a head, by its name in timm's registry without a tag.
-
-    Raises:
-        InputError: There is no such network or width.
-    """
+    """Create a slimmable network without a head by its timm name without a tag; an InputError if there is none."""
     if name not in slimmable_models():
         raise InputError(f'name {name!r} is none of {", ".join(slimmable_models())}; a tag goes into `weights`')
     network = timm.create_model(name, num_classes=0, widths=tuple(widths), **kwargs)

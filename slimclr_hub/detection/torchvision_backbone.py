@@ -159,11 +159,7 @@ def extract_width(model: nn.Module, width: float) -> MaskRCNN:
 
 
 def slimmable_backbone(model: nn.Module) -> SlimmableBackboneWithFPN:
-    """Return the backbone of a detector, itself or in DistributedDataParallel.
-
-    Raises:
-        InputError: It is not slimmable.
-    """
+    """Return the backbone of a detector, itself or in DistributedDataParallel; an InputError if it is not slimmable."""
     backbone = getattr(unwrapped(model), 'backbone', None)
     if not isinstance(backbone, SlimmableBackboneWithFPN):
         raise InputError(f'the backbone of the model is a {type(backbone).__name__}, not a SlimmableBackboneWithFPN')

@@ -62,12 +62,7 @@ def run_widths(
 
     Under DDP only the last run reduces gradients. Their means over the processes are then exact for every parameter:
     those that the last width does not use, the normalisations of the others, were marked as used by the runs before.
-
-    Args:
-        model: Model to run, itself or in DDP, which needs `find_unused_parameters=True`.
-        set_width: Switches the active width.
-        widths: Widths to run.
-        run: Forward and backward at the active width; called with True at the last one.
+    DDP needs `find_unused_parameters=True`. `run` is called with True at the last width.
     """
     results = {}
     for width in sorted(widths):

@@ -108,12 +108,8 @@ def _total(x: torch.Tensor) -> torch.Tensor:
 def sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     """Make every batch normalisation in `module` one over all processes; names and tensors stay.
 
-    Args:
-        module: The method, before it is distributed.
-        device: Where it will train: PyTorch's own SyncBatchNorm on accelerators, sums over processes on the CPU.
-
-    Returns:
-        The module to train, `module` itself unless it is a batch normalisation.
+    On an accelerator `device` it is PyTorch's SyncBatchNorm, on the CPU sums over processes. Call this before DDP; it
+    returns `module` itself unless that is a batch normalisation.
     """
     if device.type != 'cpu':
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)

@@ -20,7 +20,7 @@ class SlimmableMLP(nn.Module):
         out_features: Dimension of the embedding, the same at every width.
         max_width: Largest width that will be asked for, if `widths` are not given.
         widths: The widths to hold; needed where they do not overlap.
-        overlap: Whether sub-networks share features with each other, or only with the largest, as in the backbone.
+        overlap: False for sub-networks that share features with the largest alone, as in the backbone.
 
     Raises:
         InputError: The widths do not fit beside each other, or are needed.
@@ -72,9 +72,9 @@ class SlimmableProjector(nn.Module):
         hidden_features: Hidden features at width 1.0.
         out_features: Dimension of the embedding, the same at every width.
         widths: The widths to hold.
-        slim_in: Whether the input has the width.
-        last_norm: Whether a normalisation without affine follows.
-        overlap: Whether sub-networks share features with each other, or only with the largest, as in the backbone.
+        slim_in: True if the input has the width.
+        last_norm: True if a normalisation without affine follows.
+        overlap: False for sub-networks that share features with the largest alone, as in the backbone.
 
     Raises:
         InputError: The widths do not fit beside each other.

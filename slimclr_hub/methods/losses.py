@@ -31,14 +31,7 @@ def similarities(query_BD: torch.Tensor, key_BD: torch.Tensor | None, others_KD:
     """Cosine similarities of each query to its key and to every other; all inputs of unit length.
 
     In float32 under autocast too: half precision would round a similarity of 0.9 by more than training moves it.
-
-    Args:
-        query_BD: Queries.
-        key_BD: Their keys; none where they are among the others.
-        others_KD: Negatives, or all keys there are.
-
-    Returns:
-        [B, 1 + K], the positive in column 0; [B, K] without keys.
+    The result is [B, 1 + K], the positive in column 0. Without `key_BD`, as `others_KD` holds all keys, it is [B, K].
     """
     with torch.autocast(query_BD.device.type, enabled=False):
         query_BD = full_precision(query_BD)
@@ -52,10 +45,7 @@ def similarities(query_BD: torch.Tensor, key_BD: torch.Tensor | None, others_KD:
 def info_nce(similarity_BC: torch.Tensor, temperature: float, target_B: torch.Tensor | None = None) -> torch.Tensor:
     """InfoNCE, the paper's Eq. (1), averaged over the batch: -log softmax(similarity / temperature) at the positive.
 
-    Args:
-        similarity_BC: Cosine similarities.
-        temperature: tau_1.
-        target_B: Column of each row's positive; 0 unless given.
+    `target_B` is the column of each row's positive, 0 by default. The temperature is tau_1.
     """
     if target_B is None:
         target_B = torch.zeros(len(similarity_BC), dtype=torch.long, device=similarity_BC.device)
@@ -213,11 +203,7 @@ SCHEMES: dict[str, Callable[[Sequence[float]], list[float]]] = {
 
 
 def loss_weights(scheme: str | Sequence[float], widths: Sequence[float]) -> list[float]:
-    """Weight of each width's loss.
-
-    Args:
-        scheme: Name of a scheme, or the weights themselves, one for each of `widths`.
-        widths: In descending order.
+    """Weight of the loss of each width, in descending order; `scheme` is the name of one, or the weights themselves.
 
     Raises:
         InputError: The scheme does not exist, or the number of weights is not that of the widths.

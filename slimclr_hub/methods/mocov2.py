@@ -93,8 +93,8 @@ class MoCoV2(nn.Module):
         Args:
             views: Query view and key view, [B, C, H, W] each.
             widths: Widths to train in this step, the full one among them.
-            momentum: Momentum of the key encoder; none after the first part of an accumulated step: the key encoder and
-                the negatives then stay as they were, and the queue takes the keys of every part.
+            momentum: Momentum of the key encoder; None after the first microbatch of a step: the key encoder and the
+                negatives then stay as they were, and the queue takes the keys of every microbatch.
             labels: Not used.
 
         Returns:

@@ -74,12 +74,11 @@ class MoCoV3(nn.Module):
         Args:
             views: Two views, [B, C, H, W] each.
             widths: Widths to train in this step, the full one among them.
-            momentum: Momentum of the key encoder; none to leave it, as after the first part of an accumulated step.
+            momentum: Momentum of the key encoder; None to leave it, as after the first microbatch of a step.
             labels: Not used.
 
         Returns:
-            As `Objective` returns, each the sum over both directions but for `info_nce`, `accuracy` and `kl`, which are
-            means.
+            As `Objective` returns, summed over both directions; `info_nce`, `accuracy` and `kl` are means.
         """
         widths = check_widths(widths)
         with sliced_once([self.backbone, self.head, self.predictor], widths):

@@ -11,12 +11,8 @@ from slimclr_hub.weights.slices import switch_name, width_key
 class EMA:
     """Exponential moving average, in dense modules, of the parameters of slimmable modules at one width.
 
-    Parameters are paired by name once; they may be moved to a device and loaded afterwards, but not replaced. Buffers
-    are left alone.
-
-    Args:
-        pairs: (dense, slimmable).
-        width: The width of the dense modules.
+    `pairs` are (dense, slimmable). Parameters are paired by name once; they may be moved to a device and loaded
+    afterwards, but not replaced. Buffers are left alone.
     """
 
     def __init__(self, pairs: Iterable[tuple[nn.Module, nn.Module]], width: float) -> None:

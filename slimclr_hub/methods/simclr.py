@@ -61,16 +61,9 @@ class SimCLR(nn.Module):
         momentum: float | None = None,
         labels: torch.Tensor | None = None,
     ) -> Losses:
-        """One step: losses of `widths` on a pair of views.
+        """One step: losses of `widths`, the full one among them, on two views [B, C, H, W], as `Objective` returns.
 
-        Args:
-            views: Two views, [B, C, H, W] each.
-            widths: Widths to train in this step, the full one among them.
-            momentum: Not used; nothing follows.
-            labels: Not used.
-
-        Returns:
-            As `Objective` returns.
+        `momentum` and `labels` are not used.
         """
         widths = check_widths(widths)
         images = torch.cat(list(views))

@@ -54,13 +54,9 @@ class Supervised(nn.Module):
         momentum: float | None = None,
         labels: torch.Tensor | None = None,
     ) -> Losses:
-        """One step: losses of `widths` on labelled images.
+        """One step: losses of `widths`, the full one among them, on images [B, C, H, W] with classes `labels` [B].
 
-        Args:
-            views: One batch of images [B, C, H, W]; more are ignored.
-            widths: Widths to train in this step, the full one among them.
-            momentum: Not used; nothing follows.
-            labels: Classes [B].
+        The images are the first of `views`; others are ignored. `momentum` is not used.
 
         Returns:
             As `Objective` returns, with `cross_entropy` in the place of `info_nce`.

@@ -29,13 +29,7 @@ _DAMAGED = '.damaged'
 
 @dataclass(frozen=True)
 class Found:
-    """What a search for checkpoints found.
-
-    Args:
-        path: The newest that is whole; none where there is none.
-        state: Its state.json.
-        skipped: Newer ones that are not whole, each with the reason.
-    """
+    """The newest complete checkpoint with its state.json, if any, and newer incomplete ones, with the reasons."""
 
     path: Path | None = None
     state: dict[str, Any] = field(default_factory=dict)
@@ -61,13 +55,7 @@ def newest(folder: Path) -> Found:
 
 
 class Checkpoints:
-    """The checkpoints of one run.
-
-    Args:
-        folder: Folder of the run.
-        accelerator: The processes; all of them call every method together.
-        keep: How many are kept.
-    """
+    """The newest `keep` checkpoints of the run in `folder`; all processes call every method together."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, keep: int) -> None:
         self._folder = folder / 'checkpoints'
@@ -117,8 +105,7 @@ class Checkpoints:
     def load(self, found: Found) -> dict[str, Any]:
         """Load a checkpoint into what the accelerator prepared.
 
-        Returns:
-            What this process alone had; what the first one had, where there were fewer.
+        Returns the `own` of this process, or of the first one if fewer processes wrote the checkpoint.
 
         Raises:
             InputError: It is of another network, method or optimizer.
@@ -166,12 +153,7 @@ def _settled(path: Path) -> str:
 
 
 def verified(path: Path) -> dict[str, Any]:
-    """The state.json of a checkpoint every file of which is what was written.
-
-    Raises:
-        OSError: A file cannot be read.
-        ValueError: One is missing or changed.
-    """
+    """The state.json of a checkpoint; a ValueError if a file is missing or changed, an OSError if it cannot be read."""
     if not (path / STATE).is_file():
         raise ValueError(f'it has no {STATE}')
     state = json.loads((path / STATE).read_text())

@@ -45,7 +45,7 @@ def make_parser(
         config: A dataclass whose fields become `--field`, or `--field.key` where they are dataclasses.
         script: Name of the script in recipes/.
         options: Options that its usage shows.
-        description: What the script does.
+        description: Purpose of the script.
         sections: Dataclasses to parse fields by whose own type is no dataclass.
     """
     parser = ArgumentParser(

@@ -28,10 +28,7 @@ BatchT = TypeVar('BatchT')
 
 
 class StopSignals:
-    """Context that notes SIGTERM (a machine is taken back), SIGUSR1 (SLURM's notice) and SIGINT (the keyboard).
-
-    A second SIGINT interrupts at once.
-    """
+    """Context that notes SIGTERM (a machine is taken back), SIGUSR1 (SLURM) and SIGINT; a second SIGINT interrupts."""
 
     received: signal.Signals | None = None
 
@@ -57,8 +54,7 @@ class StopSignals:
 class Agreement:
     """All-reduce of flags over gloo, so that an accelerator with queued work is not synchronised.
 
-    Args:
-        processes: Number of processes; the process group of several is initialised.
+    With several processes, the process group has to be initialised.
     """
 
     def __init__(self, processes: int) -> None:
@@ -81,7 +77,7 @@ class Job(ABC, Generic[BatchT]):
     `resume` or `train`.
 
     Args:
-        accelerator: The processes.
+        accelerator: Accelerator of the processes.
         signals: Signals that ask to stop.
         epochs: Epochs to train.
         steps_per_epoch: Optimizer steps in each.
@@ -91,8 +87,7 @@ class Job(ABC, Generic[BatchT]):
 
     Attributes:
         step: Optimizer steps that have been taken.
-        position: Place of this process in its stream of images after the last step; None where it follows from the
-            step.
+        position: Place of this process in its stream of images after the last step; None if it follows from the step.
         meter: Means since the last log, which checkpoints keep.
     """
 
@@ -235,11 +230,7 @@ class Job(ABC, Generic[BatchT]):
     def look_ahead(self, failed: Callable[[], bool] = lambda: False) -> bool:
         """Load the next batch and agree with the other processes, while the device is busy with the backward.
 
-        Args:
-            failed: True if this process cannot go on; called once the next batch is there.
-
-        Returns:
-            True if any process cannot go on.
+        Returns True if any process cannot go on. `failed` says so of this one, and is called once the batch is there.
         """
         self._following = self._next_batch()
         any_failed, self._stop, self._ended = self.agreement.any(

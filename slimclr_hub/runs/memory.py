@@ -23,9 +23,7 @@ def keep_freed_memory() -> bool:
 
     glibc returns a freed block of more than some megabytes to the system, and the next one comes back page by page,
     each filled with zeros: for activations, tens of thousands of page faults a step. It holds for the whole process.
-
-    Returns:
-        Whether the C library is one that can do so.
+    Returns False if the C library cannot do so.
     """
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
     if mallopt is None:

@@ -27,11 +27,7 @@ class Meter:
             self._totals[names] = sums_and_counts
 
     def means(self, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda totals: totals) -> dict[str, float]:
-        """Mean of each name that had a finite value.
-
-        Args:
-            reduce: Adds up a tensor over processes; their names have to be the same.
-        """
+        """Mean of each name with a finite value; `reduce` adds up a tensor over processes, which need equal names."""
         totals: dict[str, list[float]] = {}
         for names, sums_and_counts in self._totals.items():
             for name, *added in zip(names, *reduce(sums_and_counts).tolist(), strict=True):

@@ -7,15 +7,7 @@ from tqdm.auto import tqdm
 
 
 def progress_bar(total: int, description: str, show: bool, *, initial: int = 0, delay: float = 1) -> Any:
-    """A bar with images per second and the time left.
-
-    Args:
-        total: Images.
-        description: Name of the work.
-        show: False for no bar.
-        initial: Images that were done before.
-        delay: Seconds after which the bar appears.
-    """
+    """A bar with images per second and the time left, which appears after `delay` seconds; it begins at `initial`."""
     return tqdm(
         total=total,
         initial=initial,

@@ -138,11 +138,7 @@ def save(results: Sequence[Result], folder: Path) -> Path:
 
 
 def load(file: Path) -> list[Result]:
-    """Read a `result.json`, also one of before results had a typed protocol.
-
-    Raises:
-        InputError: The file is not a `result.json`.
-    """
+    """Read a `result.json`, also one from before protocols were typed; an InputError if the file is something else."""
     try:
         content = json.loads(file.read_text())
         if isinstance(content, dict):
@@ -178,12 +174,7 @@ def training_results(
 ) -> list[Result]:
     """The last accuracies that a pre-training run measured, with the first ones as `start`.
 
-    Args:
-        metrics: Lines of `metrics.jsonl`.
-        recipe: The run's configuration, as `recipe.yaml` holds it.
-        network: Folder of the run.
-        k: Neighbours of k-NN where the recipe leaves them open.
-        images: Number of test images.
+    `metrics` are lines of `metrics.jsonl`, `network` is the run's folder, and `k` is for a recipe that leaves it open.
     """
     knn = recipe.get('knn') or {}
     measured: dict[str, list[dict[float, float]]] = {name: [] for name in _WHILE_TRAINING}

@@ -29,7 +29,7 @@ class Schedule:
         lr: Highest learning rate.
         widths: All widths, in descending order.
         slow_start_epochs: S, the epochs that train the first of them alone.
-        lr_after_slow_start: What replaces `lr` from epoch S on, on the same curve (paper, section 4.1, MoCo v3).
+        lr_after_slow_start: Replaces `lr` from epoch S on, on the same curve (paper, section 4.1, MoCo v3).
         momentum: Momentum of the key encoder; 0 where there is none.
         momentum_schedule: `constant`, or `cosine` to one.
     """

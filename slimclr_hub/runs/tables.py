@@ -14,15 +14,7 @@ _LATEX |= {character: f'\\{character}' for character in '&%$#_{}'}
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table of texts.
-
-    Args:
-        title: Title above the table.
-        headers: Titles of the columns.
-        rows: A text for each column.
-        notes: Lines below the table.
-        names: Number of columns from the left that hold names and are aligned left.
-    """
+    """A table of texts with a title above and lines of notes below; its first `names` columns are aligned left."""
 
     title: str
     headers: Sequence[str]
@@ -47,12 +39,9 @@ class TextTable:
         return '\n'.join([*lines, *(f'% {note}' for note in self.notes)]) + '\n'
 
     def print(self, console: 'Console | None' = None) -> None:
-        """Print the table with each cell on one line; headers may take several.
+        """Print the table, on standard output by default, with each cell on one line; headers may take several.
 
-        A terminal that is too narrow folds lines, where rich would cut cells.
-
-        Args:
-            console: The console; standard output unless given. It keeps the width that the table needs.
+        A terminal that is too narrow folds lines, where rich would cut cells; `console` keeps the width it then needs.
         """
         from rich.cells import cell_len
         from rich.console import Console

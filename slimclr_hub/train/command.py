@@ -42,8 +42,7 @@ def parse_pretrain(default: Path, argv: Sequence[str] | None = None) -> Command:
     """Read the command line; the recipe `default` applies where it names none, and a run's own where it resumes one.
 
     Raises:
-        InputError: A key or value is wrong, a file or run is not there, or a run is resumed with other values than it
-            was started with.
+        InputError: A key or value is wrong, a file or run is missing, or a resumed run would get other values.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     folder = early(argv, '--resume')
@@ -80,11 +79,7 @@ def changes(recorded: PretrainConfig, config: PretrainConfig) -> list[str]:
 
 
 def check_unchanged(recorded: PretrainConfig, command: Command) -> None:
-    """Refuse to resume a run with another configuration, unless it is allowed.
-
-    Raises:
-        InputError: It is not; the message shows each difference.
-    """
+    """Raise an InputError with each difference if a run would resume with other values, unless that is allowed."""
     found = changes(recorded, command.config)
     if found and not command.allow_changes:
         raise InputError(

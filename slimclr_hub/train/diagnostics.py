@@ -124,11 +124,7 @@ class Records:
             append_json_line(self.folder / _NORMS, asdict(record))
 
     def norms(self) -> list[NormRecord]:
-        """Read all gradient norms, in order of steps.
-
-        Raises:
-            InputError: The file holds something else.
-        """
+        """Read all gradient norms, in order of steps; an InputError if the file holds something else."""
         try:
             return [NormRecord(**values) for values in read_json_lines(self.folder / _NORMS)]
         except TypeError as error:
@@ -301,10 +297,7 @@ class GradientObserver:
             self._records.add_weights(step, _trained_tensors(method))
 
     def write(self, everything: bool) -> list[tuple[int, dict[str, float]]]:
-        """Write the records, and return values for the tracker by step.
-
-        All of them (`everything`) are written before a checkpoint, from which the run may be resumed.
-        """
+        """Write the records and return values for the tracker by step; a checkpoint needs `everything` written."""
         found = []
         if self._norms:
             values = torch.stack([norms for *_, norms in self._norms]).tolist()

@@ -31,10 +31,6 @@ class OnlineEvaluation:
     A width that has not trained yet, as all at the random initialisation and the narrower ones during slow start, has
     no statistics of batch normalisation; they are estimated first, on a copy.
 
-    Args:
-        config: The run's configuration.
-        accelerator: The processes.
-
     Attributes:
         facts: Neighbours `k` and number of test `images` of the last evaluation.
     """
@@ -53,10 +49,7 @@ class OnlineEvaluation:
         return accelerator.prepare_data_loader(loader)
 
     def __call__(self, backbone: SlimmableResNet, epoch: int) -> Accuracies:
-        """Accuracies in percent that are due after `epoch`: `knn`, `linear` and, with a classifier, `top1`.
-
-        The network itself is left as it was.
-        """
+        """Percentages due after `epoch`: `knn`, `linear`, with a classifier `top1`; the network stays as it was."""
         config = self._config
         due = {'knn': config.is_due(epoch, config.knn.every), 'linear': config.is_due(epoch, config.probe.every)}
         if not any(due.values()):

@@ -15,11 +15,7 @@ from slimclr_hub.train.trainer import Trainer, make_accelerator
 
 
 def main(default: Path) -> None:
-    """Read the command line, train, and end with a table and figures.
-
-    Args:
-        default: Recipe that applies where the command line names none.
-    """
+    """Read the command line, over the recipe `default` if it names none; train; end with a table and figures."""
     run_script(lambda: _main(default))
 
 
@@ -36,9 +32,6 @@ def _main(default: Path) -> None:
 
 def pretrain(command: Command) -> Path:
     """Pre-train a network on the processes and devices that accelerate was launched with.
-
-    Args:
-        command: The configuration, and the folder of a run to resume if any.
 
     Returns:
         The folder of the run, which `timm.create_model('local-dir:...')` opens.

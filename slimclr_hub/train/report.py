@@ -67,9 +67,6 @@ def write_result(
 def compare_with_itself(folder: Path) -> list[Path]:
     """Print the comparison of a run with itself before training, and draw it: cost, speed and accuracy by width.
 
-    Args:
-        folder: The run's, with its result.
-
     Returns:
         The figure's path without suffix, if there was an accuracy to draw.
     """
@@ -83,13 +80,9 @@ def compare_with_itself(folder: Path) -> list[Path]:
 
 
 def draw_figure(metrics: Sequence[dict[str, Any]], widths: Sequence[float], path: Path, slow_start: float = 0) -> None:
-    """Draw the loss of each width over epochs, and the accuracies that were measured.
+    """Draw the loss of each width and the measured accuracies over epochs into `path`.png and .pdf.
 
-    Args:
-        metrics: Lines of metrics.jsonl.
-        widths: The widths.
-        path: Files to write, without suffix: a PNG and a PDF.
-        slow_start: Epochs that trained the full width alone, whose end is marked.
+    `metrics` are the lines of metrics.jsonl. The epoch at which slow start ends is marked.
     """
     kinds = {kind: [record for record in metrics if record['kind'] == kind] for kind in ('train', 'eval')}
     steps_per_epoch = kinds['train'][-1]['step'] / kinds['train'][-1]['epoch']

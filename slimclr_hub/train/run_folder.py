@@ -22,12 +22,7 @@ from slimclr_hub.train.config import PretrainConfig
 
 
 class RunFolder:
-    """The folder of one run.
-
-    Args:
-        path: The folder, which exists.
-        accelerator: Its main process writes.
-    """
+    """The existing folder of one run, which the main process writes."""
 
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
         self.path = path
@@ -41,11 +36,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: PretrainConfig, accelerator: Accelerator) -> 'RunFolder':
-        """Make the folder of a new run and write its recipe.
-
-        Raises:
-            InputError: `run.name` is given and a folder of that name is there already.
-        """
+        """Make the folder of a new run and write its recipe; an InputError if the folder `run.name` exists."""
         chosen: list[Any] = [None]
         if accelerator.is_main_process:
             try:
@@ -72,11 +63,9 @@ class RunFolder:
         return read_json_lines(self._metrics)
 
     def drop_metrics_after(self, step: int, evaluation_too: bool = False) -> None:
-        """Forget lines of later steps, which a resumed run writes again.
+        """Forget lines after `step`, which a resumed run writes again.
 
-        Args:
-            step: Optimizer step that the run goes on from.
-            evaluation_too: Forget an evaluation after that very step as well; it will be made again.
+        With `evaluation_too`, forget an evaluation at `step` as well.
         """
         if self._accelerator.is_main_process and self._metrics.exists():
             write_json_lines(
@@ -91,11 +80,7 @@ class RunFolder:
 
 
 def find_run(config: PretrainConfig, accelerator: Accelerator) -> Path | None:
-    """The run that `--resume auto` goes on with: the one named run.name, else the one last written of this recipe.
-
-    Returns:
-        Its folder, as the main process found it; none where there is no such run yet.
-    """
+    """Folder that `--resume auto` continues, found by the main process: run.name's, or the newest of this recipe."""
     return _agree([_find_run(config) if accelerator.is_main_process else None])
 
 

@@ -61,9 +61,7 @@ def make_method(config: PretrainConfig) -> nn.Module:
 def arrange(config: PretrainConfig, method: Any) -> None:
     """Put a method into the memory format it trains in, and compile it where that is asked for; in place.
 
-    Args:
-        config: The configuration.
-        method: The method, its normalisation as it will train.
+    Its normalisation layers have to be those that it will train with.
 
     Raises:
         InputError: There are too many widths to compile.
@@ -98,12 +96,7 @@ def make_optimizer(config: OptimConfig, method: nn.Module, fused: bool = True) -
     """Optimizer over all parameters that have a gradient.
 
     Weight decay is on every one of them, which is MoCo v2's choice, or with `filter_bias_and_bn` on none of one
-    dimension, which is MoCo v3's.
-
-    Args:
-        config: The optimizer.
-        method: What has the parameters.
-        fused: Step by one kernel, where the optimizer is PyTorch's and has one.
+    dimension, which is MoCo v3's. `fused` steps by one kernel, where the optimizer is PyTorch's and has one.
 
     Raises:
         InputError: timm has no such optimizer, or it does not take an argument.

@@ -29,9 +29,8 @@ def forward_backward(
         microbatches: Batches that are processed one after the other.
         widths: Widths to train.
         momentum: Momentum of the key encoder, which moves before the first microbatch alone.
-        backward: Computes gradients from a loss that is divided by the number of microbatches; None for the forward
-            alone.
-        channels_last: Bring images into the memory layout in which the channels of a pixel lie together.
+        backward: Computes gradients from a loss divided by the number of microbatches; None for the forward alone.
+        channels_last: Bring images into the channels-last memory layout.
         autocast: Context of each forward.
         no_sync: Context of each microbatch but the last, under which DDP does not reduce gradients.
 

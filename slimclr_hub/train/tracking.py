@@ -17,11 +17,7 @@ _IDENTITY = 'tracker.json'
 def start_tracker(config: PretrainConfig, accelerator: Accelerator, folder: Path, step: int) -> None:
     """Start the run at the tracker, or go on with it where this folder has begun one.
 
-    Args:
-        config: The run's configuration.
-        accelerator: Made with `log_with`.
-        folder: Folder of the run, where file-based trackers write.
-        step: Optimizer step that the run goes on from; what was logged after it is written again.
+    `accelerator` was made with `log_with`. File-based trackers write to `folder`. Values after `step` are logged again.
     """
     tracker = config.run.tracker
     if tracker == 'none':

@@ -31,11 +31,6 @@ from slimclr_hub.train.tracking import start_tracker
 class Trainer(Job[list[Batch]]):
     """Pre-trains a network as configured; a batch of it is the list of microbatches of one optimizer step.
 
-    Args:
-        config: The configuration.
-        accelerator: The processes.
-        signals: Signals that ask to stop.
-
     Attributes:
         inner: The method, without what distributes it.
         folder: Folder of the run, once `run` has begun.
@@ -88,9 +83,7 @@ class Trainer(Job[list[Batch]]):
     def run(self, resume: Path | None, recipe: PretrainConfig) -> None:
         """Train to the end, in a new folder or from the newest checkpoint of the folder `resume`.
 
-        Args:
-            resume: Folder of the run to go on with.
-            recipe: The configuration to record, with the weights that it started from.
+        A new folder records `recipe`: the configuration, with the weights that it started from.
         """
         config, accelerator = self.config, self.accelerator
         self.folder = RunFolder(resume, accelerator) if resume is not None else RunFolder.create(recipe, accelerator)

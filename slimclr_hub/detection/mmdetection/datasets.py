@@ -12,11 +12,7 @@ from slimclr_hub.detection.coins import write_coins
 
 @DATASETS.register_module()
 class CocoFolder(CocoDataset):
-    """Data set in COCO's format that checks its files first, unless `lazy_init` asks for its classes alone.
-
-    Raises:
-        InputError: Annotations or images are missing.
-    """
+    """Data set in COCO's format that first checks its files (InputError), unless `lazy_init` asks for classes alone."""
 
     remedy = 'COCO 2017 lies in the folder COCO_ROOT (environment); `slimclr-hub doctor` lists what is missing'
 

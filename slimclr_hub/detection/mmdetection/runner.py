@@ -29,11 +29,7 @@ _FILES: dict[str, Callable[[str, str], str]] = {
 
 
 class WidthLoop(BaseLoop):
-    """Evaluate several widths, all that the network holds unless given.
-
-    Raises:
-        InputError: The network does not hold one of them.
-    """
+    """Evaluate several widths, all by default; an InputError if the network does not hold one of them."""
 
     stage: str
     evaluator: Evaluator
@@ -101,8 +97,7 @@ class SlimmableTestLoop(WidthLoop, TestLoop):
 class WidthReportHook(Hook):
     """Keep the AP of every width in `ap_by_width.json`; log a table and draw `ap_by_width.png` at the end.
 
-    Both lie in the run's `work_dir`, by epoch, or by iteration if the loop counts these. A resumed run goes on with the
-    file.
+    Both are in `work_dir`, by epoch, or by iteration if the loop counts these. A resumed run goes on with the file.
     """
 
     priority = 'LOWEST'
