@@ -25,18 +25,11 @@ BRIGHTNESS, CONTRAST, SATURATION = range(3)
 
 @dataclass(frozen=True)
 class Parameters:
-    """Random parameters of each sample.
+    """Random parameters of each sample, [b], or [b, 3] for the three kinds of blending.
 
-    Args:
-        factors: Weight of the image in blending of each kind [b, 3]; 1 leaves it.
-        kinds: Order of the kinds of blending [b, 3].
-        hue: Shift of the hue in turns [b]; 0 leaves it.
-        hue_place: Kinds of blending that come before the shift of the hue [b], 0 to 3.
-        gray: True to convert to gray [b].
-        blur: True to blur [b].
-        sigma: Sigma of the blur in pixels [b]; stays on the CPU, where kornia checks it without synchronising.
-        solarize: True to invert the upper half of the range [b].
-        flip: True to flip horizontally [b].
+    A kind blends with the weight `factors` of the image, 1 leaving it, in the order `kinds`; `hue_place` of them, 0 to
+    3, come before the shift of the hue by `hue` turns. `sigma`, in pixels, stays on the CPU, where kornia checks it
+    without synchronising.
     """
 
     factors: torch.Tensor

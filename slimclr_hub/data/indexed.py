@@ -24,14 +24,8 @@ class EpochBatches(Sampler[list[Key]]):
     """(epoch, index) of this process's images of each microbatch, from microbatch `start` of epoch `epoch` on.
 
     Process r takes the r-th contiguous slice of images order[k * m : (k + 1) * m] of microbatch k, where m is the size
-    of a microbatch over all processes, P * `size`. Epochs follow each other without an end, so that workers read ahead.
-
-    Args:
-        length: Images in the data set.
-        seed: Seed of all orders.
-        size: Images of this process in a microbatch.
-        count: Microbatches an epoch.
-        ahead: False to end with the epoch, for benchmarks whose cases take turns.
+    of a microbatch over all processes, P * `size`. Epochs of `count` microbatches follow each other without an end, so
+    that workers read ahead; `ahead=False` ends with the epoch, for benchmarks whose cases take turns.
     """
 
     length: int
@@ -64,14 +58,8 @@ class EpochBatches(Sampler[list[Key]]):
 class IndexedImages(Dataset[tuple[Sample | None, list[Problem]]]):
     """Samples by (epoch, index); an unreadable image is replaced by another one of the data set.
 
-    Replacement and views follow from the seed, the epoch and the index.
-
-    Args:
-        dataset: (PIL image, label) by index.
-        transform: Views of an image, drawn from torch's global generator.
-        seed: Seed of views and replacements.
-        mode: Pillow's mode to convert images to.
-        max_corrupt: Unreadable images to tolerate for one index.
+    Replacement and views follow from the seed, the epoch and the index; `transform` draws from torch's global
+    generator. For one index, `max_corrupt` unreadable images are tolerated.
     """
 
     dataset: Dataset

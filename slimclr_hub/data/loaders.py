@@ -32,8 +32,7 @@ def loader_options(config: DataConfig, seed: int) -> dict[str, Any]:
 def leave_signals_to_the_trainer(worker: int) -> None:
     """Ignore signals that ask the training process to stop, which needs batches until it has.
 
-    A scheduler's signals, a launcher's and the keyboard's reach workers, too. The process also ends them by SIGTERM, so
-    that one is obeyed where it comes from there.
+    Those of a scheduler, a launcher and the keyboard reach workers, too. SIGTERM is obeyed if that process sends it.
     """
     for number in signal.SIGUSR1, signal.SIGINT:
         signal.signal(number, signal.SIG_IGN)
@@ -49,10 +48,7 @@ def _end_with(trainer: int) -> None:
 
 
 def eval_loader(config: DataConfig, split: str, at_most: int | None, seed: int, processes: int = 1) -> DataLoader:
-    """Load (centre crop, label), of a fixed random choice where there are more images than `at_most`.
-
-    A batch is that of all processes, for the caller to split.
-    """
+    """Load (centre crop, label) in batches of all processes; of more images than `at_most`, a fixed random choice."""
     dataset = make_dataset(config, split, training=False)
     dataset.transform = create_transform(  # type: ignore[attr-defined]
         (config.channels, config.size, config.size),
@@ -71,11 +67,7 @@ def eval_loader(config: DataConfig, split: str, at_most: int | None, seed: int, 
 
 
 class ToDevice:
-    """Copy tensors to a device asynchronously, on a CUDA stream of their own.
-
-    On the computing stream a copy would begin only after all that is queued there, such as the backward of the step
-    before.
-    """
+    """Copy tensors to a device asynchronously, on a CUDA stream that does not wait for the step before."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -24,14 +24,7 @@ _SPLIT_FOLDERS = ({'train', 'training'}, {'val', 'valid', 'validation', 'eval', 
 
 @dataclass(eq=False)
 class ArrayImages(Dataset[tuple[Any, int]]):
-    """Images held in memory.
-
-    Args:
-        images: uint8 [N, H, W].
-        labels: Integers [N].
-        mode: Pillow's mode to convert images to.
-        transform: Transform of a PIL image.
-    """
+    """Images in memory, uint8 [N, H, W], with integer labels [N], as PIL images of Pillow's `mode`."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -49,10 +42,7 @@ class ArrayImages(Dataset[tuple[Any, int]]):
 def make_dataset(config: DataConfig, split: str, training: bool) -> Dataset | IterableDataset:
     """Open one split as timm does: (PIL image, label) pairs, with a settable attribute `transform`.
 
-    Args:
-        config: The source.
-        split: `train`, `validation` or a name that the source knows.
-        training: True to shuffle and shard a stream for training.
+    `split` is `train`, `validation` or a name that the source knows; `training` shuffles and shards a stream.
 
     Raises:
         InputError: There is no such source or split, or it holds no image.
@@ -78,10 +68,7 @@ def read_embedded(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def has_validation(config: DataConfig) -> bool:
-    """True if there are validation images apart from the training images.
-
-    An image folder without sub-folders for its splits has none: timm would open the same images for both.
-    """
+    """True if there are validation images of their own; timm would open a folder without splits for both."""
     if config.val_split is None:
         return False
     if config.name != 'folder' or config.root is None:
@@ -92,9 +79,7 @@ def has_validation(config: DataConfig) -> bool:
 def read_split(folder: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Read images, uint8 [N, 28, 28], and labels, uint8 [N], of Fashion-MNIST from IDX files, gzipped or not.
 
-    Args:
-        folder: Debian's folder (`/usr/share/datasets/fashion-mnist`) or the root given to torchvision.
-        split: `train` or `test`.
+    `folder` is Debian's (`/usr/share/datasets/fashion-mnist`) or torchvision's root; `split` is `train` or `test`.
 
     Raises:
         InputError: The folder or one of its files is missing, or a file is not IDX.

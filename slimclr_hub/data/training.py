@@ -25,18 +25,8 @@ class TrainData:
 
     An optimizer step takes `config.batch_size` images over all processes, in `microbatches` that are divided over the
     processes. All randomness follows from the seed, the epoch and the index of an image, so that an epoch can be
-    entered at any step.
-
-    Args:
-        config: The source.
-        views: Distribution of the first view.
-        second_views: Distribution of the second view; that of the first where None.
-        seed: Seed of orders and views.
-        processes: Number of processes that train together.
-        rank: Rank of this process.
-        microbatches: Microbatches of an optimizer step, for gradient accumulation.
-        view_count: Views of each image, 1 or 2.
-        device: Device of the batches.
+    entered at any step. Each image has `view_count` views, 1 or 2; the second is drawn from `second_views`, or from
+    `views` where that is None. Batches lie on `device`.
 
     Raises:
         InputError: There is no such source, or the batch does not fit the data, the processes or the microbatches.
@@ -75,12 +65,9 @@ class TrainData:
         self.steps_per_epoch = length // config.batch_size
 
     def epoch(self, epoch: int, start: int = 0, position: Position = None) -> Iterator[Batch]:
-        """Yield microbatches of an epoch from an optimizer step on; a stream may end early.
+        """Yield microbatches of an epoch from optimizer step `start` on, both counted from 0; a stream may end early.
 
-        Args:
-            epoch: The epoch, from 0.
-            start: The optimizer step in the epoch, from 0.
-            position: Position after the last batch before `start`.
+        `position` is that after the last batch before `start`.
 
         Raises:
             DataError: Too many images cannot be read, or a stream is damaged.

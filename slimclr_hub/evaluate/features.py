@@ -35,11 +35,7 @@ def extract_features(
 ) -> tuple[dict[float, torch.Tensor], torch.Tensor]:
     """Compute pooled features in one pass over the images, and gather them and the labels from all processes.
 
-    Args:
-        accelerator: The processes.
-        backbone: A network in eval mode, without a classifier.
-        loader: (images, labels), prepared by `accelerator`.
-        widths: Widths to run.
+    The backbone is in eval mode, without a classifier; `loader` yields (images, labels), prepared by `accelerator`.
 
     Returns:
         For each width float32 features [N, C * width], and labels [N], on the device.
@@ -68,10 +64,7 @@ def with_progress(accelerator: Accelerator, loader: Iterable, total: int, title:
 class SplitFeatures:
     """Features of the centre crops of a split.
 
-    Args:
-        by_width: Width -> pooled features, float32 [N, C * width], in descending order of width.
-        labels: Classes [N].
-        class_names: Names of the classes, where the data set knows them.
+    `by_width` is width -> pooled features, float32 [N, C * width], in descending order; `labels` are classes [N].
     """
 
     by_width: dict[float, torch.Tensor]

@@ -17,20 +17,12 @@ _BANK_CHUNK = 65_536  # labelled images at a time
 
 
 def default_k(images: int, classes: int) -> int:
-    """Neighbours to ask where a configuration leaves k open: a tenth of the labelled images of a class, from 5 to 200.
-
-    With many more neighbours than a class has images, votes say little but which classes are frequent.
-    """
+    """Default k: a tenth of the labelled images of a class, from 5 to 200; with many more, frequent classes win."""
     return min(max(round(images / classes / 10), 5), 200)
 
 
 class Neighbours(NamedTuple):
-    """The nearest labelled images of queries.
-
-    Args:
-        similarity: Cosine similarities [Q, K], the largest first.
-        labels: Classes of these neighbours, integers [Q, K].
-    """
+    """The nearest labelled images of queries: cosine similarities, the largest first, and integer classes, [Q, K]."""
 
     similarity: torch.Tensor
     labels: torch.Tensor
@@ -41,12 +33,8 @@ def nearest(
 ) -> Neighbours:
     """Find the `k` nearest neighbours of each query by cosine similarity, or all N where those are fewer.
 
-    Args:
-        queries: Features [Q, D] of length 1.
-        bank: Features of labelled images [N, D] of length 1.
-        labels: Their classes, integers [N].
-        k: Neighbours.
-        bank_chunk: Labelled images at a time, which bounds the memory by Q x `bank_chunk`.
+    Features, [Q, D] and [N, D], are of length 1; labels are integers [N]. Taking `bank_chunk` labelled images at a time
+    bounds the memory by Q x `bank_chunk`.
     """
     found = Neighbours(queries.new_empty(len(queries), 0), labels.new_empty(len(queries), 0))
     for part, classes in zip(bank.split(bank_chunk), labels.split(bank_chunk), strict=True):
@@ -68,13 +56,7 @@ def vote(
     """Count votes for each class by the k nearest of `neighbours`, for each of several k in ascending order.
 
     A neighbour of similarity s votes with weight exp(s / temperature), here divided by that of the nearest one so that
-    a small temperature does not overflow.
-
-    Args:
-        neighbours: Result of `nearest` for at least the largest k.
-        ks: Numbers of neighbours.
-        temperature: tau; None for the limit of a large one, in which every vote counts the same.
-        classes: Number of classes.
+    a small temperature does not overflow. `temperature=None` is the limit of a large one: all votes count the same.
 
     Yields:
         k and the votes [Q, classes], which the next step adds to.

@@ -282,16 +282,9 @@ def neighbours_in_all(
 ) -> Iterator[Neighbours]:
     """Find the nearest neighbours of this process's queries among the labelled images of all processes.
 
-    Each process searches its own share for a chunk of everybody's queries; the candidates are exchanged and merged. All
-    processes have to exhaust this iterator together.
-
-    Args:
-        accelerator: The processes.
-        queries: Features [Q, D] of length 1.
-        bank: Features of this process's share [N, D] of length 1, on the device.
-        labels: Their classes [N], on the device.
-        k: Neighbours, no more than there are labelled images on all processes.
-        chunk: Queries of all processes at a time.
+    Each process searches its own share, `bank` [N, D] and `labels` [N] on the device, for a chunk of everybody's
+    queries; the candidates are exchanged and merged. All processes have to exhaust this iterator together. Features are
+    of length 1; `k` is at most the number of all labelled images, and `chunk` counts queries of all processes.
 
     Yields:
         Neighbours of the next queries [q, k] on the device, in their order; in the last chunks q may be 0.

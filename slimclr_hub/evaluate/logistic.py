@@ -10,21 +10,12 @@ from slimclr_hub.errors import InputError
 def linear_predict(
     queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, weight_decay: float = 1e-3, iterations: int = 100
 ) -> torch.Tensor:
-    """Classify `queries` by multinomial logistic regression on `bank`.
+    """Classify `queries` by multinomial logistic regression on `bank`; shapes are those of `knn.knn_predict`.
 
     Features are standardised by the bank's mean and deviation; the regression starts from zero and is fitted to the
-    whole bank by L-BFGS, so the result is a function of the features alone. It sees no augmented images: a quick
-    estimate, not the paper's evaluation protocol (section 4.1).
-
-    Args:
-        queries: Features [Q, D].
-        bank: Features of labelled images [N, D].
-        labels: Their classes, integers [N] from 0.
-        weight_decay: Factor of half the squared norm of the weights, beside the mean cross-entropy.
-        iterations: Iterations of L-BFGS at most.
-
-    Returns:
-        Predicted classes [Q].
+    whole bank by at most `iterations` of L-BFGS, so the result is a function of the features alone. The loss is the
+    mean cross-entropy plus `weight_decay` times half the squared norm of the weights. The
+    regression sees no augmented images: a quick estimate, not the paper's evaluation protocol (section 4.1).
 
     Raises:
         InputError: The bank is empty or a label is negative.

@@ -96,10 +96,8 @@ def default_output(network: str, kind: str) -> Path:
 def data_defaults(argv: Sequence[str]) -> dict[str, Any]:
     """Default images for the network that a command line names, as `data.key` -> value.
 
-    They are those that a run was trained on, and ImageNet for other networks.
-
-    Args:
-        argv: Arguments, of which `--network`, or `network` in the recipe of `--config`, names the network.
+    They are those that a run was trained on, and ImageNet for other networks. `--network`, or `network` in the recipe
+    of `--config`, names the network.
 
     Raises:
         InputError: The network is a run whose recipe cannot be read.

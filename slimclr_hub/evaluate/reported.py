@@ -143,9 +143,7 @@ weights; the switchable probe has 65.6, 64.3, 61.3 and 54.5 there."""
 def reported_probe(published: Published | None, head: str) -> Result | None:
     """Accuracies that the paper reports of a network, or of the nearest to it, under a head.
 
-    Args:
-        published: Facts of the network if it is a published one.
-        head: `switchable`, which table 1 has for each of them, or `slimmable`, which table 3a has for one alone.
+    Table 1 has the `switchable` head for each published network, table 3a the `slimmable` one for one alone.
     """
     if published is None:
         return None

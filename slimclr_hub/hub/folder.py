@@ -33,11 +33,7 @@ _SUFFIXES = ('.pth', '.pt', '.tar', '.bin', '.ckpt', '.npz', '.safetensors')
 
 
 def check_overlap(overlap: bool, name: object) -> None:
-    """Refuse a network that was built with `overlap=False`; it trains, and its run's folder can be evaluated.
-
-    Raises:
-        InputError: `overlap` is false.
-    """
+    """Raise InputError for a network built with `overlap=False`; it trains, and its run's folder can be evaluated."""
     if not overlap:
         raise InputError(
             f'{name}: the widths of this network do not overlap (overlap=False), which is an ablation: it is trained '
@@ -95,16 +91,13 @@ def write_folder(
     tagged: bool = False,
     width: float | None = None,
 ) -> None:
-    """Write the three files of a network, each atomically; see `save_folder`.
+    """Write the three files of a network, each atomically; other arguments are those of `save_folder`.
 
     Args:
         model: The network that the configuration describes; its tensors are not used.
         tensors: Its state dict.
-        folder: Where to write.
         model_args: Arguments of the model that timm has not recorded itself.
         data_config: `input_size`, `mean`, `std` and `crop_pct`, as in timm; timm's own unless given.
-        card: Text of the model card.
-        label_names: Names of the classes.
         tagged: True if these are the weights of the tag that the network was built with.
         width: The width that a network of timm's own was extracted at.
     """
@@ -136,14 +129,11 @@ def write_folder(
 
 @dataclass(frozen=True)
 class Converted:
-    """Result of a conversion.
+    """Result of a conversion: a folder or file, and the network in it.
 
-    Args:
-        path: The folder or file.
-        layout: The network in it.
-        calibrated: True if the normalisation of every width has seen images; false for a plain network, as a starting
-            point for slimmable training.
-        tag: Tag of the published network, if the source has the name of the authors' file.
+    `calibrated` is true if the normalisation of every width has seen images, and false for a plain network, as a
+    starting point for slimmable training. `tag` is that of the published network, if the source has the name of the
+    authors' file.
     """
 
     path: Path
@@ -208,11 +198,7 @@ def convert_file(
 
 
 def check_file(path: Path, overwrite: bool) -> None:
-    """Check before any work that a file may be written.
-
-    Raises:
-        InputError: It exists already, or is a folder.
-    """
+    """Raise InputError, before any work, if the file must not be overwritten or is a folder."""
     if path.is_dir():
         raise InputError(f'{path} is a folder; give the name of a file')
     if path.exists() and not overwrite:
@@ -220,11 +206,7 @@ def check_file(path: Path, overwrite: bool) -> None:
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Check before any work that a network may be written to a folder, which may hold other files.
-
-    Raises:
-        InputError: A network or a card exists already, or the name is that of a file.
-    """
+    """Raise InputError, before any work, if it is a file, or a network or card in it must not be overwritten."""
     if folder.is_file() or folder.suffix in _SUFFIXES:
         raise InputError(f'{folder} is the name of a file; give a folder')
     for name in _FILES:

@@ -233,10 +233,7 @@ def _timm_network(model: SlimmableResNet, tensors: Mapping[str, torch.Tensor]) -
 
 
 def _padded(name: str, tensor: torch.Tensor, shape: Sequence[int], runs: int) -> torch.Tensor:
-    """Pad the tensor `name` to `shape` such that the additional channels are zero.
-
-    In the head's input the features stand side by side `runs` times; zeros belong at the end of each.
-    """
+    """Pad the tensor `name` to `shape` with idle channels; in the head's input, at the end of each of `runs` runs."""
     if name == 'fc.weight':
         tensor, shape = tensor.unflatten(1, (runs, -1)), (shape[0], runs, shape[1] // runs)
     whole = tensor.new_full(tuple(shape), 1 if name.endswith('.running_var') else 0)

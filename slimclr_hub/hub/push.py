@@ -24,12 +24,7 @@ _ABOUT_LOCAL = re.compile(r'From the Hugging Face Hub it is `hf-hub:USER/NAME` i
 
 @dataclass(frozen=True)
 class Plan:
-    """Files to upload.
-
-    Args:
-        repo: Name of the repository, `account/name`.
-        files: Path in the repository -> content: a file, or text that was written for the Hub.
-    """
+    """Files to upload to `repo`: path in the repository -> a file, or text that was written for the Hub."""
 
     repo: str
     files: dict[str, Path | str]
@@ -103,7 +98,7 @@ def _with_results(text: str, folder: Path, repo: str) -> str:
 
 
 def push(plan: Plan, *, private: bool = False, revision: str | None = None, message: str | None = None) -> str:
-    """Upload as one commit, into a repository that is made if it does not exist.
+    """Upload as one commit, into a repository that is made if it does not exist, and return the commit's address.
 
     Endpoint and token are those of huggingface_hub (`HF_ENDPOINT`, `HF_TOKEN`, `hf auth login`).
 
@@ -112,9 +107,6 @@ def push(plan: Plan, *, private: bool = False, revision: str | None = None, mess
         private: True to make a new repository private.
         revision: Branch to commit to, made if it does not exist; `main` unless given.
         message: Message of the commit.
-
-    Returns:
-        Address of the commit.
 
     Raises:
         InputError: Offline, not logged in, or the Hub refuses.

@@ -92,8 +92,7 @@ def check_output(path: Path, overwrite: bool = False) -> None:
     """Check before any work that `save_embeddings` can write `path`; its folder is created.
 
     Raises:
-        InputError: The suffix is unknown, its writer is not installed, the file exists, or the folder cannot be written
-            to.
+        InputError: The suffix is unknown, its writer is not installed, the file exists, or the folder is not writable.
     """
     suffix = path.suffix.lower()
     if suffix not in _WRITERS:

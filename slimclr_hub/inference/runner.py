@@ -64,9 +64,7 @@ def run_images(
 ) -> Outputs:
     """Run a network in eval mode over images, on its device and in its dtype; its mode is restored.
 
-    Args:
-        forward: Map from a batch [B, C, H, W] to tensors of B rows.
-        description: Word at the progress bar.
+    `forward` maps a batch [B, C, H, W] to tensors of B rows; `description` stands at the progress bar.
 
     Raises:
         InputError: Images do not exist or cannot be read, the network has no preprocessing, or the batch does not fit

@@ -8,10 +8,7 @@ from slimclr_hub.weights.published import WidthFacts as WidthFacts
 
 
 def cost(model: SlimmableResNet, width: float, size: int) -> tuple[int, int]:
-    """Parameters of the dense network of one width, and its multiply-adds for one image of `size` pixels.
-
-    Multiply-adds are those of convolutions and linear layers.
-    """
+    """Parameters of one width, and its convolutions' and linear layers' multiply-adds on an image of `size` pixels."""
     dense = model.extract(width).to('meta').eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         dense(torch.empty(1, model.in_chans, size, size, device='meta'))

@@ -117,16 +117,8 @@ def build(
 ) -> Network:
     """Build a network by timm's factory, after finding its weights: a file, the Hub, or the authors' release.
 
-    timm alone takes the first source that a configuration names and tries no other.
-
-    Args:
-        cls: Class of the network; its `load_pretrained(path)` loads a safetensors file.
-        variant: Name of the architecture.
-        pretrained: True to load weights.
-        pretrained_cfg: As in timm's factory.
-        pretrained_cfg_overlay: As in timm's factory; `file` names a file or folder of one's own.
-        cache_dir: Folder of downloads.
-        kwargs: Arguments of the class and of timm's factory.
+    timm alone takes the first source that a configuration names and tries no other. Arguments are timm's; `file` in
+    `pretrained_cfg_overlay` names a file or folder of one's own, and `cls.load_pretrained(path)` loads safetensors.
 
     Raises:
         InputError: There are no weights, they cannot be had, or they do not fit.

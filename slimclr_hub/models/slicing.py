@@ -135,7 +135,7 @@ class SlicedWeight(nn.Module):
 
 @contextmanager
 def sliced_once(modules: Iterable[nn.Module], widths: Sequence[float]) -> Iterator[None]:
-    """Inside, layers take their slices of `widths` from here, all made at the beginning and in autocast's type.
+    """Inside, layers of `modules` take their slices of `widths` from here, all made at first, in autocast's type.
 
     Outputs and gradients are those without it, but for the order in which the gradients of several widths, and of
     several uses, are added up. Within another one of the same layers it does nothing, nor with fewer than two widths.
@@ -157,13 +157,9 @@ def sliced_once(modules: Iterable[nn.Module], widths: Sequence[float]) -> Iterat
 def cut(tensor: torch.Tensor, blocks: Sequence[Block], dtype: torch.dtype | None = None) -> tuple[torch.Tensor, ...]:
     """Blocks of a tensor, each contiguous, with one backward that adds up the gradients of all.
 
-    Outputs and gradients equal those of `[tensor[block] for block in blocks]`, but for the order of additions.
-
-    Args:
-        tensor: What to cut, contiguous or in channels last; so are the blocks.
-        blocks: Where. If the first is everything, it is no copy, and its gradient takes in those of the others: nothing
-            else may hold on to it.
-        dtype: Type of the blocks; the tensor's unless given. Gradients are added up in the tensor's.
+    Outputs and gradients equal those of `[tensor[block] for block in blocks]`, but for the order of additions. The
+    tensor is contiguous or in channels last; so are the blocks. If the first block is everything, it is no copy, and
+    its gradient takes in those of the others: nothing else may hold on to it. Gradients add up in the tensor's type.
     """
     return _Cut.apply(tensor, tensor.dtype if dtype is None else dtype, *blocks)
 
@@ -202,10 +198,7 @@ def part(tensor: torch.Tensor, sizes: tuple[int, ...], spans: tuple[Span, ...]) 
 
 
 def memory_format(tensor: torch.Tensor) -> torch.memory_format:
-    """Channels last where a tensor of four dimensions has its strides, else contiguous.
-
-    By its strides, since a kernel of 1x1 is contiguous in either format.
-    """
+    """Channels last where four dimensions have its strides (a 1x1 kernel is contiguous in either), else contiguous."""
     last = tensor.ndim == 4 and tensor.stride(1) == 1 and tensor.stride(3) == tensor.shape[1]
     return torch.channels_last if last else torch.contiguous_format
 

@@ -54,16 +54,10 @@ class Reported:
 
 @dataclass(frozen=True)
 class Published:
-    """A published network.
+    """A published network; `tag` is its tag in timm's registry, `file` the name of the authors' file.
 
-    Args:
-        tag: Its tag in timm's registry.
-        file: Name of the authors' file.
-        method: Pre-training method.
-        epochs: Epochs of pre-training.
-        num_classes: Classes of its switchable probe; 0 for a backbone alone.
-        recipe: Recipe of `recipes/configs/` with the same values.
-        reported: Width -> accuracies that the paper reports for this backbone.
+    `num_classes` are those of its switchable probe, 0 for a backbone alone. `recipe` is one of `recipes/configs/` with
+    the same values, and `reported` has the accuracies that the paper reports for this backbone by width.
     """
 
     tag: str

@@ -29,13 +29,10 @@ def scale_channels(channels: int, width: float) -> int:
 
 
 def channel_span(channels: int, width: float, disjoint: Sequence[float] = ()) -> tuple[int, int]:
-    """First channel that width `width` uses out of `channels`, and the one after its last.
+    """First channel that width `width` uses out of `channels`, those at width 1.0, and the one after its last.
 
-    Args:
-        channels: Channels at width 1.0.
-        width: The width.
-        disjoint: Widths that do not overlap: each begins where the next narrower one ends, and the widest has all
-            channels. If empty, every width begins at 0.
+    Of `disjoint` widths each begins where the next narrower one ends, and the widest has all channels; if there are
+    none, every width begins at 0.
 
     Raises:
         InputError: The width is not one of those that do not overlap.
@@ -86,13 +83,9 @@ def dense_tensors(
     key: str,
     starts: Mapping[str, Sequence[int]],
 ) -> dict[str, torch.Tensor]:
-    """Cut the tensors of one width's dense network out of those of a slimmable network.
+    """Cut the tensors of one width's dense network, with their `shapes`, out of those of a slimmable network.
 
-    Args:
-        source: State dict of the slimmable network.
-        shapes: Name and shape of every tensor of the dense network.
-        key: Key of the width (`w050`).
-        starts: Name -> first index of the width in the tensor, where it may be other than 0.
+    `key` is that of the width (`w050`); `starts` has the first index of the width in tensors where it may not be 0.
     """
     return {
         name: leading(source[name if name in source else switch_name(name, key)], shape, starts.get(name, ()))

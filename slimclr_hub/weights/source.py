@@ -71,15 +71,11 @@ def from_file(path: Path) -> Path:
 
 
 def from_hub(repo: str, filename: str = WEIGHTS, cache_dir: Path | None = None) -> Path:
-    """Download a file of a repository on the Hub, unless it is in huggingface_hub's cache.
+    """Download a file of a repository on the Hub, unless it is in huggingface_hub's cache, or `cache_dir` if given.
 
     Endpoint, token, cache and offline mode are those of huggingface_hub (`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`,
-    `HF_HUB_OFFLINE`). A download is checked against the Hub's sha256.
-
-    Args:
-        repo: `account/name`, or `account/name@revision`.
-        filename: The file in it.
-        cache_dir: Another cache.
+    `HF_HUB_OFFLINE`). `repo` is `account/name`, or `account/name@revision`. A download is checked against the Hub's
+    sha256.
 
     Raises:
         NotOnHubError: There is no such repository, or the Hub cannot be reached and the cache lacks the file.
@@ -178,12 +174,9 @@ def _check_hash(path: Path, repo: str) -> None:
 
 
 def published(tag: str, convert: Convert, cache_dir: Path | None = None) -> Path:
-    """Find the weights of a published network: on the Hub, or where it has none, in the authors' release.
+    """Find the weights of the published network `tag`: on the Hub, or where it has none, in the authors' release.
 
-    Args:
-        tag: Its tag, a key of `PUBLISHED`.
-        convert: Converts the authors' tensors to this package's names, and checks them.
-        cache_dir: Another cache.
+    `convert` gives the authors' tensors this package's names, and checks them; `cache_dir` is another cache.
 
     Raises:
         InputError: Neither has it; the message says why.

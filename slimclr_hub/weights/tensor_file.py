@@ -43,9 +43,6 @@ class TensorFile:
     library's mapping, every page that a slice touches counts as memory until the file is closed, four times a narrow
     network's own, and is a request of its own on network file systems.
 
-    Args:
-        path: The file.
-
     Attributes:
         shapes: Name -> shape of every tensor.
 

@@ -96,10 +96,7 @@ class TarShards:
 
 
 class HubShards:
-    """A data set of the Hub, or a local folder in one of its formats, read as a stream.
-
-    Args:
-        config: The source; `name` is `hfids/USER/NAME` or `hfids//FOLDER`.
+    """A data set of the Hub (`hfids/USER/NAME`) or a local folder in one of its formats (`hfids//FOLDER`), as a stream.
 
     Raises:
         InputError: There is no such data set, split or column.
@@ -167,12 +164,9 @@ def is_remote(root: str) -> bool:
 
 
 def find_shards(root: str, split: str) -> tuple[list[str], tuple[int, ...] | None, int | None]:
-    """Find the shards of a split and their lengths.
+    """Find the shards of a split and their lengths; `root` and `split` are those of `TarShards`.
 
-    Args:
-        root: Folder or address of the shards.
-        split: A pattern with braces, optionally followed by `|` and a number of samples; a split of the root's
-            `_info.json`; or, in a folder, a part of the shards' names.
+    A pattern may end in `|` and a number of samples.
 
     Returns:
         Their names in the root; the number of samples of each, counted where no file gives it; and the number of

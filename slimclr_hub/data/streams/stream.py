@@ -33,11 +33,7 @@ Start = tuple[int, int, list[int]]
 class Layout:
     """Division of an epoch of a stream; it has to be the same where a run is resumed within an epoch.
 
-    Args:
-        processes: Number of processes.
-        workers: Shares of a process, one for each worker.
-        images: Images of a process in a microbatch.
-        batches: Microbatches an epoch.
+    Each process has a share for each of `workers`, and an epoch of `batches` microbatches of `images` images.
     """
 
     processes: int
@@ -140,13 +136,8 @@ class TimmOrder:
 class StreamedChunks(IterableDataset[Chunk]):
     """Microbatches of this process's workers, each of its own share.
 
-    Args:
-        order: Samples of each share.
-        transform: Views of an image, drawn from torch's global generator.
-        layout: Division of an epoch.
-        seed: Seed of views.
-        mode: Pillow's mode to convert images to.
-        max_corrupt: Unreadable images after which they are reported without waiting for a full batch.
+    `transform` draws from torch's global generator. After `max_corrupt` unreadable images they are reported without
+    waiting for a full batch.
     """
 
     order: Order
@@ -195,11 +186,8 @@ class StreamedChunks(IterableDataset[Chunk]):
 class StreamFeed:
     """This process's microbatches of a stream; workers begin the next epoch with the last batch of one.
 
-    Args:
-        chunks: Microbatches of the workers.
-        options: Arguments of the loader.
-        notes: Sentences that a user must read before training.
-        facts: Further values that have to be the same where a run is resumed within an epoch.
+    A user must read `notes` before training. `facts` are further values that have to be the same where a run is resumed
+    within an epoch.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ def compare_networks(
     same_recipe: SameRecipe | None = None,
     batch_size: int | None = 32,
 ) -> list[Path]:
-    """Print tables of networks side by side; write files and a figure where asked to.
+    """Print tables of networks side by side, write files and a figure where asked to, and return the files.
 
     Args:
         networks: Folders of runs and networks, and names of published ones.
@@ -37,9 +37,6 @@ def compare_networks(
         reported: Add networks of such a cost that the paper reports, or all without `networks`.
         same_recipe: Combines runs that differ in nothing but the seed, as in `read_entries`.
         batch_size: Images at a time while speed is measured; None to leave speed out.
-
-    Returns:
-        The files that were written.
 
     Raises:
         InputError: There is nothing to compare, one of the networks is none, or a file cannot be written there.

@@ -133,10 +133,7 @@ def _measurements(network: str) -> list[_Measurement]:
 
 
 def _chosen(measurements: Sequence[_Measurement]) -> dict[Protocol, Protocol]:
-    """Choose one k and tau for all k-NN evaluations on the same images, if they share any: the best in the mean.
-
-    Each evaluation has a best one of its own, and two networks would stand in two columns.
-    """
+    """Choose one k and tau for all k-NN evaluations on the same images, if they share any: the best in the mean."""
     chosen = {}
     for place in {each.place for each in measurements if len(each.results) > 1}:
         several = [each for each in measurements if each.place == place]

@@ -35,16 +35,11 @@ def make_head(backbone: SlimmableResNet, kind: str, num_classes: int, seed: int)
 
 
 class ProbeSweep(nn.Module):
-    """Copies of a head that are trained side by side, one for each learning rate.
+    """Copies of `head` that are trained side by side, one for each learning rate.
 
     The full width learns from the labels; narrower ones half from them and half from the full width's detached outputs
-    by cross-entropy at tau_2 = 1, where distillation is on; widths are summed (paper, sections 3.2 and 4.1).
-
-    Args:
-        head: The head that all start from.
-        widths: Widths of the network, in descending order.
-        copies: Number of copies.
-        distillation: True if narrower widths also learn from the full one.
+    by cross-entropy at tau_2 = 1, where distillation is on; widths are summed (paper, sections 3.2 and 4.1). `widths`
+    are in descending order.
     """
 
     def __init__(self, head: Head, widths: Sequence[float], copies: int, distillation: bool) -> None:

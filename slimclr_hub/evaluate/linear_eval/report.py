@@ -176,14 +176,10 @@ def accuracies_figure(history: Sequence[Record], result: Result) -> 'Figure':
 def save_with_head(
     backbone: SlimmableResNet, head: Mapping[str, torch.Tensor], folder: Path, result: Result, data: DataConfig
 ) -> None:
-    """Write the network with the probe as its head, and the result beside it.
+    """Write the network with the probe as its head, and beside it the result, whose settings name the classes.
 
-    Args:
-        backbone: The network, which stays without a head.
-        head: State dict of the linear layers, for features as the network gives them.
-        folder: Folder to write.
-        result: The result, whose settings name the classes.
-        data: The images that it was tested on.
+    The backbone stays without a head; `head` has the linear layers for features as the network gives them, and `data`
+    are the images that it was tested on.
     """
     settings, kind = result.settings, str(result.protocol.head)
     backbone.reset_classifier(settings['classes'], head=kind)

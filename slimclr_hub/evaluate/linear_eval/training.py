@@ -36,12 +36,9 @@ _TOP = 5
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """The part of a batch that this process trains on.
+    """The part of a batch that this process trains on: features [b, C * width] by width, and classes [b].
 
-    Args:
-        features: Width -> features [b, C * width].
-        labels: Classes [b].
-        position: Position in this process's stream after the batch, for a checkpoint.
+    `position` is that in this process's stream after the batch, for a checkpoint.
     """
 
     features: dict[float, torch.Tensor]
@@ -70,11 +67,8 @@ class AugmentedBatches:
 class CachedBatches:
     """Cached features in a new order for each epoch; images that do not fill a batch are left out, as in training.
 
-    Args:
-        features: Features of the training images, as the probe is to see them.
-        batch_size: Images a step over all processes, a multiple of them and no more than there are.
-        seed: Seed of all orders.
-        processes: Number of processes, of which this one is `rank`.
+    `features` are as the probe is to see them; `batch_size`, over all processes, is a multiple of the number of
+    processes and no more than there are images.
     """
 
     notes: tuple[str, ...] = ()
@@ -102,20 +96,10 @@ FeatureBatches = AugmentedBatches | CachedBatches
 
 
 class ProbeTraining(Job[FeatureBatch]):
-    """Trains one probe for each learning rate, side by side.
+    """Trains one probe for each learning rate, side by side, all from `head`.
 
-    Args:
-        config: The configuration.
-        accelerator: The processes.
-        head: The head that all probes start from.
-        batches: Features to learn from.
-        validation: Features to test on, as the network gives them.
-        scaling: How the features of `batches` have been scaled, if they have.
-        folder: Folder of the checkpoints.
-        signals: Signals that ask to stop.
-
-    Attributes:
-        history: Record of each epoch.
+    `batches` have features as the probes see them, with `scaling` applied if given; `validation` has them as the
+    network gives them. `folder` is that of the checkpoints; `history` has the record of each epoch.
     """
 
     evaluate_before_stop = True
