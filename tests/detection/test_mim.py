@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,8 @@ def mim(place, command, config, *arguments, status=0, **environment):
         stderr=subprocess.STDOUT,
         text=True,
         timeout=500,
+        # Background jobs of a shell ignore SIGINT, which mim has to see as in a terminal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert done.returncode == status, done.stdout[-3000:]
     return done.stdout
