@@ -173,7 +173,7 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Export each width for other runtimes, and check it against PyTorch."""
-    from slimclr_hub.hub.export import export_onnx, export_pt2
+    from slimclr_hub.hub.export import EXPORTERS
     from slimclr_hub.hub.folder import check_file
     from slimclr_hub.hub.open import open_network
     from slimclr_hub.models.widths import check_width, width_key
@@ -181,7 +181,6 @@ def export(
 
     model = open_network(network)
     pixels = model.pretrained_cfg['input_size'][-1] if size is None else size
-    write = export_onnx if format == 'onnx' else export_pt2
     widths = [check_width(w, model.widths) for w in width or model.widths]
     files = {w: target / f'{model.pretrained_cfg["architecture"]}_{width_key(w)}.{format}' for w in widths}
     for file in files.values():
@@ -190,7 +189,7 @@ def export(
     table = _table(['width', 'file', 'bytes', 'max difference to PyTorch'])
     for w, file in files.items():
         with model.set_width(w):
-            difference = write(model, file, size=pixels)
+            difference = EXPORTERS[format](model, file, size=pixels)
         table.add_row(f'{w:g}', file.name, human(file.stat().st_size), f'{difference:.1e}')
     print(f'{target}:')
     _print(table)

@@ -95,8 +95,6 @@ def test_python_imports_what_exists(page):
     for block in blocks(page, 'python'):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0] == 'slimclr_hub':
-                if node.module.startswith('slimclr_hub.detection.mmdetection'):
-                    pytest.importorskip('mmdet')
                 module = importlib.import_module(node.module)
                 for alias in node.names:
                     assert hasattr(module, alias.name), f'{node.module}.{alias.name}'

@@ -163,7 +163,7 @@ class ErrorMeasure:
 
 
 def grid(reach: float, resolution: int) -> list[float]:
-    """Coordinates from -`reach` to `reach`; of an odd number the middle one is exactly 0."""
+    """Coordinates from -`reach` to `reach`; if `resolution` is odd, the middle one is exactly 0."""
     return [reach * (2 * i - (resolution - 1)) / (resolution - 1) for i in range(resolution)]
 
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -98,6 +98,10 @@ def export_pt2(model: nn.Module, path: Path, *, size: int) -> float:
         return _difference(torch.export.load(partial / path.name).module(), batches, outputs, path)
 
 
+EXPORTERS: Final[dict[str, Callable[..., float]]] = {'onnx': export_onnx, 'pt2': export_pt2}
+"""Ending of the file -> function that writes it."""
+
+
 def _check(path: Path, suffix: str, size: int) -> None:
     if path.suffix != suffix:
         raise InputError(f'{path} does not end in {suffix}')
@@ -109,7 +113,7 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f'ONNX export needs {name} ({error}): pip install "slimclr-hub[export]"') from error
+        raise InputError(f'exporting needs {name} ({error}): pip install "slimclr-hub[export]"') from error
 
 
 def _prepared(model: nn.Module, size: int) -> tuple[nn.Module, list[torch.Tensor], list[torch.Tensor]]:

@@ -37,7 +37,7 @@ class MoCoV2(nn.Module):
         temperature: tau_1 of InfoNCE.
         bn_splits: Parts of the batch that are normalised apart on each process.
         shuffle_keys: Permute keys over processes and parts before they are encoded.
-        options: Of `Objective`.
+        options: Settings of `Objective`.
 
     Raises:
         InputError: A value does not exist or is out of range.

@@ -32,7 +32,7 @@ class MoCoV3(nn.Module):
         hidden_dim: Hidden features of projector and predictor at width 1.0.
         temperature: tau_1.
         distillation_temperature: tau_2, of kd.
-        options: Of `Objective`.
+        options: Settings of `Objective`.
 
     Raises:
         InputError: A value does not exist or is out of range.

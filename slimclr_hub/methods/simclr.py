@@ -30,7 +30,7 @@ class SimCLR(nn.Module):
         dim: Dimension of the embedding.
         hidden_dim: Hidden features of the MLP head at width 1.0; as many as the backbone has unless given.
         temperature: tau_1.
-        options: Of `Objective`.
+        options: Settings of `Objective`.
 
     Raises:
         InputError: A value does not exist or is out of range.

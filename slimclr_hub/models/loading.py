@@ -36,8 +36,8 @@ class Loadable(Protocol):
 def checkpoint_filter_fn(tensors: Mapping[str, torch.Tensor], model: Loadable) -> dict[str, torch.Tensor]:
     """Cut the tensors of a slimmable network to those of `model`, which may hold fewer widths or be dense.
 
-    A head of other classes is left out, as timm does; the first convolution keeps its input channels, which timm
-    adapts after this.
+    A head with another number of classes is left out, as timm does; the first convolution keeps its input channels,
+    which timm adapts after this.
 
     Raises:
         InputError: A tensor is missing, misshapen or not expected; the message names it.

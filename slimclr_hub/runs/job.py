@@ -134,7 +134,7 @@ class Job(ABC, Generic[BatchT]):
 
     @abstractmethod
     def evaluate(self, epoch: int) -> None:
-        """Do what follows the `epoch`-th epoch, counted from 1."""
+        """Do what is due after `epoch` epochs; 0 before training."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:

@@ -60,8 +60,8 @@ class OptimConfig:
         args: Further arguments of the optimizer, such as trust_coeff of lars.
         epochs: Epochs to train.
         warmup_epochs: Epochs of warm-up.
-        accumulation_steps: Microbatches of data.batch_size that are processed one after the other before each step.
-            The queue of mocov2 makes up for it; mocov3 and simclr then take their negatives from a microbatch.
+        accumulation_steps: Microbatches that data.batch_size is divided into, processed one after the other before each
+            step. The queue of mocov2 makes up for it; mocov3 and simclr then take their negatives from a microbatch.
     """
 
     name: str = 'momentum'

@@ -290,7 +290,7 @@ def test_two_processes(tmp_path):
         timeout=TIMEOUT,
     )
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.split() == ['equal', 'equal']
+    assert finished.stdout.split() in (['equal', 'equal'], ['equalequal'])  # lines of two processes may interleave
 
 
 # One width as an ordinary detector

@@ -136,7 +136,7 @@ class FeaturesConfig(CacheConfig):
 
 @dataclass(frozen=True)
 class LinearOutputConfig(Incidental):
-    """Output.
+    """Folder of the results.
 
     Args:
         output: Folder of the results; `linear_eval` in the folder of the network where null, or `linear_eval-2` and so
