@@ -16,6 +16,9 @@ from torch import nn
 from slimclr_hub.models.slicing import SlicedWeight, part
 from slimclr_hub.models.widths import scale_channels, width_key
 
+_ONEDNN_BLOCK = 16
+"""Channels of a block in AVX-512, the most that oneDNN has."""
+
 
 class SlimmableConv2d(SlicedWeight, nn.Conv2d):
     """Convolution whose width w uses `int(w * channels)` of its output and input channels; see `SlicedWeight`."""
@@ -27,7 +30,24 @@ class SlimmableConv2d(SlicedWeight, nn.Conv2d):
     def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:  # type: ignore[override]
         """[N, in * width, H, W] -> [N, out * width, H', W']."""
         bias = None if self.bias is None else part(self.bias, (self.out_channels,), self.spans(width)[:1])
-        return self._conv_forward(x, self.weight_at(width, x), bias)
+        weight = self.weight_at(width, x)
+        if self.training and self._overflows(x):
+            return F.conv2d(x[..., :: self.stride[0], :: self.stride[1]], weight, bias)
+        return self._conv_forward(x, weight, bias)
+
+    def _overflows(self, x: torch.Tensor) -> bool:
+        """Whether oneDNN's backward would write past its workspace: https://github.com/uxlfoundation/oneDNN/issues/6035.
+
+        That of a strided 1x1 convolution does, for inputs of few channels that lie together. Leaving out the pixels
+        that the stride skips makes it an ordinary one.
+        """
+        return (
+            x.device.type == 'cpu'
+            and x.shape[1] < _ONEDNN_BLOCK
+            and self.kernel_size == (1, 1)
+            and self.stride != (1, 1)
+            and self.padding == (0, 0)
+        )
 
 
 class SlimmableLinear(SlicedWeight, nn.Linear):
