@@ -175,8 +175,8 @@ class Phase:
         length: Norm of the last layer's gradient.
         consecutive: Cosine of one gradient and the next.
         pairwise: Cosine of all pairs: 1 if all have one direction, 0 if they have none in common.
-        explained: Share of the squared length of these gradients, each of unit length, along their first and second
-            principal component.
+        explained: Share of the variance of these gradients, each of unit length, along their first and second principal
+            component; nan for fewer than three.
     """
 
     name: str
@@ -199,7 +199,7 @@ def phases(run: RunGradients) -> list[Phase]:
         chosen = [slow in (None, run.in_slow_start(step)) for step in run.steps.tolist()]
         gradients = run.gradients[torch.tensor(chosen, dtype=torch.bool)]
         consecutive, pairwise = mean_cosines(gradients)
-        few = len(gradients) < 2
+        few = len(gradients) < _MIN_GRADIENTS
         first, second = (nan, nan) if few else components(gradients, unit_length=True).ratios.tolist()
         found.append(
             Phase(
@@ -218,7 +218,7 @@ def phases(run: RunGradients) -> list[Phase]:
 
 
 def components(gradients: torch.Tensor, unit_length: bool = False) -> Components:
-    """First two principal components of gradients [N, D] about the origin (paper, Fig. 4).
+    """First two principal components of gradients [N, D] (paper, Fig. 4).
 
     With `unit_length` every step counts alike, and the length of a projection is the share of the direction that lies
     in the plane. Otherwise, as in the paper, large gradients decide on the plane, and projections show sizes, too.

@@ -8,13 +8,13 @@ from slimclr_hub.errors import InputError
 
 
 class Components(NamedTuple):
-    """Principal components of N rows of D numbers about the origin.
+    """Principal components of N rows of D numbers.
 
     Args:
-        directions: [K, D], orthonormal, in descending order of the rows' squared length along them; float64. The
-            largest entry of each is positive. A direction along which there is none is zero.
-        projections: [N, K], the rows along the directions; float64.
-        ratios: [K], share of each component in the squared length of all rows.
+        directions: [K, D], orthonormal, in descending order of the variance along them; float64. The largest entry of
+            each is positive. A direction along which rows do not vary is zero.
+        projections: [N, K], the rows as they are along the directions, without subtracting the mean; float64.
+        ratios: [K], share of each component in the variance of the rows.
     """
 
     directions: torch.Tensor
@@ -23,9 +23,9 @@ class Components(NamedTuple):
 
 
 def principal_components(rows: torch.Tensor, count: int = 2) -> Components:
-    """Compute `count` principal components of [N, D] in float64 from the Gram matrix [N, N], as N is far below D.
+    """Compute `count` principal components of [N, D] about their mean, as scikit-learn's PCA does, in float64.
 
-    The mean is not subtracted: rows are offsets from the point from which directions start.
+    They come from the Gram matrix [N, N], as N is far below D.
 
     Raises:
         InputError: There are fewer than two rows, or fewer rows or columns than components.
@@ -34,13 +34,15 @@ def principal_components(rows: torch.Tensor, count: int = 2) -> Components:
     if length < 2 or not 1 <= count <= min(length, columns):
         raise InputError(f'{count} principal components of {length} rows of {columns} numbers; give more rows')
     rows = rows.double()
-    squares, vectors = torch.linalg.eigh(rows @ rows.T)
+    centred = rows - rows.mean(0)
+    squares, vectors = torch.linalg.eigh(centred @ centred.T)
     squares, vectors = squares.flip(0).clamp(min=0.0), vectors.flip(1)
     total = squares.sum()
-    # Values below the rounding of the largest are zero, and have no direction.
-    squares = squares.where(squares > squares[0] * length * torch.finfo(squares.dtype).eps, 0.0)[:count]
+    # Values below the rounding of the rows are zero, and have no direction.
+    rounding = rows.square().sum() * length * torch.finfo(rows.dtype).eps
+    squares = squares.where(squares > rounding, 0.0)[:count]
     lengths = squares.sqrt()
-    directions = (vectors[:, :count].T @ rows) / lengths.where(lengths > 0, 1.0)[:, None]
+    directions = (vectors[:, :count].T @ centred) / lengths.where(lengths > 0, 1.0)[:, None]
     directions = directions.where(lengths[:, None] > 0, 0.0)
     peaks = directions.gather(1, directions.abs().argmax(1, keepdim=True))
     directions = directions.where(peaks >= 0, -directions)

@@ -75,8 +75,8 @@ class PlanePath:
         epochs: The same in epochs.
         coordinates: Coordinates of each point along both directions, by least squares; 0 at the last.
         offsets: Largest distance from the last point along each direction; the paper reports the second (section 4.4).
-        explained: Share of all squared distances from the last point along each principal component.
-        captured: Share of them in the plane.
+        explained: Share of the variance of the points along each principal component.
+        captured: Share of all squared distances from the last point in the plane.
         normalise: As in `Trajectory.plane`.
         slow_start: Epoch at which narrower widths begin to train; None for a run without slow start.
     """
@@ -117,11 +117,10 @@ class Trajectory:
     def plane(self, normalise: str) -> tuple[tuple[Weights, Weights], PlanePath]:
         """Return two directions from the last weights, and the trajectory along them.
 
-        They are the first two principal components of the matrix [theta_1 - theta_n; ...; theta_{n-1} - theta_n]
-        (section 7). The origin is the final point, not the mean of the rows, which scikit-learn's PCA (and so the code
-        of the authors of that paper) subtracts: about the mean, the plane need not follow the way to the minimum, and
-        offsets would not be offsets from the minimum. Along a component the first row that is not at zero is positive,
-        so that all runs begin on the same side.
+        They are the first two principal components of [theta_1 - theta_n; ...; theta_n - theta_n] (section 7; the code
+        of its authors has the last row, too). The components are those about the mean of the rows; coordinates are
+        projections of the rows themselves, so that the last point is the origin. Along a component the first row that
+        is not at zero is positive, so that all runs begin on the same side.
 
         Args:
             normalise: `filter` scales each filter of a component to the norm of the same filter of the last weights, so

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.decomposition import PCA
 
 from slimclr_hub.analysis.trajectory import PlanePath, Trajectory, Weights, filter_normalise, project
 from slimclr_hub.errors import InputError
@@ -71,12 +72,12 @@ def test_path_in_a_plane_is_recovered():
     assert found.coordinates[-1] == (0, 0)
     assert found.captured == pytest.approx(1, abs=1e-12)
     assert sum(found.explained) == pytest.approx(1, abs=1e-12)
-    values = torch.linalg.svdvals(path).square()
+    values = torch.linalg.svdvals(path - path.mean(0)).square()
     assert found.explained[0] == pytest.approx((values[0] / values.sum()).item())
 
 
 def test_path_along_its_own_axes_is_recovered_point_by_point():
-    """Coordinates with orthogonal columns are their own principal components."""
+    """Coordinates whose columns do not correlate are their own principal components."""
     origin, (first, second) = weights(0), orthonormal()
     path = [(4.0, 1.0), (4.0, -1.0), (3.0, 0.0), (0.0, 0.0)]
     *directions, found = plane_of([at(origin, first, second, a, b) for a, b in path])
@@ -87,18 +88,19 @@ def test_path_along_its_own_axes_is_recovered_point_by_point():
         torch.testing.assert_close(directions[1][name], second[name], rtol=0, atol=1e-10)
 
 
-def test_components_are_those_of_sklearn_around_the_origin():
-    from sklearn.decomposition import TruncatedSVD  # a PCA that subtracts no mean
-
+def test_components_are_those_of_sklearn_and_coordinates_raw_projections():
     origin = weights(0)
-    points = [weights(seed) for seed in range(1, 8)]
-    first, second, found = plane_of([*points, origin])
+    points = [*(weights(seed) for seed in range(1, 8)), origin]
+    *directions, found = plane_of(points)
     matrix = torch.stack([flat(point) - flat(origin) for point in points]).numpy()
-    reference = TruncatedSVD(2, algorithm='arpack').fit(matrix)
-    for component, expected in zip((first, second), reference.components_, strict=True):
-        assert abs(float(flat(component).numpy() @ expected)) == pytest.approx(1, abs=1e-9)
-        assert flat(component).norm().item() == pytest.approx(1, abs=1e-12)
-    np.testing.assert_allclose(found.explained, reference.singular_values_**2 / (matrix**2).sum())
+    reference = PCA(2, svd_solver='full').fit(matrix)
+    coordinates = np.array(found.coordinates).T
+    for component, expected, along in zip(directions, reference.components_, coordinates, strict=True):
+        sign = np.sign(flat(component).numpy() @ expected)
+        np.testing.assert_allclose(sign * flat(component).numpy(), expected, atol=1e-12)
+        np.testing.assert_allclose(sign * along, matrix @ expected, atol=1e-11)
+    np.testing.assert_allclose(found.explained, reference.explained_variance_ratio_)
+    assert found.offsets == pytest.approx(np.abs(matrix @ reference.components_.T).max(0))
 
 
 def test_signs_do_not_depend_on_the_solver():
