@@ -79,6 +79,7 @@ class Trainer(Job[list[Batch]]):
         self.online = online_evaluation(config, accelerator)
         self.observer: GradientObserver | None = None
         self.finite = FiniteLoss()
+        self._own_losses = [f'{name}/{max(config.model.widths):g}' for name in ('info_nce', 'cross_entropy')]
 
     def run(self, resume: Path | None, recipe: PretrainConfig) -> None:
         """Train to the end, in a new folder or from the newest checkpoint of the folder `resume`.
@@ -253,9 +254,10 @@ class Trainer(Job[list[Batch]]):
         }
         if self.accelerator.scaler is not None:
             values['grad_scale'] = self.accelerator.scaler.get_scale()
-        self.progress.set_postfix(
-            refresh=False, epoch=epoch + 1, loss=f'{values["loss"]:.3f}', lr=f'{values["lr"]:.2g}'
-        )
+        # Not the total: distillation adds a constant to it that is many times as large as the full width's loss.
+        own = next((key for key in self._own_losses if key in values), 'loss')
+        shown = {'epoch': epoch + 1, own: f'{values[own]:.3f}', 'lr': f'{values["lr"]:.2g}'}
+        self.progress.set_postfix(shown, refresh=False)
         self.folder.write_metrics({'kind': 'train', 'epoch': epoch + 1, 'step': self.step, **values})
         self.accelerator.log({f'train/{name}': value for name, value in values.items()}, step=self.step)
 

@@ -47,8 +47,10 @@ def place(tmp_path_factory):
 @pytest.fixture(scope='module')
 def full(place):
     """An uninterrupted run, and what it printed."""
-    printed = launch_well(place, '--run.name', 'full', '--run.tracker', 'tensorboard')
-    return place / 'runs' / 'full', printed
+    result = launch(place, '--run.name', 'full', '--run.tracker', 'tensorboard')
+    assert result.returncode == 0, result.stderr
+    (place / 'bar').write_text(result.stderr)
+    return place / 'runs' / 'full', result.stdout
 
 
 # What a run leaves
@@ -139,6 +141,15 @@ def test_metrics(full):
         for width in below:
             # Cross-entropy at tau_2 = 5 times 25, which lies above the divergence by the teacher's entropy.
             assert record[f'distillation/{width:g}'] > 25 * record[f'kl/{width:g}'] >= 0
+
+
+def test_bar_shows_the_full_widths_loss(place, full):
+    """The last line of the log; the total beside it would be tens of times as large."""
+    last = read_metrics(full[0], 'train')[-1]
+    bar = (place / 'bar').read_text()
+    assert f'epoch={EPOCHS}, info_nce/1={last["info_nce/1"]:.3f}' in bar
+    assert 'loss=' not in bar
+    assert last['loss'] > 10 * last['info_nce/1']
 
 
 def test_table_and_how_to_open_it_are_printed(full):
