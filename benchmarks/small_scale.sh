@@ -32,8 +32,7 @@ for seed in $seeds; do
   done
 done
 for pair in "alone_w100 vanilla slimclr" "supervised_w100 supervised"; do
-  python recipes/analyze.py surface $(printf "$out/%s-$first " $pair) --resolution 11 --batches 2 \
-    --output "$out/analysis-$first"
+  python recipes/analyze.py surface $(printf "$out/%s-$first " $pair) --resolution 11 --output "$out/analysis-$first"
 done
 # gradient_imbalance.png and gradient_divergence.png: six of the runs, side by side as in the paper.
 python recipes/analyze.py gradients \

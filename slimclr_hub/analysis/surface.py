@@ -38,30 +38,31 @@ from slimclr_hub.runs.figures import save_figure
 from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.settings import above, at_least, differences, one_of
 
-_QUANTITIES = ('full', 'total', 'error')
+_QUANTITIES = ('error', 'full', 'total')
 
 
 @dataclass(frozen=True)
 class SurfaceConfig(OutputOption):
-    """Options of `analyze surface`.
+    """Options of `analyze surface`; the defaults draw what the paper's figure 5 shows.
 
     Args:
-        quantity: Height of the surface. full: training loss of the full width, which all runs of a method have; total:
-            the loss that was trained, the weighted sum over all widths; error: 100 - accuracy of the full width, by
-            k-NN for a network without classifier.
+        quantity: Height of the surface. error: 100 - accuracy of the full width on validation images, by k-NN for a
+            network without classifier; full: training loss of the full width, which all runs of a method have; total:
+            the loss that was trained, the weighted sum over all widths.
         resolution: Points along each direction, an odd number.
         batches: Training batches, each of an optimizer step, over which a loss is averaged.
         images: Validation images on which an error is measured, and training images that k-NN searches.
         reach: Largest coordinate along each of both directions; what all the trajectories need by default.
-        normalise: Scale of the directions. filter: each filter as long as that of the last weights; none: norm 1.
+        normalise: Scale of the directions. none: norm 1, so that coordinates are distances between weights; filter:
+            each filter as long as that of the last weights.
     """
 
-    quantity: str = 'full'
+    quantity: str = 'error'
     resolution: int = 21
     batches: int = 4
     images: int = 1024
     reach: tuple[float, float] | None = None
-    normalise: str = 'filter'
+    normalise: str = 'none'
 
     def __post_init__(self) -> None:
         one_of('quantity', self.quantity, _QUANTITIES)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Weights = Mapping[str, torch.Tensor]
 """Name -> tensor."""
 
-NORMALISATIONS = ('filter', 'none')
+NORMALISATIONS = ('none', 'filter')
 _COLOURS = 'cividis'  # reads alike with and without red-green blindness
 _PATH = '#D55E00'
 _LEVELS = 20

@@ -32,7 +32,7 @@ def run(tmp_path_factory) -> Path:
     [
         (['gradients'], 'gradients'),
         (['trajectory'], 'trajectory'),
-        (['surface', '--resolution', '3', '--batches', '1'], 'loss-surface'),
+        (['surface', '--resolution', '3'], 'error-surface'),
     ],
     ids=['gradients', 'trajectory', 'surface'],
 )

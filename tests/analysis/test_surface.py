@@ -203,8 +203,9 @@ def test_error_needs_images(at_the_end):
 
 def test_command(runs, at_the_end, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv('COLUMNS', '80')
-    arguments = ['surface', runs['mocov2'], runs['earlier'], '--resolution', 3, '--batches', 1, '--output', tmp_path]
-    analyse(*arguments)
+    options = ['--resolution', 3, '--batches', 1, '--output', tmp_path]
+    arguments = ['surface', runs['mocov2'], runs['earlier'], *options, '--quantity']
+    analyse(*arguments, 'full')
     shown = capsys.readouterr()
     assert 'earlier: the last checkpoint is after step 5 of 6' in shown.err + shown.out
     stem = tmp_path / 'loss-surface+mocov2+earlier'
@@ -230,14 +231,14 @@ def test_command(runs, at_the_end, tmp_path, capsys, monkeypatch):
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100  # the heights
 
     before = stem.with_suffix('.json').read_bytes()
-    error = refusal(capsys, *arguments, '--batches', 2)
+    error = refusal(capsys, *arguments, 'full', '--batches', 2)
     assert 'has results of other settings (batches 1 -> 2); give --output' in error
     assert stem.with_suffix('.json').read_bytes() == before
 
     # Another quantity of what has been measured is drawn at once.
     content['runs'][0]['values']['loss'][1][1] = 123.0  # which shows that it is read
     stem.with_suffix('.json').write_text(json.dumps(content))
-    analyse(*arguments, '--quantity', 'total')
+    analyse(*arguments, 'total')
     assert ' 123.000 ' in capsys.readouterr().out
     assert (tmp_path / f'{stem.name}-total.png').is_file()
 
@@ -245,12 +246,13 @@ def test_command(runs, at_the_end, tmp_path, capsys, monkeypatch):
 def test_errors_of_different_methods_compare_and_losses_do_not(runs, tmp_path, capsys):
     options = ['--resolution', 3, '--output', tmp_path]
     both = ['surface', runs['supervised'], runs['mocov2'], *options]
-    assert 'losses of mocov2 and supervised do not compare' in refusal(capsys, *both)
-    error = refusal(capsys, *both, '--quantity', 'error', '--images', 5)
+    assert 'losses of mocov2 and supervised do not compare' in refusal(capsys, *both, '--quantity', 'full')
+    error = refusal(capsys, *both, '--images', 5)
     assert '5 images of validation make no batch of 16' in error
-    analyse('surface', runs['mocov2'], *options, '--quantity', 'error', '--images', 32)
+    analyse('surface', runs['mocov2'], *options, '--images', 32)
     (run,) = json.loads((tmp_path / 'error-surface+mocov2.json').read_text())['runs']
     assert set(run['values']) == {'error/1', 'error/0.25'}
+    assert run['path']['normalise'] == 'none'
     assert all(0 <= value <= 100 for rows in run['values'].values() for row in rows for value in row)
 
 
@@ -260,7 +262,7 @@ def test_errors_of_different_methods_compare_and_losses_do_not(runs, tmp_path, c
         ('resolution', 10, 'resolution is 10, which has no point at the origin; give 11'),
         ('resolution', 1, 'resolution is 1; give 3 or more'),
         ('batches', 0, 'batches is 0; give 1 or more'),
-        ('quantity', 'height', "quantity 'height' is not one of full, total, error"),
+        ('quantity', 'height', "quantity 'height' is not one of error, full, total"),
         ('reach', '[0.1, 0]', 'reach is 0.0; give more than 0'),
     ],
 )

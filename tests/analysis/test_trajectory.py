@@ -158,7 +158,7 @@ def test_other_settings_do_not_replace_data(own, capsys):
 @pytest.mark.parametrize(
     ('arguments', 'words'),
     [
-        (['--normalise', 'layer'], "normalise 'layer' is not one of filter, none"),
+        (['--normalise', 'layer'], "normalise 'layer' is not one of none, filter"),
         (['nowhere'], 'nowhere is not the folder of a run'),
         (['{run}'], 'a run is given twice'),
     ],

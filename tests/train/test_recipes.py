@@ -93,6 +93,18 @@ def test_individual_networks():
             assert replace(config, model=recipe(stem).model) == recipe(stem)
 
 
+@pytest.mark.parametrize('stem', ['resnet20x4_cifar10_100e_fig5', 'resnet20_fashionmnist_20e_fig5'])
+def test_sides_of_figure_5_differ_in_the_method_alone(stem):
+    contrastive, supervised = recipe(f'mocov2_{stem}'), recipe(f'supervised_{stem}')
+    assert replace(supervised, method=contrastive.method) == contrastive
+    assert (contrastive.model.widths, contrastive.diagnostics.on) == ((1.0, 0.5), True)
+    for config in contrastive, supervised:
+        method = config.method
+        assert (method.slow_start_epochs, method.distillation, method.loss_weights) == (0, 'none', 'none')
+        alone = recipe(f'{method.name}_{stem}_w100')
+        assert alone == replace(config, model=replace(config.model, widths=(1.0,)))
+
+
 def test_ablations_change_what_their_table_names():
     """Each experiment is the baseline of the next table."""
     vanilla = recipe('mocov2_resnet50_imagenet_200e_vanilla').method
