@@ -1,4 +1,4 @@
-"""Weighted k-NN accuracy of a network at every width, for several k and tau: `recipes/knn_eval.py`.
+"""Weighted k-NN accuracy of a network at every width, for several k and tau, and rank: `recipes/knn_eval.py`.
 
 The features of training and validation images are divided over the processes, so that none of them holds all.
 Shapes: Q queries of this process, N labelled images of this process, D features.
@@ -30,6 +30,7 @@ from slimclr_hub.evaluate.network import (
     default_output,
     open_for_test,
 )
+from slimclr_hub.evaluate.rank import RANK_IMAGES, gram_matrix, rank_of_gram, rank_rows
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.calibrate import is_calibrated
 from slimclr_hub.models.widths import check_width, check_widths
@@ -125,16 +126,17 @@ def _knn_eval(argv: Sequence[str]) -> None:
         raise InputError(f'precision {config.precision}: {error}') from error
     results = evaluate(config, accelerator)
     if accelerator.is_main_process:
+        *results, rank = results
         draw_results(results, config.folder / 'knn')
         best_first = sorted(results, key=lambda result: -result.mean)
-        save(best_first, config.folder)  # last: its presence says that the evaluation is finished
-        print_results(results, best_first[0])
+        save([*best_first, rank], config.folder)  # last: its presence says that the evaluation is finished
+        print_results(results, best_first[0], rank)
         print(f'Result: {config.folder / RESULT}\nFigure: {config.folder / "knn.png"}')
     accelerator.end_training()
 
 
 def evaluate(config: KNNEvalConfig, accelerator: Accelerator) -> list[Result]:
-    """Measure accuracies for every k and tau, the same on all processes.
+    """Measure accuracies for every k and tau, and last the rank of training images; the same on all processes.
 
     Of P processes each holds the features of 1/P of the training images and 1/P of the validation images at all widths
     in main memory, 4 bytes a number: for ImageNet and ResNet-50 at four widths 27 GB / P. Its device holds those of the
@@ -164,6 +166,10 @@ def evaluate(config: KNNEvalConfig, accelerator: Accelerator) -> list[Result]:
     model.to(accelerator.device)
     bank, labels = _share_features(accelerator, model, bank_loader, widths, size)
     queries, truth = _share_features(accelerator, model, query_loader, widths, count)
+    ranks = {width: _rank_in_all(accelerator, bank[width], size) for width in widths}
+    with torch.inference_mode():  # as they were computed; in place, since they are large
+        for features in (*bank.values(), *queries.values()):
+            F.normalize(features, dim=1, out=features)
     labels, truth = labels.to(accelerator.device), truth.to(accelerator.device)
     classes = classes_of(accelerator, torch.cat([labels, truth]), config.data.name)
     ks = tuple(sorted(config.k)) if config.k else (min(default_k(size, classes), size),)
@@ -174,19 +180,30 @@ def evaluate(config: KNNEvalConfig, accelerator: Accelerator) -> list[Result]:
             accuracies[width] = {key: [100 * hit / count for hit in of] for key, of in hits.items()}
     data, made = data_name(asdict(config.data)), environment()
     limit = config.bank if config.bank == size else None
-    return [
+    about: dict[str, Any] = {'settings': {**plain(asdict(config)), 'weights': weights}, 'environment': made}
+    accuracy = [
         Result(
             config.network,
             Protocol('knn', data, limit, k, temperature),
             top1={width: accuracies[width][k, temperature][0] for width in widths},
             top5={width: accuracies[width][k, temperature][1] for width in widths} if classes > _TOP else {},
             images=count,
-            settings={**plain(asdict(config)), 'weights': weights},
-            environment=made,
+            **about,
         )
         for temperature in config.temperature
         for k in ks
     ]
+    rank = Result(config.network, Protocol('rank', data, limit), {}, rank=ranks, images=min(size, RANK_IMAGES), **about)
+    return [*accuracy, rank]
+
+
+def _rank_in_all(accelerator: Accelerator, features: torch.Tensor, total: int) -> float:
+    """Effective rank over all processes; `features` [N, D] are those of this one's share of `total` images."""
+    world = accelerator.num_processes
+    rows = rank_rows(total)
+    mine = rows[rows % world == accelerator.process_index] // world
+    gram = accelerator.reduce(gram_matrix(features[mine], accelerator.device), 'sum')
+    return rank_of_gram(gram, len(rows))
 
 
 def _hits(
@@ -260,14 +277,14 @@ def _share_loader(
 def _share_features(
     accelerator: Accelerator, backbone: SlimmableResNet, loader: DataLoader, widths: Sequence[float], total: int
 ) -> tuple[dict[float, torch.Tensor], torch.Tensor]:
-    """Compute features [N, D] of length 1 of this process's share at all widths, in main memory, and labels [N]."""
+    """Compute features [N, D] of this process's share at all widths, in main memory, and labels [N]."""
     features = {width: [torch.empty(0, _features_at(backbone, width))] for width in widths}
     labels = [torch.empty(0, dtype=torch.long)]
     for images, label in with_progress(accelerator, loader, total, 'features'):
         with accelerator.autocast():
             outputs = backbone.forward_widths(images.to(accelerator.device, non_blocking=True), widths)
         for width, output in outputs.items():
-            features[width].append(F.normalize(output.float(), dim=1).cpu())
+            features[width].append(output.float().cpu())
         labels.append(label)
     return {width: torch.cat(parts) for width, parts in features.items()}, torch.cat(labels)
 
@@ -320,8 +337,8 @@ def _check_output(config: KNNEvalConfig, weights: str) -> None:
         )
 
 
-def print_results(results: Sequence[Result], best: Result) -> None:
-    """Print top-1 / top-5 of every width for every k and tau, and mark the best in the mean over widths."""
+def print_results(results: Sequence[Result], best: Result, rank: Result) -> None:
+    """Print top-1 / top-5 of every width for every k and tau, mark the best in the mean over widths, and the rank."""
     rows = [
         [
             str(result.protocol.k),
@@ -337,7 +354,10 @@ def print_results(results: Sequence[Result], best: Result) -> None:
     title = f'{best.network}: k-NN, {"top-1 / top-5" if best.top5 else "top-1"} accuracy (%) by width'
     note = 'Best in the mean over widths, chosen on the very images that it is measured on.'
     headers = ['k', 'tau', *(f'{width:g}' for width in best.top1), '']
-    TextTable(title, headers, rows, [note] if len(results) > 1 else [], names=0).print()
+    listed = ', '.join(f'{width:g}: {value:.1f}' for width, value in rank.rank.items())
+    notes = [note] if len(results) > 1 else []
+    notes.append(f'{rank.protocol.label}: {rank.protocol}; {rank.images} training images; by width {listed}')
+    TextTable(title, headers, rows, notes, names=0).print()
 
 
 def draw_results(results: Sequence[Result], path: Path) -> None:

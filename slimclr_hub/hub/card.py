@@ -88,12 +88,15 @@ def training_card(facts: Sequence[WidthFacts], about: Mapping[str, str], results
     return _TRAINED.format(
         **_widths(facts, results),
         how='with labels' if about['method'] == 'supervised' else f'without labels by SlimCLR on {about["method"]}',
-        explained=''.join(
-            f' `{label}` is the top-1 accuracy (%) on held-out images by {result.protocol}.'
-            for label, result in _by_label(results).items()
-        ),
+        explained=''.join(f' `{label}` is {_what(result)}.' for label, result in _by_label(results).items()),
         **about,
     )
+
+
+def _what(result: Result) -> str:
+    if result.protocol.kind == 'rank':
+        return f'the {result.protocol}, of features of {result.images} training images'
+    return f'the top-1 accuracy (%) on held-out images by {result.protocol}'
 
 
 def converted_card(
@@ -109,10 +112,10 @@ def converted_card(
 
 
 def card_table(facts: Sequence[WidthFacts], results: Sequence[Result] = ()) -> str:
-    """Format cost and accuracies of each width as a table in Markdown, a column for each kind of accuracy."""
+    """Format cost and quality of each width as a table in Markdown, a column for each kind of accuracy and the rank."""
     rows = [list(facts[0].cells), *(list(fact.cells.values()) for fact in facts)]
     for label, result in _by_label(results).items():
-        for title, accuracies in (f'{label} at start', result.start), (label, result.top1):
+        for title, accuracies in (f'{label} at start', result.start), (label, result.values):
             if accuracies:
                 rows[0].append(title)
                 for row, fact in zip(rows[1:], facts, strict=True):

@@ -75,7 +75,7 @@ def plan_push(folder: Path, repo: str) -> Plan:
 
 def _with_results(text: str, folder: Path, repo: str) -> str:
     # Of the results in a file the first is the best.
-    results = [results[0] for results in results_in(folder).values() if results]
+    results = [results[0] for results in results_in(folder).values() if results and results[0].top1]
     if not results:
         return text
     card = ModelCard(text)

@@ -1,4 +1,4 @@
-"""Accuracies of a network and the protocols they were measured by, as training and evaluations write them.
+"""Accuracies and ranks of a network and the protocols they were measured by, as training and evaluations write them.
 
 `result.json` holds a list of results. An evaluation that tried several values of a parameter lists the best one first.
 """
@@ -25,7 +25,7 @@ from slimclr_hub.version import __version__
 RESULT = 'result.json'
 METRICS = 'metrics.jsonl'
 IMAGENET = 'ImageNet'
-Kind = Literal['knn', 'linear', 'logistic', 'classifier']
+Kind = Literal['knn', 'linear', 'logistic', 'classifier', 'rank']
 
 _IMAGENET_NAMES = ('imagenet', 'imagenet-1k', 'imagenet1k', 'ilsvrc2012')
 _WORDS = {
@@ -33,18 +33,21 @@ _WORDS = {
     'linear': 'linear evaluation',
     'logistic': 'logistic regression',
     'classifier': "the network's own classifier",
+    'rank': 'effective rank (RankMe)',
 }
-_WHILE_TRAINING: dict[str, Kind] = {'knn': 'knn', 'linear': 'logistic', 'top1': 'classifier'}
+_WHILE_TRAINING: dict[str, Kind] = {'knn': 'knn', 'linear': 'logistic', 'top1': 'classifier', 'rank': 'rank'}
+_MEASURED = ('top1', 'top5', 'start', 'rank')
 _OLD_GRID = 'accuracies.json'  # k-NN at every k and tau, beside a result.json of version 0.1.0 before its release
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """The protocol of an accuracy; two accuracies compare if and only if their protocols are equal.
+    """The protocol of an accuracy or a rank; two of them compare if and only if their protocols are equal.
 
     Args:
         kind: `knn`, weighted k-NN; `linear`, a linear layer trained by SGD (paper, section 4.1); `logistic`, logistic
-            regression on features of centre crops; `classifier`, the classifier that the network has.
+            regression on features of centre crops; `classifier`, the classifier that the network has; `rank`, no
+            accuracy but the effective rank of features of training images.
         data: Name of the data set.
         train_images: Largest number of training images used; all where None.
         k: Neighbours of k-NN; None for `default_k` of the training images, or if it is unknown.
@@ -88,7 +91,8 @@ class Protocol:
     @property
     def label(self) -> str:
         """Head of a column in one or two words."""
-        label = {'knn': 'k-NN', 'linear': 'linear', 'logistic': 'linear', 'classifier': 'top-1'}[self.kind]
+        words = {'knn': 'k-NN', 'linear': 'linear', 'logistic': 'linear', 'classifier': 'top-1', 'rank': 'rank'}
+        label = words[self.kind]
         if self.source is not None:
             return f'{label}, reported'
         return label if self.while_training else f'{label} eval'
@@ -96,17 +100,18 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Result:
-    """Accuracies of one network by one protocol.
+    """Accuracies, or ranks, of one network by one protocol.
 
     Args:
         network: Name or folder of the network.
         protocol: The protocol they were measured by.
-        top1: Width -> top-1 accuracy in percent, in descending order of width.
+        top1: Width -> top-1 accuracy in percent, in descending order of width; empty for ranks.
         top5: Width -> top-5 accuracy in percent, where measured.
-        start: Width -> top-1 accuracy in percent before training, where measured.
-        images: Number of test images, where known.
+        start: Width -> top-1 accuracy in percent, or rank, before training, where measured.
+        images: Number of test images, where known; of a rank that of the images it was estimated from.
         settings: The configuration.
         environment: Command, hardware, versions and time, as `environment` gives them.
+        rank: Width -> effective rank, for the protocol of ranks alone.
     """
 
     network: str
@@ -117,6 +122,12 @@ class Result:
     images: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    rank: Mapping[float, float] = field(default_factory=dict)
+
+    @property
+    def values(self) -> Mapping[float, float]:
+        """Width -> what the protocol measures: effective rank, or top-1 accuracy in percent."""
+        return self.rank if self.protocol.kind == 'rank' else self.top1
 
     @property
     def mean(self) -> float:
@@ -144,7 +155,7 @@ def load(file: Path) -> list[Result]:
         if isinstance(content, dict):
             return _old_results(content, file.parent / _OLD_GRID)
         return [
-            Result(**{**each, 'protocol': Protocol(**each['protocol']), **_by_width(each, 'top1', 'top5', 'start')})
+            Result(**{**each, 'protocol': Protocol(**each['protocol']), **_by_width(each, *_MEASURED)})
             for each in content
         ]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -172,13 +183,15 @@ def training_results(
     k: int | None = None,
     images: int | None = None,
 ) -> list[Result]:
-    """The last accuracies that a pre-training run measured, with the first ones as `start`.
+    """The last accuracies and ranks that a pre-training run measured, with the first ones as `start`.
 
     `metrics` are lines of `metrics.jsonl`, `network` is the run's folder, and `k` is for a recipe that leaves it open.
     """
     knn = recipe.get('knn') or {}
     measured: dict[str, list[dict[float, float]]] = {name: [] for name in _WHILE_TRAINING}
+    rank_images: int | None = None
     for record in metrics:
+        rank_images = record.get('rank_images', rank_images)
         for name, accuracies in measured.items() if record.get('kind') == 'eval' else ():
             values = {key.partition('/')[2]: value for key, value in record.items() if key.startswith(f'{name}/')}
             if values:
@@ -197,7 +210,10 @@ def training_results(
             while_training=True,
         )
         start = accuracies[0] if len(accuracies) > 1 else {}
-        results.append(Result(network, protocol, accuracies[-1], start=start, images=images, settings=dict(recipe)))
+        last: dict[str, Any] = {'top1': accuracies[-1], 'images': images}
+        if kind == 'rank':
+            last = {'top1': {}, 'rank': accuracies[-1], 'images': rank_images}
+        results.append(Result(network, protocol, **last, start=start, settings=dict(recipe)))
     return results
 
 
@@ -261,4 +277,4 @@ def _old_results(content: dict[str, Any], grid: Path) -> list[Result]:
 
 def _by_width(record: Mapping[str, Any], *names: str) -> dict[str, dict[float, float]]:
     # JSON has no numbers as keys.
-    return {name: {float(width): value for width, value in record[name].items()} for name in names}
+    return {name: {float(width): value for width, value in record.get(name, {}).items()} for name in names}

@@ -159,13 +159,15 @@ def _problems_of_method(name: str, known: Mapping[str, Setting], given: Mapping[
 
 @dataclass(frozen=True)
 class KNNConfig(Incidental):
-    """Weighted k-NN accuracy at every width while training (Wu et al. 2018), before the first epoch and after the last.
+    """Evaluation at every width while training, before the first epoch and after the last.
+
+    Weighted k-NN accuracy (Wu et al. 2018), and the effective rank of features, which needs no labels.
 
     Args:
         every: Epochs from one evaluation to the next; 0 for none.
         k: Neighbours; a tenth of the images of a class, 5 to 200, where null.
         temperature: tau in the weight exp(similarity / tau) of a neighbour's vote.
-        bank: Training images to search, and to fit the linear probe to, at most; all where null.
+        bank: Training images to search, to take the rank from, and to fit the linear probe to, at most; all where null.
     """
 
     every: int = 1

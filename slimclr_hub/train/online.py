@@ -1,4 +1,4 @@
-"""Accuracies at every width while a network trains: k-NN, a linear probe, and the network's own classifier."""
+"""Quality at every width while a network trains: rank, k-NN, a linear probe, and the network's own classifier."""
 
 import copy
 from itertools import islice
@@ -13,43 +13,59 @@ from slimclr_hub.distributed import average_batchnorm
 from slimclr_hub.evaluate.features import extract_features
 from slimclr_hub.evaluate.knn import knn_predict
 from slimclr_hub.evaluate.logistic import linear_predict
+from slimclr_hub.evaluate.rank import RANK_IMAGES, effective_rank
 from slimclr_hub.methods.batchnorm import split_batchnorm
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.calibrate import calibrate_batchnorm, is_calibrated
 from slimclr_hub.train.config import PretrainConfig
 
-Accuracies = dict[str, dict[float, float]]
-"""Kind of evaluation -> width -> accuracy in percent."""
+Qualities = dict[str, dict[float, float]]
+"""Kind of evaluation -> width -> effective rank, or accuracy in percent."""
 
-TITLES = {'knn': 'k-NN', 'linear': 'linear', 'top1': 'top-1'}
+TITLES = {
+    'rank': 'effective rank',
+    'knn': 'k-NN accuracy (%)',
+    'linear': 'linear accuracy (%)',
+    'top1': 'top-1 accuracy (%)',
+}
 _CALIBRATION_BATCHES = 8
 
 
 class OnlineEvaluation:
-    """Classifies the validation split at every width, by what the training split shows.
+    """Measures the rank of features of the training split, and classifies the validation split by what they show.
 
-    A width that has not trained yet, as all at the random initialisation and the narrower ones during slow start, has
-    no statistics of batch normalisation; they are estimated first, on a copy.
+    Without labels, or a validation split, there is the rank alone. A width that has not trained yet, as all at the
+    random initialisation and the narrower ones during slow start, has no statistics of batch normalisation; they are
+    estimated first, on a copy.
 
     Attributes:
-        facts: Neighbours `k` and number of test `images` of the last evaluation.
+        facts: Of the last evaluation, the images of the rank, `rank_images`, and where there are accuracies neighbours
+            `k` and number of test `images`.
     """
 
     def __init__(self, config: PretrainConfig, accelerator: Accelerator) -> None:
-        assert config.data.val_split is not None
         self._config = config
         self._accelerator = accelerator
         self.facts: dict[str, int] = {}
-        self._bank = self._loader(config.data.train_split, config.knn.bank)
-        self._queries = self._loader(config.data.val_split, None)
+        bank, self._queries = config.knn.bank, None
+        if has_validation(config.data):
+            assert config.data.val_split is not None
+            self._queries = self._loader(config.data.val_split, None)
+        else:
+            bank = min(bank or RANK_IMAGES, RANK_IMAGES)
+        self._bank = self._loader(config.data.train_split, bank)
 
     def _loader(self, split: str, at_most: int | None) -> DataLoader:
         config, accelerator = self._config, self._accelerator
         loader = eval_loader(config.data, split, at_most, config.run.seed, accelerator.num_processes)
         return accelerator.prepare_data_loader(loader)
 
-    def __call__(self, backbone: SlimmableResNet, epoch: int) -> Accuracies:
-        """Percentages due after `epoch`: `knn`, `linear`, with a classifier `top1`; the network stays as it was."""
+    def __call__(self, backbone: SlimmableResNet, epoch: int) -> Qualities:
+        """Return what is due after `epoch`; the network stays as it was.
+
+        `rank` is there whenever another is due, `knn` and `linear` where images have labels of at least two classes,
+        `top1` with a classifier.
+        """
         config = self._config
         due = {'knn': config.is_due(epoch, config.knn.every), 'linear': config.is_due(epoch, config.probe.every)}
         if not any(due.values()):
@@ -60,24 +76,29 @@ class OnlineEvaluation:
             if not is_calibrated(backbone, width):
                 calibrate_batchnorm(backbone, width, (images for images, _ in islice(self._bank, _CALIBRATION_BATCHES)))
         average_batchnorm(backbone)
-        accuracies: Accuracies = {}
-        if backbone.num_classes:
+        qualities: Qualities = {}
+        if backbone.num_classes and self._queries is not None:
             outputs, truth = extract_features(self._accelerator, backbone, self._queries, backbone.widths)
-            accuracies['top1'] = {width: _percent(outputs[width].argmax(1), truth) for width in backbone.widths}
+            qualities['top1'] = {width: _percent(outputs[width].argmax(1), truth) for width in backbone.widths}
+        if backbone.num_classes:
             backbone.reset_classifier(0)
         bank, labels = extract_features(self._accelerator, backbone, self._bank, backbone.widths)
+        qualities['rank'] = {width: effective_rank(bank[width]) for width in backbone.widths}
+        self.facts = {'rank_images': min(len(labels), RANK_IMAGES)}
+        if self._queries is None or len(labels.unique()) < 2:
+            return qualities
         queries, truth = extract_features(self._accelerator, backbone, self._queries, backbone.widths)
         k = config.knn.neighbours(labels)
-        self.facts = {'k': k, 'images': len(truth)}
+        self.facts |= {'k': k, 'images': len(truth)}
         temperature = config.knn.temperature
         for width in backbone.widths:
             if due['knn']:
                 predictions = knn_predict(queries[width], bank[width], labels, k, temperature)
-                accuracies.setdefault('knn', {})[width] = _percent(predictions, truth)
+                qualities.setdefault('knn', {})[width] = _percent(predictions, truth)
             if due['linear']:
                 predictions = linear_predict(queries[width], bank[width], labels, config.probe.weight_decay)
-                accuracies.setdefault('linear', {})[width] = _percent(predictions, truth)
-        return accuracies
+                qualities.setdefault('linear', {})[width] = _percent(predictions, truth)
+        return qualities
 
 
 def _percent(predictions: torch.Tensor, truth: torch.Tensor) -> float:
@@ -85,18 +106,18 @@ def _percent(predictions: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def online_evaluation(config: PretrainConfig, accelerator: Accelerator) -> OnlineEvaluation | None:
-    """The evaluation that a configuration asks for; none where it asks for none or there is nothing to validate on."""
+    """The evaluation that a configuration asks for; none where it asks for none or a stream has no images for it."""
     if config.knn.every == 0 and config.probe.every == 0:
-        return None
-    if not has_validation(config.data):
-        accelerator.print(
-            f'Evaluation while training is off: data.val_split {config.data.val_split} is not apart from the training '
-            'images'
-        )
         return None
     if config.data.streams and accelerator.num_processes > 1:
         accelerator.print(
             'Evaluation while training is off: a stream does not come in equal parts for several processes'
         )
         return None
+    if not has_validation(config.data):
+        without = f'data.val_split {config.data.val_split} is not apart from the training images'
+        if config.data.streams:
+            accelerator.print(f'Evaluation while training is off: {without}')
+            return None
+        accelerator.print(f'While training the rank of features is measured, and no accuracy: {without}')
     return OnlineEvaluation(config, accelerator)

@@ -31,6 +31,7 @@ _PANELS = {
     'knn': 'k-NN accuracy (%)',
     'linear': 'accuracy of a linear classifier (%)',
     'top1': 'top-1 accuracy (%)',
+    'rank': 'effective rank of features',
 }
 
 
@@ -80,7 +81,7 @@ def compare_with_itself(folder: Path) -> list[Path]:
 
 
 def draw_figure(metrics: Sequence[dict[str, Any]], widths: Sequence[float], path: Path, slow_start: float = 0) -> None:
-    """Draw the loss of each width and the measured accuracies over epochs into `path`.png and .pdf.
+    """Draw the loss of each width, the measured accuracies and the rank over epochs into `path`.png and .pdf.
 
     `metrics` are the lines of metrics.jsonl. The epoch at which slow start ends is marked.
     """

@@ -268,18 +268,18 @@ class Trainer(Job[list[Batch]]):
                 self.accelerator.log({f'diagnostics/{name}': value for name, value in values.items()}, step=step + 1)
 
     def evaluate(self, epoch: int) -> None:
-        """Measure the accuracies that are due after `epoch` epochs."""
-        accuracies = self.online(self.inner.backbone, epoch) if self.online is not None else {}
-        if not accuracies:
+        """Measure what is due after `epoch` epochs."""
+        qualities = self.online(self.inner.backbone, epoch) if self.online is not None else {}
+        if not qualities:
             return
-        values = {f'{kind}/{width:g}': value for kind, group in accuracies.items() for width, value in group.items()}
+        values = {f'{kind}/{width:g}': value for kind, group in qualities.items() for width, value in group.items()}
         facts = self.online.facts if self.online is not None else {}
         self.folder.write_metrics({'kind': 'eval', 'epoch': epoch, 'step': self.step, **values, **facts})
         self.accelerator.log({f'eval/{name}': value for name, value in values.items()}, step=self.step)
         if self.accelerator.is_main_process:
-            for kind, group in accuracies.items():
+            for kind, group in qualities.items():
                 listed = ', '.join(f'{width:g}: {value:.1f}' for width, value in group.items())
-                tqdm.write(f'epoch {epoch}: {TITLES[kind]} accuracy (%) by width {listed}')
+                tqdm.write(f'epoch {epoch}: {TITLES[kind]} by width {listed}')
 
 
 def make_accelerator(config: PretrainConfig) -> Accelerator:

@@ -25,6 +25,7 @@ from slimclr_hub.evaluate.compare.tables import comparison_tables
 from slimclr_hub.evaluate.linear_eval.config import FeaturesConfig, LinearEvalConfig, LinearProbeConfig
 from slimclr_hub.evaluate.reported import REPORTED, REPORTED_DETECTION
 from slimclr_hub.hub.folder import save_folder
+from slimclr_hub.hub.push import _with_results
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cost import cost
 from slimclr_hub.runs.command_line import dump
@@ -349,6 +350,39 @@ def test_csv_has_every_number(place, tmp_path, capsys):
     ]  # fmt: skip
     assert rows[2]['protocol'] == str(LINEAR)
     assert (rows[2]['test_images'], rows[2]['networks']) == ('1000', '1')
+
+
+def test_rank_is_a_column_and_no_accuracy(place, tmp_path, capsys):
+    """Of a run while training, and of an evaluation: the mean over seeds as others, in no panel of the figure."""
+    folder = save_run(tmp_path / 'ranked', (1.0, 0.5), [30, 60])
+    lines = (folder / 'metrics.jsonl').read_text().splitlines()[:-1]
+    records = [{**json.loads(line), 'rank/1': 14.06, 'rank/0.5': 7.0, 'rank_images': 400} for line in lines]
+    (folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, records)) + '\n')
+    rank = Protocol('rank', 'fashion-mnist')
+    save([Result(str(folder), rank, {}, rank={1.0: 20.04, 0.5: 9.0}, images=30)], folder / 'knn_eval')
+    file = tmp_path / 'all.csv'
+    compare_networks([str(folder), str(place / 'alone')], markdown=Path('-'), csv=file, batch_size=None)
+    text = capsys.readouterr().out
+    (rows,) = parse_markdown(text)
+    assert [(row['k-NN'], row['rank'], row['rank eval']) for row in rows] == [
+        ('60.0', '14.1', '20.0'), ('55.0', '7.0', '9.0'), ('63.0', '', ''),
+    ]  # fmt: skip
+    assert 'rank: effective rank (RankMe), while training; 1 where' in text
+    assert 'standard error' not in text
+    assert 'do not compare' not in text
+    ranks = [(row['top1'], row['start'], row['rank']) for row in csv.DictReader(file.open()) if row['rank']]
+    assert ranks == [('', '14.06', '14.06'), ('', '7.0', '7.0'), ('', '', '20.04'), ('', '', '9.0')]
+    assert len(pareto_figure(read_entries([str(folder)])).axes) == 1
+
+
+def test_network_with_nothing_but_a_rank(place, tmp_path, capsys):
+    folder = save_network(tmp_path / 'unlabelled', (1.0, 0.5))
+    save([Result(str(folder), Protocol('rank', 'photos'), {}, rank={1.0: 20.0, 0.5: 9.0}, images=30)], folder)
+    compare_networks([str(folder)], batch_size=None)
+    printed = capsys.readouterr().out
+    assert 'unlabelled: effective rank by width on photos' in printed
+    assert not draw_pareto(read_entries([str(folder)]), tmp_path / 'figure')
+    assert 'eval_results' not in _with_results('---\nlibrary_name: timm\n---\n', folder, 'user/name')
 
 
 def test_reported_rows_of_such_a_cost(place, tmp_path, capsys):

@@ -26,9 +26,10 @@ from slimclr_hub.evaluate.knn import default_k, knn_predict, nearest, vote
 from slimclr_hub.evaluate.knn_eval import KNNEvalConfig, _knn_eval, classes_of, neighbours_in_all, rank_of
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models.calibrate import calibrate_width
-from slimclr_hub.runs.result import Result, load
+from slimclr_hub.runs.result import Protocol, Result, load
 from tests.data_room.files import some_images, write_idx_set
 from tests.evaluate.test_knn import classify_by_loops, features
+from tests.evaluate.test_rank import transcription
 from tests.train.runs import TIMEOUT, environment
 
 SCRIPT = Path(__file__).parents[2] / 'recipes' / 'knn_eval.py'
@@ -76,7 +77,7 @@ def alone(monkeypatch):
 
 
 def results_by_k(folder: Path) -> dict[tuple[int | None, float | None], Result]:
-    return {(of.protocol.k, of.protocol.temperature): of for of in load(folder / 'result.json')}
+    return {(of.protocol.k, of.protocol.temperature): of for of in load(folder / 'result.json')[:-1]}
 
 
 # The search
@@ -168,9 +169,22 @@ def test_accuracies_are_those_of_the_features(place, result, alone):
     assert len({measured.top1[1.0] for measured in found.values()}) > 1
 
 
+def test_rank_is_that_of_training_features(place, result):
+    model = timm.create_model(f'local-dir:{place / "network"}', pretrained=True).eval()
+    *_, measured = load(result[0] / 'result.json')
+    assert measured.protocol == Protocol('rank', 'fashion-mnist')
+    assert (measured.top1, measured.images) == ({}, BANK)
+    for width in WIDTHS:
+        with torch.inference_mode():
+            features = model.forward_at(normalised(some_images('train', BANK)[0]), width)
+        assert measured.rank[width] == pytest.approx(transcription(features.numpy()), rel=1e-4)
+    listed = ', '.join(f'{width:g}: {measured.rank[width]:.1f}' for width in WIDTHS)
+    assert f'{BANK} training images; by width {listed}' in result[1]
+
+
 def test_results_are_listed_from_the_best_on(place, result):
     folder, printed = result
-    results = load(folder / 'result.json')
+    *results, _ = load(folder / 'result.json')
     assert [of.mean for of in results] == sorted((of.mean for of in results), reverse=True)
     assert {(of.network, of.protocol.kind, of.protocol.data, of.images) for of in results} == {
         (str(place / 'network'), 'knn', 'fashion-mnist', QUERIES)
@@ -189,7 +203,7 @@ def test_k_follows_the_images_of_a_class(place, alone):
     del argv[argv.index('--k') : argv.index('--k') + 2]
     _knn_eval(argv)
     classes = len(set(some_images('train', BANK)[1].tolist()))
-    assert {of.protocol.k for of in load(place / 'default' / 'result.json')} == {default_k(BANK, classes)}
+    assert {k for k, _ in results_by_k(place / 'default')} == {default_k(BANK, classes)}
 
 
 def test_figure(result):
@@ -252,6 +266,9 @@ def test_two_processes_have_the_accuracies_of_one(two_processes, result):
     two, one = (results_by_k(folder) for folder in (two_processes[0] / 'two', result[0]))
     assert {key: (of.top1, of.top5) for key, of in two.items()} == {key: (of.top1, of.top5) for key, of in one.items()}
     assert two_processes[1].stdout.count('Result:') == 1
+    two, one = (load(folder / 'result.json')[-1] for folder in (two_processes[0] / 'two', result[0]))
+    assert two.rank == pytest.approx(one.rank, rel=1e-6)
+    assert (two.protocol, two.images) == (one.protocol, one.images)
 
 
 # Mistakes

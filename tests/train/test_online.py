@@ -1,5 +1,6 @@
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import timm
@@ -20,6 +21,7 @@ from slimclr_hub.models.calibrate import batchnorms_of, calibrate_batchnorm, is_
 from slimclr_hub.train.config import KNNConfig, OptimConfig, PretrainConfig, ProbeConfig
 from slimclr_hub.train.online import OnlineEvaluation, online_evaluation
 from tests.data_room.files import some_images, write_idx_set, write_pngs
+from tests.evaluate.test_rank import transcription
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 BANK, QUERIES = 400, 200
@@ -188,14 +190,14 @@ def test_each_is_measured_when_it_is_due(config, accelerator):
     evaluate, model = OnlineEvaluation(several, accelerator), network()
     kinds = [set(evaluate(model, epoch)) for epoch in range(8)]
     assert kinds == [
-        {'knn', 'linear'},
+        {'rank', 'knn', 'linear'},
         set(),
-        {'linear'},
-        {'knn'},
-        {'linear'},
+        {'rank', 'linear'},
+        {'rank', 'knn'},
+        {'rank', 'linear'},
         set(),
-        {'knn', 'linear'},
-        {'knn', 'linear'},
+        {'rank', 'knn', 'linear'},
+        {'rank', 'knn', 'linear'},
     ]
 
 
@@ -234,7 +236,7 @@ def test_classifier_is_measured_as_it_is(config, evaluate):
     model = network().eval()
     train_a_little(model, 1.0)
     without = evaluate(model, 0)
-    assert without.keys() == {'knn', 'linear'}
+    assert without.keys() == {'rank', 'knn', 'linear'}
     model.reset_classifier(10)
     for linear in model.fc.values():
         torch.nn.init.zeros_(linear.weight)
@@ -251,7 +253,44 @@ def test_none_where_there_is_nothing_to_evaluate(config, accelerator, tmp_path, 
     assert isinstance(online_evaluation(config, accelerator), OnlineEvaluation)
     assert online_evaluation(replace(config, knn=KNNConfig(every=0), probe=ProbeConfig()), accelerator) is None
     assert capsys.readouterr().out == ''
-    write_pngs(tmp_path, some_images('train', 3)[0])
-    flat = replace(config, data=replace(config.data, name='folder', root=str(tmp_path)))
-    assert online_evaluation(flat, accelerator) is None
-    assert 'Evaluation while training is off' in capsys.readouterr().out
+    data = replace(config.data, name='wds/', root=str(tmp_path), num_samples=3, val_split=None)
+    assert online_evaluation(replace(config, data=data), accelerator) is None
+    assert 'Evaluation while training is off: data.val_split None' in capsys.readouterr().out
+
+
+# The rank, for which images need no labels
+
+
+def rank_by_hand(batches: list) -> dict[float, float]:
+    """Of all features of untrained widths, by the singular values of the whole matrix."""
+    model: Any = network().eval()
+    ranks = {}
+    for width in WIDTHS:
+        calibrate_batchnorm(model, width, (batch for batch, _ in batches[:8]))
+        with torch.inference_mode():
+            features = torch.cat([model.forward_at(batch, width) for batch, _ in batches])
+        ranks[width] = transcription(features.numpy())
+    return ranks
+
+
+def test_rank_is_that_of_training_features(config, evaluate):
+    result = evaluate(network(), 0)['rank']
+    assert result == pytest.approx(rank_by_hand(list(eval_loader(config.data, 'train', 300, 0))), rel=1e-5)
+    assert evaluate.facts['rank_images'] == 300
+    assert 1.5 < min(result.values()) < max(result.values()) < 64
+
+
+@pytest.mark.parametrize('splits', [['train', 'validation'], ['']], ids=['one class', 'no validation split'])
+def test_images_without_labels_have_a_rank(config, accelerator, tmp_path, capsys, splits):
+    for split in splits:
+        write_pngs(tmp_path / split, some_images('train', 70)[0])
+    data = replace(config.data, name='folder', root=str(tmp_path), channels=1, mean=(0.5,), std=(0.5,))
+    unlabelled = replace(config, data=data)
+    evaluate = online_evaluation(unlabelled, accelerator)
+    assert evaluate is not None
+    result = evaluate(network(), 0)
+    assert result.keys() == {'rank'}
+    assert result['rank'] == pytest.approx(rank_by_hand(list(eval_loader(data, 'train', None, 0))), rel=1e-5)
+    assert evaluate.facts == {'rank_images': 70}
+    printed = capsys.readouterr().out
+    assert ('no accuracy: data.val_split validation is not apart' in printed) == (splits == [''])

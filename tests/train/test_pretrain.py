@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
+from slimclr_hub.runs.result import load
 from tests.data_room.files import some_images, write_pngs
 from tests.train.runs import (
     EPOCHS,
@@ -76,7 +77,7 @@ def test_folder_holds_the_result_and_what_resuming_needs(full):
     # run.keep_checkpoints is 2.
     assert sorted(path.name for path in (folder / 'checkpoints').iterdir()) == ['step-00000018', 'step-00000024']
     with Image.open(folder / 'training.png') as image:
-        assert image.size == (1500, 600)
+        assert image.size == (2250, 600)  # loss, k-NN and rank
 
 
 def test_published_file_holds_the_backbone_alone(full):
@@ -125,6 +126,7 @@ def test_metrics(full):
     assert [(record['epoch'], record['step']) for record in evaluations] == [(0, 0), (2, 12), (4, 24)]
     for record in evaluations:
         assert all(0 <= record[f'knn/{width:g}'] <= 100 for width in WIDTHS)
+        assert all(1 < record[f'rank/{width:g}'] < 64 * width for width in WIDTHS)
     for record in training:
         trained = WIDTHS[:1] if record['epoch'] <= EPOCHS / 2 else WIDTHS
         assert [width for width in WIDTHS if f'info_nce/{width:g}' in record] == list(trained)
@@ -159,8 +161,9 @@ def test_table_and_how_to_open_it_are_printed(full):
     for width in WIDTHS:
         start, end = (record[f'knn/{width:g}'] for record in (evaluations[0], evaluations[-1]))
         row = next(row for row in rows if row and row[0] == f'{width:g}')
-        assert row[-3:-1] == [f'{start:.1f}', f'{end:.1f}']
-        assert float(row[-1]) == pytest.approx(end - start, abs=0.06)
+        assert row[-4:-2] == [f'{start:.1f}', f'{end:.1f}']
+        assert float(row[-2]) == pytest.approx(end - start, abs=0.06)
+        assert row[-1] == f'{evaluations[-1][f"rank/{width:g}"]:.1f}'
     for title in 'parameters', 'multiply-adds', 'images/s', 'k-NN at start', 'gain', 'accuracies (%)', 'pareto.png':
         assert title in printed
     assert f"timm.create_model('local-dir:{folder}', pretrained=True, width=0.25)" in printed
@@ -185,6 +188,8 @@ def test_tracker_writes_an_event_file(full):
     losses = [(record['step'], pytest.approx(record['loss'])) for record in read_metrics(full[0], 'train')]
     assert logged['train/loss'] == losses
     assert [step for step, _ in logged['eval/knn/0.25']] == [0, 12, 24]
+    ranks = [(record['step'], pytest.approx(record['rank/0.5'])) for record in read_metrics(full[0], 'eval')]
+    assert logged['eval/rank/0.5'] == ranks
 
 
 def test_events_lie_in_the_folder_of_their_run(full):
@@ -385,13 +390,21 @@ def test_single_width_on_a_flat_folder(place):
     # The name of choice was taken.
     assert not any(taken.iterdir())
     folder = taken.with_name(f'{taken.name}-2')
-    assert 'Evaluation while training is off' in printed
+    assert 'the rank of features is measured, and no accuracy' in printed
     assert 'k-NN' not in printed
+    assert 'effective rank by width on flat' in ' '.join(printed.split())
     records = read_metrics(folder)
-    assert [record['step'] for record in records] == [2, 3]
-    assert all('info_nce/0.5' in record and 'info_nce/1' not in record for record in records)
+    assert [(record['kind'], record['step']) for record in records] == [
+        ('eval', 0), ('train', 2), ('train', 3), ('eval', 3),
+    ]  # fmt: skip
+    assert all('info_nce/0.5' in record and 'info_nce/1' not in record for record in records[1:3])
+    (measured,) = load(folder / 'result.json')
+    assert (measured.protocol.kind, measured.top1, measured.images) == ('rank', {}, 48)
+    assert (measured.start, measured.rank) == tuple({0.5: records[i]['rank/0.5']} for i in (0, -1))
+    assert 1 < measured.rank[0.5] < 32
+    assert '| rank at start | rank |' in (folder / 'README.md').read_text()
     with Image.open(folder / 'training.png') as image:
-        assert image.size == (750, 600)
+        assert image.size == (1500, 600)
     model = timm.create_model(f'local-dir:{folder}', pretrained=True)
     assert (model.widths, model.width) == ((0.5,), 0.5)
     assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 32)

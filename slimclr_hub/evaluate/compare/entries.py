@@ -1,4 +1,4 @@
-"""Networks to compare: their cost and speed, and every accuracy in their folders."""
+"""Networks to compare: their cost and speed, and every accuracy and rank in their folders."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +57,7 @@ class Entry:
     spread: float = 0.0
 
     def values(self, protocol: Protocol, kind: str, width: float) -> list[float]:
-        """Accuracies of each network that has one; `kind` is `top1`, `top5` or `start`."""
+        """What each network has of `kind`: `values` (of the rank or else top-1), `top1`, `top5`, `rank` or `start`."""
         found = (getattr(result, kind).get(width) for result in self.results.get(protocol, ()))
         return [value for value in found if value is not None]
 

@@ -41,7 +41,8 @@ def pareto_figure(entries: Sequence[Entry], reported: bool = False) -> 'Figure |
     With `reported`, networks of about the same cost from the paper's table 1 are added in grey, to linear evaluations
     by its protocol, or in a panel of their own if there is none.
     """
-    panels = list(dict.fromkeys(protocol for entry in entries for protocol in entry.results))
+    measured = dict.fromkeys(protocol for entry in entries for protocol in entry.results)
+    panels = [protocol for protocol in measured if protocol.kind != 'rank']
     if reported and reported_networks(entries) and not any(map(_is_like_the_papers, panels)):
         panels.append(TABLE_1)
     if not panels:

@@ -5,6 +5,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mean, stdev
+from typing import Any
 
 from slimclr_hub.evaluate.compare.entries import Entry
 from slimclr_hub.evaluate.reported import REPORTED, REPORTED_DETECTION, TABLE_1, TABLE_2, ReportedNetwork
@@ -103,24 +104,25 @@ def csv_text(entries: Sequence[Entry], reported: bool) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator='\n')
     headers = ('network', 'width', 'parameters', 'multiply_adds', 'images_per_second', 'data', 'protocol')
-    writer.writerow([*headers, 'top1', 'top1_std', 'top5', 'start', 'networks', 'test_images'])
+    writer.writerow([*headers, 'top1', 'top1_std', 'top5', 'start', 'networks', 'test_images', 'rank'])
     for entry in entries:
         for protocol in entry.results or [None]:
             for fact in entry.facts:
                 cost = [entry.name, fact.width, fact.parameters, fact.multiply_adds, entry.speed.get(fact.width, '')]
                 if protocol is None:
-                    writer.writerow([*cost, *[''] * 8])
-                elif top1 := entry.values(protocol, 'top1', fact.width):
-                    spread = stdev(top1) if len(top1) > 1 else ''
-                    others = [entry.values(protocol, kind, fact.width) for kind in ('top5', 'start')]
-                    means = [mean(values) if values else '' for values in others]
-                    images = entry.results[protocol][0].images or ''
-                    writer.writerow([*cost, protocol.data, protocol, mean(top1), spread, *means, len(top1), images])
+                    writer.writerow([*cost, *[''] * 9])
+                elif found := entry.values(protocol, 'values', fact.width):
+                    spread = stdev(found) if len(found) > 1 else ''
+                    several = [entry.values(protocol, kind, fact.width) for kind in ('top1', 'top5', 'start', 'rank')]
+                    top1, top5, start, rank = [mean(values) if values else '' for values in several]
+                    images = entry.results[protocol][0].images
+                    row: list[Any] = [*cost, protocol.data, protocol, top1, spread if top1 != '' else '', top5, start]
+                    writer.writerow([*row, len(found), images if images and top1 != '' else '', rank])
     for network, widths in reported_networks(entries) if reported else ():
         for width in widths:
             result, teacher = network.result, f', teacher {network.teacher}' if network.teacher else ''
             about = [f'{result.network}{teacher}', width, *map(int, network.costs[width]), '', TABLE_1.data, TABLE_1]
-            writer.writerow([*about, result.top1[width], '', result.top5.get(width, ''), '', 1, ''])
+            writer.writerow([*about, result.top1[width], '', result.top5.get(width, ''), '', 1, '', ''])
     return file.getvalue()
 
 
@@ -130,13 +132,14 @@ def _table(entries: Sequence[Entry], data: str | None, alone: bool, batch_size: 
     headers = ['width', 'parameters', 'multiply-adds']
     headers += ['images/s'] if entries[0].speed else []
     notes = []
-    with_start = {of for of in protocols if alone and any(result.start for result in entries[0].results[of])}
+    accuracies = [of for of in protocols if of.kind != 'rank']
+    with_start = {of for of in accuracies if alone and any(result.start for result in entries[0].results[of])}
     for protocol in protocols:
         # One word where it says enough, else all of them.
         header = protocol.label if labels.count(protocol.label) == 1 else str(protocol)
         headers += [f'{header} at start', header, 'gain'] if protocol in with_start else [header]
         notes += _notes(entries, protocol, header)
-    if len(protocols) > 1:
+    if len(accuracies) > 1:
         notes.append('Accuracies by different protocols do not compare: look along a column.')
     notes += [
         f'{entry.name}: mean and standard deviation of {len(entry.networks)} runs that differ in their seed alone '
@@ -157,7 +160,8 @@ def _table(entries: Sequence[Entry], data: str | None, alone: bool, batch_size: 
             for protocol in protocols:
                 row += _cells(entry, protocol, fact.width, protocol in with_start)
             rows.append(row)
-    title = 'cost by width' if data is None else f'accuracies (%) by width on {data}'
+    what = 'accuracies (%)' if accuracies else 'effective rank'
+    title = 'cost by width' if data is None else f'{what} by width on {data}'
     if alone:
         return TextTable(f'{entries[0].name}: {title}', headers, rows, notes, names=0)
     return TextTable(title, ['network', *headers], rows, notes)
@@ -168,7 +172,11 @@ def _notes(entries: Sequence[Entry], protocol: Protocol, header: str) -> list[st
     both = ' (top-1 / top-5)' if any(result.top5 for result in results) else ''
     errors = [result.standard_error(width) or 0 for result in results for width in result.top1]
     counts = {result.images for result in results if result.images}
-    sampling = f'; {max(counts)} test images, standard error up to {max(errors):.1f} points' if counts else ''
+    sampling = (
+        f'; {max(counts)} test images, standard error up to {max(errors):.1f} points' if errors and counts else ''
+    )
+    if protocol.kind == 'rank':
+        sampling = '; 1 where the features of all images are alike, and at most the number of features'
     notes = [(header if header == str(protocol) else f'{header}: {protocol}') + both + sampling]
     return notes + [
         f'{header} of {entry.name}: {entry.notes[protocol]} (how they differ stands in the settings of their {RESULT})'
@@ -178,15 +186,15 @@ def _notes(entries: Sequence[Entry], protocol: Protocol, header: str) -> list[st
 
 
 def _cells(entry: Entry, protocol: Protocol, width: float, with_start: bool) -> list[str]:
-    top1, top5, start = (entry.values(protocol, kind, width) for kind in ('top1', 'top5', 'start'))
-    if not top1:
+    found, top5, start = (entry.values(protocol, kind, width) for kind in ('values', 'top5', 'start'))
+    if not found:
         return ['', '', ''] if with_start else ['']
-    cell = _mean(top1) + (f' / {_mean(top5)}' if top5 else '')
-    if 1 < len(entry.networks) != len(top1):
-        cell += f' (of {len(top1)})'
+    cell = _mean(found) + (f' / {_mean(top5)}' if top5 else '')
+    if 1 < len(entry.networks) != len(found):
+        cell += f' (of {len(found)})'
     if not with_start:
         return [cell]
-    return [_mean(start), cell, f'{mean(top1) - mean(start):+.1f}'] if start else ['', cell, '']
+    return [_mean(start), cell, f'{mean(found) - mean(start):+.1f}'] if start else ['', cell, '']
 
 
 def _mean(values: Sequence[float]) -> str:
