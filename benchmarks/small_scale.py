@@ -1,4 +1,4 @@
-"""Tables of RESULTS.md, as Markdown, from the runs of benchmarks/small_scale.sh: mean and spread over seeds.
+"""Tables of RESULTS.md, as Markdown, from the runs of benchmarks/small_scale.sh: means over seeds, with 95 % intervals.
 
 python benchmarks/small_scale.py FOLDER
 """
@@ -6,6 +6,7 @@ python benchmarks/small_scale.py FOLDER
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -32,22 +33,24 @@ PHASES = {
 # Recipe -> its name, the recipe of the full width alone, and the excess of the second offset over it in the paper.
 TRAJECTORIES = {
     'alone_w100': ('MoCo v2, width 1.0 alone', None, ''),
-    'vanilla': ('MoCo v2, four widths together', 'alone_w100', '+41.4 %'),
+    'vanilla': ('MoCo v2, four widths together', 'alone_w100', '41.4'),
     'slimclr': ('SlimCLR', 'alone_w100', ''),
     'supervised_w100': ('supervised, width 1.0 alone', None, ''),
-    'supervised': ('supervised, four widths', 'supervised_w100', '+31.0 %'),
+    'supervised': ('supervised, four widths', 'supervised_w100', '31.0'),
 }
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 ALONE = {1.0: 'alone_w100', 0.75: 'alone_w075', 0.5: 'alone_w050', 0.25: 'alone_w025'}
 BY_WIDTH = ['1.0', '0.75', '0.5', '0.25']
+# Number of seeds -> 97.5 % quantile of Student's t with one degree of freedom less.
+T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Mean, with standard deviation of several values."""
+    """Mean, with half of the 95 % t interval of several values (up to 10)."""
     if not values:
         return ''
     text = f'{mean(values):.{digits}f}'
-    return f'{text} ± {stdev(values):.{digits}f}' if len(values) > 1 else text
+    return f'{text} ± {T[len(values)] * stdev(values) / sqrt(len(values)):.{digits}f}' if len(values) > 1 else text
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -161,11 +164,13 @@ def offsets(runs: Runs) -> None:
     for recipe, (name, alone, paper) in TRAJECTORIES.items():
         if recipe in found:
             first, second = ([each[i] for each in found[recipe]] for i in (0, 1))
-            against = ''
+            against = ['', '']
             if alone in found:
-                against = f'{100 * (mean(second) / mean(each[1] for each in found[alone]) - 1):+.0f} %'
-            rows.append([name, spread(first, 2), spread(second, 2), against, paper])
-    print_table(['', '1st component', '2nd component', '2nd, against alone', 'paper'], rows)
+                pairs = list(zip(found[recipe], found[alone], strict=True))
+                against = [spread([100 * (own[i] / base[i] - 1) for own, base in pairs], 0) for i in (0, 1)]
+            rows.append([name, spread(first, 2), spread(second, 2), *against, paper])
+    headers = ['', '1st component', '2nd component', '1st over alone (%)', '2nd over alone (%)', 'paper, 2nd']
+    print_table(headers, rows)
 
 
 def condition(runs: Runs) -> None:

@@ -5,8 +5,10 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
+from scipy import stats
 
 from slimclr_hub.runs.result import Protocol, Result, save
 
@@ -77,5 +79,20 @@ def test_tables_have_the_rows_of_results(folder, capsys, monkeypatch):
         assert all(len(row) == len(ours[0]) for row in ours)
         for column in (i for i, title in enumerate(ours[0]) if title.startswith('paper')):
             assert [row[column] for row in ours] == [row[column] for row in theirs]
-    offsets = {row[0]: row[1:4] for row in printed[4]}
-    assert offsets['MoCo v2, four widths together'] == ['5.00 ± 0.00', '3.00 ± 0.00', '+50 %']
+    offsets = {row[0]: row[1:5] for row in printed[4]}
+    assert offsets['MoCo v2, four widths together'] == ['5.00 ± 0.00', '3.00 ± 0.00', '25 ± 0', '50 ± 0']
+
+
+def test_intervals_are_those_of_scipy():
+    script = runpy.run_path(str(SCRIPT))
+    for values in [1.0, 2.5], [78.1, 80.2, 79.6], [0.3, 0.1, -2.0, 5.0, 0.2]:
+        low, high = stats.t.interval(0.95, len(values) - 1, mean(values), stats.sem(values))
+        assert script['spread'](values) == f'{mean(values):.1f} ± {(high - low) / 2:.1f}'
+
+
+def test_verdicts_are_counted():
+    text = (ROOT / 'RESULTS.md').read_text()
+    verdicts = [row[-1] for row in tables_of(text)[0][1:]]
+    counts = [verdicts.count(verdict) for verdict in ('agree', 'disagree', 'undecided')]
+    assert sum(counts) == len(verdicts)
+    assert '**{} agree, {} disagree, {} undecided.**'.format(*counts) in text
