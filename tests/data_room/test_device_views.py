@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.stats import chisquare, ks_2samp  # type: ignore[import-untyped]
+from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms.v2 import functional as F
 
 from slimclr_hub.data import DataConfig, ViewConfig
