@@ -62,10 +62,43 @@ class SlimmableMLP(nn.Module):
         return _filled(dense, self, width)
 
 
-class SlimmableProjector(nn.Module):
-    """MoCo v3's projector and predictor: linear, BN, ReLU, linear, and for the projector a last BN without affine.
+class SlimmableLinearHead(nn.Module):
+    """MoCo v1's head, one linear layer (He et al. 2020, https://arxiv.org/abs/1911.05722), whose input has the width.
 
-    Linear layers have no bias. The hidden layer has the width; the input has it where it is the backbone's.
+    Args:
+        in_features: Features of the backbone at width 1.0.
+        out_features: Dimension of the embedding, the same at every width.
+        widths: The widths to hold.
+        overlap: False for sub-networks that share features with the largest alone, as in the backbone.
+
+    Raises:
+        InputError: The widths do not fit beside each other.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, widths: Sequence[float], *, overlap: bool = True, **factory: Any
+    ) -> None:
+        super().__init__()
+        disjoint = disjoint_widths(widths, overlap)
+        self.fc = SlimmableLinear(
+            in_features, out_features, slim_out=False, max_width=max(widths), disjoint=disjoint, **factory
+        )
+
+    def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:
+        """[B, in * width] -> [B, out]."""
+        return self.fc(x, width)
+
+    def extract(self, width: float) -> nn.Sequential:
+        """The dense head of one width, with tensors of its own and the name `fc`."""
+        dense = nn.Sequential()
+        dense.add_module('fc', nn.Linear(scale_channels(self.fc.full_in, width), self.fc.out_features, device='meta'))
+        return _filled(dense, self, width)
+
+
+class SlimmableProjector(nn.Module):
+    """Linear, BN, ReLU, linear and perhaps a last BN: MoCo v3's projector and predictor, and SimCLR's projector.
+
+    The second linear layer has no bias. The hidden layer has the width; the input has it where it is the backbone's.
 
     Args:
         in_features: Input features at width 1.0.
@@ -73,7 +106,9 @@ class SlimmableProjector(nn.Module):
         out_features: Dimension of the embedding, the same at every width.
         widths: The widths to hold.
         slim_in: True if the input has the width.
-        last_norm: True if a normalisation without affine follows.
+        bias: True if the first linear layer has one.
+        last_norm: True if a normalisation follows.
+        last_affine: True if that has weights and biases.
         overlap: False for sub-networks that share features with the largest alone, as in the backbone.
 
     Raises:
@@ -88,7 +123,9 @@ class SlimmableProjector(nn.Module):
         widths: Sequence[float],
         *,
         slim_in: bool = True,
+        bias: bool = False,
         last_norm: bool = True,
+        last_affine: bool = False,
         overlap: bool = True,
         **factory: Any,
     ) -> None:
@@ -96,16 +133,16 @@ class SlimmableProjector(nn.Module):
         slim: dict[str, Any] = {
             'max_width': max(widths),
             'disjoint': disjoint_widths(widths, overlap),
-            'bias': False,
             **factory,
         }
-        self.fc1 = SlimmableLinear(in_features, hidden_features, slim_in=slim_in, **slim)
+        self.fc1 = SlimmableLinear(in_features, hidden_features, slim_in=slim_in, bias=bias, **slim)
         self.bn1 = SwitchableBatchNorm1d(hidden_features, widths, **factory)
         self.act = nn.ReLU(inplace=True)
-        self.fc2 = SlimmableLinear(hidden_features, out_features, slim_out=False, **slim)
-        self.bn2 = (
-            SwitchableBatchNorm1d(out_features, widths, slim=False, affine=False, **factory) if last_norm else None
-        )
+        self.fc2 = SlimmableLinear(hidden_features, out_features, slim_out=False, bias=False, **slim)
+        self.last_affine = last_affine
+        self.bn2 = None
+        if last_norm:
+            self.bn2 = SwitchableBatchNorm1d(out_features, widths, slim=False, affine=last_affine, **factory)
 
     def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:
         """[B, in] -> [B, out]."""
@@ -120,7 +157,7 @@ class SlimmableProjector(nn.Module):
             nn.Linear(
                 scale_channels(self.fc1.full_in, width) if self.fc1.slim_in else self.fc1.in_features,
                 scale_channels(self.fc1.full_out, width),
-                bias=False,
+                bias=self.fc1.bias is not None,
                 device='meta',
             ),
         )
@@ -131,7 +168,7 @@ class SlimmableProjector(nn.Module):
             nn.Linear(scale_channels(self.fc2.full_in, width), self.fc2.out_features, bias=False, device='meta'),
         )
         if self.bn2 is not None:
-            dense.add_module('bn2', nn.BatchNorm1d(self.fc2.out_features, affine=False, device='meta'))
+            dense.add_module('bn2', nn.BatchNorm1d(self.fc2.out_features, affine=self.last_affine, device='meta'))
         return _filled(dense, self, width)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from slimclr_hub.distributed import gather, local_part, rank, shared_permutation, world_size
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods.batchnorm import split_batchnorm
-from slimclr_hub.methods.heads import SlimmableMLP
+from slimclr_hub.methods.heads import SlimmableLinearHead, SlimmableMLP
 from slimclr_hub.methods.losses import similarities
 from slimclr_hub.methods.momentum import EMA
 from slimclr_hub.methods.objective import Losses, Objective
@@ -18,7 +18,9 @@ from slimclr_hub.methods.registry import register_method
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.slicing import sliced_once
 from slimclr_hub.models.widths import check_widths
-from slimclr_hub.settings import Count, Positive, at_least, bounded
+from slimclr_hub.settings import Count, Positive, at_least, bounded, one_of
+
+HEADS = ('mlp', 'linear')
 
 
 @register_method('mocov2', momentum=0.999)
@@ -31,6 +33,7 @@ class MoCoV2(nn.Module):
     Args:
         backbone: Network without a classifier, whose widths are trained.
         dim: Dimension of the embedding.
+        head: `mlp`, or `linear`, MoCo v1's single layer, which goes with a temperature of 0.07 or 0.1.
         hidden_dim: Hidden features of the MLP head at width 1.0; as many as the backbone has unless given.
         queue_size: Keys kept as negatives, K; a multiple of the batch over all processes. With 0 the negatives are the
             keys of the other images of the batch over all processes.
@@ -51,6 +54,7 @@ class MoCoV2(nn.Module):
         backbone: SlimmableResNet,
         *,
         dim: Count = 128,
+        head: Annotated[str, bounded(one_of, HEADS)] = 'mlp',
         hidden_dim: Count | None = None,
         queue_size: Annotated[int, bounded(at_least, 0)] = 65536,
         temperature: Positive = 0.2,
@@ -68,9 +72,15 @@ class MoCoV2(nn.Module):
         full = self.widths[0]
         features = backbone.full_features
         self.backbone = backbone
-        self.head = SlimmableMLP(
-            features, features if hidden_dim is None else hidden_dim, dim, widths=self.widths, overlap=backbone.overlap
-        )
+        one_of('head', head, HEADS)
+        self.head: SlimmableMLP | SlimmableLinearHead
+        if head == 'mlp':
+            hidden = features if hidden_dim is None else hidden_dim
+            self.head = SlimmableMLP(features, hidden, dim, widths=self.widths, overlap=backbone.overlap)
+        elif hidden_dim is None:
+            self.head = SlimmableLinearHead(features, dim, self.widths, overlap=backbone.overlap)
+        else:
+            raise InputError(f'hidden_dim {hidden_dim} is not for head linear, which has no hidden layer; drop it')
         self.key_backbone = backbone.extract(full).requires_grad_(False)
         self.key_head = self.head.extract(full).requires_grad_(False)
         pairs = (self.key_backbone, self.backbone), (self.key_head, self.head)

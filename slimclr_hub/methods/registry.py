@@ -34,7 +34,8 @@ class Training:
         momentum_schedule: `constant`, or `cosine` to one.
         sync_bn: Normalise over all processes.
         slow_start_epochs: Epochs that train the full width alone; half of all epochs unless given.
-        classifier: The backbone has a classifier, whose number of classes is a setting.
+        classifier: `slimmable` or `switchable` for a backbone with such a classifier, whose number of classes is a
+            setting; None for one without.
         negatives_in_batch: Negatives are the other images of a microbatch.
     """
 
@@ -43,7 +44,7 @@ class Training:
     momentum_schedule: str = 'constant'
     sync_bn: bool = False
     slow_start_epochs: float | None = None
-    classifier: bool = False
+    classifier: str | None = None
     negatives_in_batch: bool = False
 
 
@@ -110,7 +111,7 @@ def settings_of(name: str) -> dict[str, Setting]:
         settings['momentum_schedule'] = Setting(str, training.momentum_schedule, choice)
     settings['sync_bn'] = Setting(bool, training.sync_bn)
     settings['slow_start_epochs'] = Setting(float, training.slow_start_epochs, partial(at_least, least=0))
-    if training.classifier:
+    if training.classifier is not None:
         settings['num_classes'] = Setting(
             int, None, partial(at_least, least=2), required=True, help='Number of classes'
         )

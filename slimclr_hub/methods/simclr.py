@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from slimclr_hub.distributed import gather_with_gradient, rank
-from slimclr_hub.methods.heads import SlimmableMLP
+from slimclr_hub.methods.heads import SlimmableProjector
 from slimclr_hub.methods.losses import full_precision, without_column
 from slimclr_hub.methods.objective import Losses, Objective
 from slimclr_hub.methods.registry import register_method
@@ -23,12 +23,13 @@ class SimCLR(nn.Module):
     """Slimmable contrastive learning in which every other view of the batch is a negative.
 
     Chen et al. 2020, https://arxiv.org/abs/2002.05709, is the method at a single width; the objective over widths is
-    the paper's (7). There is no momentum encoder.
+    the paper's (7). There is no momentum encoder. The head is that of the authors' code: linear, switchable BN, ReLU,
+    linear without bias, switchable BN.
 
     Args:
         backbone: Network without a classifier, whose widths are trained.
         dim: Dimension of the embedding.
-        hidden_dim: Hidden features of the MLP head at width 1.0; as many as the backbone has unless given.
+        hidden_dim: Hidden features of the head at width 1.0; as many as the backbone has unless given.
         temperature: tau_1.
         options: Settings of `Objective`.
 
@@ -52,7 +53,9 @@ class SimCLR(nn.Module):
         features = backbone.full_features
         self.backbone = backbone
         hidden = features if hidden_dim is None else hidden_dim
-        self.head = SlimmableMLP(features, hidden, dim, widths=self.widths, overlap=backbone.overlap)
+        self.head = SlimmableProjector(
+            features, hidden, dim, self.widths, bias=True, last_affine=True, overlap=backbone.overlap
+        )
 
     def forward(
         self,

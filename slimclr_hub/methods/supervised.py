@@ -7,22 +7,25 @@ import torch
 from torch import nn
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.methods.losses import check_loss_weights, full_precision
+from slimclr_hub.methods.losses import DISTILLATIONS, check_loss_weights, full_precision
 from slimclr_hub.methods.objective import Losses, Objective
 from slimclr_hub.methods.registry import register_method
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.widths import check_widths
-from slimclr_hub.settings import Positive
+from slimclr_hub.settings import Positive, bounded, one_of
 
 
-@register_method('supervised', views=1, slow_start_epochs=0.0, classifier=True)
+@register_method('supervised', views=1, slow_start_epochs=0.0, classifier='slimmable')
 class Supervised(nn.Module):
-    """Slimmable training from labels with in-place distillation (Yu & Huang 2019, https://arxiv.org/abs/1903.05134).
+    """Slimmable training from labels: the sum of the widths' cross-entropies, over one classifier that they share.
 
-    The full width learns from the labels, narrower ones from labels and from the full one's outputs, half each.
+    So far Yu et al. 2019, https://arxiv.org/abs/1812.08928. With `distillation` narrower widths learn from labels and
+    from the full one's outputs, half each: the in-place distillation of Yu & Huang 2019,
+    https://arxiv.org/abs/1903.05134.
 
     Args:
-        backbone: Network with a classifier, whose widths are trained.
+        backbone: Network with a classifier, whose widths are trained; `head='slimmable'` is that of the paper.
+        distillation: As of `Objective`.
         distillation_temperature: tau_2, of kd.
         loss_weights: Loss weights, as of `Objective`.
         options: Further ones of `Objective`.
@@ -32,6 +35,7 @@ class Supervised(nn.Module):
         self,
         backbone: SlimmableResNet,
         *,
+        distillation: Annotated[str, bounded(one_of, DISTILLATIONS)] = 'none',
         distillation_temperature: Positive = 1.0,
         loss_weights: Annotated[str | tuple[float, ...], check_loss_weights] = 'none',
         **options: Any,
@@ -40,6 +44,7 @@ class Supervised(nn.Module):
         self.objective = Objective(
             backbone.widths,
             'cross_entropy',
+            distillation=distillation,
             distillation_temperature=distillation_temperature,
             loss_weights=loss_weights,
             **options,

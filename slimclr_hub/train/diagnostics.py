@@ -245,15 +245,15 @@ def mean_norms(layers: Sequence[LayerSlice]) -> torch.Tensor:
 def last_linear(method: nn.Module) -> torch.Tensor:
     """Weight of the last linear layer, which the gradient reaches first (paper, Fig. 4).
 
-    It is the head's last layer for MoCo v2 and SimCLR, the predictor's last for MoCo v3, and the classifier for
-    supervised training, of a switchable classifier that of the full width.
+    It is the head's last layer for MoCo v2 and SimCLR, the predictor's last for MoCo v3, and for supervised training
+    the classifier that all widths share, or of a switchable one that of the full width.
 
     Raises:
         InputError: The method has no such layer.
     """
     for name in 'predictor', 'head':
         if isinstance(head := getattr(method, name, None), nn.Module):
-            return head.get_submodule('fc2').get_parameter('weight')
+            return [layer for layer in head.modules() if isinstance(layer, nn.Linear)][-1].weight
     backbone = method.get_submodule('backbone')
     classifier = backbone.get_submodule('fc')
     if isinstance(classifier, SwitchableLinear):

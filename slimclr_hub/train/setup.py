@@ -10,14 +10,17 @@ from torch import nn
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods import METHODS
+from slimclr_hub.methods.registry import training_of
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.registry import slimmable_models
 from slimclr_hub.runs.schedule import Schedule
 from slimclr_hub.train.config import ModelConfig, OptimConfig, PretrainConfig
 
 
-def make_backbone(config: ModelConfig, in_chans: int, num_classes: int = 0) -> SlimmableResNet:
-    """The network, with a classifier for `num_classes` if any.
+def make_backbone(
+    config: ModelConfig, in_chans: int, num_classes: int = 0, head: str = 'switchable'
+) -> SlimmableResNet:
+    """The network, with a classifier of the kind `head` for `num_classes` if any.
 
     Raises:
         InputError: There is no such network, or it is not slimmable, or it does not take an argument.
@@ -31,6 +34,7 @@ def make_backbone(config: ModelConfig, in_chans: int, num_classes: int = 0) -> S
         'in_chans': in_chans,
         'widths': config.widths,
         'overlap': config.overlap,
+        **({'head': head} if num_classes else {}),
         **config.args,
     }
     if config.weights is not None:
@@ -54,7 +58,8 @@ def make_backbone(config: ModelConfig, in_chans: int, num_classes: int = 0) -> S
 
 def make_method(config: PretrainConfig) -> nn.Module:
     """The method around its network, in float32; it has attributes `backbone` and `widths`."""
-    backbone = make_backbone(config.model, config.data.channels, config.method.num_classes or 0)
+    head = training_of(config.method.name).classifier or 'switchable'
+    backbone = make_backbone(config.model, config.data.channels, config.method.num_classes or 0, head)
     return METHODS[config.method.name](backbone, **config.method.arguments())
 
 

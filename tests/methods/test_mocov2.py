@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from slimclr_hub.errors import InputError
 from slimclr_hub.methods import MoCoV2
 from slimclr_hub.methods.batchnorm import split_batchnorm
 from slimclr_hub.methods.losses import info_nce, similarities
+from slimclr_hub.train.diagnostics import last_linear
 from tests.methods import plain
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -393,3 +395,28 @@ def test_wrong_options_are_refused():
         make(bn_splits=4, queue_size=36)(views(6), WIDTHS, momentum=0.9)
     with pytest.raises(ValueError, match=r'0\.3'):
         make()(views(), (1.0, 0.3), momentum=0.9)
+
+
+# Head
+
+
+def test_linear_head_is_one_layer_of_the_leading_features():
+    """MoCo v1's, whose input has the width."""
+    method = make(head='linear', hidden_dim=None)
+    assert [name for name, _ in method.head.named_parameters()] == ['fc.weight', 'fc.bias']
+    x = torch.randn(3, 64)
+    for width in WIDTHS:
+        n = int(64 * width)
+        expected = x[:, :n] @ method.head.fc.weight[:, :n].T + method.head.fc.bias
+        torch.testing.assert_close(method.head(x[:, :n], width), expected)
+        torch.testing.assert_close(method.head.extract(width)(x[:, :n]), expected)
+    assert last_linear(method) is method.head.fc.weight
+    method(views(), WIDTHS, 0.9)['loss'].backward()
+    assert method.head.fc.weight.grad.abs().sum() > 0
+
+
+def test_a_linear_head_has_no_hidden_layer():
+    with pytest.raises(InputError, match='hidden_dim 16 is not for head linear'):
+        make(head='linear', hidden_dim=16)
+    with pytest.raises(InputError, match=r'head .*wide'):
+        make(head='wide')

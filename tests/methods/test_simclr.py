@@ -72,15 +72,32 @@ def test_an_individual_width_is_plain_simclr():
     torch.testing.assert_close(output['loss'], loss)
     assert loss.item() == pytest.approx(nt_xent(out.detach(), 5, 0.1), rel=1e-10)
     torch.testing.assert_close(method.backbone.conv1.weight.grad, encoder[0].conv1.weight.grad)
-    torch.testing.assert_close(method.head.fc2.bias.grad, encoder[1].fc2.bias.grad)
+    torch.testing.assert_close(method.head.bn2.w050.bias.grad, encoder[1].bn2.bias.grad)
+
+
+def test_head_is_the_authors():
+    """Linear, normalisation, ReLU, linear without bias, normalisation, each width on its slices."""
+    method = make()
+    head, x = method.head, torch.randn(6, 64, dtype=torch.double)
+    for width in WIDTHS:
+        n, hidden = int(64 * width), int(16 * width)
+        y = x[:, :n] @ head.fc1.weight[:hidden, :n].T + head.fc1.bias[:hidden]
+        y = ((y - y.mean(0)) / (y.var(0, unbiased=False) + 1e-5).sqrt()).clamp(min=0)
+        y = y @ head.fc2.weight[:, :hidden].T
+        y = (y - y.mean(0)) / (y.var(0, unbiased=False) + 1e-5).sqrt()
+        torch.testing.assert_close(head(x[:, :n], width), y)
+        torch.testing.assert_close(head.extract(width).train()(x[:, :n]), y)
+    assert head.fc2.bias is None
+    assert {name for name, _ in head.named_parameters()} >= {'bn1.w025.weight', 'bn2.w025.weight', 'bn2.w100.bias'}
 
 
 def test_a_collapsed_network():
     """One embedding for everything: log(2B - 1), and no positive recognised."""
     method = make()
     with torch.no_grad():
-        method.head.fc2.weight.zero_()
-        method.head.fc2.bias.copy_(torch.eye(8)[0])
+        for norm in method.head.bn2.values():
+            norm.weight.zero_()
+            norm.bias.copy_(torch.eye(8)[0])
     output = method(views(), WIDTHS)
     for width in WIDTHS:
         assert output[f'info_nce/{width:g}'].item() == pytest.approx(math.log(9))
