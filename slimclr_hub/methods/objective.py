@@ -31,6 +31,10 @@ class Objective:
         loss_weights: Loss weights: full_plus_sum, full_plus_max, proportional, cumulative, none, or a number for each
             width.
 
+    Attributes:
+        candidates: Candidates C among which the rows of the last step had to find their own, 0 before the first; the
+            contrastive loss at chance is ln C.
+
     Raises:
         InputError: A value does not exist or is out of range.
     """
@@ -51,6 +55,7 @@ class Objective:
         self.weights = loss_weights
         self.temperature = distillation_temperature
         self.name = name
+        self.candidates = 0
         self._distill = make_distillation(distillation, distillation_temperature, distillation_squared)
 
     def __call__(
@@ -74,6 +79,7 @@ class Objective:
             and `kl/w`. All but `loss` are detached.
         """
         widths = tuple(logits)
+        self.candidates = logits[widths[0]].shape[1]
         # A list names a weight for each width; while only some are trained, and that is the full one, it counts once.
         weights = self.weights if widths == self.widths or isinstance(self.weights, str) else 'none'
         teacher = logits[widths[0]].detach()

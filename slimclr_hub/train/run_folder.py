@@ -74,7 +74,7 @@ class RunFolder:
                     record
                     for record in read_json_lines(self._metrics)
                     if record['step'] < step
-                    or (record['step'] == step and not (evaluation_too and record['kind'] == 'eval'))
+                    or (record['step'] == step and not (evaluation_too and record['kind'] != 'train'))
                 ),
             )
 

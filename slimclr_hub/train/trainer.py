@@ -15,13 +15,15 @@ from slimclr_hub.data.batches import Batch
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import DivergedError, InputError
 from slimclr_hub.methods.batchnorm import sync_batchnorm
+from slimclr_hub.methods.objective import Objective
 from slimclr_hub.methods.registry import training_of
 from slimclr_hub.runs.checkpoints import Checkpoints
 from slimclr_hub.runs.job import Job, StopSignals
 from slimclr_hub.runs.memory import keep_freed_memory, peak_memory
+from slimclr_hub.train.collapse import CollapseWatch
 from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.diagnostics import GradientObserver, observe
-from slimclr_hub.train.online import TITLES, online_evaluation
+from slimclr_hub.train.online import TITLES, Qualities, online_evaluation
 from slimclr_hub.train.run_folder import RunFolder
 from slimclr_hub.train.setup import arrange, make_method, make_optimizer, make_schedule
 from slimclr_hub.train.step import FiniteLoss, forward_backward
@@ -77,6 +79,9 @@ class Trainer(Job[list[Batch]]):
         self.inner: Any = accelerator.unwrap_model(self.method)
         self.trained = [parameter for parameter in self.inner.parameters() if parameter.requires_grad]
         self.online = online_evaluation(config, accelerator)
+        # A method of one's own may have no objective of ours; its ranks are watched all the same.
+        self.objective: Objective | None = getattr(self.inner, 'objective', None)
+        self.collapse = CollapseWatch(config, self.objective.name if self.objective is not None else None)
         self.observer: GradientObserver | None = None
         self.finite = FiniteLoss()
         self._own_losses = [f'{name}/{max(config.model.widths):g}' for name in ('info_nce', 'cross_entropy')]
@@ -258,6 +263,7 @@ class Trainer(Job[list[Batch]]):
         own = next((key for key in self._own_losses if key in values), 'loss')
         shown = {'epoch': epoch + 1, own: f'{values[own]:.3f}', 'lr': f'{values["lr"]:.2g}'}
         self.progress.set_postfix(shown, refresh=False)
+        self.collapse.add(values)
         self.folder.write_metrics({'kind': 'train', 'epoch': epoch + 1, 'step': self.step, **values})
         self.accelerator.log({f'train/{name}': value for name, value in values.items()}, step=self.step)
 
@@ -270,8 +276,18 @@ class Trainer(Job[list[Batch]]):
     def evaluate(self, epoch: int) -> None:
         """Measure what is due after `epoch` epochs."""
         qualities = self.online(self.inner.backbone, epoch) if self.online is not None else {}
-        if not qualities:
-            return
+        if qualities:
+            self._write_qualities(epoch, qualities)
+        candidates = self.objective.candidates if self.objective is not None else 0
+        signs = self.collapse.after(epoch, candidates, qualities.get('rank', {}))
+        if signs:
+            warning = self.collapse.warning(epoch, signs)
+            self.folder.write_metrics({'kind': 'warning', 'epoch': epoch, 'step': self.step, 'text': warning})
+            self.accelerator.log({'eval/collapsed_widths': len(signs)}, step=self.step)
+            if self.accelerator.is_main_process:
+                tqdm.write(warning)
+
+    def _write_qualities(self, epoch: int, qualities: Qualities) -> None:
         values = {f'{kind}/{width:g}': value for kind, group in qualities.items() for width, value in group.items()}
         facts = self.online.facts if self.online is not None else {}
         self.folder.write_metrics({'kind': 'eval', 'epoch': epoch, 'step': self.step, **values, **facts})
