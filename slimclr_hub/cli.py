@@ -258,6 +258,7 @@ def compare(
     reported: Annotated[bool, typer.Option('--reported', help='What the paper reports too; alone, all of it.')] = False,
     seeds: Annotated[bool, typer.Option('--seeds', help='Mean and spread of runs that differ in the seed.')] = False,
     speed: Annotated[bool, typer.Option(help='Measure images/s, here and now.')] = True,
+    baselines: Annotated[bool, typer.Option(help='Show what raw pixels and random weights reach.')] = True,
     batch_size: BatchSize = 32,
 ) -> None:
     """Compare runs and networks: accuracy by width, parameters, multiply-adds and images/s."""
@@ -272,6 +273,7 @@ def compare(
         reported=reported,
         same_recipe=_same_recipe if seeds else None,
         batch_size=batch_size if speed else None,
+        baselines=baselines,
     )
     for path in written:
         print(f'Written: {path}')

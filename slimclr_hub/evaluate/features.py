@@ -18,6 +18,7 @@ from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import ArrayImages
 from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.pixels import RawPixels
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.widths import width_key
 from slimclr_hub.runs.progress import progress_bar
@@ -31,14 +32,14 @@ _LABELS = 'labels'
 
 @torch.inference_mode()
 def extract_features(
-    accelerator: Accelerator, backbone: SlimmableResNet, loader: Iterable, widths: Sequence[float]
+    accelerator: Accelerator, backbone: SlimmableResNet | RawPixels, loader: Iterable, widths: Sequence[float]
 ) -> tuple[dict[float, torch.Tensor], torch.Tensor]:
     """Compute pooled features in one pass over the images, and gather them and the labels from all processes.
 
     The backbone is in eval mode, without a classifier; `loader` yields (images, labels), prepared by `accelerator`.
 
     Returns:
-        For each width float32 features [N, C * width], and labels [N], on the device.
+        For each width float32 features [N, D], and labels [N], on the device.
     """
     features: dict[float, list[torch.Tensor]] = {width: [] for width in widths}
     labels = []

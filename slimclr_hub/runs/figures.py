@@ -52,6 +52,11 @@ def mark_slow_start(axis: 'Axes', epoch: float) -> None:
         axis.annotate(text, xycoords=('data', 'axes fraction'), ha='right', va='top', color=GREY, fontsize=7, **place)
 
 
+def mark_baseline(axis: 'Axes', name: str, value: float) -> None:
+    """Draw a value that nothing on the horizontal axis changes, such as the accuracy of raw pixels."""
+    axis.axhline(value, label=name, color=GREY, linestyle='-.', linewidth=1, zorder=1)
+
+
 def save_figure(figure: 'Figure', path: Path) -> None:
     """Write a figure as `path`.png and `path`.pdf into a folder that is made if need be, and close it."""
     from matplotlib import pyplot as plt

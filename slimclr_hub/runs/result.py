@@ -1,13 +1,14 @@
 """Accuracies and ranks of a network and the protocols they were measured by, as training and evaluations write them.
 
 `result.json` holds a list of results. An evaluation that tried several values of a parameter lists the best one first.
+What raw pixels reach by the same protocols comes last, under the name of the network `raw pixels`.
 """
 
 import json
 import os
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from math import sqrt
@@ -25,6 +26,13 @@ from slimclr_hub.version import __version__
 RESULT = 'result.json'
 METRICS = 'metrics.jsonl'
 IMAGENET = 'ImageNet'
+RAW_PIXELS = 'raw pixels'
+"""Name in results of the network whose features are the image itself; it has the one width 1."""
+
+RANDOM_WEIGHTS = 'random weights'
+RAW_PIXELS_KEY = 'raw_pixels'
+"""Prefix in `metrics.jsonl` of the accuracies that raw pixels reach."""
+
 Kind = Literal['knn', 'linear', 'logistic', 'classifier', 'rank']
 
 _IMAGENET_NAMES = ('imagenet', 'imagenet-1k', 'imagenet1k', 'ilsvrc2012')
@@ -177,13 +185,13 @@ def results_in(folder: Path) -> dict[Path, list[Result]]:
 
 
 def training_results(
-    metrics: Iterable[Mapping[str, Any]],
+    metrics: Sequence[Mapping[str, Any]],
     recipe: Mapping[str, Any],
     network: str,
     k: int | None = None,
     images: int | None = None,
 ) -> list[Result]:
-    """The last accuracies and ranks that a pre-training run measured, with the first ones as `start`.
+    """The last accuracies and ranks of a pre-training run, with the first ones as `start`; those of raw pixels last.
 
     `metrics` are lines of `metrics.jsonl`, `network` is the run's folder, and `k` is for a recipe that leaves it open.
     """
@@ -196,7 +204,8 @@ def training_results(
             values = {key.partition('/')[2]: value for key, value in record.items() if key.startswith(f'{name}/')}
             if values:
                 accuracies.append({float(width): value for width, value in values.items()})
-    results = []
+    pixels = {key: value for record in metrics for key, value in record.items() if key.startswith(RAW_PIXELS_KEY)}
+    results, baselines = [], []
     for name, accuracies in measured.items():
         if not accuracies:
             continue
@@ -214,7 +223,9 @@ def training_results(
         if kind == 'rank':
             last = {'top1': {}, 'rank': accuracies[-1], 'images': rank_images}
         results.append(Result(network, protocol, **last, start=start, settings=dict(recipe)))
-    return results
+        if (top1 := pixels.get(f'{RAW_PIXELS_KEY}/{name}')) is not None:
+            baselines.append(Result(RAW_PIXELS, protocol, {1.0: top1}, images=images))
+    return results + baselines
 
 
 def data_name(data: Mapping[str, Any]) -> str:

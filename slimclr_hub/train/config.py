@@ -168,12 +168,14 @@ class KNNConfig(Incidental):
         k: Neighbours; a tenth of the images of a class, 5 to 200, where null.
         temperature: tau in the weight exp(similarity / tau) of a neighbour's vote.
         bank: Training images to search, to take the rank from, and to fit the linear probe to, at most; all where null.
+        raw_pixels: State once what the pixels of the images reach, too; never for images of more than 64 pixels a side.
     """
 
     every: int = 1
     k: int | None = None
     temperature: float = 0.1
     bank: int | None = None
+    raw_pixels: bool = True
 
     def __post_init__(self) -> None:
         at_least('knn.every', self.every, 0)

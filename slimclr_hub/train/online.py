@@ -1,6 +1,7 @@
 """Quality at every width while a network trains: rank, k-NN, a linear probe, and the network's own classifier."""
 
 import copy
+from collections.abc import Mapping
 from itertools import islice
 
 import torch
@@ -13,10 +14,12 @@ from slimclr_hub.distributed import average_batchnorm
 from slimclr_hub.evaluate.features import extract_features
 from slimclr_hub.evaluate.knn import knn_predict
 from slimclr_hub.evaluate.logistic import linear_predict
+from slimclr_hub.evaluate.pixels import RawPixels, raw_pixels
 from slimclr_hub.evaluate.rank import RANK_IMAGES, effective_rank
 from slimclr_hub.methods.batchnorm import split_batchnorm
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.calibrate import calibrate_batchnorm, is_calibrated
+from slimclr_hub.runs.result import RAW_PIXELS_KEY
 from slimclr_hub.train.config import PretrainConfig
 
 Qualities = dict[str, dict[float, float]]
@@ -40,13 +43,14 @@ class OnlineEvaluation:
 
     Attributes:
         facts: Of the last evaluation, the images of the rank, `rank_images`, and where there are accuracies neighbours
-            `k` and number of test `images`.
+            `k` and number of test `images`; of the one before training also what raw pixels reach, `raw_pixels/knn` and
+            `raw_pixels/linear`, in percent.
     """
 
     def __init__(self, config: PretrainConfig, accelerator: Accelerator) -> None:
         self._config = config
         self._accelerator = accelerator
-        self.facts: dict[str, int] = {}
+        self.facts: dict[str, float] = {}
         bank, self._queries = config.knn.bank, None
         if has_validation(config.data):
             assert config.data.val_split is not None
@@ -54,6 +58,7 @@ class OnlineEvaluation:
         else:
             bank = min(bank or RANK_IMAGES, RANK_IMAGES)
         self._bank = self._loader(config.data.train_split, bank)
+        self._bank_images = len(self._bank.dataset)  # type: ignore[arg-type]
 
     def _loader(self, split: str, at_most: int | None) -> DataLoader:
         config, accelerator = self._config, self._accelerator
@@ -87,7 +92,23 @@ class OnlineEvaluation:
         self.facts = {'rank_images': min(len(labels), RANK_IMAGES)}
         if self._queries is None or len(labels.unique()) < 2:
             return qualities
-        queries, truth = extract_features(self._accelerator, backbone, self._queries, backbone.widths)
+        qualities |= self._classify(backbone, bank, labels, due)
+        if epoch == 0 and config.knn.raw_pixels and (pixels := raw_pixels(config.data, self._bank_images)):
+            bank, labels = extract_features(self._accelerator, pixels, self._bank, pixels.widths)
+            of_pixels = self._classify(pixels, bank, labels, due)
+            self.facts |= {f'{RAW_PIXELS_KEY}/{kind}': top1 for kind, of in of_pixels.items() for top1 in of.values()}
+        return qualities
+
+    def _classify(
+        self,
+        backbone: SlimmableResNet | RawPixels,
+        bank: Mapping[float, torch.Tensor],
+        labels: torch.Tensor,
+        due: Mapping[str, bool],
+    ) -> Qualities:
+        config = self._config
+        qualities: Qualities = {}
+        queries, truth = extract_features(self._accelerator, backbone, self._queries, backbone.widths)  # type: ignore[arg-type]
         k = config.knn.neighbours(labels)
         self.facts |= {'k': k, 'images': len(truth)}
         temperature = config.knn.temperature

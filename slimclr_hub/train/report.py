@@ -17,8 +17,8 @@ from slimclr_hub.hub.card import training_card
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cost import width_facts
-from slimclr_hub.runs.figures import line_style, mark_slow_start, new_figure, save_figure
-from slimclr_hub.runs.result import environment, save, training_results
+from slimclr_hub.runs.figures import line_style, mark_baseline, mark_slow_start, new_figure, save_figure
+from slimclr_hub.runs.result import RAW_PIXELS, RAW_PIXELS_KEY, environment, save, training_results
 from slimclr_hub.settings import to_dict
 from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.run_folder import RunFolder
@@ -104,6 +104,9 @@ def draw_figure(metrics: Sequence[dict[str, Any]], widths: Sequence[float], path
                 marker='o' if kind == 'eval' else None,
                 **line_style(i),
             )
+        for record in kinds[kind]:
+            if (top1 := record.get(f'{RAW_PIXELS_KEY}/{name}')) is not None:
+                mark_baseline(axis, RAW_PIXELS, top1)
         mark_slow_start(axis, slow_start if len(widths) > 1 else 0)
         axis.set_xlabel('epoch')
         axis.set_ylabel(_PANELS[name])

@@ -407,7 +407,7 @@ def test_reported_rows_of_such_a_cost(place, tmp_path, capsys):
 
     compare_networks([str(place / 'slim')], markdown=file, reported=True, batch_size=None)
     (ours,) = parse_markdown(file.read_text())
-    assert len(ours) == 2
+    assert len(ours) == 4  # and as many of random weights
     assert 'The paper reports no network of about this cost' in file.read_text()
 
 
@@ -446,7 +446,7 @@ def test_speed_of_every_width(place, capsys):
     steady = replace(entries[0], speed={1.0: 1234.4, 0.5: 5678.0}, spread=0.1)
     (table,) = comparison_tables([steady], 4, 'two cores')
     column = table.headers.index('images/s')
-    assert [row[column] for row in table.rows] == ['1,234', '5,678']
+    assert [row[column] for row in table.rows] == ['1,234', '5,678', '', '']  # none of random weights
     assert any('batch of 4' in note and 'two cores' in note for note in table.notes)
     (busy,) = comparison_tables([replace(steady, spread=0.5)], 4, 'two cores')
     assert busy.notes == [*table.notes, 'The machine was busy: repetitions of images/s differ by 50 %.']
@@ -556,13 +556,62 @@ def test_a_run_ends_with_its_own_comparison(place, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert '…' not in printed
     rows = [re.split(r'\s*[│┃]\s*', line.strip(' │┃')) for line in printed.splitlines()]
-    assert [row[-3:] for row in rows if row[0] in ('1', '0.5')] == [
-        ['30.0', '50.0', '+20.0'], ['25.0', '45.0', '+20.0'],
+    assert [(row[0], row[-1]) for row in rows if re.fullmatch(r'(random weights )?(1|0\.5)', row[0])] == [
+        ('1', '50.0'), ('0.5', '45.0'), ('random weights 1', '30.0'), ('random weights 0.5', '25.0'),
     ]  # fmt: skip
-    for title in 'other: accuracies (%)', 'parameters', 'multiply-adds', 'images/s', 'k-NN at start', 'gain':
+    assert 'raw pixels' not in printed  # which this run did not measure
+    for title in 'other: accuracies (%)', 'parameters', 'multiply-adds', 'images/s', 'k-NN':
         assert title in printed
     with Image.open(place / 'other' / 'pareto.png') as image:
         assert image.size == (825, 657)
+
+
+def measure_raw_pixels(run: Path, top1: float) -> Path:
+    """Add what raw pixels reach to the first evaluation of a run, as training writes it."""
+    first, *others = (run / 'metrics.jsonl').read_text().splitlines()
+    (run / 'metrics.jsonl').write_text('\n'.join([json.dumps({**json.loads(first), 'raw_pixels/knn': top1}), *others]))
+    return run
+
+
+def test_raw_pixels_of_a_run(tmp_path, capsys):
+    run = measure_raw_pixels(save_run(tmp_path / 'run', (1.0, 0.5), [30, 50]), 82.83)
+    compare_with_itself(run)
+    rows = [re.split(r'\s*[│┃]\s*', line.strip(' │┃')) for line in capsys.readouterr().out.splitlines()]
+    assert [row[-1] for row in rows if row[0] == 'raw pixels'] == ['82.8']
+    figure = drawn(read_entries([str(run)]))
+    assert figure.axes[0].get_legend_handles_labels()[1] == ['run', 'random weights', 'raw pixels']
+    plt.close(figure)
+
+
+def test_raw_pixels_among_several(place, tmp_path, capsys):
+    """One row for all networks on the same images by the same protocol; an evaluation adds its own columns to it."""
+    a, b = (measure_raw_pixels(save_run(tmp_path / name, (1.0, 0.5), [30, 50]), 82.83) for name in 'ab')
+    pixels = Result('raw pixels', LINEAR, {1.0: 85.2}, {1.0: 99.1}, images=1000)
+    save([Result(str(a), LINEAR, {1.0: 80.0, 0.5: 70.0}, images=1000), pixels], a / 'linear_eval')
+    compare_networks([str(a), str(b), str(place / 'slim')], csv=Path('-'), batch_size=None)
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    found = [(row['data'], row['protocol'], row['top1'], row['top5']) for row in rows if row['network'] == 'raw pixels']
+    knn = 'k-NN, k=20, tau=0.1, while training'
+    assert found == [('fashion-mnist', knn, '82.83', ''), ('fashion-mnist', str(LINEAR), '85.2', '99.1')]
+    compare_networks([str(a), str(b)], markdown=Path('-'), batch_size=None)
+    ((*_, last),) = parse_markdown(capsys.readouterr().out)
+    assert [cell for cell in last.values() if cell] == ['raw pixels', '82.8', '85.2 / 99.1']
+    assert all(
+        of['network'] in ('a', 'b') for of in parse_markdown(markdown_of(a, b, baselines=False, capsys=capsys))[0]
+    )
+
+
+def markdown_of(*runs: Path, capsys, **options) -> str:
+    compare_networks([str(run) for run in runs], markdown=Path('-'), batch_size=None, **options)
+    return capsys.readouterr().out
+
+
+def test_baselines_can_be_left_out(tmp_path, capsys):
+    run = measure_raw_pixels(save_run(tmp_path / 'run', (1.0, 0.5), [30, 50]), 82.83)
+    shown, hidden = (markdown_of(run, baselines=baselines, capsys=capsys) for baselines in (True, False))
+    left_out = [line for line in shown.splitlines() if 'random weights' in line or 'raw pixels' in line]
+    assert len(left_out) == 3
+    assert [line for line in shown.splitlines() if line not in left_out] == hidden.splitlines()
 
 
 def test_a_run_without_accuracies_tells_its_cost(place, capsys):

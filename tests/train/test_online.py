@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from slimclr_hub.data import DataConfig
@@ -16,6 +17,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import extract_features
 from slimclr_hub.evaluate.knn import knn_predict
 from slimclr_hub.evaluate.logistic import linear_predict
+from slimclr_hub.evaluate.pixels import raw_pixels
 from slimclr_hub.methods.batchnorm import split_batchnorm
 from slimclr_hub.models.calibrate import batchnorms_of, calibrate_batchnorm, is_calibrated
 from slimclr_hub.train.config import KNNConfig, OptimConfig, PretrainConfig, ProbeConfig
@@ -216,6 +218,46 @@ def test_linear_accuracy(config, accelerator, evaluate):
         regression.fit(scaler.transform(features[width]), labels)
         expected = 100 * regression.score(scaler.transform(asked[width]), truth)
         assert result[width] == pytest.approx(expected, abs=2.01)  # an image or two of 200 lie on the border
+
+
+def test_raw_pixels(config, accelerator):
+    """As scikit-learn has them on the same images, once, before training.
+
+    At so large a temperature all neighbours vote alike, as there; at so large a weight decay both regressions converge.
+    """
+    config = replace(config, knn=replace(config.knn, temperature=1e6), probe=ProbeConfig(every=2, weight_decay=0.1))
+    evaluate = OnlineEvaluation(config, accelerator)
+    evaluate(network(), 0)
+    (bank, labels), (asked, truth) = (
+        (torch.cat([images for images, _ in batches]).flatten(1), torch.cat([classes for _, classes in batches]))
+        for batches in (
+            list(eval_loader(config.data, 'train', 300, 0)),
+            list(eval_loader(config.data, 'validation', None, 0)),
+        )
+    )
+    neighbours = KNeighborsClassifier(20, algorithm='brute', metric='cosine').fit(bank, labels)
+    assert evaluate.facts['raw_pixels/knn'] == pytest.approx(100 * neighbours.score(asked, truth), abs=0.51)
+    scaler = StandardScaler().fit(bank)
+    regression = LogisticRegression(C=1 / (len(labels) * config.probe.weight_decay), max_iter=1000)
+    regression.fit(scaler.transform(bank), labels)
+    expected = 100 * regression.score(scaler.transform(asked), truth)
+    assert evaluate.facts['raw_pixels/linear'] == pytest.approx(expected, abs=0.51)  # one image of 200
+    evaluate(network(), 2)
+    assert evaluate.facts.keys() == {'k', 'images', 'rank_images'}
+
+
+def test_raw_pixels_can_be_left_out(config, accelerator):
+    without = OnlineEvaluation(replace(config, knn=replace(config.knn, raw_pixels=False)), accelerator)
+    assert without(network(), 0).keys() == {'rank', 'knn', 'linear'}
+    assert without.facts.keys() == {'k', 'images', 'rank_images'}
+
+
+def test_raw_pixels_of_large_images_are_left_out():
+    small = DataConfig(size=32, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert raw_pixels(small, 50_000) is not None
+    assert raw_pixels(small, 1_281_167) is None
+    assert raw_pixels(replace(small, size=65), 100) is None
+    assert raw_pixels(replace(small, size=224), 100) is None
 
 
 def test_linear_probe_of_features_that_never_move():

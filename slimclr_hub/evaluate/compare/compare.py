@@ -25,6 +25,7 @@ def compare_networks(
     reported: bool = False,
     same_recipe: SameRecipe | None = None,
     batch_size: int | None = 32,
+    baselines: bool = True,
 ) -> list[Path]:
     """Print tables of networks side by side, write files and a figure where asked to, and return the files.
 
@@ -37,6 +38,7 @@ def compare_networks(
         reported: Add networks of such a cost that the paper reports, or all without `networks`.
         same_recipe: Combines runs that differ in nothing but the seed, as in `read_entries`.
         batch_size: Images at a time while speed is measured; None to leave speed out.
+        baselines: Show what raw pixels and random weights reach, where it was measured.
 
     Raises:
         InputError: There is nothing to compare, one of the networks is none, or a file cannot be written there.
@@ -53,7 +55,7 @@ def compare_networks(
             _check_writable(option, file)
     if batch_size is not None and batch_size < 1:
         raise InputError(f'--batch-size is {batch_size}; give 1 or more')
-    entries = read_entries(networks, same_recipe)
+    entries = read_entries(networks, same_recipe, baselines)
     if entries and batch_size:
         entries = measure_speed(entries, batch_size)
     tables = comparison_tables(entries, batch_size or 0, environment()['hardware']) if entries else []

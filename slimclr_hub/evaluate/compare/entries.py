@@ -18,7 +18,7 @@ from slimclr_hub.evaluate.network import default_output, folder_of, open_for_tes
 from slimclr_hub.evaluate.reported import published_result
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cost import WidthFacts, width_facts
-from slimclr_hub.runs.result import Protocol, Result, results_in
+from slimclr_hub.runs.result import RAW_PIXELS, Protocol, Result, results_in
 from slimclr_hub.settings import RECIPE
 
 _REPETITIONS = 7
@@ -42,6 +42,7 @@ class Entry:
         results: Protocol -> the result of each network.
         notes: Protocol -> remarks on the choice of a result.
         networks: Names of the networks.
+        raw_pixels: Protocol -> what raw pixels reach on the same images.
         speed: Width -> images per second, if measured.
         spread: Interquartile range of the repetitions over their median, at the width where it is largest.
     """
@@ -53,6 +54,7 @@ class Entry:
     results: Mapping[Protocol, Sequence[Result]]
     notes: Mapping[Protocol, str] = field(default_factory=dict)
     networks: Sequence[str] = ()
+    raw_pixels: Mapping[Protocol, Result] = field(default_factory=dict)
     speed: Mapping[float, float] = field(default_factory=dict)
     spread: float = 0.0
 
@@ -76,10 +78,11 @@ class _Measurement:
         return replace(self.results[0].protocol, k=None, temperature=None)
 
 
-def read_entries(networks: Sequence[str], same_recipe: SameRecipe | None = None) -> list[Entry]:
+def read_entries(networks: Sequence[str], same_recipe: SameRecipe | None = None, baselines: bool = True) -> list[Entry]:
     """Read cost and accuracies of folders of runs and networks, and of published ones by their names.
 
-    Runs that are of the same recipe by `same_recipe` go into one entry, if it is given.
+    Runs that are of the same recipe by `same_recipe` go into one entry, if it is given. Without `baselines`, what raw
+    pixels and random weights reach is left out.
 
     Raises:
         InputError: One of them is none of these.
@@ -88,14 +91,16 @@ def read_entries(networks: Sequence[str], same_recipe: SameRecipe | None = None)
     if len(set(networks)) != len(networks):
         raise InputError(f'{", ".join(networks)}: one network is there twice; name each once')
     last = [Path(network).name if Path(network).is_dir() else network for network in networks]
+    if not networks:
+        return []
     names = last if len(set(last)) == len(last) else networks
     models = [_open(network) for network in networks]
-    measurements = [_measurements(network) for network in networks]
+    measurements, pixels = zip(*(_measurements(network, baselines) for network in networks), strict=True)
     chosen = _chosen([each for several in measurements for each in several])
     entries = []
-    for network, name, (model, size), found in zip(networks, names, models, measurements, strict=True):
+    for network, name, (model, size), found, raw in zip(networks, names, models, measurements, pixels, strict=True):
         results, notes = _newest(found, chosen)
-        entries.append(Entry(name, model, size, width_facts(model, size), results, notes, [network]))
+        entries.append(Entry(name, model, size, width_facts(model, size), results, notes, [network], raw))
     return entries if same_recipe is None else _merge_seeds(entries, same_recipe)
 
 
@@ -117,19 +122,25 @@ def _open(network: str) -> tuple[SlimmableResNet, int]:
     return model, model.pretrained_cfg['input_size'][-1]
 
 
-def _measurements(network: str) -> list[_Measurement]:
+def _measurements(network: str, baselines: bool) -> tuple[list[_Measurement], dict[Protocol, Result]]:
+    """What was measured of a network and, by the same protocols, of raw pixels."""
     published = published_network(network)
     found = [] if published is None else [_Measurement([published_result(published)], '', '')]
+    pixels: dict[Protocol, Result] = {}
     folder = default_output(network, '-').parent
     for file, results in results_in(folder).items():
         written = datetime.fromtimestamp(file.stat().st_mtime, timezone.utc).isoformat(timespec='microseconds')
         source = '' if file.parent == folder else file.parent.name
         by_place: dict[Protocol, list[Result]] = {}
         for result in results:
-            by_place.setdefault(replace(result.protocol, k=None, temperature=None), []).append(result)
+            if result.network != RAW_PIXELS:
+                own = result if baselines else replace(result, start={})
+                by_place.setdefault(replace(result.protocol, k=None, temperature=None), []).append(own)
+            elif baselines:
+                pixels[result.protocol] = result
         for several in by_place.values():
             found.append(_Measurement(several, source, several[0].environment.get('time', written)))
-    return found
+    return found, pixels
 
 
 def _chosen(measurements: Sequence[_Measurement]) -> dict[Protocol, Protocol]:
@@ -186,7 +197,9 @@ def _merged(first: Entry, second: Entry) -> Entry:
     }
     shared = takewhile(lambda letters: letters[0] == letters[1], zip(first.name, second.name, strict=False))
     name = _SEED.sub('', ''.join(letter for letter, _ in shared)) or first.name
-    return replace(first, name=name, results=results, networks=[*first.networks, *second.networks], notes={})
+    pixels = {**second.raw_pixels, **first.raw_pixels}
+    networks = [*first.networks, *second.networks]
+    return replace(first, name=name, results=results, networks=networks, raw_pixels=pixels, notes={})
 
 
 @torch.inference_mode()

@@ -8,10 +8,10 @@ from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from slimclr_hub.evaluate.compare.entries import Entry
-from slimclr_hub.evaluate.compare.tables import reported_networks
+from slimclr_hub.evaluate.compare.tables import raw_pixels_of, reported_networks
 from slimclr_hub.evaluate.reported import TABLE_1
-from slimclr_hub.runs.figures import GREY, line_style, marker, new_figure, save_figure
-from slimclr_hub.runs.result import IMAGENET, Protocol
+from slimclr_hub.runs.figures import GREY, line_style, mark_baseline, marker, new_figure, save_figure
+from slimclr_hub.runs.result import IMAGENET, RANDOM_WEIGHTS, Protocol
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +50,12 @@ def pareto_figure(entries: Sequence[Entry], reported: bool = False) -> 'Figure |
     columns = min(len(panels), _COLUMNS)
     grey = {protocol for protocol in panels if reported and _is_like_the_papers(protocol)}
     methods = len({network.method for network, _ in reported_networks(entries)})
-    lines = [sum(protocol in entry.results for entry in entries) + methods * (protocol in grey) for protocol in panels]
+    lines = [
+        sum(protocol in entry.results for entry in entries)
+        + len(raw_pixels_of(entries, [protocol]))
+        + methods * (protocol in grey)
+        for protocol in panels
+    ]
     heights = [_HEIGHT + _LINE * max(lines[start : start + columns]) for start in range(0, len(panels), columns)]
     figure, axes = new_figure(columns, len(heights), _WIDTH, heights)
     for axis, protocol in zip(axes, panels, strict=False):
@@ -59,6 +64,8 @@ def pareto_figure(entries: Sequence[Entry], reported: bool = False) -> 'Figure |
             if protocol in entry.results:
                 points += _draw(axis, entry, protocol, i, alone=len(entries) == 1)
         _mark_widths(axis, points)
+        for name, found in raw_pixels_of(entries, [protocol]).items():
+            mark_baseline(axis, name, found[protocol].top1[1.0])
         if protocol in grey:
             _draw_paper(axis, entries)
         _finish(axis, protocol)
@@ -81,7 +88,7 @@ def _draw(
         axis.errorbar(xs, ys, spreads, fmt='none', capsize=3, zorder=3, color=style['color'])
     began = [(x, mean(values)) for x, _, width in points if (values := entry.values(protocol, 'start', width))]
     if alone and began:
-        axis.plot(*zip(*began, strict=True), label='before training', marker='x', color=GREY, linestyle=':')
+        axis.plot(*zip(*began, strict=True), label=RANDOM_WEIGHTS, marker='x', color=GREY, linestyle=':')
     return points
 
 

@@ -2,14 +2,14 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from statistics import mean, stdev
 from typing import Any
 
 from slimclr_hub.evaluate.compare.entries import Entry
 from slimclr_hub.evaluate.reported import REPORTED, REPORTED_DETECTION, TABLE_1, TABLE_2, ReportedNetwork
-from slimclr_hub.runs.result import RESULT, Protocol
+from slimclr_hub.runs.result import RANDOM_WEIGHTS, RAW_PIXELS, RESULT, Protocol, Result
 from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.text import human
 
@@ -118,6 +118,11 @@ def csv_text(entries: Sequence[Entry], reported: bool) -> str:
                     images = entry.results[protocol][0].images
                     row: list[Any] = [*cost, protocol.data, protocol, top1, spread if top1 != '' else '', top5, start]
                     writer.writerow([*row, len(found), images if images and top1 != '' else '', rank])
+    protocols = list(dict.fromkeys(protocol for entry in entries for protocol in entry.results))
+    for name, of in raw_pixels_of(entries, protocols).items():
+        for protocol, result in of.items():
+            of_pixels = [result.top1[1.0], '', result.top5.get(1.0, ''), '', 1, result.images or '', '']
+            writer.writerow([name, *[''] * 4, protocol.data, protocol, *of_pixels])
     for network, widths in reported_networks(entries) if reported else ():
         for width in widths:
             result, teacher = network.result, f', teacher {network.teacher}' if network.teacher else ''
@@ -133,11 +138,10 @@ def _table(entries: Sequence[Entry], data: str | None, alone: bool, batch_size: 
     headers += ['images/s'] if entries[0].speed else []
     notes = []
     accuracies = [of for of in protocols if of.kind != 'rank']
-    with_start = {of for of in accuracies if alone and any(result.start for result in entries[0].results[of])}
     for protocol in protocols:
         # One word where it says enough, else all of them.
         header = protocol.label if labels.count(protocol.label) == 1 else str(protocol)
-        headers += [f'{header} at start', header, 'gain'] if protocol in with_start else [header]
+        headers.append(header)
         notes += _notes(entries, protocol, header)
     if len(accuracies) > 1:
         notes.append('Accuracies by different protocols do not compare: look along a column.')
@@ -157,13 +161,15 @@ def _table(entries: Sequence[Entry], data: str | None, alone: bool, batch_size: 
             row = [] if alone else [entry.name]
             row += [f'{fact.width:g}', human(fact.parameters), human(fact.multiply_adds)]
             row += [f'{entry.speed[fact.width]:,.0f}'] if entry.speed else []
-            for protocol in protocols:
-                row += _cells(entry, protocol, fact.width, protocol in with_start)
-            rows.append(row)
+            rows.append([*row, *(_cell(entry, protocol, fact.width) for protocol in protocols)])
+    blank = [''] * (len(headers) - len(protocols) - 1)
+    for name, width, cells in _baselines(entries, protocols, alone):
+        first = [f'{name} {width}'.rstrip()] if alone else [name, width]
+        rows.append([*first, *blank, *cells])
     what = 'accuracies (%)' if accuracies else 'effective rank'
     title = 'cost by width' if data is None else f'{what} by width on {data}'
     if alone:
-        return TextTable(f'{entries[0].name}: {title}', headers, rows, notes, names=0)
+        return TextTable(f'{entries[0].name}: {title}', headers, rows, notes)
     return TextTable(title, ['network', *headers], rows, notes)
 
 
@@ -185,16 +191,35 @@ def _notes(entries: Sequence[Entry], protocol: Protocol, header: str) -> list[st
     ]
 
 
-def _cells(entry: Entry, protocol: Protocol, width: float, with_start: bool) -> list[str]:
-    found, top5, start = (entry.values(protocol, kind, width) for kind in ('values', 'top5', 'start'))
+def _cell(entry: Entry, protocol: Protocol, width: float) -> str:
+    found, top5 = (entry.values(protocol, kind, width) for kind in ('values', 'top5'))
     if not found:
-        return ['', '', ''] if with_start else ['']
+        return ''
     cell = _mean(found) + (f' / {_mean(top5)}' if top5 else '')
-    if 1 < len(entry.networks) != len(found):
-        cell += f' (of {len(found)})'
-    if not with_start:
-        return [cell]
-    return [_mean(start), cell, f'{mean(found) - mean(start):+.1f}'] if start else ['', cell, '']
+    return cell + (f' (of {len(found)})' if 1 < len(entry.networks) != len(found) else '')
+
+
+def _baselines(
+    entries: Sequence[Entry], protocols: Sequence[Protocol], alone: bool
+) -> Iterator[tuple[str, str, list[str]]]:
+    """Name, width and accuracies of random weights, of a network that stands alone, and of raw pixels."""
+    for fact in entries[0].facts if alone else ():
+        start = [entries[0].values(protocol, 'start', fact.width) for protocol in protocols]
+        if any(start):
+            yield RANDOM_WEIGHTS, f'{fact.width:g}', [_mean(values) if values else '' for values in start]
+    for name, found in raw_pixels_of(entries, protocols).items():
+        tops = [(*found[of].top1.values(), *found[of].top5.values()) if of in found else () for of in protocols]
+        yield name, '', [' / '.join(f'{top:.1f}' for top in each) for each in tops]
+
+
+def raw_pixels_of(entries: Sequence[Entry], protocols: Sequence[Protocol]) -> dict[str, dict[Protocol, Result]]:
+    """Results of raw pixels by these protocols, under a name that tells their size if networks see several."""
+    by_size: dict[int, dict[Protocol, Result]] = {}
+    for entry in entries:
+        for protocol in protocols:
+            if protocol in entry.raw_pixels:
+                by_size.setdefault(entry.size, {}).setdefault(protocol, entry.raw_pixels[protocol])
+    return {RAW_PIXELS if len(by_size) == 1 else f'{RAW_PIXELS}, {size} px': of for size, of in by_size.items()}
 
 
 def _mean(values: Sequence[float]) -> str:

@@ -1,0 +1,30 @@
+"""Raw pixels as features: what a network has to be better than."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from slimclr_hub.data import DataConfig
+
+_LARGEST_SIZE = 64
+_MOST_NUMBERS = 2**28  # 1 GiB of features
+
+
+class RawPixels(nn.Module):
+    """A network whose features are the image itself, at one width: an image of C channels, H x W, has C * H * W."""
+
+    widths = (1.0,)
+
+    def forward_widths(self, images: torch.Tensor, widths: Sequence[float] = widths) -> dict[float, torch.Tensor]:
+        """Images [B, C, H, W] -> features [B, C * H * W]."""
+        return {width: images.flatten(1) for width in widths}
+
+
+def raw_pixels(data: DataConfig, images: int) -> RawPixels | None:
+    """Raw pixels of so many training images; None where they say nothing or cost much.
+
+    That is for images of more than 64 pixels a side, and for more than 2^28 numbers in all.
+    """
+    numbers = images * data.channels * data.size**2
+    return RawPixels() if data.size <= _LARGEST_SIZE and numbers <= _MOST_NUMBERS else None
