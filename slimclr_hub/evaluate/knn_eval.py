@@ -30,14 +30,15 @@ from slimclr_hub.evaluate.network import (
     default_output,
     open_for_test,
 )
+from slimclr_hub.evaluate.pixels import RawPixels, raw_pixels
 from slimclr_hub.evaluate.rank import RANK_IMAGES, gram_matrix, rank_of_gram, rank_rows
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.calibrate import is_calibrated
 from slimclr_hub.models.widths import check_width, check_widths
 from slimclr_hub.runs.command_line import make_parser, parse, run_script
-from slimclr_hub.runs.figures import line_style, marker, new_figure, save_figure
+from slimclr_hub.runs.figures import GREY, line_style, marker, new_figure, save_figure
 from slimclr_hub.runs.progress import progress_bar
-from slimclr_hub.runs.result import RESULT, Protocol, Result, data_name, environment, load, save
+from slimclr_hub.runs.result import RAW_PIXELS, RESULT, Protocol, Result, data_name, environment, load, save
 from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.settings import PRECISIONS, Incidental, above, at_least, one_of, plain, relevant
 
@@ -46,15 +47,17 @@ _TOP = 5
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig(Incidental):
-    """Memory and output.
+    """Memory, output, and what to compare with.
 
     Args:
         chunk: Queries of all processes at a time. A process needs at most about chunk x 65,536 numbers for it.
         output: Folder of the result; knn_eval in the folder of the network where null.
+        raw_pixels: State what the pixels of the images reach, too; never for images of more than 64 pixels a side.
     """
 
     chunk: int = 1024
     output: str | None = None
+    raw_pixels: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,17 +129,20 @@ def _knn_eval(argv: Sequence[str]) -> None:
         raise InputError(f'precision {config.precision}: {error}') from error
     results = evaluate(config, accelerator)
     if accelerator.is_main_process:
-        *results, rank = results
-        draw_results(results, config.folder / 'knn')
+        pixels = [result for result in results if result.network == RAW_PIXELS]
+        *results, rank = results[: len(results) - len(pixels)]
+        draw_results(results, config.folder / 'knn', pixels)
         best_first = sorted(results, key=lambda result: -result.mean)
-        save([*best_first, rank], config.folder)  # last: its presence says that the evaluation is finished
-        print_results(results, best_first[0], rank)
+        save([*best_first, rank, *pixels], config.folder)  # last: its presence says that the evaluation is finished
+        print_results(results, best_first[0], rank, pixels)
         print(f'Result: {config.folder / RESULT}\nFigure: {config.folder / "knn.png"}')
     accelerator.end_training()
 
 
 def evaluate(config: KNNEvalConfig, accelerator: Accelerator) -> list[Result]:
-    """Measure accuracies for every k and tau, and last the rank of training images; the same on all processes.
+    """Measure accuracies for every k and tau, then the rank of training images, then accuracies of raw pixels.
+
+    The result is the same on all processes.
 
     Of P processes each holds the features of 1/P of the training images and 1/P of the validation images at all widths
     in main memory, 4 bytes a number: for ImageNet and ResNet-50 at four widths 27 GB / P. Its device holds those of the
@@ -167,34 +173,42 @@ def evaluate(config: KNNEvalConfig, accelerator: Accelerator) -> list[Result]:
     bank, labels = _share_features(accelerator, model, bank_loader, widths, size)
     queries, truth = _share_features(accelerator, model, query_loader, widths, count)
     ranks = {width: _rank_in_all(accelerator, bank[width], size) for width in widths}
+    features = {config.network: (queries, bank)}
+    if config.raw_pixels and (pixels := raw_pixels(config.data, size)):
+        queries, _ = _share_features(accelerator, pixels, query_loader, pixels.widths, count)
+        features[RAW_PIXELS] = queries, _share_features(accelerator, pixels, bank_loader, pixels.widths, size)[0]
     with torch.inference_mode():  # as they were computed; in place, since they are large
-        for features in (*bank.values(), *queries.values()):
-            F.normalize(features, dim=1, out=features)
+        for x in (x for pair in features.values() for by_width in pair for x in by_width.values()):
+            F.normalize(x, dim=1, out=x)
     labels, truth = labels.to(accelerator.device), truth.to(accelerator.device)
     classes = classes_of(accelerator, torch.cat([labels, truth]), config.data.name)
     ks = tuple(sorted(config.k)) if config.k else (min(default_k(size, classes), size),)
-    accuracies = {}
-    with progress_bar(count * len(widths), 'neighbours', accelerator.is_main_process) as bar:
-        for width in widths:
-            hits = _hits(accelerator, config, ks, (queries[width], truth), (bank[width], labels), classes, bar)
-            accuracies[width] = {key: [100 * hit / count for hit in of] for key, of in hits.items()}
+    accuracies: dict[str, dict[float, dict[tuple[int, float | None], list[float]]]] = {name: {} for name in features}
+    searches = sum(len(bank) for _, bank in features.values())
+    with progress_bar(count * searches, 'neighbours', accelerator.is_main_process) as bar:
+        for name, (queries, bank) in features.items():
+            for width in bank:
+                hits = _hits(accelerator, config, ks, (queries[width], truth), (bank[width], labels), classes, bar)
+                accuracies[name][width] = {key: [100 * hit / count for hit in of] for key, of in hits.items()}
     data, made = data_name(asdict(config.data)), environment()
     limit = config.bank if config.bank == size else None
     about: dict[str, Any] = {'settings': {**plain(asdict(config)), 'weights': weights}, 'environment': made}
     accuracy = [
         Result(
-            config.network,
+            name,
             Protocol('knn', data, limit, k, temperature),
-            top1={width: accuracies[width][k, temperature][0] for width in widths},
-            top5={width: accuracies[width][k, temperature][1] for width in widths} if classes > _TOP else {},
+            top1={width: of[k, temperature][0] for width, of in accuracies[name].items()},
+            top5={width: of[k, temperature][1] for width, of in accuracies[name].items()} if classes > _TOP else {},
             images=count,
-            **about,
+            **(about if name == config.network else {'environment': made}),
         )
+        for name in accuracies
         for temperature in config.temperature
         for k in ks
     ]
     rank = Result(config.network, Protocol('rank', data, limit), {}, rank=ranks, images=min(size, RANK_IMAGES), **about)
-    return [*accuracy, rank]
+    own = [result for result in accuracy if result.network == config.network]
+    return [*own, rank, *accuracy[len(own) :]]
 
 
 def _rank_in_all(accelerator: Accelerator, features: torch.Tensor, total: int) -> float:
@@ -275,7 +289,11 @@ def _share_loader(
 
 @torch.inference_mode()
 def _share_features(
-    accelerator: Accelerator, backbone: SlimmableResNet, loader: DataLoader, widths: Sequence[float], total: int
+    accelerator: Accelerator,
+    backbone: SlimmableResNet | RawPixels,
+    loader: DataLoader,
+    widths: Sequence[float],
+    total: int,
 ) -> tuple[dict[float, torch.Tensor], torch.Tensor]:
     """Compute features [N, D] of this process's share at all widths, in main memory, and labels [N]."""
     features = {width: [torch.empty(0, _features_at(backbone, width))] for width in widths}
@@ -289,7 +307,9 @@ def _share_features(
     return {width: torch.cat(parts) for width, parts in features.items()}, torch.cat(labels)
 
 
-def _features_at(backbone: SlimmableResNet, width: float) -> int:
+def _features_at(backbone: SlimmableResNet | RawPixels, width: float) -> int:
+    if isinstance(backbone, RawPixels):
+        return backbone.num_features
     with backbone.set_width(width):
         return backbone.num_features
 
@@ -337,34 +357,41 @@ def _check_output(config: KNNEvalConfig, weights: str) -> None:
         )
 
 
-def print_results(results: Sequence[Result], best: Result, rank: Result) -> None:
-    """Print top-1 / top-5 of every width for every k and tau, mark the best in the mean over widths, and the rank."""
+def print_results(results: Sequence[Result], best: Result, rank: Result, pixels: Sequence[Result] = ()) -> None:
+    """Print top-1 / top-5 of every width for every k and tau, mark the best in the mean over widths, and the rank.
+
+    `pixels` are the results of raw pixels for the same k and tau in the same order, if any.
+    """
     rows = [
         [
             str(result.protocol.k),
             '-' if result.protocol.temperature is None else f'{result.protocol.temperature:g}',
             *(
-                f'{top1:.1f} / {result.top5[width]:.1f}' if result.top5 else f'{top1:.1f}'
-                for width, top1 in result.top1.items()
+                f'{top1:.1f} / {each.top5[width]:.1f}' if each.top5 else f'{top1:.1f}'
+                for each in (result, *pixels[i : i + 1])
+                for width, top1 in each.top1.items()
             ),
             'best' if result is best and len(results) > 1 else '',
         ]
-        for result in results
+        for i, result in enumerate(results)
     ]
     title = f'{best.network}: k-NN, {"top-1 / top-5" if best.top5 else "top-1"} accuracy (%) by width'
     note = 'Best in the mean over widths, chosen on the very images that it is measured on.'
-    headers = ['k', 'tau', *(f'{width:g}' for width in best.top1), '']
+    headers = ['k', 'tau', *(f'{width:g}' for width in best.top1), *([RAW_PIXELS] if pixels else []), '']
     listed = ', '.join(f'{width:g}: {value:.1f}' for width, value in rank.rank.items())
     notes = [note] if len(results) > 1 else []
     notes.append(f'{rank.protocol.label}: {rank.protocol}; {rank.images} training images; by width {listed}')
     TextTable(title, headers, rows, notes, names=0).print()
 
 
-def draw_results(results: Sequence[Result], path: Path) -> None:
-    """Draw top-1 accuracy over k, a line for each width and a panel for each tau, into `path`.png and `path`.pdf."""
+def draw_results(results: Sequence[Result], path: Path, pixels: Sequence[Result] = ()) -> None:
+    """Draw top-1 accuracy over k, a line for each width and a panel for each tau, into `path`.png and `path`.pdf.
+
+    `pixels` are the results of raw pixels for the same k and tau, which have a line of their own, if any.
+    """
     temperatures = list(dict.fromkeys(result.protocol.temperature for result in results))
     figure, axes = new_figure(len(temperatures))
-    lowest, highest = (f(value for one in results for value in one.top1.values()) for f in (min, max))
+    lowest, highest = (f(value for one in (*results, *pixels) for value in one.top1.values()) for f in (min, max))
     margin = max(0.05 * (highest - lowest), 0.5)
     for axis, temperature in zip(axes, temperatures, strict=True):
         shown = [result for result in results if result.protocol.temperature == temperature]
@@ -372,6 +399,8 @@ def draw_results(results: Sequence[Result], path: Path) -> None:
         for i, width in enumerate(shown[0].top1):
             values = [result.top1[width] for result in shown]
             axis.plot(ks, values, label=f'width {width:g}', marker=marker(i), **line_style(i))
+        if of_pixels := [result.top1[1.0] for result in pixels if result.protocol.temperature == temperature]:
+            axis.plot(ks, of_pixels, label=RAW_PIXELS, marker='.', color=GREY, linestyle='-.')
         axis.set_xscale('log')
         axis.set_xticks(ks, [str(k) for k in ks])
         axis.minorticks_off()

@@ -12,9 +12,13 @@ _MOST_NUMBERS = 2**28  # 1 GiB of features
 
 
 class RawPixels(nn.Module):
-    """A network whose features are the image itself, at one width: an image of C channels, H x W, has C * H * W."""
+    """A network whose `num_features` = C * H * W features are the image itself, at one width."""
 
     widths = (1.0,)
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
 
     def forward_widths(self, images: torch.Tensor, widths: Sequence[float] = widths) -> dict[float, torch.Tensor]:
         """Images [B, C, H, W] -> features [B, C * H * W]."""
@@ -26,5 +30,5 @@ def raw_pixels(data: DataConfig, images: int) -> RawPixels | None:
 
     That is for images of more than 64 pixels a side, and for more than 2^28 numbers in all.
     """
-    numbers = images * data.channels * data.size**2
-    return RawPixels() if data.size <= _LARGEST_SIZE and numbers <= _MOST_NUMBERS else None
+    features = data.channels * data.size**2
+    return RawPixels(features) if data.size <= _LARGEST_SIZE and images * features <= _MOST_NUMBERS else None

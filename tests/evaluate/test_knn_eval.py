@@ -76,8 +76,18 @@ def alone(monkeypatch):
     AcceleratorState._reset_state(True)
 
 
-def results_by_k(folder: Path) -> dict[tuple[int | None, float | None], Result]:
-    return {(of.protocol.k, of.protocol.temperature): of for of in load(folder / 'result.json')[:-1]}
+def results_of(folder: Path, pixels: bool = False) -> list[Result]:
+    results = [of for of in load(folder / 'result.json') if of.protocol.kind == 'knn']
+    return [of for of in results if (of.network == 'raw pixels') == pixels]
+
+
+def rank_in(folder: Path) -> Result:
+    (result,) = (of for of in load(folder / 'result.json') if of.protocol.kind == 'rank')
+    return result
+
+
+def results_by_k(folder: Path, pixels: bool = False) -> dict[tuple[int | None, float | None], Result]:
+    return {(of.protocol.k, of.protocol.temperature): of for of in results_of(folder, pixels)}
 
 
 # The search
@@ -171,7 +181,7 @@ def test_accuracies_are_those_of_the_features(place, result, alone):
 
 def test_rank_is_that_of_training_features(place, result):
     model = timm.create_model(f'local-dir:{place / "network"}', pretrained=True).eval()
-    *_, measured = load(result[0] / 'result.json')
+    measured = rank_in(result[0])
     assert measured.protocol == Protocol('rank', 'fashion-mnist')
     assert (measured.top1, measured.images) == ({}, BANK)
     for width in WIDTHS:
@@ -184,7 +194,7 @@ def test_rank_is_that_of_training_features(place, result):
 
 def test_results_are_listed_from_the_best_on(place, result):
     folder, printed = result
-    *results, _ = load(folder / 'result.json')
+    results = results_of(folder)
     assert [of.mean for of in results] == sorted((of.mean for of in results), reverse=True)
     assert {(of.network, of.protocol.kind, of.protocol.data, of.images) for of in results} == {
         (str(place / 'network'), 'knn', 'fashion-mnist', QUERIES)
@@ -196,6 +206,29 @@ def test_results_are_listed_from_the_best_on(place, result):
         assert row[2:4] == cells
         assert ('best' in row) == (measured == results[0])
     assert 'chosen on the very images' in printed
+
+
+def test_raw_pixels(place, result):
+    """As scikit-learn finds them on the same images; of an image with equal votes both take the first class."""
+    (bank, labels), (queries, truth) = (some_images('train', BANK), some_images('test', QUERIES))
+    found = results_by_k(result[0], pixels=True)
+    assert found.keys() == {(k, t) for k in KS for t in (0.1, None)}
+    assert load(result[0] / 'result.json')[: len(found)] == results_of(result[0])  # the network's own come first
+    for k in KS:
+        reference = KNeighborsClassifier(k, algorithm='brute', metric='cosine').fit(normalised(bank).flatten(1), labels)
+        expected = 100 * reference.score(normalised(queries).flatten(1), truth)
+        assert found[k, None].top1 == {1.0: pytest.approx(expected)}
+        cell = f'{found[k, None].top1[1.0]:.1f} / {found[k, None].top5[1.0]:.1f}'
+        assert re.search(rf'│ +{k} │ +- │.*│ +{cell} │', result[1])
+    assert 'raw pixels' in result[1]
+
+
+def test_raw_pixels_can_be_left_out(place, result, alone, capsys):
+    _knn_eval(arguments(place, '--raw_pixels', 'false', output='without'))
+    assert [(of.protocol, of.top1) for of in load(place / 'without' / 'result.json')[:-1]] == [
+        (of.protocol, of.top1) for of in results_of(result[0])
+    ]
+    assert 'raw pixels' not in capsys.readouterr().out
 
 
 def test_k_follows_the_images_of_a_class(place, alone):
@@ -263,10 +296,12 @@ def test_two_processes_predict_as_one(two_processes, size, k):
 
 
 def test_two_processes_have_the_accuracies_of_one(two_processes, result):
-    two, one = (results_by_k(folder) for folder in (two_processes[0] / 'two', result[0]))
-    assert {key: (of.top1, of.top5) for key, of in two.items()} == {key: (of.top1, of.top5) for key, of in one.items()}
+    for pixels in False, True:
+        two, one = (results_by_k(folder, pixels) for folder in (two_processes[0] / 'two', result[0]))
+        assert len(one) == 6
+        assert {k: (of.top1, of.top5) for k, of in two.items()} == {k: (of.top1, of.top5) for k, of in one.items()}
     assert two_processes[1].stdout.count('Result:') == 1
-    two, one = (load(folder / 'result.json')[-1] for folder in (two_processes[0] / 'two', result[0]))
+    two, one = (rank_in(folder) for folder in (two_processes[0] / 'two', result[0]))
     assert two.rank == pytest.approx(one.rank, rel=1e-6)
     assert (two.protocol, two.images) == (one.protocol, one.images)
 
@@ -333,9 +368,7 @@ def test_weights_say_which_network_it_is(place, result, tmp_path, alone):
     shutil.copytree(place / 'network', moved)
     shutil.copytree(result[0], out)
     _knn_eval(arguments(place, '--network', str(moved), output='moved'))  # the same under another name
-    assert [(of.network, of.top1) for of in load(out / 'result.json')] == [
-        (str(moved), of.top1) for of in load(result[0] / 'result.json')
-    ]
+    assert [(of.network, of.top1) for of in results_of(out)] == [(str(moved), of.top1) for of in results_of(result[0])]
     model = timm.create_model(f'local-dir:{moved}', pretrained=True)
     model.conv1.weight.data *= 2
     save_folder(model, moved, size=16, mean=(0.286,), std=(0.353,), crop_pct=1.0, card='')
@@ -344,7 +377,7 @@ def test_weights_say_which_network_it_is(place, result, tmp_path, alone):
     # A result of before the hash was recorded has the name alone.
     results = json.loads((out / 'result.json').read_text())
     for each in results:
-        del each['settings']['weights']
+        each['settings'].pop('weights', None)
         each['settings']['network'] = 'a'
     (out / 'result.json').write_text(json.dumps(results))
     with pytest.raises(InputError, match=r'by other settings \(network a, not '):
