@@ -51,8 +51,9 @@ def main() -> None:
 
 @app.command('list')
 def list_networks() -> None:
-    """List the published networks: cost of each width, and accuracies that the paper reports."""
-    from slimclr_hub.weights.published import ARCHITECTURE, PUBLISHED, published_facts
+    """List the networks with weights: cost of each width, and accuracies."""
+    from slimclr_hub.runs.result import load
+    from slimclr_hub.weights.published import ARCHITECTURE, PUBLISHED, SHIPPED, published_facts
 
     table = _table(['tag', 'width', 'params', 'mult-adds', 'top-1', 'box AP', 'mask AP'], f'{ARCHITECTURE}.TAG')
     for published in PUBLISHED.values():
@@ -67,7 +68,19 @@ def list_networks() -> None:
     print(
         'mult-adds: for one image of 224x224. As the paper reports: top-1 of a linear probe on\n'
         'ImageNet (%), AP on COCO of a Mask R-CNN fine-tuned from it. A tag with lincls in its name has the probe.\n'
-        f"timm.create_model('{ARCHITECTURE}.{next(iter(PUBLISHED))}', pretrained=True, width=0.5)"
+        f"timm.create_model('{ARCHITECTURE}.{next(iter(PUBLISHED))}', pretrained=True, width=0.5)\n"
+    )
+    first = next(iter(SHIPPED.values()))
+    table = _table(['tag', 'width', 'params', 'mult-adds', 'top-1'], f'{first.architecture}.TAG')
+    for shipped in SHIPPED.values():
+        top1 = next(result.top1 for result in load(shipped.results) if result.protocol.kind == 'linear')
+        for i, fact in enumerate(published_facts(shipped.num_classes, shipped.architecture)):
+            cells = ('' if i else shipped.tag, *fact.cells.values(), f'{top1[fact.width]:.1f}')
+            table.add_row(*cells, end_section=i == len(top1) - 1)
+    _print(table)
+    print(
+        f'In the package, for grey images of {first.size}x{first.size}: top-1 of a linear probe on {first.data} (%).\n'
+        f"timm.create_model('{first.architecture}', pretrained=True, width=0.5)"
     )
 
 

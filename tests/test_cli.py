@@ -22,9 +22,10 @@ from slimclr_hub import cli
 from slimclr_hub.inference.embed import embed
 from slimclr_hub.inference.predict import predict
 from slimclr_hub.models import DEFAULT_WIDTHS
+from slimclr_hub.runs.result import load
 from slimclr_hub.train.config import ModelConfig
 from slimclr_hub.train.setup import make_backbone
-from slimclr_hub.weights.published import PUBLISHED
+from slimclr_hub.weights.published import PUBLISHED, SHIPPED
 from tests.data_room.files import some_images, write_pngs
 from tests.hub.files import ROOT, Ended, save_small, small_network
 
@@ -149,7 +150,11 @@ def test_analyze_passes_its_arguments_on(command, tmp_path):
 
 def test_list(succeed):
     out = succeed('list')
-    numbers = [line for line in rows(out) if line and re.fullmatch(r'[\d.]+|\w+_in1k', line[0])]
+    authors, ours = out.split('slimclr_resnet20.TAG')
+    numbers, shipped = (
+        [line for line in rows(part) if line and re.fullmatch(r'[\d.]+|\w+_(in1k|fashionmnist)', line[0])]
+        for part in (authors, ours)
+    )
     assert len(numbers) == len(PUBLISHED) * len(DEFAULT_WIDTHS)
     for i, published in enumerate(PUBLISHED.values()):
         first, *others = numbers[4 * i : 4 * i + 4]
@@ -161,8 +166,18 @@ def test_list(succeed):
             assert [float(cell) for cell in cells[5:]] == accuracies
     assert numbers[0][1:] == ['1', '25.6', 'M', '4.09', 'G', '72.3']
     assert numbers[7] == ['0.25', '1.48', 'M', '278', 'M', '62.4']
-    (line,) = (line for line in out.splitlines() if line.startswith('timm.create_model('))
-    assert timm.is_model(ast.literal_eval(line[len('timm.create_model') :].split(',')[0] + ',)')[0].partition('.')[0])
+    assert [line[0] for line in shipped[::4]] == [*SHIPPED]
+    for i, network in enumerate(SHIPPED.values()):
+        linear = next(result.top1 for result in load(network.results) if result.protocol.kind == 'linear')
+        assert [float(line[-1]) for line in shipped[4 * i : 4 * i + 4]] == [
+            round(value, 1) for value in linear.values()
+        ]
+    lines = [line for line in out.splitlines() if line.startswith('timm.create_model(')]
+    assert len(lines) == 2
+    for line in lines:
+        assert timm.is_model(
+            ast.literal_eval(line[len('timm.create_model') :].split(',')[0] + ',)')[0].partition('.')[0]
+        )
 
 
 def assert_tells_small(out):
@@ -183,7 +198,7 @@ def test_info_of_a_folder(succeed, small):
 def test_info_of_a_file(succeed, small, published):
     out = succeed('info', small / 'model.safetensors')
     assert 'slimclr_resnet20, head: switchable, 10 classes' in out
-    assert ['0.25', '17.5', 'k', '2.63', 'M', '16'] in rows(out)
+    assert ['0.25', '17.5', 'k', '1.48', 'M', '16'] in rows(out)
     out = succeed('info', published['mocov2_200e_in1k'] / 'model.safetensors')
     assert 'slimclr_resnet50, head: none' in out
     assert ['0.5', '5.89', 'M', '1.05', 'G', '1024'] in rows(out)
@@ -456,7 +471,7 @@ def test_cards(succeed, tmp_path):
         ('slimclr_resnet5', ("'slimclr_resnet5' is not a tag", 'a folder', '.safetensors file', 'hf-hub:USER/NAME')),
         ('resnet50', ("'resnet50' is not a tag",)),
         ('slimclr_resnet50.mocov4', ('mocov4',)),
-        ('slimclr_resnet20', ('no pretrained weights of slimclr_resnet20', 'mocov3_300e_lincls_in1k')),
+        ('slimclr_resnet20x4', ('no pretrained weights of slimclr_resnet20x4', 'mocov3_300e_lincls_in1k')),
         ('not/there', ("'not/there' is not",)),
         ('local-dir:not/there', ('not/there does not exist',)),
         ('hf-hub:too/many/names', ("'too/many/names' is not the name of a repository",)),

@@ -15,7 +15,7 @@ import pytest
 import timm
 
 REPOSITORY = Path(__file__).parents[1]
-DENSE = ('slimclr_resnet50_075', 'slimclr_resnet50_050', 'slimclr_resnet50_025')
+DENSE = ('slimclr_resnet50_075', 'slimclr_resnet50_050', 'slimclr_resnet50_025', 'slimclr_resnet20_050')
 SLIMMABLE = ('slimclr_resnet50', 'slimclr_resnet20', 'slimclr_resnet20x4')
 
 # Every test of timm's that goes over all models or all ResNets.

@@ -15,7 +15,7 @@ from slimclr_hub.hub.open import open_network
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import early
 from slimclr_hub.settings import RECIPE
-from slimclr_hub.weights.published import PUBLISHED, Published
+from slimclr_hub.weights.published import PUBLISHED, SHIPPED, Published, Shipped
 
 _TRAINING_ALONE = ('batch_size', 'num_samples', 'max_corrupt', 'shuffle_buffer')
 _IMAGENET = DataConfig(
@@ -60,6 +60,13 @@ def published_network(network: str) -> Published | None:
     return next((published for published in PUBLISHED.values() if published.name == network), None)
 
 
+def shipped_network(network: str | None) -> Shipped | None:
+    """Facts of a network of the package that is asked for by its name, else None."""
+    if network is None or Path(network).exists():
+        return None
+    return next((shipped for shipped in SHIPPED.values() if shipped.name == network), None)
+
+
 def check_images(data: DataConfig) -> None:
     """Raise an InputError if there is no folder of images, or none of them are apart from the training images."""
     if data.name == 'folder' and data.root is not None and not Path(data.root).exists():
@@ -96,15 +103,21 @@ def default_output(network: str, kind: str) -> Path:
 def data_defaults(argv: Sequence[str]) -> dict[str, Any]:
     """Default images for the network that a command line names, as `data.key` -> value.
 
-    They are those that a run was trained on, and ImageNet for other networks. `--network`, or `network` in the recipe
-    of `--config`, names the network.
+    They are those that a run was trained on, for a network of the package those that the package has, and ImageNet for
+    others. `--network`, or `network` in the recipe of `--config`, names the network.
 
     Raises:
         InputError: The network is a run whose recipe cannot be read.
     """
     network = early(argv, '--network') or _network_in_recipe(early(argv, '--config'))
     recipe = folder_of(network) / RECIPE if network else None
-    data = _recorded_data(recipe) if recipe is not None and recipe.is_file() else _IMAGENET
+    shipped = shipped_network(network)
+    if recipe is not None and recipe.is_file():
+        data = _recorded_data(recipe)
+    elif shipped is not None:
+        data = _images_of(shipped)
+    else:
+        data = _IMAGENET
     return {f'data.{key}': value for key, value in asdict(data).items() if key not in _TRAINING_ALONE}
 
 
@@ -121,6 +134,11 @@ def changes(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> list[st
         for key, value in settings.items()
         if key in recorded and key not in ignored and recorded[key] != value
     ]
+
+
+def _images_of(shipped: Shipped) -> DataConfig:
+    # Those of the package, as it shall work without any other file.
+    return DataConfig(size=shipped.size, channels=3, mean=(shipped.mean,) * 3, std=(shipped.std,) * 3)
 
 
 def _recorded_data(recipe: Path) -> DataConfig:

@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from slimclr_hub.runs.result import Result
+from slimclr_hub.runs.result import Result, load
 from slimclr_hub.weights.published import (
     ARCHITECTURE,
     AUTHORS_REPOSITORY,
     PUBLISHED,
+    SHIPPED,
     Published,
+    Shipped,
     WidthFacts,
     published_facts,
 )
@@ -250,6 +252,7 @@ with torch.inference_mode():
 _FEATURES = {'at_050': 'features = model(images)  # [1, 1024]', 'at_025': 'features = model(images)  # [1, 512]'}
 _CLASSES = dict.fromkeys(('at_050', 'at_025'), 'probabilities, classes = model(images).softmax(-1).topk(5)')
 _LIMIT_OF_CLASSES = 'The classes are those of ImageNet-1k; the probe is linear, a fine-tuned network is better.'
+_LIMIT_OF_SHIPPED_CLASSES = "The classes are Fashion-MNIST's ten; the probe is linear."
 _LIMIT_OF_FEATURES = 'It gives features; for classes train a head, or take the tag with `lincls` in its name.'
 _ABOUT_PROBE = '\n\nEach width has a linear layer of its own; `num_classes=0` gives the features that it sees.'
 
@@ -287,6 +290,108 @@ def _reported_table(published: Published) -> str:
     return _markdown([[*rows[0]], *([*row.values()] for row in rows)])
 
 
+# Networks in the package
+
+_SHIPPED = """\
+---
+library_name: timm
+pipeline_tag: {pipeline}
+license: apache-2.0
+datasets:
+- zalando-datasets/fashion_mnist
+tags:
+- {pipeline}
+- timm
+- slimclr
+- self-supervised-learning
+---
+# {name}
+
+A slimmable ResNet-20 in one file of a megabyte, which comes with the package: four networks, at 100, 75, 50 and 25 %
+of the channels. SlimCLR on {method} pre-trained it for {epochs} epochs on the 60,000 training images of {data} without
+labels{probe}.
+
+{table}
+
+Parameters are those of the network in this file at that width; multiply-adds are for one image of {size}x{size} pixels.
+Accuracies are top-1 (%) on the 10,000 test images, whose standard error is about 0.3 points; the network has not seen
+them, and there is one run of it.{explained}
+
+## Usage
+
+```python
+import timm, torch, slimclr_hub
+from PIL import Image
+
+model = timm.create_model('{name}', pretrained=True, width=0.5).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+images = transform(Image.open('image.jpg').convert('RGB')).unsqueeze(0)
+with torch.inference_mode():
+    {at_050}
+    model.set_width(0.25)
+    {at_025}
+```
+
+The images are grey: three equal channels are what the first convolution is made for, and `in_chans=1` takes one.
+A dense network of one width reads its slices of the same file:
+
+```python
+dense = timm.create_model('slimclr_resnet20_050.{tag}', pretrained=True).eval()  # or _075, _025
+```
+
+## Training
+
+{made}
+
+![Loss and accuracy while training](slimclr_resnet20.{run}.png)
+
+```
+accelerate launch recipes/pretrain.py --config recipes/configs/{recipe}.yaml --data.root FASHION_MNIST
+```
+
+trains it again, and these give the accuracies above:
+
+```
+{evaluations}
+```
+
+FASHION_MNIST is the folder of the data set's four IDX files, or torchvision's root of them.
+
+## Limits
+
+- Small grey pictures of single garments on black: expect little of it on anything else.
+- {limits}
+- It is here to try the package with, and to test it. Networks for photographs are the authors', on ImageNet.
+
+Method: Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, https://arxiv.org/abs/2209.15525.
+"""
+
+_SHIPPED_FEATURES = {'at_050': 'features = model(images)  # [1, 32]', 'at_025': 'features = model(images)  # [1, 16]'}
+_SHIPPED_CLASSES = dict.fromkeys(('at_050', 'at_025'), 'probabilities, classes = model(images).softmax(-1).topk(3)')
+
+
+def shipped_card(shipped: Shipped) -> str:
+    """Write the card of a network of the package, with the accuracies that its evaluations wrote."""
+    results = [result for result in load(shipped.results) if not result.protocol.while_training]
+    with_probe = shipped.num_classes > 0
+    return _SHIPPED.format(
+        **vars(shipped),
+        name=shipped.name,
+        pipeline='image-classification' if with_probe else 'image-feature-extraction',
+        probe='; a linear probe of each width, trained on their labels afterwards, is with it' if with_probe else '',
+        table=card_table(published_facts(shipped.num_classes, shipped.architecture), results),
+        explained=''.join(f' `{label}` is by {result.protocol}.' for label, result in _by_label(results).items()),
+        evaluations='\n'.join(
+            f'accelerate launch recipes/{result.environment["command"]}' for result in _by_label(results).values()
+        ),
+        limits=_LIMIT_OF_SHIPPED_CLASSES if with_probe else _LIMIT_OF_FEATURES,
+        **(_SHIPPED_CLASSES if with_probe else _SHIPPED_FEATURES),
+    )
+
+
 def all_cards() -> dict[str, str]:
     """Write the cards of all published networks: file name -> text."""
-    return {f'{published.name}.md': published_card(published) for published in PUBLISHED.values()}
+    return {
+        **{f'{published.name}.md': published_card(published) for published in PUBLISHED.values()},
+        **{f'{shipped.name}.md': shipped_card(shipped) for shipped in SHIPPED.values()},
+    }

@@ -127,7 +127,9 @@ def _of_one_width(dense: Any, width: float, config: dict[str, Any]) -> Slimmable
     """Build a slimmable network that holds the tensors of a dense one, without channels of zeros, as its only width."""
     tensors = dense.state_dict()
     layout = layout_of({name: tensor.shape for name, tensor in tensors.items()})
-    architecture = ARCHITECTURES[layout.expansion, layout.stages, 64]
+    architecture = config['architecture'].rpartition('_')[0]
+    if architecture not in slimmable_models():
+        architecture = ARCHITECTURES[layout.expansion, layout.stages, 64]
     model = timm.create_model(
         architecture,
         pretrained_cfg={**dense.pretrained_cfg, 'architecture': architecture, 'classifier': f'fc.{width_key(width)}'},

@@ -20,13 +20,14 @@ from slimclr_hub.weights import source
 from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.layouts import ARCHITECTURES
 from slimclr_hub.weights.published import (
-    ARCHITECTURE,
     AUTHORS_REPOSITORY,
     LICENSE_NOTE,
     PAPER,
     PAPER_ID,
     PUBLISHED,
+    SHIPPED,
     hub_name,
+    published_names,
 )
 
 __all__: list[str] = []
@@ -72,7 +73,7 @@ def _slimmable_cfg(**kwargs: Any) -> dict[str, Any]:
     return _cfg(classifier=tuple(f'fc.{width_key(width)}' for width in DEFAULT_WIDTHS), **kwargs)
 
 
-_SMALL = _slimmable_cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0)
+_SMALL = {'num_classes': 10, 'input_size': (3, 32, 32), 'pool_size': (8, 8), 'crop_pct': 1.0}
 
 
 def _published(variant: str, cfg: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -91,16 +92,38 @@ def _published(variant: str, cfg: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+def _shipped(variant: str, cfg: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    # Grey images are read as colours that are equal, so that timm's transforms serve as they are; the first convolution
+    # then has a third of its weight for each.
+    return {
+        f'{variant}.{tag}': {
+            **cfg,
+            'file': str(network.weights),
+            'num_classes': network.num_classes,
+            'input_size': (3, network.size, network.size),
+            'pool_size': (network.size // 4,) * 2,
+            'crop_pct': 1.0,
+            'mean': (network.mean,) * 3,
+            'std': (network.std,) * 3,
+            'description': f'SlimCLR on {network.method}, {network.epochs} epochs on {network.data} without labels',
+        }
+        for tag, network in SHIPPED.items()
+    }
+
+
 default_cfgs = generate_default_cfgs(
     {
         **_published('slimclr_resnet50', _slimmable_cfg()),
         'slimclr_resnet101': _slimmable_cfg(),
         'slimclr_resnet152': _slimmable_cfg(),
-        'slimclr_resnet20': _SMALL,
-        'slimclr_resnet20x4': _SMALL,
+        **_shipped('slimclr_resnet20', _slimmable_cfg()),
+        'slimclr_resnet20x4': _slimmable_cfg(**_SMALL),
         **_published('slimclr_resnet50_075', _cfg()),
         **_published('slimclr_resnet50_050', _cfg()),
         **_published('slimclr_resnet50_025', _cfg()),
+        **_shipped('slimclr_resnet20_075', _cfg()),
+        **_shipped('slimclr_resnet20_050', _cfg()),
+        **_shipped('slimclr_resnet20_025', _cfg()),
     }
 )
 
@@ -172,7 +195,12 @@ def _uninitialised(cls: type[Network]) -> Callable[..., Network]:
 
 
 def _locate(cfg: PretrainedCfg, variant: str, cache_dir: Path | None, overlap: bool) -> Path:
-    if cfg.source != 'hf-hub' and cfg.file:
+    shipped = SHIPPED.get(cfg.tag or '')
+    if shipped is not None and cfg.file != str(shipped.weights):
+        shipped = None
+    if shipped is not None and not cfg.hf_hub_id:  # which whoever overlays it prefers
+        return source.from_package(shipped)
+    if cfg.source != 'hf-hub' and cfg.file and not shipped:
         return source.from_file(Path(cfg.file))
     if cfg.source != 'hf-hub' and cfg.tag is not None and cfg.tag in PUBLISHED and cfg.hf_hub_id == hub_name(cfg.tag):
         if not overlap:
@@ -181,8 +209,8 @@ def _locate(cfg: PretrainedCfg, variant: str, cache_dir: Path | None, overlap: b
     if cfg.hf_hub_id:
         return source.from_hub(cfg.hf_hub_id, cfg.hf_hub_filename or source.WEIGHTS, cache_dir)
     raise InputError(
-        f'there are no pretrained weights of {variant}; there are of {ARCHITECTURE}, with the tags '
-        f'{", ".join(PUBLISHED)}. pretrained=False gives a network of random weights'
+        f'there are no pretrained weights of {variant}; there are of '
+        f'{", ".join(published_names())}. pretrained=False gives a network of random weights'
     )
 
 
@@ -198,7 +226,7 @@ def _slimmable(variant: str, pretrained: bool, lazy: bool = False, **kwargs: Any
 
 
 def _dense(variant: str, pretrained: bool, **kwargs: Any) -> DenseResNet:
-    arch = _arch('slimclr_resnet50')
+    arch = _arch(variant.rpartition('_')[0])
     arguments = {**arch, 'block': arch['block'].dense, **kwargs}
     return build(DenseResNet, variant, pretrained, feature_cfg={'feature_cls': 'getter'}, **arguments)
 
@@ -249,3 +277,21 @@ def slimclr_resnet50_050(pretrained: bool = False, **kwargs: Any) -> DenseResNet
 def slimclr_resnet50_025(pretrained: bool = False, **kwargs: Any) -> DenseResNet:
     """Dense ResNet-50 at width 0.25."""
     return _dense('slimclr_resnet50_025', pretrained, width=0.25, **kwargs)
+
+
+@register_model
+def slimclr_resnet20_075(pretrained: bool = False, **kwargs: Any) -> DenseResNet:
+    """Dense ResNet-20 at width 0.75."""
+    return _dense('slimclr_resnet20_075', pretrained, width=0.75, **kwargs)
+
+
+@register_model
+def slimclr_resnet20_050(pretrained: bool = False, **kwargs: Any) -> DenseResNet:
+    """Dense ResNet-20 at width 0.5."""
+    return _dense('slimclr_resnet20_050', pretrained, width=0.5, **kwargs)
+
+
+@register_model
+def slimclr_resnet20_025(pretrained: bool = False, **kwargs: Any) -> DenseResNet:
+    """Dense ResNet-20 at width 0.25."""
+    return _dense('slimclr_resnet20_025', pretrained, width=0.25, **kwargs)

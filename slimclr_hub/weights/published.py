@@ -1,10 +1,13 @@
-"""Table of the published networks: files, cost of each width, accuracies that the paper reports. Needs no PyTorch.
+"""Tables of the networks with weights: the authors', and those that this package ships. Needs no PyTorch.
 
-Accuracies are those of tables 1 and 2 of Zhao et al., https://arxiv.org/abs/2209.15525.
+Accuracies of the authors' are those of tables 1 and 2 of Zhao et al., https://arxiv.org/abs/2209.15525; the others'
+were measured, as their cards tell.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from slimclr_hub.text import human
 
@@ -54,7 +57,7 @@ class Reported:
 
 @dataclass(frozen=True)
 class Published:
-    """A published network; `tag` is its tag in timm's registry, `file` the name of the authors' file.
+    """A network of the authors'; `tag` is its tag in timm's registry, `file` the name of the authors' file.
 
     `num_classes` are those of its switchable probe, 0 for a backbone alone. `recipe` is one of `recipes/configs/` with
     the same values, and `reported` has the accuracies that the paper reports for this backbone by width.
@@ -74,20 +77,28 @@ class Published:
         return f'{ARCHITECTURE}.{self.tag}'
 
 
-_COSTS = (
-    (1.0, 2048, 23_508_032, 4_087_136_256),
-    (0.75, 1536, 13_234_992, 2_321_141_760),
-    (0.5, 1024, 5_892_640, 1_051_287_552),
-    (0.25, 512, 1_480_976, 277_573_632),
-)
-"""Width, features, parameters of the backbone and its multiply-adds for one image of 224x224 pixels."""
+_COSTS = {
+    ARCHITECTURE: (
+        (1.0, 2048, 23_508_032, 4_087_136_256),
+        (0.75, 1536, 13_234_992, 2_321_141_760),
+        (0.5, 1024, 5_892_640, 1_051_287_552),
+        (0.25, 512, 1_480_976, 277_573_632),
+    ),
+    'slimclr_resnet20': (
+        (1.0, 64, 271_824, 22_957_056),
+        (0.75, 48, 153_276, 12_960_000),
+        (0.5, 32, 68_456, 5_801_472),
+        (0.25, 16, 17_364, 1_481_472),
+    ),
+}
+"""Width, features, parameters of the backbone and its multiply-adds for one image of the size that it is made for."""
 
 
-def published_facts(num_classes: int) -> list[WidthFacts]:
+def published_facts(num_classes: int, architecture: str = ARCHITECTURE) -> list[WidthFacts]:
     """Parameters and multiply-adds of each width of a published network, without a head (0) or with a linear probe."""
     return [
         WidthFacts(width, parameters + (features + 1) * num_classes, multiply_adds + features * num_classes)
-        for width, features, parameters, multiply_adds in _COSTS
+        for width, features, parameters, multiply_adds in _COSTS[architecture]
     ]
 
 
@@ -131,9 +142,102 @@ PUBLISHED: Mapping[str, Published] = {
         *_of_run('mocov2', 'MoCo v2', 200, '789b1a3b17', '48213217', _MOCOV2_200),
     )
 }
-"""Tag -> network, the default first."""
+"""Tag -> network of the authors', the default first."""
+
+
+# Networks in the package
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A network in the package.
+
+    Args:
+        architecture: Name in timm's registry, without a tag.
+        tag: Tag in timm's registry.
+        run: That of the pre-training run, which gave a file with and one without a probe.
+        num_classes: Classes of its switchable probe, 0 for a backbone alone.
+        sha256: Hash of its file.
+        method: Name of the method, in words.
+        epochs: Epochs of pre-training.
+        data: Name of the images.
+        recipe: The one of `recipes/configs/` that trained it.
+        size: Height and width of the images that it was evaluated on, in pixels.
+        mean: Mean of their pixels.
+        std: Standard deviation of their pixels.
+        made: Hardware, versions and hours of pre-training, in words.
+    """
+
+    architecture: str
+    tag: str
+    run: str
+    num_classes: int
+    sha256: str
+    method: str
+    epochs: int
+    data: str
+    recipe: str
+    size: int
+    mean: float
+    std: float
+    made: str
+
+    @property
+    def name(self) -> str:
+        """Name for `timm.create_model`."""
+        return f'{self.architecture}.{self.tag}'
+
+    @property
+    def weights(self) -> Path:
+        """Its tensors, of which dense networks read slices."""
+        return _FOLDER / f'{self.name}.safetensors'
+
+    @property
+    def results(self) -> Path:
+        """What pre-training and evaluations of both files wrote; `runs.result.load` reads it."""
+        return _FOLDER / f'{self.architecture}.{self.run}.json'
+
+
+_FOLDER = Path(__file__).parent / 'shipped'
+
+_FASHION_MNIST: dict[str, Any] = {
+    'architecture': 'slimclr_resnet20',
+    'run': 'mocov3_fashionmnist',
+    'method': 'MoCo v3',
+    'epochs': 12,
+    'data': 'Fashion-MNIST',
+    'recipe': 'mocov3_resnet20_fashionmnist',
+    'size': 24,
+    'mean': 0.286,
+    'std': 0.353,
+    'made': 'TODO',
+}
+
+SHIPPED: Mapping[str, Shipped] = {
+    shipped.tag: shipped
+    for shipped in (
+        Shipped(
+            tag='mocov3_lincls_fashionmnist',
+            num_classes=10,
+            sha256='46d20fa24e93582e08dc7dd4ef658a49dccd9ec7f2c13c5550d05086e988759d',
+            **_FASHION_MNIST,
+        ),
+        Shipped(
+            tag='mocov3_fashionmnist',
+            num_classes=0,
+            sha256='f311c2091cc6f60c9fcf3a283826897c965b571defafd0e47fad9611ad89040f',
+            **_FASHION_MNIST,
+        ),
+    )
+}
+"""Tag -> network in the package, the default first."""
 
 
 def hub_name(tag: str, organisation: str = ORGANISATION) -> str:
     """Name of a published network's repository on the Hub."""
     return f'{organisation}/{PUBLISHED[tag].name}'
+
+
+def published_names() -> list[str]:
+    """Names of all networks with weights, for `timm.create_model`."""
+    return [*(network.name for network in PUBLISHED.values()), *(network.name for network in SHIPPED.values())]

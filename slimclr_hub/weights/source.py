@@ -1,4 +1,7 @@
-"""Sources of a network's weights: a file, the Hub, or the authors' release, converted once and kept as safetensors."""
+"""Sources of a network's weights: the package, a file, the Hub, or the authors' release.
+
+A file of the release is converted once and kept as safetensors.
+"""
 
 import logging
 import os
@@ -27,6 +30,7 @@ from slimclr_hub.weights.published import (
     RELEASE,
     RELEASE_URL,
     Published,
+    Shipped,
     hub_name,
 )
 from slimclr_hub.weights.tensor_file import save_tensors
@@ -65,6 +69,18 @@ def from_file(path: Path) -> Path:
         raise InputError(f'{candidates[0]} does not exist' + (f'; {path} has no {WEIGHTS}' if path.is_dir() else ''))
     _logger.info('Weights from the file %s', file)
     return file
+
+
+def from_package(network: Shipped) -> Path:
+    """Find the weights of a network that the package ships.
+
+    Raises:
+        InputError: The file is missing or is another.
+    """
+    if not network.weights.is_file() or file_hash(network.weights) != network.sha256:
+        raise InputError(f'{network.weights} is missing or damaged; install slimclr-hub again')
+    _logger.info('Weights from the package: %s', network.weights)
+    return network.weights
 
 
 # The Hub

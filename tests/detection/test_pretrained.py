@@ -310,7 +310,7 @@ def test_a_whole_pickle_is_read_and_code_in_it_is_not_run(tmp_path):
         ('nowhere', 'is not a tag such as'),
         ('resnet50.a1_in1k', 'is not a tag such as'),
         ('slimclr_resnet50.mocov9_in1k', 'mocov9_in1k'),
-        ('slimclr_resnet20', 'there are no pretrained weights of slimclr_resnet20'),
+        ('slimclr_resnet20x4', 'there are no pretrained weights of slimclr_resnet20x4'),
         ('local-dir:nowhere', 'does not exist'),
     ],
 )

@@ -11,7 +11,8 @@ from PIL import Image
 from slimclr_hub.hub.card import all_cards
 from slimclr_hub.models.cost import width_facts
 from slimclr_hub.models.registry import slimmable_models
-from slimclr_hub.weights.published import ARCHITECTURE, PUBLISHED, published_facts
+from slimclr_hub.runs.result import load
+from slimclr_hub.weights.published import ARCHITECTURE, PUBLISHED, SHIPPED, published_facts
 from tests.hub.files import ROOT
 
 CARDS = {path.name: path.read_text() for path in sorted((ROOT / 'model_cards').glob('*.md'))}
@@ -42,7 +43,7 @@ def table(text):
 
 def test_cards_are_what_the_command_writes():
     assert all_cards() == CARDS, 'run `slimclr-hub cards`'
-    assert CARDS.keys() == {f'{published.name}.md' for published in PUBLISHED.values()}
+    assert CARDS.keys() == {f'{network.name}.md' for network in (*PUBLISHED.values(), *SHIPPED.values())}
 
 
 @pytest.mark.parametrize('num_classes', [0, 1000])
@@ -132,3 +133,41 @@ def test_all_python_runs_as_printed(hub, reader, published):
 
 def test_the_hub_takes_the_front_matter(reader):
     reader.run(f'from huggingface_hub import ModelCard\nfor text in {[*CARDS.values()]!r}: ModelCard(text).validate()')
+
+
+# Of the networks in the package
+
+
+def shipped_text(tag):
+    return CARDS[f'{SHIPPED[tag].name}.md']
+
+
+@pytest.mark.parametrize('tag', SHIPPED)
+def test_numbers_of_a_shipped_network_are_those_of_its_evaluations(tag):
+    text, results = shipped_text(tag), load(SHIPPED[tag].results)
+    rows = table(text)
+    for kind in 'linear', 'knn':
+        result = next(each for each in results if each.protocol.kind == kind and not each.protocol.while_training)
+        assert result.images == 10_000
+        for width, value in result.top1.items():
+            assert f'{value:.1f}' in rows[width]
+    assert ModelCard(text).data.to_dict()['license'] == 'apache-2.0'
+    assert (ROOT / 'model_cards' / re.search(r'\]\((\S+\.png)\)', text)[1]).is_file()
+    files = re.findall(r'\S+\.(?:py|yaml)\b', ' '.join(blocks(text, '(?:bash)?')))
+    assert files
+    assert all((ROOT / file).is_file() for file in files)
+
+
+@pytest.mark.parametrize('tag', SHIPPED)
+def test_python_of_a_shipped_network_runs_without_a_connection(reader, tag):
+    Image.radial_gradient('L').resize((28, 28)).save(reader.folder / 'image.jpg')
+    run = """
+space = {}
+for block in BLOCKS:
+    exec(block, space)
+result = [list(space.get('features', space.get('classes')).shape), space['dense'].num_features]
+"""
+    found = blocks(shipped_text(tag))
+    assert len(found) == 2
+    result = reader.run(run.replace('BLOCKS', repr(found)), HF_HUB_OFFLINE='1')
+    assert result == [[1, 3 if SHIPPED[tag].num_classes else 16], 32]

@@ -50,7 +50,7 @@ def test_starts_from_some_of_the_widths(plain):
     ('config', 'words'),
     [
         (ModelConfig('slimclr_resnet50', weights='/nowhere'), 'model.weights /nowhere: .*does not exist'),
-        (ModelConfig('slimclr_resnet20', weights='pretrained'), 'no pretrained weights of slimclr_resnet20'),
+        (ModelConfig('slimclr_resnet20x4', weights='pretrained'), 'no pretrained weights of slimclr_resnet20x4'),
     ],
 )
 def test_weights_that_are_not_there(config, words):

@@ -14,11 +14,11 @@ import torch
 import yaml
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.network import default_output, folder_of, open_for_test, published_network
+from slimclr_hub.evaluate.network import default_output, folder_of, open_for_test, published_network, shipped_network
 from slimclr_hub.evaluate.reported import published_result
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cost import WidthFacts, width_facts
-from slimclr_hub.runs.result import RAW_PIXELS, Protocol, Result, results_in
+from slimclr_hub.runs.result import RAW_PIXELS, Protocol, Result, load, results_in
 from slimclr_hub.settings import RECIPE
 
 _REPETITIONS = 7
@@ -128,7 +128,9 @@ def _measurements(network: str, baselines: bool) -> tuple[list[_Measurement], di
     found = [] if published is None else [_Measurement([published_result(published)], '', '')]
     pixels: dict[Protocol, Result] = {}
     folder = default_output(network, '-').parent
-    for file, results in results_in(folder).items():
+    shipped = shipped_network(network)
+    files = results_in(folder) | ({} if shipped is None else {shipped.results: load(shipped.results)})
+    for file, results in files.items():
         written = datetime.fromtimestamp(file.stat().st_mtime, timezone.utc).isoformat(timespec='microseconds')
         source = '' if file.parent == folder else file.parent.name
         by_place: dict[Protocol, list[Result]] = {}
