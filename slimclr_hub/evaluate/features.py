@@ -18,8 +18,7 @@ from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import ArrayImages
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.pixels import RawPixels
-from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.evaluate.pixels import Encoder
 from slimclr_hub.models.widths import width_key
 from slimclr_hub.runs.progress import progress_bar
 from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
@@ -32,7 +31,7 @@ _LABELS = 'labels'
 
 @torch.inference_mode()
 def extract_features(
-    accelerator: Accelerator, backbone: SlimmableResNet | RawPixels, loader: Iterable, widths: Sequence[float]
+    accelerator: Accelerator, backbone: Encoder, loader: Iterable, widths: Sequence[float]
 ) -> tuple[dict[float, torch.Tensor], torch.Tensor]:
     """Compute pooled features in one pass over the images, and gather them and the labels from all processes.
 
@@ -102,7 +101,7 @@ class FeatureCache:
     and all ask together. The network is in eval mode, without a classifier, on the accelerator's device.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, backbone: SlimmableResNet, config: DataConfig) -> None:
+    def __init__(self, folder: Path, accelerator: Accelerator, backbone: Encoder, config: DataConfig) -> None:
         self._folder = folder
         self._accelerator = accelerator
         self._backbone = backbone

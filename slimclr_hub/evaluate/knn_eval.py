@@ -30,9 +30,8 @@ from slimclr_hub.evaluate.network import (
     default_output,
     open_for_test,
 )
-from slimclr_hub.evaluate.pixels import RawPixels, raw_pixels
+from slimclr_hub.evaluate.pixels import Encoder, RawPixels, raw_pixels
 from slimclr_hub.evaluate.rank import RANK_IMAGES, gram_matrix, rank_of_gram, rank_rows
-from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.calibrate import is_calibrated
 from slimclr_hub.models.widths import check_width, check_widths
 from slimclr_hub.runs.command_line import make_parser, parse, run_script
@@ -290,7 +289,7 @@ def _share_loader(
 @torch.inference_mode()
 def _share_features(
     accelerator: Accelerator,
-    backbone: SlimmableResNet | RawPixels,
+    backbone: Encoder,
     loader: DataLoader,
     widths: Sequence[float],
     total: int,
@@ -307,7 +306,7 @@ def _share_features(
     return {width: torch.cat(parts) for width, parts in features.items()}, torch.cat(labels)
 
 
-def _features_at(backbone: SlimmableResNet | RawPixels, width: float) -> int:
+def _features_at(backbone: Encoder, width: float) -> int:
     if isinstance(backbone, RawPixels):
         return backbone.num_features
     with backbone.set_width(width):

@@ -14,6 +14,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.hub.open import open_network
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import early
+from slimclr_hub.runs.result import RAW_PIXELS
 from slimclr_hub.settings import RECIPE
 from slimclr_hub.weights.published import PUBLISHED, SHIPPED, Published, Shipped
 
@@ -116,6 +117,8 @@ def data_defaults(argv: Sequence[str]) -> dict[str, Any]:
         data = _recorded_data(recipe)
     elif shipped is not None:
         data = _images_of(shipped)
+    elif network == RAW_PIXELS:
+        data = DataConfig()
     else:
         data = _IMAGENET
     return {f'data.{key}': value for key, value in asdict(data).items() if key not in _TRAINING_ALONE}

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from slimclr_hub.data import DataConfig
+from slimclr_hub.models.layers import SwitchableLinear
+from slimclr_hub.models.slimmable_resnet import HEAD_STD, SlimmableResNet
 
 _LARGEST_SIZE = 64
 _MOST_NUMBERS = 2**28  # 1 GiB of features
@@ -15,14 +17,24 @@ class RawPixels(nn.Module):
     """A network whose `num_features` = C * H * W features are the image itself, at one width."""
 
     widths = (1.0,)
+    fc: nn.Module
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.num_features = num_features
 
+    def reset_classifier(self, num_classes: int, head: str = 'switchable') -> None:
+        """Make `fc` a new head, as that of a network is; 0 classes for none. With one width both kinds are the same."""
+        self.fc = SwitchableLinear(self.num_features, num_classes, self.widths) if num_classes else nn.Identity()
+        for name, parameter in self.fc.named_parameters():
+            nn.init.zeros_(parameter) if name.endswith('bias') else nn.init.normal_(parameter, std=HEAD_STD)
+
     def forward_widths(self, images: torch.Tensor, widths: Sequence[float] = widths) -> dict[float, torch.Tensor]:
         """Images [B, C, H, W] -> features [B, C * H * W]."""
         return {width: images.flatten(1) for width in widths}
+
+
+Encoder = SlimmableResNet | RawPixels
 
 
 def raw_pixels(data: DataConfig, images: int) -> RawPixels | None:

@@ -14,7 +14,7 @@ from slimclr_hub.distributed import average_batchnorm
 from slimclr_hub.evaluate.features import extract_features
 from slimclr_hub.evaluate.knn import knn_predict
 from slimclr_hub.evaluate.logistic import linear_predict
-from slimclr_hub.evaluate.pixels import RawPixels, raw_pixels
+from slimclr_hub.evaluate.pixels import Encoder, raw_pixels
 from slimclr_hub.evaluate.rank import RANK_IMAGES, effective_rank
 from slimclr_hub.methods.batchnorm import split_batchnorm
 from slimclr_hub.models import SlimmableResNet
@@ -101,7 +101,7 @@ class OnlineEvaluation:
 
     def _classify(
         self,
-        backbone: SlimmableResNet | RawPixels,
+        backbone: Encoder,
         bank: Mapping[float, torch.Tensor],
         labels: torch.Tensor,
         due: Mapping[str, bool],

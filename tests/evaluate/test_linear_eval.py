@@ -11,12 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from matplotlib import pyplot as plt
+from PIL import Image
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -24,7 +26,7 @@ from sklearn.preprocessing import StandardScaler
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
-from slimclr_hub.data.sources import EMBEDDED
+from slimclr_hub.data.sources import EMBEDDED, read_embedded
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import DivergedError, InputError, PreemptedError
 from slimclr_hub.evaluate.compare.compare import compare_networks
@@ -89,6 +91,28 @@ def arguments(place: Path, network: Path, *more: str) -> list[str]:
 
 def configured(place: Path, network: Path, *more: str) -> LinearEvalConfig:
     return parse_linear_eval(arguments(place, network, *more))
+
+
+def test_raw_pixels_reach_what_they_do_in_scikit_learn(place, tmp_path):
+    data = DataConfig(size=8, batch_size=256, num_workers=0)
+    output = tmp_path / 'pixels'
+    more = (f'--run.output={output}', f'--features.cache={tmp_path}', '--optim.epochs=30', '--optim.lr=0.1')
+    result = linear_eval(replace(configured(place, Path('raw pixels'), *more), data=data))
+    assert list(result.top1) == [1.0]
+    reference = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
+    scores = {}
+    for split in 'train', 'test':
+        images, labels = read_embedded(split)
+        small = np.stack(
+            [np.asarray(Image.fromarray(image).resize((8, 8), Image.Resampling.BILINEAR)) for image in images]
+        )
+        pixels = small.reshape(len(small), -1) / 255
+        if split == 'train':
+            reference.fit(pixels, labels)
+        scores[split] = 100 * reference.score(pixels, labels)
+    assert result.top1[1.0] == pytest.approx(scores['test'], abs=1)
+    with pytest.raises(InputError, match='raw pixels have no network to save'):
+        linear_eval(configured(place, Path('raw pixels'), '--save_to=x'))
 
 
 @pytest.mark.parametrize('distillation', ['false', 'true'])

@@ -43,13 +43,14 @@ from slimclr_hub.evaluate.network import (
     open_for_test,
     published_network,
 )
+from slimclr_hub.evaluate.pixels import Encoder, RawPixels
 from slimclr_hub.evaluate.reported import reported_probe
 from slimclr_hub.files import write_json_lines, write_text
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import run_script
 from slimclr_hub.runs.figures import save_figure
 from slimclr_hub.runs.job import StopSignals
-from slimclr_hub.runs.result import RESULT, Result, load, save
+from slimclr_hub.runs.result import RAW_PIXELS, RESULT, Result, load, save
 from slimclr_hub.settings import plain, relevant
 from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
 
@@ -78,7 +79,8 @@ def linear_eval(config: LinearEvalConfig) -> Result:
         RuntimeError: The frozen network has changed.
     """
     _check_save_to(config)
-    check_network(config.network)
+    if config.network != RAW_PIXELS:
+        check_network(config.network)
     check_images(config.data)
     try:
         accelerator = Accelerator(
@@ -90,8 +92,7 @@ def linear_eval(config: LinearEvalConfig) -> Result:
     # The settings record the precision that accelerate was launched with.
     config = replace(config, run=replace(config.run, precision=accelerator.mixed_precision))
     config = _with_fitting_batch(config, accelerator)
-    backbone = open_for_test(config.network)
-    check_channels(config.network, backbone, config.data)
+    backbone = _open(config)
     backbone.reset_classifier(0)
     backbone.eval().requires_grad_(False).to(accelerator.device)
     if config.run.channels_last:
@@ -111,6 +112,7 @@ def linear_eval(config: LinearEvalConfig) -> Result:
     (result,) = load(folder / RESULT)
     if accelerator.is_main_process:
         if config.save_to is not None:
+            assert isinstance(backbone, SlimmableResNet)
             with TensorFile(folder / PROBE) as file:
                 head = {name: file.whole(name) for name in file.shapes}
             save_with_head(backbone, head, Path(config.save_to), result, config.data)
@@ -120,6 +122,16 @@ def linear_eval(config: LinearEvalConfig) -> Result:
             print(f'Network with its head: slimclr-hub predict {config.save_to} IMAGE ...')
     accelerator.wait_for_everyone()
     return result
+
+
+def _open(config: LinearEvalConfig) -> Encoder:
+    if config.network == RAW_PIXELS:
+        if config.save_to is not None:
+            raise InputError(f'save_to {config.save_to}: raw pixels have no network to save; leave it out')
+        return RawPixels(config.data.channels * config.data.size**2)
+    backbone = open_for_test(config.network)
+    check_channels(config.network, backbone, config.data)
+    return backbone
 
 
 def check_labels(labels: torch.Tensor, num_classes: int, split: str) -> None:
@@ -133,14 +145,18 @@ def check_labels(labels: torch.Tensor, num_classes: int, split: str) -> None:
         )
 
 
-def check_frozen(backbone: SlimmableResNet, before: str) -> None:
+def check_frozen(backbone: Encoder, before: str) -> None:
     """Raise a RuntimeError if a network has another `state_hash` than before: its accuracies are not its own."""
     if state_hash(backbone) != before:
         raise RuntimeError('the frozen network has moved during linear evaluation; its accuracies are not valid')
 
 
 def _train(
-    config: LinearEvalConfig, accelerator: Accelerator, backbone: SlimmableResNet, folder: Path, weights: str
+    config: LinearEvalConfig,
+    accelerator: Accelerator,
+    backbone: Encoder,
+    folder: Path,
+    weights: str,
 ) -> None:
     """Train, and write the results into the folder, `result.json` last."""
     data, features = config.data, config.features

@@ -10,8 +10,8 @@ from torch import nn
 
 from slimclr_hub.data.seeding import drawing
 from slimclr_hub.evaluate.linear_eval.config import SweepConfig
+from slimclr_hub.evaluate.pixels import Encoder
 from slimclr_hub.methods.losses import full_precision
-from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.layers import SlimmableLinear, SwitchableLinear
 from slimclr_hub.models.widths import width_key
 from slimclr_hub.runs.schedule import warmup_cosine
@@ -21,7 +21,7 @@ Scaling = Mapping[float, tuple[torch.Tensor, torch.Tensor]]
 """Width -> (shift [D], scale [D]); a feature x enters the probe as (x - shift) * scale."""
 
 
-def make_head(backbone: SlimmableResNet, kind: str, num_classes: int, seed: int) -> Head:
+def make_head(backbone: Encoder, kind: str, num_classes: int, seed: int) -> Head:
     """A new head of a kind, `switchable` or `slimmable`, for a network, which is left without one.
 
     As the network itself would make it: N(0, 0.01) for the weights, zero for the biases.

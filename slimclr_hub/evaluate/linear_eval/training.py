@@ -23,7 +23,7 @@ from slimclr_hub.evaluate.linear_eval.probe import (
     lr_factor,
     make_optimizer,
 )
-from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.evaluate.pixels import Encoder
 from slimclr_hub.runs.checkpoints import Checkpoints
 from slimclr_hub.runs.job import Job, StopSignals
 
@@ -49,7 +49,7 @@ class FeatureBatch:
 class AugmentedBatches:
     """Features of each epoch's augmented views, one of each labelled image."""
 
-    def __init__(self, data: TrainData, backbone: SlimmableResNet, accelerator: Accelerator) -> None:
+    def __init__(self, data: TrainData, backbone: Encoder, accelerator: Accelerator) -> None:
         self._data = data
         self._backbone = backbone
         self._accelerator = accelerator
