@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from slimclr_hub.runs.result import Result, load
+from slimclr_hub.runs.result import RAW_PIXELS, Result, load
 from slimclr_hub.weights.published import (
     ARCHITECTURE,
     AUTHORS_REPOSITORY,
@@ -314,8 +314,10 @@ labels{probe}.
 {table}
 
 Parameters are those of the network in this file at that width; multiply-adds are for one image of {size}x{size} pixels.
-Accuracies are top-1 (%) on the 10,000 test images, whose standard error is about 0.3 points; the network has not seen
-them, and there is one run of it.{explained}
+There is one run of it, and the test images are 10,000, for a standard error of about 0.3 points; it has not seen them.
+{explained}
+
+Raw pixels of the same images reach {pixels}.
 
 ## Usage
 
@@ -372,7 +374,13 @@ _SHIPPED_CLASSES = dict.fromkeys(('at_050', 'at_025'), 'probabilities, classes =
 
 def shipped_card(shipped: Shipped) -> str:
     """Write the card of a network of the package, with the accuracies that its evaluations wrote."""
-    results = [result for result in load(shipped.results) if not result.protocol.while_training]
+    everything = load(shipped.results)
+    results = [result for result in everything if result.network != RAW_PIXELS]
+    pixels = ' and '.join(
+        f'{result.top1[1.0]:.1f} by {"linear evaluation" if result.protocol.kind == "linear" else "k-NN"}'
+        for result in everything
+        if result.network == RAW_PIXELS
+    )
     with_probe = shipped.num_classes > 0
     return _SHIPPED.format(
         **vars(shipped),
@@ -380,7 +388,8 @@ def shipped_card(shipped: Shipped) -> str:
         pipeline='image-classification' if with_probe else 'image-feature-extraction',
         probe='; a linear probe of each width, trained on their labels afterwards, is with it' if with_probe else '',
         table=card_table(published_facts(shipped.num_classes, shipped.architecture), results),
-        explained=''.join(f' `{label}` is by {result.protocol}.' for label, result in _by_label(results).items()),
+        explained=''.join(f' `{label}` is {_what(result)}.' for label, result in _by_label(results).items()),
+        pixels=pixels,
         evaluations='\n'.join(
             f'accelerate launch recipes/{result.environment["command"]}' for result in _by_label(results).values()
         ),
