@@ -348,7 +348,7 @@ dense = timm.create_model('slimclr_resnet20_050.{tag}', pretrained=True).eval() 
 ![Loss and accuracy while training](slimclr_resnet20.{run}.png)
 
 ```
-accelerate launch recipes/pretrain.py --config recipes/configs/{recipe}.yaml --data.root FASHION_MNIST
+accelerate launch recipes/pretrain.py --config recipes/configs/{recipe}.yaml
 ```
 
 trains it again, and these give the accuracies above:
@@ -357,10 +357,11 @@ trains it again, and these give the accuracies above:
 {evaluations}
 ```
 
-FASHION_MNIST is the folder of the data set's four IDX files, or torchvision's root of them.
+The folder is Debian's (`apt-get install dataset-fashion-mnist`); torchvision's root of the same files serves as well.
 
 ## Limits
 
+- A first version: compare it with raw pixels above before you use it for more than trying the package.
 - Small grey pictures of single garments on black: expect little of it on anything else.
 - {limits}
 - It is here to try the package with, and to test it. Networks for photographs are the authors', on ImageNet.
@@ -388,10 +389,10 @@ def shipped_card(shipped: Shipped) -> str:
         pipeline='image-classification' if with_probe else 'image-feature-extraction',
         probe='; a linear probe of each width, trained on their labels afterwards, is with it' if with_probe else '',
         table=card_table(published_facts(shipped.num_classes, shipped.architecture), results),
-        explained=''.join(f' `{label}` is {_what(result)}.' for label, result in _by_label(results).items()),
+        explained='\n'.join(f'`{label}` is {_what(result)}.' for label, result in _by_label(results).items()),
         pixels=pixels,
         evaluations='\n'.join(
-            f'accelerate launch recipes/{result.environment["command"]}' for result in _by_label(results).values()
+            dict.fromkeys(f'accelerate launch recipes/{result.environment["command"]}' for result in results)
         ),
         limits=_LIMIT_OF_SHIPPED_CLASSES if with_probe else _LIMIT_OF_FEATURES,
         **(_SHIPPED_CLASSES if with_probe else _SHIPPED_FEATURES),
