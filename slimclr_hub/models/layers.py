@@ -31,19 +31,20 @@ class SlimmableConv2d(SlicedWeight, nn.Conv2d):
         """[N, in * width, H, W] -> [N, out * width, H', W']."""
         bias = None if self.bias is None else part(self.bias, (self.out_channels,), self.spans(width)[:1])
         weight = self.weight_at(width, x)
-        if self.training and self._overflows(x):
+        if self.training and self._overflows(width):
             return F.conv2d(x[..., :: self.stride[0], :: self.stride[1]], weight, bias)
         return self._conv_forward(x, weight, bias)
 
-    def _overflows(self, x: torch.Tensor) -> bool:
+    def _overflows(self, width: float) -> bool:
         """Whether oneDNN's backward would write past its workspace: https://github.com/uxlfoundation/oneDNN/issues/6035.
 
         That of a strided 1x1 convolution does, for inputs of few channels that lie together. Leaving out the pixels
         that the stride skips makes it an ordinary one.
         """
+        first, end = self.spans(width)[1]
         return (
-            x.device.type == 'cpu'
-            and x.shape[1] < _ONEDNN_BLOCK
+            self.weight.device.type == 'cpu'
+            and end - first < _ONEDNN_BLOCK
             and self.kernel_size == (1, 1)
             and self.stride != (1, 1)
             and self.padding == (0, 0)

@@ -211,8 +211,8 @@ _FASHION_MNIST: dict[str, Any] = {
     'mean': 0.286,
     'std': 0.353,
     'made': (
-        'Seed 0, one process, an hour and a half on about one core of an AMD EPYC without AVX-512 (float32, torch 2.14.1,\n'
-        'timm 1.0.31); resumed once.'
+        'Seed 0, one process, an hour and a half on about one core of an AMD EPYC without AVX-512 (float32,\n'
+        'torch 2.14.1, timm 1.0.31); resumed once.'
     ),
 }
 
