@@ -228,7 +228,8 @@ def _slimmable(variant: str, pretrained: bool, lazy: bool = False, **kwargs: Any
 def _dense(variant: str, pretrained: bool, **kwargs: Any) -> DenseResNet:
     arch = _arch(variant.rpartition('_')[0])
     arguments = {**arch, 'block': arch['block'].dense, **kwargs}
-    return build(DenseResNet, variant, pretrained, feature_cfg={'feature_cls': 'getter'}, **arguments)
+    features = {'feature_cls': 'getter', 'out_indices': tuple(range(len(arch['layers']) + 1))}
+    return build(DenseResNet, variant, pretrained, feature_cfg=features, **arguments)
 
 
 @register_model

@@ -110,7 +110,7 @@ def images_of(split, model):
 def test_probe_is_as_good_as_recorded():
     model = timm.create_model('slimclr_resnet20', pretrained=True).eval()
     images, labels = images_of('test', model)
-    (recorded,) = (result.top1 for result in load(SHIPPED[LINCLS].results) if result.protocol.kind == 'linear')
+    recorded = next(result.top1 for result in load(SHIPPED[LINCLS].results) if result.protocol.kind == 'linear')
     with torch.inference_mode():
         for width in model.widths:
             right = (model.forward_at(images, width).argmax(1) == labels).double().mean().item()
