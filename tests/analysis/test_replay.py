@@ -87,7 +87,8 @@ def test_losses_depend_on_weights_widths_and_momentum(replay):
         f'loss/{w}' for w in ('1', '0.75', '0.5', '0.25')
     }
     alone = replay.losses(steps, (1.0,))
-    assert alone['info_nce/1'] == everything['info_nce/1']
+    # To the last bit on most CPUs, but not on one without AVX-512.
+    torch.testing.assert_close(alone['info_nce/1'], everything['info_nce/1'])
     assert alone['loss'] != everything['loss']
     assert replay.losses(steps, momentum=False)['loss'] != everything['loss']
     with torch.no_grad():
@@ -147,7 +148,8 @@ def test_run_of_before(tmp_path, capsys):
         state['files']['model.safetensors'] = file_hash(copy / 'model.safetensors')
         (copy / 'state.json').write_text(json.dumps({**state, 'step': step}))
     run_script(ANALYZE, 'gradients', str(run))
-    run_script(ANALYZE, 'surface', str(run), '--resolution', '3', '--batches', '1')
+    of_loss = ('--quantity', 'full', '--normalise', 'filter')
+    run_script(ANALYZE, 'surface', str(run), '--resolution', '3', '--batches', '1', *of_loss)
     assert 'before' in capsys.readouterr().out
     (surface,) = json.loads((run / 'analysis' / 'loss-surface.json').read_text())['runs']
     assert surface['values']['loss'][1][1] == pytest.approx(91.006927, rel=1e-4)
