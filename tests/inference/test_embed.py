@@ -254,7 +254,7 @@ def test_wrong_arguments(model, arguments, message):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'global_pool': '', 'num_classes': 0}, r"does not pool, its features have shape \[11, 32, 8, 8\]; .*'avg'"),
+        ({'global_pool': '', 'num_classes': 0}, r"does not pool, its features have shape \[11, 32, 6, 6\]; .*'avg'"),
         ({'features_only': True}, 'without features_only'),
         ({'in_chans': 4}, r'the network takes 4 channels; images are read as grey \(1\) or RGB \(3\)'),
     ],
