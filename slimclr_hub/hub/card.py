@@ -314,25 +314,14 @@ labels{probe}.
 {table}
 
 Parameters are those of the network in this file at that width; multiply-adds are for one image of {size}x{size} pixels.
-There is one run of it, and the test images are 10,000, for a standard error of about 0.3 points; it has not seen them.
+There is one run of it, and the test images are 10,000, for a standard error of about 0.4 points; it has not seen them.
 {explained}
 
 Raw pixels of the same images reach {pixels}.
 
 ## Usage
 
-```python
-import timm, torch, slimclr_hub
-from PIL import Image
-
-model = timm.create_model('{name}', pretrained=True, width=0.5).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-images = transform(Image.open('image.jpg').convert('RGB')).unsqueeze(0)
-with torch.inference_mode():
-    {at_050}
-    model.set_width(0.25)
-    {at_025}
-```
+{usage}
 
 The images are grey: three equal channels are what the first convolution is made for, and `in_chans=1` takes one.
 A dense network of one width reads its slices of the same file:
@@ -395,7 +384,7 @@ def shipped_card(shipped: Shipped) -> str:
             dict.fromkeys(f'accelerate launch recipes/{result.environment["command"]}' for result in results)
         ),
         limits=_LIMIT_OF_SHIPPED_CLASSES if with_probe else _LIMIT_OF_FEATURES,
-        **(_SHIPPED_CLASSES if with_probe else _SHIPPED_FEATURES),
+        usage=_USAGE.format(name=shipped.name, **(_SHIPPED_CLASSES if with_probe else _SHIPPED_FEATURES)),
     )
 
 
