@@ -18,7 +18,7 @@ from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import ArrayImages
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.pixels import Encoder
+from slimclr_hub.evaluate.baselines import Encoder
 from slimclr_hub.models.widths import width_key
 from slimclr_hub.runs.progress import progress_bar
 from slimclr_hub.weights.tensor_file import TensorFile, save_tensors

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Subset
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader, loader_options
 from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.baselines import Encoder, RawPixels, is_small, random_weights, raw_pixels
 from slimclr_hub.evaluate.features import state_hash, with_progress
 from slimclr_hub.evaluate.knn import Neighbours, default_k, merge, nearest, vote
 from slimclr_hub.evaluate.network import (
@@ -30,14 +31,24 @@ from slimclr_hub.evaluate.network import (
     default_output,
     open_for_test,
 )
-from slimclr_hub.evaluate.pixels import Encoder, RawPixels, raw_pixels
 from slimclr_hub.evaluate.rank import RANK_IMAGES, gram_matrix, rank_of_gram, rank_rows
+from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.calibrate import is_calibrated
 from slimclr_hub.models.widths import check_width, check_widths
 from slimclr_hub.runs.command_line import make_parser, parse, run_script
 from slimclr_hub.runs.figures import GREY, line_style, marker, new_figure, save_figure
 from slimclr_hub.runs.progress import progress_bar
-from slimclr_hub.runs.result import RAW_PIXELS, RESULT, Protocol, Result, data_name, environment, load, save
+from slimclr_hub.runs.result import (
+    RANDOM_WEIGHTS,
+    RAW_PIXELS,
+    RESULT,
+    Protocol,
+    Result,
+    data_name,
+    environment,
+    load,
+    save,
+)
 from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.settings import PRECISIONS, Incidental, above, at_least, one_of, plain, relevant
 
@@ -51,12 +62,13 @@ class OutputConfig(Incidental):
     Args:
         chunk: Queries of all processes at a time. A process needs at most about chunk x 65,536 numbers for it.
         output: Folder of the result; knn_eval in the folder of the network where null.
-        raw_pixels: State what the pixels of the images reach, too; never for images of more than 64 pixels a side.
+        baselines: State what random weights and the pixels of the images reach, too; never for images of more than 64
+            pixels a side.
     """
 
     chunk: int = 1024
     output: str | None = None
-    raw_pixels: bool = True
+    baselines: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +153,8 @@ def _knn_eval(argv: Sequence[str]) -> None:
 def evaluate(config: KNNEvalConfig, accelerator: Accelerator) -> list[Result]:
     """Measure accuracies for every k and tau, then the rank of training images, then accuracies of raw pixels.
 
+    What random weights reach is the `start` of the network's own results.
+
     The result is the same on all processes.
 
     Of P processes each holds the features of 1/P of the training images and 1/P of the validation images at all widths
@@ -173,9 +187,10 @@ def evaluate(config: KNNEvalConfig, accelerator: Accelerator) -> list[Result]:
     queries, truth = _share_features(accelerator, model, query_loader, widths, count)
     ranks = {width: _rank_in_all(accelerator, bank[width], size) for width in widths}
     features = {config.network: (queries, bank)}
-    if config.raw_pixels and (pixels := raw_pixels(config.data, size)):
-        queries, _ = _share_features(accelerator, pixels, query_loader, pixels.widths, count)
-        features[RAW_PIXELS] = queries, _share_features(accelerator, pixels, bank_loader, pixels.widths, size)[0]
+    for name, encoder in _baselines(config, model, size).items():
+        of = encoder.widths if name == RAW_PIXELS else widths
+        queries, _ = _share_features(accelerator, encoder, query_loader, of, count)
+        features[name] = queries, _share_features(accelerator, encoder, bank_loader, of, size)[0]
     with torch.inference_mode():  # as they were computed; in place, since they are large
         for x in (x for pair in features.values() for by_width in pair for x in by_width.values()):
             F.normalize(x, dim=1, out=x)
@@ -192,6 +207,7 @@ def evaluate(config: KNNEvalConfig, accelerator: Accelerator) -> list[Result]:
     data, made = data_name(asdict(config.data)), environment()
     limit = config.bank if config.bank == size else None
     about: dict[str, Any] = {'settings': {**plain(asdict(config)), 'weights': weights}, 'environment': made}
+    start = accuracies.pop(RANDOM_WEIGHTS, {})
     accuracy = [
         Result(
             name,
@@ -199,6 +215,7 @@ def evaluate(config: KNNEvalConfig, accelerator: Accelerator) -> list[Result]:
             top1={width: of[k, temperature][0] for width, of in accuracies[name].items()},
             top5={width: of[k, temperature][1] for width, of in accuracies[name].items()} if classes > _TOP else {},
             images=count,
+            start={width: of[k, temperature][0] for width, of in start.items()} if name == config.network else {},
             **(about if name == config.network else {'environment': made}),
         )
         for name in accuracies
@@ -208,6 +225,18 @@ def evaluate(config: KNNEvalConfig, accelerator: Accelerator) -> list[Result]:
     rank = Result(config.network, Protocol('rank', data, limit), {}, rank=ranks, images=min(size, RANK_IMAGES), **about)
     own = [result for result in accuracy if result.network == config.network]
     return [*own, rank, *accuracy[len(own) :]]
+
+
+def _baselines(config: KNNEvalConfig, model: SlimmableResNet, images: int) -> dict[str, Encoder]:
+    """What to compare a network with: name -> encoder of the images, of which there are so many for training."""
+    found: dict[str, Encoder] = {}
+    if config.baselines and is_small(config.data):
+        # Not this process's share: all have to draw the same network.
+        every = eval_loader(config.data, config.data.train_split, config.bank, config.seed)
+        found[RANDOM_WEIGHTS] = random_weights(model, (batch for batch, _ in every), config.seed)
+    if config.baselines and (pixels := raw_pixels(config.data, images)):
+        found[RAW_PIXELS] = pixels
+    return found
 
 
 def _rank_in_all(accelerator: Accelerator, features: torch.Tensor, total: int) -> float:
@@ -364,7 +393,7 @@ def print_results(results: Sequence[Result], best: Result, rank: Result, pixels:
     rows = [
         [
             str(result.protocol.k),
-            '-' if result.protocol.temperature is None else f'{result.protocol.temperature:g}',
+            _tau(result),
             *(
                 f'{top1:.1f} / {each.top5[width]:.1f}' if each.top5 else f'{top1:.1f}'
                 for each in (result, *pixels[i : i + 1])
@@ -374,6 +403,9 @@ def print_results(results: Sequence[Result], best: Result, rank: Result, pixels:
         ]
         for i, result in enumerate(results)
     ]
+    if best.start:
+        random = [f'{best.start[width]:.1f}' for width in best.top1]
+        rows.append([str(best.protocol.k), _tau(best), *random, *([''] if pixels else []), RANDOM_WEIGHTS])
     title = f'{best.network}: k-NN, {"top-1 / top-5" if best.top5 else "top-1"} accuracy (%) by width'
     note = 'Best in the mean over widths, chosen on the very images that it is measured on.'
     headers = ['k', 'tau', *(f'{width:g}' for width in best.top1), *([RAW_PIXELS] if pixels else []), '']
@@ -381,6 +413,10 @@ def print_results(results: Sequence[Result], best: Result, rank: Result, pixels:
     notes = [note] if len(results) > 1 else []
     notes.append(f'{rank.protocol.label}: {rank.protocol}; {rank.images} training images; by width {listed}')
     TextTable(title, headers, rows, notes, names=0).print()
+
+
+def _tau(result: Result) -> str:
+    return '-' if result.protocol.temperature is None else f'{result.protocol.temperature:g}'
 
 
 def draw_results(results: Sequence[Result], path: Path, pixels: Sequence[Result] = ()) -> None:

@@ -14,7 +14,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.hub.open import open_network
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import early
-from slimclr_hub.runs.result import RAW_PIXELS
+from slimclr_hub.runs.result import RANDOM_WEIGHTS, RAW_PIXELS
 from slimclr_hub.settings import RECIPE
 from slimclr_hub.weights.published import PUBLISHED, SHIPPED, Published, Shipped
 
@@ -52,6 +52,12 @@ def check_network(network: str) -> None:
             f'there is no network {network!r}; give a folder, a .safetensors file, hf-hub:USER/NAME, or a tag such as '
             'slimclr_resnet50.mocov2_200e_in1k'
         )
+
+
+def drawn_anew(network: str) -> str | None:
+    """The NETWORK of `random weights of NETWORK`, None of other names."""
+    prefix = f'{RANDOM_WEIGHTS} of '
+    return network.removeprefix(prefix) if network.startswith(prefix) else None
 
 
 def published_network(network: str) -> Published | None:
@@ -111,6 +117,7 @@ def data_defaults(argv: Sequence[str]) -> dict[str, Any]:
         InputError: The network is a run whose recipe cannot be read.
     """
     network = early(argv, '--network') or _network_in_recipe(early(argv, '--config'))
+    network = network and (drawn_anew(network) or network)
     recipe = folder_of(network) / RECIPE if network else None
     shipped = shipped_network(network)
     if recipe is not None and recipe.is_file():

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import has_validation
 from slimclr_hub.distributed import average_batchnorm
+from slimclr_hub.evaluate.baselines import CALIBRATION_BATCHES, Encoder, raw_pixels
 from slimclr_hub.evaluate.features import extract_features
 from slimclr_hub.evaluate.knn import knn_predict
 from slimclr_hub.evaluate.logistic import linear_predict
-from slimclr_hub.evaluate.pixels import Encoder, raw_pixels
 from slimclr_hub.evaluate.rank import RANK_IMAGES, effective_rank
 from slimclr_hub.methods.batchnorm import split_batchnorm
 from slimclr_hub.models import SlimmableResNet
@@ -31,7 +31,6 @@ TITLES = {
     'linear': 'linear accuracy (%)',
     'top1': 'top-1 accuracy (%)',
 }
-_CALIBRATION_BATCHES = 8
 
 
 class OnlineEvaluation:
@@ -79,7 +78,7 @@ class OnlineEvaluation:
         split_batchnorm(backbone, 1)
         for width in backbone.widths:
             if not is_calibrated(backbone, width):
-                calibrate_batchnorm(backbone, width, (images for images, _ in islice(self._bank, _CALIBRATION_BATCHES)))
+                calibrate_batchnorm(backbone, width, (images for images, _ in islice(self._bank, CALIBRATION_BATCHES)))
         average_batchnorm(backbone)
         qualities: Qualities = {}
         if backbone.num_classes and self._queries is not None:

@@ -223,12 +223,34 @@ def test_raw_pixels(place, result):
     assert 'raw pixels' in result[1]
 
 
-def test_raw_pixels_can_be_left_out(place, result, alone, capsys):
-    _knn_eval(arguments(place, '--raw_pixels', 'false', output='without'))
+def test_random_weights(place, alone, capsys):
+    """As a network does that was made so; its statistics are those of the images."""
+    _knn_eval(arguments(place, '--seed', '3', output='seeded'))
+    printed = capsys.readouterr().out
+    model = timm.create_model('slimclr_resnet20', num_classes=0, in_chans=1, widths=WIDTHS, zero_init_last=False)
+    torch.manual_seed(3)
+    model.init_weights(zero_init_last=False)
+    for width in WIDTHS:
+        calibrate_width(model, width, [normalised(some_images('train', BANK)[0])])
+    save_folder(model, place / 'random', size=16, mean=(0.286,), std=(0.353,), crop_pct=1.0, card='')
+    _knn_eval(['--network', str(place / 'random'), *arguments(place, '--baselines', 'false', output='of-random')[2:]])
+    expected, found = results_by_k(place / 'of-random'), results_by_k(place / 'seeded')
+    assert {key: of.start for key, of in found.items()} == {key: of.top1 for key, of in expected.items()}
+    assert all(of.start != of.top1 for of in found.values())
+    assert not any(of.start for of in expected.values())
+    row = next(line for line in printed.splitlines() if 'random weights' in line)
+    best = results_of(place / 'seeded')[0]
+    assert [re.findall(r'\d+\.\d', row)[-len(WIDTHS) :]] == [[f'{best.start[width]:.1f}' for width in WIDTHS]]
+
+
+def test_baselines_can_be_left_out(place, result, alone, capsys):
+    _knn_eval(arguments(place, '--baselines', 'false', output='without'))
     assert [(of.protocol, of.top1) for of in load(place / 'without' / 'result.json')[:-1]] == [
         (of.protocol, of.top1) for of in results_of(result[0])
     ]
-    assert 'raw pixels' not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert 'raw pixels' not in printed
+    assert 'random weights' not in printed
 
 
 def test_k_follows_the_images_of_a_class(place, alone):
@@ -394,7 +416,7 @@ def test_script_ends_in_one_line(place, alone, monkeypatch, capsys):
 
 
 def test_a_width_that_never_trained_is_refused(place, alone):
-    model = timm.create_model('slimclr_resnet20', num_classes=0, in_chans=1, widths=WIDTHS)
+    model = timm.create_model('slimclr_resnet20', num_classes=0, in_chans=1, widths=WIDTHS, zero_init_last=False)
     save_folder(model, place / 'untrained', size=16, mean=(0.286,), std=(0.353,), crop_pct=1.0, card='')
     with pytest.raises(InputError, match='never been trained at width 1'):
         _knn_eval(arguments(place, '--network', str(place / 'untrained'), output='never'))

@@ -115,6 +115,20 @@ def test_raw_pixels_reach_what_they_do_in_scikit_learn(place, tmp_path):
         linear_eval(configured(place, Path('raw pixels'), '--save_to=x'))
 
 
+def test_random_weights_of_a_network(place, network, tmp_path, monkeypatch):
+    """The network of `place` has never been trained, so it is its own baseline, but for its seed."""
+    monkeypatch.chdir(tmp_path)
+    own, drawn = (
+        linear_eval(configured(place, name, '--run.seed=3')) for name in (network, f'random weights of {network}')
+    )
+    assert drawn.network == f'random weights of {network}'
+    assert drawn.top1.keys() == own.top1.keys()
+    assert drawn.settings['frozen'] != own.settings['frozen']
+    assert all(abs(drawn.top1[width] - own.top1[width]) < 25 for width in WIDTHS)
+    with pytest.raises(InputError, match="there is no network 'nothing'"):
+        linear_eval(configured(place, Path('random weights of nothing')))
+
+
 @pytest.mark.parametrize('distillation', ['false', 'true'])
 def test_probe_is_as_good_as_scikit_learns(place, network, distillation):
     """Logistic regression on the very features that were cached, of real images, at every width."""

@@ -14,10 +14,10 @@ from sklearn.preprocessing import StandardScaler
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.baselines import raw_pixels
 from slimclr_hub.evaluate.features import extract_features
 from slimclr_hub.evaluate.knn import knn_predict
 from slimclr_hub.evaluate.logistic import linear_predict
-from slimclr_hub.evaluate.pixels import raw_pixels
 from slimclr_hub.methods.batchnorm import split_batchnorm
 from slimclr_hub.models.calibrate import batchnorms_of, calibrate_batchnorm, is_calibrated
 from slimclr_hub.train.config import KNNConfig, OptimConfig, PretrainConfig, ProbeConfig

@@ -174,7 +174,8 @@ class LinearNetworkConfig(Incidental):
 
     Args:
         network: The network under test: the folder of a run, a tag such as slimclr_resnet50.mocov2_200e_in1k,
-            hf-hub:USER/NAME, or a file; `raw pixels` for what the images themselves reach.
+            hf-hub:USER/NAME, or a file; `raw pixels` for what the images themselves reach, and `random weights of
+            NETWORK` for what a network does before training.
         save_to: Folder to write the network to with the probe as its head, for `slimclr-hub predict` and timm.
     """
 

@@ -20,9 +20,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, broadcast_object_list
 
+from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import make_dataset
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.baselines import Encoder, RawPixels, random_weights
 from slimclr_hub.evaluate.features import FeatureCache, state_hash
 from slimclr_hub.evaluate.linear_eval.config import BATCH_SIZE, LinearEvalConfig, parse_linear_eval
 from slimclr_hub.evaluate.linear_eval.probe import make_head, standardisation
@@ -40,10 +42,10 @@ from slimclr_hub.evaluate.network import (
     check_images,
     check_network,
     default_output,
+    drawn_anew,
     open_for_test,
     published_network,
 )
-from slimclr_hub.evaluate.pixels import Encoder, RawPixels
 from slimclr_hub.evaluate.reported import reported_probe
 from slimclr_hub.files import write_json_lines, write_text
 from slimclr_hub.models import SlimmableResNet
@@ -80,7 +82,7 @@ def linear_eval(config: LinearEvalConfig) -> Result:
     """
     _check_save_to(config)
     if config.network != RAW_PIXELS:
-        check_network(config.network)
+        check_network(drawn_anew(config.network) or config.network)
     check_images(config.data)
     try:
         accelerator = Accelerator(
@@ -129,9 +131,14 @@ def _open(config: LinearEvalConfig) -> Encoder:
         if config.save_to is not None:
             raise InputError(f'save_to {config.save_to}: raw pixels have no network to save; leave it out')
         return RawPixels(config.data.channels * config.data.size**2)
-    backbone = open_for_test(config.network)
+    like = drawn_anew(config.network)
+    backbone = open_for_test(like or config.network)
     check_channels(config.network, backbone, config.data)
-    return backbone
+    if like is None:
+        return backbone
+    backbone.reset_classifier(0)
+    images = (batch for batch, _ in eval_loader(config.data, config.data.train_split, None, config.run.seed))
+    return random_weights(backbone, images, config.run.seed)
 
 
 def check_labels(labels: torch.Tensor, num_classes: int, split: str) -> None:

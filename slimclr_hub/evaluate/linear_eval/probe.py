@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from slimclr_hub.data.seeding import drawing
+from slimclr_hub.evaluate.baselines import Encoder
 from slimclr_hub.evaluate.linear_eval.config import SweepConfig
-from slimclr_hub.evaluate.pixels import Encoder
 from slimclr_hub.methods.losses import full_precision
 from slimclr_hub.models.layers import SlimmableLinear, SwitchableLinear
 from slimclr_hub.models.widths import width_key

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from slimclr_hub.data.seeding import permutation
 from slimclr_hub.data.training import Position, TrainData
 from slimclr_hub.errors import DivergedError
+from slimclr_hub.evaluate.baselines import Encoder
 from slimclr_hub.evaluate.features import SplitFeatures
 from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig
 from slimclr_hub.evaluate.linear_eval.probe import (
@@ -23,7 +24,6 @@ from slimclr_hub.evaluate.linear_eval.probe import (
     lr_factor,
     make_optimizer,
 )
-from slimclr_hub.evaluate.pixels import Encoder
 from slimclr_hub.runs.checkpoints import Checkpoints
 from slimclr_hub.runs.job import Job, StopSignals
 

@@ -1,14 +1,18 @@
-"""Raw pixels as features: what a network has to be better than."""
+"""Raw pixels, and random weights: what a network has to be better than."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import torch
 from torch import nn
 
 from slimclr_hub.data import DataConfig
+from slimclr_hub.models.calibrate import calibrate_batchnorm
 from slimclr_hub.models.layers import SwitchableLinear
 from slimclr_hub.models.slimmable_resnet import HEAD_STD, SlimmableResNet
 
+CALIBRATION_BATCHES = 8
 _LARGEST_SIZE = 64
 _MOST_NUMBERS = 2**28  # 1 GiB of features
 
@@ -43,4 +47,29 @@ def raw_pixels(data: DataConfig, images: int) -> RawPixels | None:
     That is for images of more than 64 pixels a side, and for more than 2^28 numbers in all.
     """
     features = data.channels * data.size**2
-    return RawPixels(features) if data.size <= _LARGEST_SIZE and images * features <= _MOST_NUMBERS else None
+    return RawPixels(features) if is_small(data) and images * features <= _MOST_NUMBERS else None
+
+
+def is_small(data: DataConfig) -> bool:
+    """True for images of at most 64 pixels a side, where baselines are worth their time."""
+    return data.size <= _LARGEST_SIZE
+
+
+def random_weights(network: SlimmableResNet, images: Iterable[torch.Tensor], seed: int) -> SlimmableResNet:
+    """Copy a network in eval mode and draw its weights anew, as before training.
+
+    No block begins as the identity, and batch normalisation has the statistics of the first few batches [N, C, H, W] of
+    `images`: a random network at its best. The generators of others do not advance.
+    """
+    network = copy.deepcopy(network)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_parameters()
+        network.init_weights(zero_init_last=False)
+    device = next(network.parameters()).device
+    batches = [batch.to(device) for batch in islice(images, CALIBRATION_BATCHES)]
+    for width in network.widths:
+        calibrate_batchnorm(network, width, batches)
+    return network
