@@ -30,7 +30,7 @@ class SlimmableConv2d(SlicedWeight, nn.Conv2d):
     def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:  # type: ignore[override]
         """[N, in * width, H, W] -> [N, out * width, H', W']."""
         bias = None if self.bias is None else part(self.bias, (self.out_channels,), self.spans(width)[:1])
-        weight = self.weight_at(width, x)
+        weight = self.weight_at(width)
         if self.training and self._overflows(width):
             return F.conv2d(x[..., :: self.stride[0], :: self.stride[1]], weight, bias)
         return self._conv_forward(x, weight, bias)
@@ -61,7 +61,7 @@ class SlimmableLinear(SlicedWeight, nn.Linear):
     def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:  # type: ignore[override]
         """[..., in * width] -> [..., out * width]."""
         bias = None if self.bias is None else part(self.bias, (self.out_features,), self.spans(width)[:1])
-        return F.linear(x, self.weight_at(width, x), bias)
+        return F.linear(x, self.weight_at(width), bias)
 
 
 class Switchable(nn.ModuleDict):

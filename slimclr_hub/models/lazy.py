@@ -110,7 +110,6 @@ class LazySlimmableResNet(SlimmableResNet):
         for module, weight in weights.items():
             _set_tensor(module, 'weight', weight)
             _set_sizes(module)
-            module.forget()
         for switch, sibling in siblings.items():
             switch[width_key(width)] = sibling
         self._held = tuple(sorted({*self._held, width}, reverse=True))

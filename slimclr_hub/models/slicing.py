@@ -3,15 +3,16 @@
 A width's slice of a weight is no contiguous block, so a convolution copies it, and once more in its backward; and the
 gradient of a slice is a tensor as large as the whole weight, zero but for the slice, for each width. `sliced_once`
 spares both in training: a layer's slices for all widths of a step come from one function, whose backward adds their
-gradients into that of the widest. In inference slices are kept; see `SlicedWeight`.
+gradients into that of the widest. Nothing is kept from one step to the next, since no version of a tensor tells of all
+writes to it; who runs one width for long takes it out by `extract`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.autograd.function import once_differentiable
 
 from slimclr_hub.models.widths import channel_span, scale_channels
@@ -21,8 +22,6 @@ Span = tuple[int, int]
 
 Block = tuple[slice, ...]
 """Index of a block of a tensor, by its leading dimensions."""
-
-Layer = TypeVar('Layer', bound='SlicedWeight')
 
 
 class Transient(dict[Any, Any]):
@@ -38,11 +37,7 @@ class Transient(dict[Any, Any]):
 class SlicedWeight(nn.Module):
     """Base class of slimmable layers with one weight, of which each width uses a slice.
 
-    The slice is cut anew for each forward, unless it exists already:
-
-    - inside `sliced_once`, for a step that trains several widths;
-    - in eval mode under `torch.inference_mode`, kept from the first forward at the width on, for as long as the weight
-      is the same tensor and has not been written to. Its version tells, but not of a write through `.data`.
+    The slice is cut anew for each forward, except inside `sliced_once`, for a step that trains several widths.
 
     Args:
         full_in: Input channels at width 1.0.
@@ -74,7 +69,6 @@ class SlicedWeight(nn.Module):
         self.slim_in, self.slim_out = slim_in, slim_out
         self.disjoint = tuple(disjoint)
         self._step = Transient()
-        self._kept = Transient()
 
     def spans(self, width: float) -> tuple[Span, Span]:
         """The output and the input channels that `width` uses."""
@@ -85,52 +79,11 @@ class SlicedWeight(nn.Module):
         """Output and input channels of the weight, as numbers, so that torch.fx can trace through."""
         raise NotImplementedError
 
-    def weight_at(self, width: float, x: torch.Tensor | None = None) -> torch.Tensor:
-        """The slice of `width`, [out * width, in * width, ...], for a forward of `x`, which torch.fx may be tracing."""
+    def weight_at(self, width: float) -> torch.Tensor:
+        """The slice of `width`, [out * width, in * width, ...]."""
         if width in self._step:
             return self._step[width]
-        keeps = not self.training and not torch.compiler.is_compiling()  # compiled code cannot compare versions
-        if keeps and torch.is_inference_mode_enabled() and not isinstance(x, fx.Proxy):
-            return self._keep(width)
         return part(self.weight, self.full_size(), self.spans(width))
-
-    def _keep(self, width: float) -> torch.Tensor:
-        kept = self._kept.get(width)
-        if kept is not None:
-            weight, place, version, found = kept
-            # Not self.weight, since what modules look for among their parameters takes a microsecond.
-            unchanged = place == weight.data_ptr() and version == weight._version
-            if unchanged and weight is self._parameters.get('weight'):
-                return found
-        weight = self.weight
-        spans = self.spans(width)
-        found = part(weight, self.full_size(), spans)
-        if weight.is_inference():  # which has no version
-            return found
-        if found is not weight:
-            with torch.inference_mode(False), torch.no_grad():
-                block = tuple(slice(*span) for span in spans)
-                found = _copy(weight.detach(), block, weight.dtype, memory_format(weight))
-        self._kept[width] = weight, weight.data_ptr(), weight._version, found
-        return found
-
-    def forget(self) -> None:
-        """Drop the kept slices, as where the weight is replaced."""
-        self._kept.clear()
-
-    def train(self: Layer, mode: bool = True) -> Layer:
-        """Set the mode as `nn.Module.train` does; training drops the slices that inference has kept."""
-        if mode:
-            self.forget()
-        return super().train(mode)
-
-    def _apply(self: Layer, *args: Any, **kwargs: Any) -> Layer:
-        self.forget()
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.forget()
-        super()._load_from_state_dict(*args, **kwargs)
 
 
 @contextmanager

@@ -507,7 +507,7 @@ def test_state_dict_instead_of_a_file():
     assert lazy.width == 0.5
 
 
-def test_growing_lets_go_of_what_inference_has_kept(path):
+def test_growing_lets_go_of_the_smaller_weights(path):
     lazy = open_lazy(path).eval()
     with torch.inference_mode():
         lazy(images())

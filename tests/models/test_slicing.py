@@ -1,14 +1,16 @@
-"""Slices of weights that are made once: in a step of training, and in inference."""
+"""Slices of weights: made once in a step of training, and in inference always those of the weights as they are."""
 
 import copy
-import pickle
 
+import onnxruntime
+import openvino
 import pytest
 import timm
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.models.layers import SlimmableConv2d
 from slimclr_hub.models.slicing import SlicedWeight, cut, sliced_once
 from tests.networks import forward_apart, randomise_batchnorm
 
@@ -153,13 +155,10 @@ def test_first_convolution_runs_once():
 # Inference
 
 
-def kept(model):
-    return sum(len(layer._kept) for layer in layers(model))
-
-
 @torch.no_grad()
 def expected(model, x, width):
-    return model.forward_at(x, width)
+    """The outputs of the dense network of that width, which is made anew from the weights of now."""
+    return model.extract(width).eval()(x)
 
 
 @torch.inference_mode()
@@ -167,24 +166,26 @@ def infer(model, x, width):
     return model.forward_at(x, width)
 
 
-def test_inference_keeps_slices_and_gives_the_same():
-    model, x = make().eval(), images()
-    for width in WIDTHS:
-        assert torch.equal(infer(model, x, width), expected(model, x, width))
-    convolutions = sum(isinstance(layer, SlimmableConv2d) for layer in model.modules())
-    assert kept(model) == 3 * convolutions
-    conv = model.layer1[0].conv1
-    assert conv._keep(1.0) is conv.weight
-    first = conv._keep(0.5)
-    assert first.shape == (8, 8, 3, 3)
-    infer(model, x, 0.5)
-    assert conv._keep(0.5) is first
+def through_vector(model):
+    """In a loop, in which memory that is freed is given out again."""
+    parameters = [*model.parameters()]
+    for factor in 0.5, 3.0, 1 / 3:
+        torch.nn.utils.vector_to_parameters(factor * torch.nn.utils.parameters_to_vector(parameters), parameters)
+
+
+def assign_data(model):
+    for factor in 2.0, 0.25:
+        for parameter in model.parameters():
+            parameter.data = parameter.data * factor
 
 
 @pytest.mark.parametrize(
     'change',
     [
         lambda model: model.layer1[0].conv1.weight.mul_(2),
+        lambda model: model.layer1[0].conv1.weight.data.copy_(torch.ones(())),
+        through_vector,
+        assign_data,
         lambda model: model.load_state_dict({name: tensor / 2 for name, tensor in model.state_dict().items()}),
         lambda model: model.load_state_dict(make(zero_init_last=False).state_dict(), assign=True),
         lambda model: setattr(model.layer1[0].conv1, 'weight', torch.nn.Parameter(model.layer1[0].conv1.weight / 3)),
@@ -194,60 +195,86 @@ def test_inference_keeps_slices_and_gives_the_same():
             lambda: setattr(model.layer1[0].conv1.weight, 'grad', model.layer1[0].conv1.weight.detach().clone())
         ),
     ],
-    ids=['in place', 'load', 'load by assignment', 'new parameter', 'through detach', 'format', 'optimizer'],
-)
-def test_inference_sees_changes(change):
+    ids=[
+        'in place', 'through data', 'from a vector', 'new data', 'load', 'load by assignment', 'new parameter',
+        'through detach', 'format', 'optimizer',
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+def test_inference_sees_changes(change, mode):
     model, x = make().eval(), images()
-    infer(model, x, 0.5)
-    with torch.no_grad():
+    for width in WIDTHS:
+        infer(model, x, width)
+    with mode():
         change(model)
-    torch.testing.assert_close(infer(model, x, 0.5), expected(model, x, 0.5), rtol=1e-12, atol=1e-12)
-
-
-def test_nothing_is_kept_where_gradients_may_flow():
-    model, x = make().eval(), images()
-    expected(model, x, 0.5)
-    model.forward_at(x, 0.5).sum().backward()
-    model.train()
-    infer(model, x, 0.5)
-    assert kept(model) == 0
-    assert model.layer1[0].conv1.weight.grad[:8, :8].abs().max() > 0
-
-
-def test_training_forgets_what_inference_has_kept():
-    model = make().eval()
-    infer(model, images(), 0.5)
-    assert kept(model) > 0
-    assert kept(model.train()) == 0
-
-
-def test_copies_and_files_hold_no_slices():
-    model, x = make().eval(), images()
-    before = set(model.state_dict())
-    infer(model, x, 0.5)
-    assert set(model.state_dict()) == before
-    for other in copy.deepcopy(model), pickle.loads(pickle.dumps(model)):
-        assert kept(other) == 0
-        assert torch.equal(infer(other, x, 0.5), infer(model, x, 0.5))
-
-
-def test_traced_network_follows_its_weights():
-    """Slices that inference has kept do not become constants of a graph that torch.fx records."""
-    model, x = make(width=0.5).eval(), images()
-    with torch.inference_mode():
-        model(x)
-        traced = torch.fx.symbolic_trace(model)
-        with torch.no_grad():
-            model.layer1[0].conv1.weight.mul_(2)
-        torch.testing.assert_close(traced(x), expected(model, x, 0.5))
+        found = {width: model.forward_at(x, width) for width in WIDTHS}
+    for width in WIDTHS:
+        torch.testing.assert_close(found[width], expected(model, x, width), rtol=1e-12, atol=1e-12)
 
 
 def test_weights_made_in_inference_mode():
     with torch.inference_mode():
-        model = make().eval()
-        output = model.forward_at(images(), 0.5)
-    assert kept(model) == 0
+        output = make().eval().forward_at(images(), 0.5)
     torch.testing.assert_close(output, expected(make().eval(), images(), 0.5))
+
+
+# Recorders: after a warm pass, what they record follows the weights, and leaves the network as it was
+
+
+def recorded_by_fx(model, x):
+    return torch.fx.symbolic_trace(model)
+
+
+def recorded_by_jit(model, x):
+    return torch.jit.trace(model, x)
+
+
+def recorded_by_make_fx(model, x):
+    def call(parameters, x):
+        return torch.func.functional_call(model, parameters, (x,))
+
+    recorded = make_fx(call)(dict(model.named_parameters()), x)
+    return lambda x: recorded(dict(model.named_parameters()), x)
+
+
+@pytest.mark.parametrize('record', [recorded_by_fx, recorded_by_jit, recorded_by_make_fx])
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+def test_recorded_network_follows_its_weights(record, mode):
+    model, x = make(width=0.5).eval(), images()
+    infer(model, x, 0.5)
+    with mode():
+        recorded = record(model, x)
+        torch.testing.assert_close(recorded(x), expected(model, x, 0.5))
+        with torch.no_grad():
+            model.layer1[0].conv1.weight.mul_(2)
+        torch.testing.assert_close(recorded(x), expected(model, x, 0.5))
+
+
+def test_fake_pass_leaves_nothing_behind():
+    model, x = make(width=0.5).eval(), images()
+    with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert isinstance(model(mode.from_tensor(x)), FakeTensor)
+    output = infer(model, x, 0.5)
+    assert not isinstance(output, FakeTensor)
+    torch.testing.assert_close(output, expected(model, x, 0.5))
+
+
+@pytest.mark.parametrize('file', ['onnx', 'openvino'])
+def test_exported_after_a_warm_pass(file, tmp_path):
+    """By the exporters that trace a network, straight; weights are inputs of their graphs, not outputs of slices."""
+    model, x = make(torch.float32, width=0.5).eval(), images(dtype=torch.float32)
+    infer(model, x, 0.5)
+    with torch.no_grad():
+        model.layer1[0].conv1.weight.data.mul_(2)
+    with torch.inference_mode():
+        if file == 'onnx':
+            torch.onnx.export(model, (x,), tmp_path / 'network.onnx', dynamo=False)
+            session = onnxruntime.InferenceSession(tmp_path / 'network.onnx', providers=['CPUExecutionProvider'])
+            (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        else:
+            compiled = openvino.compile_model(openvino.convert_model(model, example_input=x), 'CPU')
+            output = compiled(x.numpy())[0]
+    torch.testing.assert_close(torch.from_numpy(output), expected(model, x, 0.5), rtol=1e-4, atol=1e-4)
 
 
 # Compilation
@@ -260,7 +287,7 @@ def _fresh_compiler():
 
 @pytest.mark.usefixtures('_fresh_compiler')
 def test_compiled_network_follows_its_weights():
-    """Slices that inference has kept do not become constants of the graph."""
+    """Slices do not become constants of the graph."""
     model, x = make(width=0.5).eval(), images()
     compiled = torch.compile(model, fullgraph=True, backend='eager')
     with torch.inference_mode():
