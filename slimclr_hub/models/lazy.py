@@ -1,6 +1,7 @@
 """A slimmable network that holds the widths in use and reads others from its file on demand."""
 
 import copy
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from slimclr_hub.weights.tensor_file import TensorFile
 # Maps the tensor that grows, and rows and columns of the larger one, to these rows and columns.
 Reader = Callable[[torch.Tensor, slice, slice], torch.Tensor]
 
+_GROWING = threading.RLock()  # of all networks: a lock of its own could neither be copied nor pickled
+
 
 class LazySlimmableResNet(SlimmableResNet):
     """Slimmable ResNet that `timm.create_model(..., pretrained=True, width=0.25, lazy=True)` builds.
@@ -27,7 +30,7 @@ class LazySlimmableResNet(SlimmableResNet):
     It begins with the tensors of one width. `set_width`, `forward_at`, `forward_widths` and `extract` read the further
     tensors of another width from the safetensors file, and keep them. Tensors that are held already stay as they are,
     fine-tuned or not. Parameters that grow are new ones, unknown to an optimizer made before: to train, take the
-    network without `lazy`, or call `hold` first.
+    network without `lazy`, or call `hold` first. Several threads may call `forward_at` at once, one of which reads.
 
     Args:
         args: As in `SlimmableResNet`.
@@ -67,14 +70,15 @@ class LazySlimmableResNet(SlimmableResNet):
         return self._held
 
     def hold(self, widths: Iterable[float] | None = None) -> None:
-        """Read the tensors of `widths`, all of them unless given, that are not in memory.
+        """Read the tensors of `widths`, all of them unless given, that are not in memory: all together or none.
 
         Raises:
             InputError: The network has no such width, or its file was removed or changed.
         """
         wanted = {check_width(width, self._widths) for width in (self._widths if widths is None else widths)}
-        for width in sorted(wanted - set(self._held)):
-            self._grow(width)
+        with _GROWING:
+            if lacking := wanted - set(self._held):
+                self._grow(lacking)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, head: str | None = None) -> None:
         """Replace the head as `SlimmableResNet` does; widths that are read later get a new head too."""
@@ -84,17 +88,17 @@ class LazySlimmableResNet(SlimmableResNet):
     def _ready(self, width: float) -> float:
         width = super()._ready(width)
         if width not in self._held:
-            self._grow(width)
+            self.hold([width])
         return width
 
     @torch.inference_mode(False)  # what was made in that mode could never be trained
     @torch.no_grad()
-    def _grow(self, width: float) -> None:
+    def _grow(self, lacking: set[float]) -> None:
         if self._path is None:
             raise InputError('this network has not been loaded from a file yet; see load_pretrained')
         if not self._path.is_file() or _stamp(self._path) != self._stamp:
             raise InputError(f'{self._path} was removed or changed after it had been opened; create the network anew')
-        largest = max(width, *self._held)
+        largest = max(*lacking, *self._held)
         # All is read before anything changes, so that a failure leaves the network as it was.
         with TensorFile(self._path) as file:
             weights = {
@@ -103,16 +107,19 @@ class LazySlimmableResNet(SlimmableResNet):
                 if isinstance(module, SlicedWeight)
             }
             siblings = {
-                switch: self._sibling(file, name, switch, width)
+                (switch, width): self._sibling(file, name, switch, width)
                 for name, switch in self.named_modules()
                 if isinstance(switch, SwitchableBatchNorm2d | SwitchableLinear)
+                for width in sorted(lacking)
             }
         for module, weight in weights.items():
+            # In this order, since a layer reads its weight first: a pass in another thread at a width that is held
+            # takes the leading block of either weight, and the whole of none that is larger.
+            _set_sizes(module, weight.shape)
             _set_tensor(module, 'weight', weight)
-            _set_sizes(module)
-        for switch, sibling in siblings.items():
+        for (switch, width), sibling in siblings.items():
             switch[width_key(width)] = sibling
-        self._held = tuple(sorted({*self._held, width}, reverse=True))
+        self._held = tuple(sorted({*self._held, *lacking}, reverse=True))
 
     def _sibling(self, file: TensorFile, name: str, switch: nn.ModuleDict, width: float) -> nn.Module:
         # A copy of another width's, so that its class, mode, device and dtype are those that the user has given it.
@@ -124,7 +131,8 @@ class LazySlimmableResNet(SlimmableResNet):
             else:
                 new = file.whole(f'{name}.{width_key(width)}.{leaf}').to(old)
             _set_tensor(sibling, leaf, new)
-        _set_sizes(sibling)
+        assert isinstance(sibling.weight, torch.Tensor)
+        _set_sizes(sibling, sibling.weight.shape)
         return sibling
 
     def _reader(self, file: TensorFile, name: str) -> Reader:
@@ -163,14 +171,13 @@ def _set_tensor(module: nn.Module, leaf: str, new: torch.Tensor) -> None:
     setattr(module, leaf, new)
 
 
-def _set_sizes(module: nn.Module) -> None:
+def _set_sizes(module: nn.Module, shape: Sequence[int]) -> None:
     if isinstance(module, nn.Conv2d):
-        module.out_channels, module.in_channels = module.weight.shape[:2]
+        module.out_channels, module.in_channels = shape[:2]
     elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        assert module.running_mean is not None
-        module.num_features = len(module.running_mean)
+        module.out_features, module.in_features = shape
+    elif hasattr(module, 'num_features'):  # a normalisation, which may be frozen
+        module.num_features = shape[0]  # type: ignore[assignment]
 
 
 def _stamp(path: Path) -> tuple[int, int]:

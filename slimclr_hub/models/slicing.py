@@ -83,6 +83,7 @@ class SlicedWeight(nn.Module):
         """The slice of `width`, [out * width, in * width, ...]."""
         if width in self._step:
             return self._step[width]
+        # The weight is read before its size, which a network that grows counts on.
         return part(self.weight, self.full_size(), self.spans(width))
 
 

@@ -5,7 +5,9 @@ import os
 import pickle
 import random
 import shutil
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -15,7 +17,7 @@ from torch import nn
 from slimclr_hub.errors import InputError
 from slimclr_hub.models import DEFAULT_WIDTHS
 from slimclr_hub.weights.slices import switched_key
-from slimclr_hub.weights.tensor_file import save_tensors
+from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
 from tests.networks import randomise_batchnorm
 
 WIDTHS = DEFAULT_WIDTHS
@@ -514,3 +516,42 @@ def test_growing_lets_go_of_the_smaller_weights(path):
     old = weakref.ref(lazy.layer1[0].conv1.weight)
     lazy.set_width(1.0)
     assert old() is None
+
+
+def test_first_passes_from_several_threads(path, eager):
+    """At widths that are not there yet, while others run at one that is."""
+    x, orders = images(size=8), random.Random(0)
+    with torch.no_grad():
+        expected = {width: eager.forward_at(x, width) for width in DEFAULT_WIDTHS}
+
+    def run(lazy, width, start):
+        start.wait()
+        with torch.no_grad():
+            return [lazy.forward_at(x, width) for _ in range(3)]
+
+    with ThreadPoolExecutor(len(DEFAULT_WIDTHS)) as pool:
+        for _ in range(40):
+            lazy = open_lazy(path).eval()
+            start = threading.Barrier(len(DEFAULT_WIDTHS))
+            widths = orders.sample(DEFAULT_WIDTHS, len(DEFAULT_WIDTHS))
+            for width, passes in zip(widths, pool.map(lambda w: run(lazy, w, start), widths), strict=True):  # noqa: B023
+                for output in passes:
+                    torch.testing.assert_close(output, expected[width])
+            assert_equal_tensors(lazy, eager)
+            assert_sizes_say_what_the_tensors_are(lazy)
+
+
+def test_holds_all_that_it_is_told_to_or_nothing(path, tmp_path, monkeypatch):
+    lazy = open_lazy(path)
+    before, read = parameters(lazy), TensorFile.whole
+
+    def fails_at_last(file, name):
+        if name == 'layer3.2.bn2.w100.bias':
+            raise InputError('cut')
+        return read(file, name)
+
+    monkeypatch.setattr(TensorFile, 'whole', fails_at_last)
+    with pytest.raises(InputError, match='cut'):
+        lazy.hold()
+    assert lazy.held == (0.25,)
+    assert parameters(lazy) == before
