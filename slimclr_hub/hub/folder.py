@@ -20,6 +20,7 @@ from slimclr_hub.models.lazy import LazySlimmableResNet
 from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.layouts import Layout, layout_of
 from slimclr_hub.weights.published import PUBLISHED
+from slimclr_hub.weights.slices import with_batch_counts
 from slimclr_hub.weights.tensor_file import save_tensors
 
 OF_A_TAG = ('tag', 'description', 'origin_url', 'notes', 'license')
@@ -75,7 +76,7 @@ def save_folder(
     if not model.overlap:
         model_args['overlap'] = False
     data_config = {'input_size': (model.in_chans, size, size), 'mean': mean, 'std': std, 'crop_pct': crop_pct}
-    tensors = model.state_dict()
+    tensors = with_batch_counts(model.state_dict())
     write_folder(model, tensors, folder, card, model_args=model_args, data_config=data_config, label_names=label_names)
 
 

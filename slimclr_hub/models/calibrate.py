@@ -11,20 +11,19 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.models.layers import SwitchableBatchNorm2d
 from slimclr_hub.models.slimmable_resnet import SlimmableResNet
 from slimclr_hub.models.widths import width_key
+from slimclr_hub.weights.slices import BATCH_COUNT
 
 
-def batchnorms_of(model: nn.Module, width: float) -> Iterator[_BatchNorm]:
-    """Yield the batch normalisations that a network uses at `width`."""
+def batchnorms_of(model: nn.Module, width: float) -> Iterator[nn.Module]:
+    """Yield the batch normalisations that a network uses at `width`, be they over all processes or frozen."""
     for module in model.modules():
         if isinstance(module, SwitchableBatchNorm2d):
-            norm = module[width_key(width)]
-            assert isinstance(norm, _BatchNorm)  # also one over all processes
-            yield norm
+            yield module[width_key(width)]
 
 
 def is_calibrated(model: SlimmableResNet, width: float) -> bool:
-    """True if the batch normalisation of `width` has seen any batch."""
-    return all(norm.num_batches_tracked != 0 for norm in batchnorms_of(model, model._ready(width)))
+    """True if the batch normalisation of `width` has seen any batch, or is frozen."""
+    return all(getattr(norm, BATCH_COUNT, 1) != 0 for norm in batchnorms_of(model, model._ready(width)))
 
 
 def calibrate_width(
@@ -44,27 +43,53 @@ def calibrate_width(
             labels. A few thousand images suffice.
 
     Raises:
-        InputError: No images, or a width above the largest.
+        InputError: No images, a batch that has none, or a width above the largest. After any error, be it the loader's,
+            the network is as it was.
     """
     batches = iter(loader)
     first = next(batches, None)
     if first is None:
         raise InputError('the loader gave no images to calibrate with')
-    if width not in model.widths:
-        model.add_width(width)
     device = next(model.parameters()).device
-    images = (batch if isinstance(batch, torch.Tensor) else batch[0] for batch in chain([first], batches))
-    calibrate_batchnorm(model, width, (batch.to(device, non_blocking=True) for batch in images))
+    images = (_images(batch).to(device, non_blocking=True) for batch in chain([first], batches))
+    added = width not in model.widths
+    if added:
+        model.add_width(width)
+    try:
+        calibrate_batchnorm(model, width, images)
+    except BaseException:
+        if added:
+            model._drop_width(width)
+        raise
+
+
+def _images(batch: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    images = batch[0] if isinstance(batch, Sequence) and len(batch) else batch
+    if not isinstance(images, torch.Tensor):
+        raise InputError(
+            f'a batch of the loader is a {type(batch).__name__} without images; give tensors [N, C, H, W], alone or '
+            'first in a sequence'
+        )
+    return images
 
 
 @torch.no_grad()
 def calibrate_batchnorm(model: SlimmableResNet, width: float, images: Iterable[torch.Tensor]) -> None:
     """Estimate the running statistics of one width anew, as the mean over batches; nothing else of the network moves.
 
-    See `calibrate_width`; here `images` are batches [N, C, H, W] on the network's device.
+    See `calibrate_width`; here `images` are batches [N, C, H, W] on the network's device. After an error the statistics
+    are those of before.
+
+    Raises:
+        InputError: A normalisation is frozen.
     """
-    norms = list(batchnorms_of(model, model._ready(width)))
+    norms = []
+    for norm in batchnorms_of(model, model._ready(width)):
+        if not isinstance(norm, _BatchNorm):
+            raise InputError(f'a normalisation is frozen ({type(norm).__name__}); unfreeze it to calibrate a width')
+        norms.append(norm)
     momenta, modes = [norm.momentum for norm in norms], {module: module.training for module in model.modules()}
+    before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
@@ -73,6 +98,10 @@ def calibrate_batchnorm(model: SlimmableResNet, width: float, images: Iterable[t
     try:
         for batch in images:
             model.forward_at(batch, width)
+    except BaseException:
+        for norm, buffers in zip(norms, before, strict=True):
+            norm.load_state_dict(buffers, strict=False)
+        raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -10,7 +10,17 @@ from timm.models import adapt_input_conv
 
 from slimclr_hub.errors import InputError, shorten
 from slimclr_hub.weights.layouts import ARCHITECTURES, Layout, layout_of, mismatches
-from slimclr_hub.weights.slices import DISJOINT, key_width, leading, switch_name, switched_key, unswitch_name, width_key
+from slimclr_hub.weights.slices import (
+    DISJOINT,
+    batch_counts,
+    key_width,
+    leading,
+    switch_name,
+    switched_key,
+    unswitch_name,
+    width_key,
+    with_batch_counts,
+)
 from slimclr_hub.weights.tensor_file import TensorFile
 
 FIRST_CONV = 'conv1.weight'
@@ -49,7 +59,7 @@ def checkpoint_filter_fn(tensors: Mapping[str, torch.Tensor], model: Loadable) -
         if name == FIRST_CONV:
             shape = (shape[0], *tensors[source].shape[1:])
         fitted[name] = leading(tensors[source], shape)
-    return fitted
+    return {name: tensor for name, tensor in with_batch_counts(fitted).items() if name in wanted}
 
 
 @torch.no_grad()
@@ -76,6 +86,8 @@ def load_file(model: Loadable, path: Path) -> None:
                 state[name].copy_(read_first_conv(file, slice(0, len(state[name])), model.in_chans))
             else:
                 file.copy_leading(source, state[name])
+        for name in batch_counts(state) & (state.keys() - sources.keys()):
+            state[name].fill_(1)
 
 
 def expects_head(model: Loadable) -> bool:
@@ -100,6 +112,7 @@ def fit(wanted: Shapes, available: Shapes, width: float) -> dict[str, str]:
     """
     if wanted == available:
         return {name: name for name in wanted}
+    counts = batch_counts(wanted)
     if FIRST_CONV not in available:
         raise InputError(f'{FIRST_CONV} is missing: these are not the weights of such a network')
     _check_overlap(wanted, available)
@@ -114,7 +127,7 @@ def fit(wanted: Shapes, available: Shapes, width: float) -> dict[str, str]:
     for name, shape in wanted.items():
         source = switch_name(name, key) if name in for_each_width else name
         if source not in available:
-            if not name.startswith(_HEAD):
+            if not name.startswith(_HEAD) and name not in counts:
                 problems.append(f'missing {source}')
             continue
         other = available[source]
@@ -127,7 +140,7 @@ def fit(wanted: Shapes, available: Shapes, width: float) -> dict[str, str]:
             problems.append(f'{source} has shape {list(other)}, {list(shape)} or its multiple is needed')
             continue
         fitted[name] = source
-    known = {unswitch_name(name) for name in wanted} | {f'{_HEAD}weight', f'{_HEAD}bias'}
+    known = {unswitch_name(name) for name in {*wanted, *counts}} | {f'{_HEAD}weight', f'{_HEAD}bias'}
     problems += [f'unexpected {name}' for name in available if unswitch_name(name) not in known]
     if problems:
         raise InputError(f'the weights do not fit: {shorten(problems)}{_explain(wanted, available)}')
@@ -165,6 +178,8 @@ def check_complete(shapes: Shapes) -> Layout:
     twice = {name: (n[0], 2 * n[1]) for name, n in expected.items() if name.startswith(_HEAD) and len(n) == 2}
     if all(tuple(shapes.get(name, shape)) == shape for name, shape in twice.items()):
         expected.update(twice)
+    counts = batch_counts(expected)
+    expected = {name: shape for name, shape in expected.items() if name in shapes or name not in counts}
     if problems := mismatches(expected, shapes):
         raise InputError(f'not {layout}: {shorten(problems)}')
     return layout

@@ -38,7 +38,7 @@ from slimclr_hub.models.widths import (
     scale_channels,
     width_key,
 )
-from slimclr_hub.weights.slices import DISJOINT, WIDTH_DIGITS, dense_tensors
+from slimclr_hub.weights.slices import DISJOINT, WIDTH_DIGITS, dense_tensors, with_batch_counts
 
 _SOURCE = ('architecture', 'tag', 'url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source')
 
@@ -233,8 +233,7 @@ class SlimmableResNet(nn.Module):
         self._add_stages(conv, factory)
         self.full_features: int = self._feature_info[-1]['num_chs']
 
-        self.head = head
-        self._make_head(num_classes, global_pool, factory)
+        self._make_head(head, num_classes, global_pool, factory)
         self.init_weights(zero_init_last=zero_init_last)
 
     def _add_stages(self, conv: dict[str, Any], factory: dict[str, Any]) -> None:
@@ -278,22 +277,23 @@ class SlimmableResNet(nn.Module):
             reduction = net_stride // 4 if self._small_stem else net_stride
             self._feature_info.append({'num_chs': inplanes, 'reduction': reduction, 'module': name})
 
-    def _make_head(self, num_classes: int, global_pool: str, factory: dict[str, Any]) -> None:
-        self.num_classes = num_classes
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        multiplier = self.global_pool.feat_mult()
-        self.fc: nn.Module
-        if self.head not in ('switchable', 'slimmable'):
-            raise InputError(f"head {self.head!r} is not one of 'switchable', 'slimmable'")
+    def _make_head(self, head: str, num_classes: int, global_pool: str, factory: dict[str, Any]) -> None:
+        # Everything is made before anything is set, so that an error leaves the network as it was.
+        pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        multiplier = pool.feat_mult()
+        fc: nn.Module
+        if head not in ('switchable', 'slimmable'):
+            raise InputError(f"head {head!r} is not one of 'switchable', 'slimmable'")
         if num_classes <= 0:
-            self.fc = nn.Identity()
-        elif self.head == 'switchable':
-            self.fc = SwitchableLinear(self.full_features, num_classes, self._held, multiplier, **factory)
+            fc = nn.Identity()
+        elif head == 'switchable':
+            fc = SwitchableLinear(self.full_features, num_classes, self._held, multiplier, **factory)
         elif multiplier != 1:
             raise InputError(f"global_pool {global_pool!r} needs head='switchable': its halves do not slice")
         else:
             slim: dict[str, Any] = {'max_width': self._held[0], 'disjoint': self._disjoint, 'slim_out': False}
-            self.fc = SlimmableLinear(self.full_features, num_classes, **slim, **factory)
+            fc = SlimmableLinear(self.full_features, num_classes, **slim, **factory)
+        self.head, self.num_classes, self.global_pool, self.fc = head, num_classes, pool, fc
         self.init_head()
 
     @torch.jit.ignore
@@ -367,6 +367,15 @@ class SlimmableResNet(nn.Module):
         self._widths = widths
         self._held = tuple(sorted({*self._held, width}, reverse=True))
         self._active = widths.index(active)
+
+    def _drop_width(self, width: float) -> None:
+        # Undoes `add_width`; `width` is not the active one.
+        active = self.width
+        for module in self.modules():
+            if isinstance(module, SwitchableBatchNorm2d | SwitchableLinear):
+                module.pop(width_key(width))
+        self._widths, self._held = (tuple(w for w in of if w != width) for of in (self._widths, self._held))
+        self._active = self._widths.index(active)
 
     def _ready(self, width: float) -> float:
         # The one of the widths that equals `width`, with its tensors in place.
@@ -567,11 +576,13 @@ class SlimmableResNet(nn.Module):
         """Replace the head by a new one on the same device and in the same dtype and mode.
 
         `num_classes` is 0 for no head; timm's pooling type and the kind of head stay as they are unless given.
+
+        Raises:
+            InputError: There is no such head, or it does not go with the pooling; the network is as it was.
         """
-        if head is not None:
-            self.head = head
+        head = self.head if head is None else head
         pool = self.global_pool.pool_type if global_pool is None else global_pool
-        self._make_head(num_classes, pool, get_device_dtype(self))
+        self._make_head(head, num_classes, pool, get_device_dtype(self))
         self.global_pool.train(self.training)
         self.fc.train(self.training)
 
@@ -601,7 +612,9 @@ class SlimmableResNet(nn.Module):
             device='meta',
         )
         shapes = {name: tensor.shape for name, tensor in dense.state_dict().items()}
-        tensors = dense_tensors(self.state_dict(), shapes, width_key(width), slice_starts(self, width))
+        tensors = dense_tensors(
+            with_batch_counts(self.state_dict()), shapes, width_key(width), slice_starts(self, width)
+        )
         dense.load_state_dict(tensors, assign=True)
         if cfg := getattr(self, 'pretrained_cfg', None):
             # Preprocessing stays, the source of the weights does not.

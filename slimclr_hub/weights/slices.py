@@ -1,7 +1,7 @@
 """Sub-networks as slices of a slimmable network's tensors, by name and shape."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 
 import torch
@@ -16,6 +16,9 @@ DISJOINT = 'disjoint_widths'
 
 It holds the widths in units of the last decimal of a key; no computation uses it.
 """
+
+BATCH_COUNT = 'num_batches_tracked'
+"""Last part of the name of a normalisation's count of the batches that it has seen."""
 
 _SWITCHED = re.compile(r'\.(w\d{3,5})\.')
 
@@ -75,6 +78,19 @@ def switched_key(name: str) -> str | None:
     """Key of the width that a tensor belongs to, `w050` for `layer1.0.bn1.w050.weight`; none where all share it."""
     match = _SWITCHED.search(name)
     return match[1] if match else None
+
+
+def batch_counts(names: Iterable[str]) -> set[str]:
+    """Names of the counts of batches that normalisations have, by the names of their tensors.
+
+    timm and torchvision drop a count where they freeze a normalisation.
+    """
+    return {f'{name.rpartition(".")[0]}.{BATCH_COUNT}' for name in names if name.endswith('.running_var')}
+
+
+def with_batch_counts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Add a count of one batch for each normalisation that has none."""
+    return {**tensors, **{name: torch.tensor(1) for name in sorted(batch_counts(tensors) - tensors.keys())}}
 
 
 def dense_tensors(

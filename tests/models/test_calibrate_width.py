@@ -6,13 +6,16 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 from slimclr_hub.data.sources import read_embedded
 from slimclr_hub.errors import InputError
+from slimclr_hub.hub.export import export_onnx
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models import DEFAULT_WIDTHS, calibrate_width
 from slimclr_hub.models.calibrate import is_calibrated
+from slimclr_hub.weights.tensor_file import save_tensors
 
 WIDTHS = DEFAULT_WIDTHS
 NEW = 0.6
@@ -294,17 +297,85 @@ def test_widths_that_cannot_be(width, message):
     assert model.widths == (0.75, 0.25)
 
 
-def test_loader_that_fails_half_way(trained, added):
-    """The mode and the rest of the network are as before, and it can be done again."""
+def broken_loader():
+    yield from batches()[:2]
+    raise OSError('disk gone')
 
-    def failing():
-        yield IMAGES[:64]
-        raise OSError('the disk is gone')
 
-    model = copy.deepcopy(trained).train()
-    with pytest.raises(OSError, match='the disk is gone'):
-        calibrate_width(model, NEW, failing())
+@pytest.mark.parametrize(
+    ('loader', 'error', 'message'),
+    [
+        (broken_loader, OSError, 'disk gone'),
+        (lambda: [*batches()[:1], [{'image': IMAGES}]], InputError, 'a batch of the loader is a list without images'),
+        (lambda: [{'image': IMAGES}], InputError, 'a batch of the loader is a dict without images'),
+        (lambda: [[]], InputError, 'a batch of the loader is a list without images'),
+        (lambda: [*batches()[:1], torch.zeros(2, 5, 8, 8)], RuntimeError, 'channels'),
+    ],
+    ids=['breaks', 'list of dicts', 'dict', 'empty list', 'other channels'],
+)
+@pytest.mark.parametrize('width', [NEW, 0.5], ids=['new', 'old'])
+def test_after_an_error_the_network_is_as_it_was(trained, added, width, loader, error, message):
+    model = copy.deepcopy(trained)
+    model.train()
+    with pytest.raises(error, match=message):
+        calibrate_width(model, width, loader())
+    assert model.widths == trained.widths
     assert all(module.training for module in model.modules())
-    assert model.bn1['w060'].momentum == 0.1
-    calibrate_width(model.eval(), NEW, batches())
-    assert torch.equal(model.forward_at(IMAGES[:8], NEW), added[0].forward_at(IMAGES[:8], NEW))
+    state = model.state_dict()
+    assert state.keys() == trained.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in trained.state_dict().items())
+    assert model.bn1['w050'].momentum == 0.1
+    calibrate_width(model.eval(), width, batches())
+    assert torch.equal(model.forward_at(IMAGES[:8], width), added[0].forward_at(IMAGES[:8], width))
+
+
+# Frozen normalisations, which have no count of batches
+
+
+@pytest.fixture(params=['timm', 'torchvision', 'timm freeze'])
+def frozen(trained, request):
+    model = copy.deepcopy(trained)
+    if request.param == 'timm':
+        return timm.utils.model.freeze_batch_norm_2d(model)
+    if request.param == 'timm freeze':
+        timm.utils.freeze(model, [name for name, _ in model.named_children()])
+        return model
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                new = torchvision.ops.FrozenBatchNorm2d(child.num_features)
+                new.load_state_dict(child.state_dict())
+                module.add_module(name, new)
+    return model
+
+
+def test_frozen_network_is_extracted_saved_opened_and_exported(frozen, trained, tmp_path):
+    assert not [m for m in frozen.modules() if isinstance(m, nn.BatchNorm2d)]
+    for width in WIDTHS:
+        assert is_calibrated(frozen, width)
+        expected = trained.forward_at(IMAGES[:4], width)
+        torch.testing.assert_close(frozen.forward_at(IMAGES[:4], width), expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(frozen.extract(width).eval()(IMAGES[:4]), trained.extract(width)(IMAGES[:4]))
+    save_folder(frozen, tmp_path / 'network', **ABOUT)
+    for lazy in False, True:
+        opened = timm.create_model(f'local-dir:{tmp_path / "network"}', pretrained=True, width=0.25, lazy=lazy).eval()
+        for width in WIDTHS:
+            assert torch.equal(opened.forward_at(IMAGES[:4], width), trained.forward_at(IMAGES[:4], width))
+            assert is_calibrated(opened, width)
+    assert export_onnx(frozen.extract(0.5), tmp_path / 'network.onnx', size=28) < 1e-4
+
+
+def test_frozen_network_is_not_calibrated(frozen):
+    with pytest.raises(InputError, match=r'a normalisation is frozen .*unfreeze it to calibrate a width'):
+        calibrate_width(frozen, 0.5, batches())
+
+
+def test_weights_without_counts_load(trained, tmp_path):
+    """As those that were saved of a frozen network by its own `state_dict`."""
+    tensors = {name: x for name, x in trained.state_dict().items() if not name.endswith('num_batches_tracked')}
+    save_tensors(tensors, tmp_path / 'frozen.safetensors')
+    model = make(num_classes=10)
+    model.load_pretrained(tmp_path / 'frozen.safetensors')
+    assert all(is_calibrated(model, width) for width in WIDTHS)
+    assert torch.equal(model(IMAGES[:2]), trained(IMAGES[:2]))
+    timm.utils.model.freeze_batch_norm_2d(model).load_pretrained(tmp_path / 'frozen.safetensors')

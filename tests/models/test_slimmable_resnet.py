@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from slimclr_hub.errors import InputError
 from slimclr_hub.models import DEFAULT_WIDTHS, DenseResNet
 from slimclr_hub.models.cost import cost
 from slimclr_hub.models.layers import SlimmableConv2d, SlimmableLinear
@@ -278,6 +279,17 @@ def test_reset_classifier(head):
 
 def _key(width):
     return {1.0: 'w100', 0.75: 'w075', 0.5: 'w050', 0.25: 'w025'}[width]
+
+
+@pytest.mark.parametrize(('pool', 'head'), [('catavgmax', 'slimmable'), ('avg', 'round'), ('mean', 'switchable')])
+def test_reset_classifier_that_fails_changes_nothing(pool, head):
+    model, x = small(), images()
+    before, (fc, kept) = model(x), (model.fc, model.head)
+    with pytest.raises((InputError, AssertionError)):
+        model.reset_classifier(7, pool, head)
+    assert (model.fc, model.head, model.global_pool.pool_type) == (fc, kept, 'avg')
+    assert model.num_classes == before.shape[1]
+    assert torch.equal(model(x), before)
 
 
 @pytest.mark.parametrize('head', ['switchable', 'slimmable'])
