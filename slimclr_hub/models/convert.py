@@ -10,7 +10,15 @@ import torch
 from slimclr_hub.errors import InputError, shorten
 from slimclr_hub.models.loading import check_complete
 from slimclr_hub.weights.layouts import ARCHITECTURES
-from slimclr_hub.weights.slices import WIDTH_DIGITS, leading, scale_channels, switch_name, switched_key, width_key
+from slimclr_hub.weights.slices import (
+    WIDTH_DIGITS,
+    leading,
+    scale_channels,
+    switch_name,
+    switched_key,
+    width_key,
+    with_batch_counts,
+)
 
 _PREFIXES = {
     # MoCo v2, MoCo v3, this package's detectors, and others' or this package's backbone; a bare network has none.
@@ -61,6 +69,7 @@ def convert(
         body = {k: v for k, v in ours.items() if not k.startswith('fc.') or k.startswith('fc.linears.')}
         from_authors = any(_AUTHORS_NORM.match(name) for name in body)
         ours = _from_authors(body, encoder) if from_authors else _from_plain(body, widths)
+    ours = with_batch_counts(ours)
     check_complete({name: tensor.shape for name, tensor in ours.items()})
     return {name: tensor.contiguous() for name, tensor in ours.items()}
 
