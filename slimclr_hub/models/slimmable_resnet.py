@@ -284,6 +284,8 @@ class SlimmableResNet(nn.Module):
         fc: nn.Module
         if head not in ('switchable', 'slimmable'):
             raise InputError(f"head {head!r} is not one of 'switchable', 'slimmable'")
+        if num_classes > 0 and not global_pool:
+            raise InputError(f"global_pool '' leaves {num_classes} classes nothing to classify; give num_classes=0")
         if num_classes <= 0:
             fc = nn.Identity()
         elif head == 'switchable':
@@ -295,6 +297,16 @@ class SlimmableResNet(nn.Module):
             fc = SlimmableLinear(self.full_features, num_classes, **slim, **factory)
         self.head, self.num_classes, self.global_pool, self.fc = head, num_classes, pool, fc
         self.init_head()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What knows no widths would fail in the first forward, far from here.
+        if name == 'fc' and type(value) in (nn.Linear, nn.Sequential):
+            raise InputError(
+                f'fc cannot be a {type(value).__name__}, which knows no widths; use reset_classifier(CLASSES)'
+            )
+        if name == 'conv1' and type(value) is nn.Conv2d:
+            raise InputError('conv1 cannot be a Conv2d, which knows no widths; give in_chans=CHANNELS to create_model')
+        super().__setattr__(name, value)
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
@@ -498,7 +510,7 @@ class SlimmableResNet(nn.Module):
             x = F.dropout(x, p=float(self.drop_rate), training=self.training)
         if pre_logits or self.num_classes <= 0:
             return x
-        return self.fc(x, width)
+        return self.fc(x) if isinstance(self.fc, nn.Identity) else self.fc(x, width)
 
     def _stages(self) -> list[SlimmableSequential]:
         return [getattr(self, f'layer{i}') for i in range(1, len(self._layers) + 1)]

@@ -11,6 +11,8 @@ from slimclr_hub.weights.slices import width_key as width_key
 
 DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
 
+_TOLERANCE = 1e-6  # of numpy.linspace, which gives 0.6000000000000001
+
 
 def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
     """Sort widths in descending order and check them.
@@ -18,7 +20,7 @@ def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
     Raises:
         InputError: No width at all, a width twice, or one that is outside (0, 1] or has more than four decimals.
     """
-    widths = tuple(sorted((float(width) for width in widths), reverse=True))
+    widths = tuple(sorted((_rounded(float(width)) for width in widths), reverse=True))
     if not widths:
         raise InputError('widths is empty; give at least one, for example widths=(1.0, 0.5)')
     for width in widths:
@@ -51,11 +53,17 @@ def disjoint_widths(widths: Iterable[float], overlap: bool) -> tuple[float, ...]
 
 
 def check_width(width: float, widths: tuple[float, ...]) -> float:
-    """Return the element of `widths` that equals `width`, which is a constant for torch.compile.
+    """Return the element of `widths` that equals `width` to 1e-6, which is a constant for torch.compile.
 
     Raises:
         InputError: There is none; the message lists `widths`.
     """
-    if width not in widths:
+    near = width if width in widths else _rounded(width)
+    if near not in widths:
         raise InputError(f"width {width!r} is not one of this network's widths, {', '.join(map(str, widths))}")
-    return widths[widths.index(width)]
+    return widths[widths.index(near)]
+
+
+def _rounded(width: float) -> float:
+    near = round(width, WIDTH_DIGITS)
+    return near if abs(near - width) < _TOLERANCE else width

@@ -1,5 +1,8 @@
 """Slimmable ResNets: widths, timm's interface, and extraction of dense networks."""
 
+import copy
+
+import numpy as np
 import pytest
 import timm
 import torch
@@ -279,6 +282,47 @@ def test_reset_classifier(head):
 
 def _key(width):
     return {1.0: 'w100', 0.75: 'w075', 0.5: 'w050', 0.25: 'w025'}[width]
+
+
+def test_widths_of_linspace():
+    model = timm.create_model('slimclr_resnet20', widths=np.linspace(0.2, 1, 5), num_classes=0)
+    assert model.widths == (1.0, 0.8, 0.6, 0.4, 0.2)
+    for width in np.linspace(0.2, 1, 5):  # 0.6000000000000001 among them
+        model.set_width(width)
+        assert type(model.width) is float
+        assert abs(model.width - width) < 1e-12
+    with pytest.raises(InputError, match=r'0\.60001 is not one of'):
+        model.set_width(0.60001)
+
+
+def test_head_that_is_taken_away():
+    model, x = small().eval(), images()
+    other = copy.deepcopy(model)
+    other.fc = nn.Identity()
+    model.reset_classifier(0)
+    expected = model.forward_widths(x)
+    assert all(torch.equal(output, expected[width]) for width, output in other.forward_widths(x).items())
+
+
+@pytest.mark.parametrize(
+    ('name', 'module', 'remedy'),
+    [
+        ('fc', nn.Linear(64, 3), r'reset_classifier\(CLASSES\)'),
+        ('fc', nn.Sequential(nn.Linear(64, 3)), r'reset_classifier\(CLASSES\)'),
+        ('conv1', nn.Conv2d(1, 16, 3), r'in_chans=CHANNELS'),
+    ],
+)
+def test_layers_that_know_no_widths_are_refused(name, module, remedy):
+    model, x = small().eval(), images()
+    before = model(x)
+    with pytest.raises(InputError, match=f'{name} cannot be a {type(module).__name__}.*{remedy}'):
+        setattr(model, name, module)
+    assert torch.equal(model(x), before)
+
+
+def test_classes_without_pooling():
+    with pytest.raises(InputError, match="global_pool '' leaves 10 classes nothing to classify; give num_classes=0"):
+        timm.create_model('slimclr_resnet20', num_classes=10, global_pool='')
 
 
 @pytest.mark.parametrize(('pool', 'head'), [('catavgmax', 'slimmable'), ('avg', 'round'), ('mean', 'switchable')])
