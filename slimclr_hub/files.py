@@ -32,7 +32,8 @@ def atomic_files(folder: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: readers see the old content or the new one."""
     partial = path.with_name(f'{path.name}.partial')
-    with partial.open('w') as file:
+    partial.unlink(missing_ok=True)
+    with partial.open('x') as file:  # never through a link of that name
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -76,7 +77,15 @@ def write_json_lines(path: Path, values: Iterable[Any]) -> None:
 
 def file_hash(path: Path, kind: str = 'sha256') -> str:
     """Return the hexadecimal hash of a file's content; `kind` is a name that hashlib knows."""
-    found = hashlib.new(kind, usedforsecurity=False)
+    return _hash(path, hashlib.new(kind, usedforsecurity=False))
+
+
+def git_hash(path: Path) -> str:
+    """Return the hexadecimal name that git gives to a file's content."""
+    return _hash(path, hashlib.sha1(b'blob %d\0' % path.stat().st_size, usedforsecurity=False))
+
+
+def _hash(path: Path, found: 'hashlib._Hash') -> str:
     with path.open('rb') as file:
         while block := file.read(1 << 20):
             found.update(block)

@@ -1,9 +1,13 @@
 """Upload of a folder as a repository on the Hub."""
 
+import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
+import yaml
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
@@ -12,12 +16,14 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.hub.folder import check_overlap
 from slimclr_hub.hub.open import open_any
 from slimclr_hub.runs.result import RESULT, results_in
+from slimclr_hub.settings import RECIPE
 from slimclr_hub.text import first_line
 from slimclr_hub.weights.source import is_transport_error, with_retries
 
 _NEEDED = ('config.json', 'model.safetensors', 'README.md')
 # Files of a run that a reader of the card may want; not its checkpoints.
-_OPTIONAL = ('recipe.yaml', 'metrics.jsonl', '*.png', RESULT, f'*/{RESULT}')
+_OPTIONAL = (RECIPE, 'metrics.jsonl', '*.png', RESULT, f'*/{RESULT}')
+_SYSTEMS = (PurePosixPath, PureWindowsPath)
 _LOCAL = re.compile(r"(?<=['\"`])local-dir:[^'\"`\n]+|local-dir:[^'\"`\s]+")
 _ABOUT_LOCAL = re.compile(r'From the Hugging Face Hub it is `hf-hub:USER/NAME` instead of `local-dir:`\.\s*')
 
@@ -41,15 +47,16 @@ def plan_push(folder: Path, repo: str) -> Plan:
     """Check a folder and list the files to upload, without using the network.
 
     In the card, `local-dir:...` becomes `hf-hub:REPO`, so that its usage works for its readers, and the accuracies in
-    the folder's `result.json` become evaluation results of the Hub.
+    the folder's `result.json` become evaluation results of the Hub. In the recipe and results, of an absolute path only
+    the last part stays.
 
     Args:
         folder: A folder that timm opens, as `save_folder` or `slimclr-hub convert` write it.
         repo: Name of the repository, `account/name`.
 
     Raises:
-        InputError: A file is missing, the weights do not fit the configuration, the widths do not overlap, or the name
-            is not one.
+        InputError: A file is missing, damaged or a link to outside of the folder, the weights do not fit the
+            configuration, the widths do not overlap, or the name is not one.
     """
     try:
         validate_repo_id(repo)
@@ -61,16 +68,42 @@ def plan_push(folder: Path, repo: str) -> Plan:
         raise InputError(f'{folder} is not a folder')
     if missing := [name for name in _NEEDED if not (folder / name).is_file()]:
         raise InputError(f'{folder} lacks {", ".join(missing)}; `slimclr-hub convert` and training write them')
+    paths = [path for pattern in (*_NEEDED, *_OPTIONAL) for path in sorted(folder.glob(pattern))]
+    for path in paths:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f'{path} is a link to {path.resolve()}, outside of the folder; replace it by a copy')
     model = open_any(str(folder))  # whoever downloads it will do the same
     check_overlap(getattr(model, 'overlap', True), folder)
-    files: dict[str, Path | str] = {
-        str(path.relative_to(folder)): path
-        for pattern in (*_NEEDED, *_OPTIONAL)
-        for path in sorted(folder.glob(pattern))
-    }
+    files: dict[str, Path | str] = {str(path.relative_to(folder)): _without_paths(path) for path in paths}
     card = _ABOUT_LOCAL.sub('', (folder / 'README.md').read_text())
     files['README.md'] = _with_results(_LOCAL.sub(f'hf-hub:{repo}', card), folder, repo)
     return Plan(repo, files)
+
+
+def _without_paths(path: Path) -> Path | str:
+    """The file, or where a recipe or result names folders of this machine, its text with their last parts."""
+    if path.name not in (RECIPE, RESULT):
+        return path
+    write: Callable[[Any], str]
+    try:
+        if path.name == RECIPE:
+            content, write = yaml.safe_load(path.read_text()), lambda value: yaml.safe_dump(value, sort_keys=False)
+        else:
+            content, write = json.loads(path.read_text()), lambda value: json.dumps(value, indent=2) + '\n'
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f'{path} cannot be read: {" ".join(str(error).split())}') from error
+    shortened = _last_parts(content)
+    return path if shortened == content else write(shortened)
+
+
+def _last_parts(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_last_parts(key): _last_parts(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_last_parts(each) for each in value]
+    if isinstance(value, str) and (value.startswith('~') or any(kind(value).is_absolute() for kind in _SYSTEMS)):
+        return PureWindowsPath(value).name  # which knows either separator
+    return value
 
 
 def _with_results(text: str, folder: Path, repo: str) -> str:

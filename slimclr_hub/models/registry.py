@@ -1,6 +1,6 @@
 """Registration of the networks in timm, and a factory that finds their weights before it builds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -142,14 +142,18 @@ def build(
 
     timm alone takes the first source that a configuration names and tries no other. Arguments are timm's; `file` in
     `pretrained_cfg_overlay` names a file or folder of one's own, and `cls.load_pretrained(path)` loads safetensors.
+    `file` and `state_dict` in a `pretrained_cfg` that is a dictionary are ignored.
 
     Raises:
         InputError: There are no weights, they cannot be had, or they do not fit.
     """
+    pretrained_cfg = _without_files(pretrained_cfg)
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     overlay = pretrained_cfg_overlay
     make: Callable[..., Network] = cls
-    if pretrained and not cfg.state_dict:
+    if pretrained and cfg.state_dict:
+        overlay = {**(overlay or {}), 'source': ''}  # by another one, timm would load past the tensors in its own way
+    elif pretrained:
         path = _locate(cfg, variant, None if cache_dir is None else Path(cache_dir), kwargs.get('overlap', True))
         if path.name == source.PICKLED_WEIGHTS:
             if cls is LazySlimmableResNet:
@@ -180,6 +184,19 @@ def build(
         else:
             model.pretrained_cfg[key] = value
     return model
+
+
+def _without_files(cfg: Any) -> Any:
+    """A configuration without tensors and paths, which only the caller's overlay may name.
+
+    A `config.json` from anywhere comes here as a dictionary. timm itself sets the path of a `local-dir:`.
+    """
+    if not isinstance(cfg, Mapping):
+        return cfg
+    shipped = SHIPPED.get(cfg.get('tag') or '')
+    own_file = cfg.get('source') == 'local-dir' or (shipped and cfg.get('file') == str(shipped.weights))
+    names = ('state_dict',) if own_file else ('state_dict', 'file')
+    return {key: value for key, value in cfg.items() if key not in names}
 
 
 def _uninitialised(cls: type[Network]) -> Callable[..., Network]:

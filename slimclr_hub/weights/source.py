@@ -19,7 +19,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock, get_session, hf_raise_for_status
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.files import file_hash
+from slimclr_hub.files import file_hash, git_hash
 from slimclr_hub.text import first_line
 from slimclr_hub.version import __version__
 from slimclr_hub.weights.checkpoint import read_checkpoint
@@ -49,7 +49,7 @@ _OWN_FILE = (
 _ATTEMPTS = 3
 _SECONDS_TO_CONNECT = 3
 _HASHES = ('sha256', 'sha1', 'md5')
-_SHA256 = re.compile(r'[0-9a-f]{64}')
+_HASH_OF_THE_HUB = re.compile(r'[0-9a-f]{64}|[0-9a-f]{40}')
 _logger = logging.getLogger(__name__)
 
 
@@ -90,13 +90,16 @@ def from_hub(repo: str, filename: str = WEIGHTS, cache_dir: Path | None = None) 
     """Download a file of a repository on the Hub, unless it is in huggingface_hub's cache, or `cache_dir` if given.
 
     Endpoint, token, cache and offline mode are those of huggingface_hub (`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`,
-    `HF_HUB_OFFLINE`). `repo` is `account/name`, or `account/name@revision`. A download is checked against the Hub's
-    sha256.
+    `HF_HUB_OFFLINE`). `repo` is `account/name`, or `account/name@revision`. Weights are checked against the hash that
+    the Hub names, once, and nothing outside the cache is ever removed.
 
     Raises:
         NotOnHubError: There is no such repository, or the Hub cannot be reached and the cache lacks the file.
-        InputError: Access is refused, there is no such file or revision, or the file is not what the Hub announced.
+        InputError: Access is refused, there is no such file or revision, the weights are not safetensors, or they are
+            not what the Hub announced.
     """
+    if filename != 'config.json' and not filename.endswith('.safetensors'):
+        raise InputError(f'{filename} of {repo} is not loaded; only safetensors are, from the Hub')
     name, _, revision = repo.partition('@')
     try:
         path = _download(name, filename, revision or None, cache_dir)
@@ -128,8 +131,8 @@ def from_hub(repo: str, filename: str = WEIGHTS, cache_dir: Path | None = None) 
         if not is_transport_error(error):
             raise
         raise NotOnHubError(f'the Hub cannot be reached for {repo}: {first_line(error)}') from None
-    _check_hash(path, repo)
     if filename != 'config.json':
+        _check_hash(path, repo, cache_dir or Path(constants.HF_HUB_CACHE))
         _logger.info('Weights from the Hub: %s, %s', repo, path)
     return path
 
@@ -160,27 +163,30 @@ def _check_connection(url: str) -> None:
             raise
 
 
-def _check_hash(path: Path, repo: str) -> None:
-    # The client compares sizes only. A large file is a link to one named by its sha256, which is hashed once; behind
-    # that there may be another link, to where repositories share files by another hash.
+def _check_hash(path: Path, repo: str, root: Path) -> None:
+    # The client compares sizes only. A file is a link to one named by its hash: its sha256, or git's where git has the
+    # file itself. That is hashed once; behind it there may be another link, to where repositories share files.
     if not path.is_symlink():
-        return
+        return  # a file system without links, where the client keeps no hash
     blob = path.parent / path.readlink()
-    if not _SHA256.fullmatch(blob.name):
-        return
+    announced = blob.name.lower()
+    if not _HASH_OF_THE_HUB.fullmatch(announced):
+        raise InputError(f'{path.name} of {repo}: the Hub names no hash of it but {blob.name!r}; nothing is loaded')
     checked = None
     with suppress(OSError):  # a cache that is only readable
-        checked = cached_assets_path('slimclr_hub', 'checked') / blob.name
+        checked = cached_assets_path('slimclr_hub', 'checked') / announced
     # A file that was downloaded again since is another one.
     if checked and checked.is_file() and checked.stat().st_mtime_ns >= blob.stat().st_mtime_ns:
         return
-    found = file_hash(blob)
-    if found != blob.name:
-        for file in (path, blob, blob.resolve()):
+    kind = 'sha256' if len(announced) == 64 else 'sha1'
+    found = file_hash(blob) if kind == 'sha256' else git_hash(blob)
+    if found != announced:
+        files = {path: None, blob: None, blob.resolve(): None}
+        inside = [file for file in files if file.parent.resolve().is_relative_to(root.resolve())]
+        for file in inside:
             file.unlink(missing_ok=True)
-        raise InputError(
-            f'{path.name} of {repo} has the sha256 {found}, not {blob.name} as the Hub says; it was deleted'
-        )
+        done = 'it was deleted' if len(inside) == len(files) else f'{blob.resolve()} is outside of the cache and stays'
+        raise InputError(f'{path.name} of {repo} has the {kind} {found}, not {announced} as the Hub says; {done}')
     if checked:
         with suppress(OSError):
             checked.touch()
@@ -264,8 +270,8 @@ def _download_release(network: Published, path: Path) -> None:
         size = with_retries(partial(_size, url))
         text = '%s: from the release of the authors, %s. It is converted once and kept in %s'
         _logger.warning(text, network.name, url, path.parent)
-        if size is not None and path.is_file() and path.stat().st_size > size:
-            path.unlink()
+        if path.is_symlink() or (size is not None and path.is_file() and path.stat().st_size > size):
+            path.unlink()  # never written through a link of that name
         with path.open('ab') as file:
             with_retries(partial(_append, url, file, size, network.file))
     except errors.HfHubHTTPError as error:

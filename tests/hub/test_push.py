@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -139,6 +140,27 @@ def test_a_run_is_published_without_its_checkpoints(hub, publisher, reader, run_
     (block,) = BLOCK.findall(card)
     assert "timm.create_model('hf-hub:me/run', pretrained=True, width=0.25)" in block
     assert reader.run(f'{block}\nresult = [model.width, model.num_classes]') == [1.0, 10]
+
+
+def test_folders_of_this_machine_are_left_out(hub, publisher, run_folder):
+    imports = {'/home/me/secret/network.py': 'a' * 64}
+    recipe = {'data': {'root': '/home/me/secret/flowers', 'size': 32}, 'run': {'output': '~/runs'}, 'imports': imports}
+    (run_folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe, sort_keys=False))
+    settings = {'data.root': '/home/me/secret/flowers', 'data.name': 'folder'}
+    result = Result('/home/me/secret/net', Protocol('knn', 'flowers'), {1.0: 80.0}, settings=settings)
+    save([result], run_folder / 'knn')
+    ended = publisher.command('push', run_folder, 'me/flowers', HF_TOKEN=hub.token)
+    assert ended.status == 0, ended.err
+    files = main_files(hub, 'me/flowers')
+    assert yaml.safe_load(files['recipe.yaml']) == {
+        'data': {'root': 'flowers', 'size': 32},
+        'run': {'output': 'runs'},
+        'imports': {'network.py': 'a' * 64},
+    }
+    (sent,) = json.loads(files['knn/result.json'])
+    assert sent['network'] == 'net'
+    assert sent['settings'] == {'data.root': 'flowers', 'data.name': 'folder'}
+    assert not any(b'secret' in files[name] for name in ('recipe.yaml', 'knn/result.json', 'README.md'))
 
 
 def test_results_become_evaluation_results_of_the_hub(hub, publisher, reader, run_folder):
@@ -295,6 +317,21 @@ def test_folder_that_would_not_open(hub, publisher, small, tmp_path, change, wor
     change(folder)
     hub.requests.clear()
     assert_refused(publisher.command('push', folder, 'me/bad', HF_TOKEN=hub.token), str(folder), *words)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize('name', ['recipe.yaml', 'model.safetensors', 'knn'])
+def test_what_a_link_points_to_is_not_sent(hub, publisher, small, tmp_path, name):
+    folder, outside = shutil.copytree(small, tmp_path / 'folder'), tmp_path / 'outside'
+    if name == 'knn':
+        outside.mkdir()
+        (outside / 'result.json').write_text('[]')
+    else:
+        (folder / name).rename(outside) if (folder / name).exists() else outside.write_text('a secret')
+    (folder / name).symlink_to(outside)
+    hub.requests.clear()
+    ended = publisher.command('push', folder, 'me/linked', HF_TOKEN=hub.token)
+    assert_refused(ended, str(folder / name), str(outside), 'outside of the folder')
     assert hub.requests == []
 
 

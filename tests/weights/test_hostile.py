@@ -1,0 +1,148 @@
+"""Repositories, caches and folders that were made to mislead whoever loads from them."""
+
+import itertools
+import json
+import os
+
+import pytest
+import torch
+
+from slimclr_hub.files import write_text
+from slimclr_hub.hub.folder import save_folder
+from tests.hub_server import sha1, sha256
+from tests.weights.client import digest
+from tests.weights.conftest import is_refused, make
+
+SMALL = 'slimclr_resnet20'
+NUMBERS = itertools.count()
+
+
+@pytest.fixture(scope='module')
+def network():
+    return make(SMALL, num_classes=3)
+
+
+@pytest.fixture
+def name():
+    return f'hostile/net-{next(NUMBERS)}'
+
+
+@pytest.fixture(scope='module')
+def folder(network, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('hostile') / 'network'
+    save_folder(network, folder, size=32, mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, card='# A card\n')
+    return folder
+
+
+def changed(folder, **entries):
+    """Text of the folder's config.json with other entries in its `pretrained_cfg`."""
+    config = json.loads((folder / 'config.json').read_text())
+    config['pretrained_cfg'].update(entries)
+    return json.dumps(config)
+
+
+# A config.json that names other sources
+
+
+def test_tensors_and_paths_of_a_config_on_the_hub_are_ignored(hub, client, cache, name, network, folder):
+    weights = (folder / 'model.safetensors').read_bytes()
+    config = changed(folder, state_dict={'a': 1}, file='/etc/passwd', source='local-dir')
+    hub.add_repo(name, {'config.json': config, 'model.safetensors': weights})
+    answer = client('create', f'hf-hub:{name}', cache_dir=str(cache))
+    assert answer.value == digest(network.state_dict()), answer.message
+    assert len(answer.sources) == 1
+    hub.add_repo(name, {'config.json': config, 'model.safetensors': os.urandom(len(weights))})
+    hub.lie(f'/{name}/resolve/*/model.safetensors', etag=sha256(weights))
+    answer = client('create', f'hf-hub:{name}', cache_dir=str(cache / 'other'))
+    assert is_refused(answer, name, f'not {sha256(weights)} as the Hub says')
+
+
+@pytest.mark.parametrize('entries', [{'state_dict': {'a': 1}}, {'hf_hub_filename': 'pytorch_model.bin'}])
+def test_a_repository_of_pickles_is_not_loaded(hub, client, cache, name, network, folder, tmp_path, entries):
+    torch.save(network.state_dict(), tmp_path / 'pytorch_model.bin')
+    pickled = (tmp_path / 'pytorch_model.bin').read_bytes()
+    hub.add_repo(name, {'config.json': changed(folder, **entries), 'pytorch_model.bin': pickled})
+    assert is_refused(client('create', f'hf-hub:{name}', cache_dir=str(cache)), name, 'only safetensors')
+
+
+def test_a_folder_from_elsewhere_is_loaded_by_its_own_file(client, folder, network, tmp_path):
+    (tmp_path / 'model.safetensors').write_bytes((folder / 'model.safetensors').read_bytes())
+    (tmp_path / 'config.json').write_text(changed(folder, state_dict={'a': 1}, file='/etc/passwd'))
+    answer = client('create', f'local-dir:{tmp_path}')
+    assert answer.value == digest(network.state_dict()), answer.message
+    assert answer.sources == [f'Weights from the file {tmp_path / "model.safetensors"}']
+
+
+def test_tensors_of_the_callers_own_come_first(folder, network):
+    """Also where the name has a source, which timm itself prefers."""
+    import timm
+
+    tensors = {name: tensor + 1 for name, tensor in network.state_dict().items()}
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True, pretrained_cfg_overlay={'state_dict': tensors})
+    assert digest(model.state_dict()) == digest(tensors)
+
+
+# Hashes
+
+
+@pytest.mark.parametrize('form', ['upper', 'short', 'word', 'path'])
+def test_a_hash_is_compared_whatever_its_form(hub, client, cache, name, form):
+    right = os.urandom(5000)
+    etag = {
+        'upper': sha256(right).upper(),
+        'short': sha256(right)[:40],
+        'word': 'abc',
+        'path': f'../../../{sha256(right)}',
+    }[form]
+    hub.add_repo(name, {'model.safetensors': os.urandom(5000)})
+    hub.lie(f'/{name}/resolve/*', etag=etag)
+    for _ in range(2):  # found in the cache, too
+        words = 'no hash' if form == 'word' else 'as the Hub says'
+        assert is_refused(client('from_hub', name, cache), name, words)
+
+
+@pytest.mark.parametrize('form', ['upper', 'git'])
+def test_a_right_hash_of_another_form_is_right(hub, client, cache, name, form):
+    data = os.urandom(5000)
+    hub.add_repo(name, {'model.safetensors': data})
+    hub.lie(f'/{name}/resolve/*', etag=sha256(data).upper() if form == 'upper' else sha1(data))
+    answer = client('from_hub', name, cache)
+    assert answer.error is None, answer.message
+
+
+def test_a_wrong_hash_deletes_nothing_outside_the_cache(hub, client, cache, name, tmp_path):
+    hub.add_repo(name, {'model.safetensors': b'right'})
+    assert client('from_hub', name, cache).error is None
+    (link,) = cache.rglob('model.safetensors')
+    (blob,) = cache.glob('*/blobs/*')
+    precious = tmp_path / 'precious'
+    precious.write_bytes(b'a year of work')
+    # An entry of the cache that points out of it; a whole folder of them.
+    blob.unlink()
+    blob.symlink_to(precious)
+    os.utime(precious, (2e9, 2e9))  # newer than what has been checked
+    assert is_refused(client('from_hub', name, cache), name, 'outside of the cache and stays')
+    assert precious.read_bytes() == b'a year of work'
+    assert not link.is_symlink()
+    assert not blob.is_symlink()
+    blobs = tmp_path / 'blobs'
+    blobs.mkdir()
+    (blobs / sha256(b'right')).write_bytes(b'a year of work')
+    os.utime(blobs / sha256(b'right'), (2e9, 2e9))
+    blob.parent.rmdir()
+    blob.parent.symlink_to(blobs)
+    assert is_refused(client('from_hub', name, cache), name, 'outside of the cache and stays')
+    assert (blobs / sha256(b'right')).read_bytes() == b'a year of work'
+
+
+# Links
+
+
+def test_writing_does_not_follow_a_planted_link(tmp_path):
+    precious = tmp_path / 'precious'
+    precious.write_text('a year of work')
+    (tmp_path / 'result.json.partial').symlink_to(precious)
+    write_text(tmp_path / 'result.json', '[]')
+    assert precious.read_text() == 'a year of work'
+    assert (tmp_path / 'result.json').read_text() == '[]'
+    assert not (tmp_path / 'result.json').is_symlink()
