@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
 from slimclr_hub.data.config import EMBEDDED, FASHION_MNIST, DataConfig
+from slimclr_hub.data.folders import FolderReader, class_numbers
 from slimclr_hub.data.streams.shards import find_shards, is_remote
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import file_hash
@@ -139,6 +140,8 @@ def _timm_dataset(config: DataConfig, split: str, training: bool) -> Dataset | I
         others = [name for group in _SPLIT_FOLDERS for name in sorted(group) if (root / name).is_dir()]
         if others and _split_folder(root, split) is None:
             raise InputError(f'{where}: there is no such split; there are {", ".join(others)}')
+        if root.is_dir():
+            return _folder_dataset(config, root, split, where)
     num_samples = config.num_samples
     if config.name.startswith('torch/'):
         config.required_root()
@@ -172,6 +175,17 @@ def _timm_dataset(config: DataConfig, split: str, training: bool) -> Dataset | I
         raise InputError(f'{where}: no images found; a stream of unknown length needs data.num_samples')
     if not config.streams:
         _check_first_image(dataset, config, where)
+    return dataset
+
+
+def _folder_dataset(config: DataConfig, root: Path, split: str, where: str) -> Dataset:
+    # Classes are numbered by the training images, also where another split lacks some.
+    train = _split_folder(root, config.train_split)
+    numbers = class_numbers(train) if train is not None and split != config.train_split else None
+    dataset = ImageDataset(
+        str(root), reader=FolderReader(_split_folder(root, split) or root, numbers), input_img_mode=config.mode
+    )
+    _check_first_image(dataset, config, where)
     return dataset
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from slimclr_hub.data import DataConfig
+from slimclr_hub.data.folders import FolderReader
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import ArrayImages
 from slimclr_hub.errors import InputError
@@ -173,13 +175,28 @@ class FeatureCache:
 
 
 def _fingerprint(dataset: Any) -> list[Any]:
-    """Number of images and, where it is quick to compute, a hash of them."""
+    """Number of images, and a hash of what changes with them: the images, the state of their files, or a table's own.
+
+    A stream has its number alone.
+    """
     facts: list[Any] = [len(dataset)]
-    samples = getattr(getattr(dataset, 'reader', None), 'samples', None)
+    reader: Any = getattr(dataset, 'reader', None)
     if isinstance(dataset, ArrayImages):
         digest = hashlib.sha256(np.ascontiguousarray(dataset.images).data)
         digest.update(np.ascontiguousarray(dataset.labels).data)
         facts.append(digest.hexdigest())
-    elif isinstance(samples, list):  # of a folder: paths and classes
-        facts.append(hashlib.sha256(json.dumps(samples, default=str).encode()).hexdigest())
+    elif isinstance(reader, FolderReader):
+        digest = hashlib.sha256(json.dumps(reader.samples).encode())
+        for path, _ in reader.samples:
+            digest.update(_state(path))
+        facts.append(digest.hexdigest())
+    elif hasattr(reader, 'samples'):  # of a tar
+        facts.append(_state(reader.root).decode())
+    elif table := getattr(getattr(reader, 'dataset', None), '_fingerprint', None):  # of a Hub data set
+        facts.append(table)
     return facts
+
+
+def _state(path: str) -> bytes:
+    status = os.stat(path)
+    return f'{status.st_size} {status.st_mtime_ns}\n'.encode()

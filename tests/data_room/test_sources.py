@@ -162,7 +162,43 @@ def test_folder_with_splits(tmp_path, validation):
         # The files keep their order within a class, and classes are numbered in the order of their names.
         order = np.argsort(labels, kind='stable')
         assert np.array_equal(pixels(dataset), images[order])
-        assert targets(dataset) == np.unique(labels, return_inverse=True)[1][order].tolist()
+        numbers = {label: number for number, label in enumerate(np.unique(train[1]))}
+        assert targets(dataset) == [numbers[label] for label in labels[order]]
+
+
+def test_classes_are_numbered_by_the_training_images(tmp_path):
+    """Held-out images lack one; and are at any depth below their class."""
+    for path in 'train/ant/a', 'train/bee/a', 'train/cat/a', 'val/cat/deep/er/a', 'val/ant/a':
+        write_pngs(tmp_path / path, some_images('train', 2)[0])
+    dataset = make_dataset(folder(tmp_path), 'validation', training=False)
+    assert targets(dataset) == [0, 0, 2, 2]
+    assert dataset.reader.class_to_idx == {'ant': 0, 'bee': 1, 'cat': 2}
+    write_pngs(tmp_path / 'val' / 'dog', some_images('train', 1)[0])
+    with pytest.raises(InputError, match='the training images have no class dog; name the folders as there'):
+        make_dataset(folder(tmp_path), 'validation', training=False)
+
+
+def test_hidden_names_and_loops_of_links_are_left_out(tmp_path):
+    for path in 'train/ant', 'train/bee', 'train/.ipynb_checkpoints', 'train/bee/._hidden', 'val/bee':
+        write_pngs(tmp_path / path, some_images('train', 3)[0])
+    (tmp_path / 'train/ant/._0000.png').write_bytes(b'resource fork')
+    (tmp_path / 'train/ant/up').symlink_to(tmp_path / 'train')
+    (tmp_path / 'train/ant/round').symlink_to(tmp_path / 'train/ant')
+    dataset = make_dataset(folder(tmp_path), 'train', training=True)
+    assert targets(dataset) == [0, 0, 0, 1, 1, 1]
+    assert targets(make_dataset(folder(tmp_path), 'validation', training=False)) == [1, 1, 1]
+
+
+def test_endings_of_torchvision(tmp_path):
+    image = Image.fromarray(some_images('train', 1)[0][0])
+    for ending in 'webp', 'tif', 'bmp', 'PNG', 'jpeg':
+        image.save(tmp_path / f'image.{ending}')
+    image.save(tmp_path / 'image.gif')
+    (tmp_path / 'notes').write_text('no image')
+    with pytest.warns(UserWarning, match=r'left out: 1 \.gif, 1 without'):
+        dataset = make_dataset(folder(tmp_path), 'train', training=True)
+    assert len(dataset) == 5
+    assert targets(dataset) == [-1] * 5
 
 
 def test_folder_of_classes_without_splits(tmp_path):
@@ -192,10 +228,10 @@ def test_folder_converts_to_the_wanted_channels(tmp_path):
 
 
 def test_folder_without_images(tmp_path):
-    with pytest.raises(InputError, match='Found 0 images'):
+    with pytest.raises(InputError, match='no images found; endings of images are'):
         make_dataset(folder(tmp_path), 'train', training=True)
     (tmp_path / 'notes.txt').write_text('no image')
-    with pytest.raises(InputError, match='Found 0 images'):
+    with pytest.raises(InputError, match='no images found; endings of images are'):
         make_dataset(folder(tmp_path), 'train', training=True)
 
 

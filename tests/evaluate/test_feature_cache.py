@@ -1,11 +1,15 @@
+import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
@@ -143,6 +147,33 @@ def test_no_place_for_them(tmp_path, accelerator, data, backbone):
     (tmp_path / 'file').write_text('')
     with pytest.raises(InputError, match=r'features cannot be kept in .*file.* give another features\.cache'):
         FeatureCache(tmp_path / 'file', accelerator, backbone, data).features('validation')
+
+
+@pytest.mark.parametrize('kind', ['folder', 'tar', 'hfds'])
+def test_other_images_of_the_same_names_are_noticed(tmp_path, accelerator, backbone, kind):
+    pixels, labels = some_images('train', 30)
+    root = tmp_path / kind
+
+    def features(pixels):
+        if kind == 'hfds':
+            table = datasets.Dataset.from_dict({'image': list(map(Image.fromarray, pixels)), 'label': labels.tolist()})
+            table.cast_column('image', datasets.Image()).to_parquet(str(root / 'train.parquet'))
+        else:
+            shutil.rmtree(root, ignore_errors=True)
+            write_classes(root / 'train', pixels, labels % 3)
+        if kind == 'tar':
+            with tarfile.open(tmp_path / 'images.tar', 'w') as tar:
+                tar.add(root / 'train', arcname='.')
+        name, place = {'hfds': (f'hfds/{root}', None), 'tar': ('folder', tmp_path / 'images.tar')}.get(
+            kind, ('folder', root)
+        )
+        of = DataConfig(name=name, root=place and str(place), size=8, batch_size=16, num_workers=0)
+        return FeatureCache(tmp_path / 'cache', accelerator, backbone, of).features('train').by_width[1.0]
+
+    first, again, other = features(pixels), features(pixels), features(255 - pixels)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+    assert torch.equal(features(pixels), first)
 
 
 def test_hash_of_a_network(backbone):
