@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from slimclr_hub.errors import ExportError, InputError
+from slimclr_hub.text import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,6 +39,8 @@ def main() -> None:
     """Run the command; a user's mistake is one line on standard error and exit status 1."""
     # The line that says where weights come from.
     logging.basicConfig(format='%(message)s', level=logging.WARNING)
+    for handler in logging.root.handlers:
+        handler.addFilter(_printable)
     logging.getLogger('slimclr_hub').setLevel(logging.INFO)
     try:
         app(prog_name='slimclr-hub')
@@ -45,8 +48,13 @@ def main() -> None:
         from rich.console import Console
 
         Console(stderr=True, soft_wrap=True, highlight=False).print('[bold red]Error:[/] ', end='')
-        print(error, file=sys.stderr)
+        print(printable(error), file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _printable(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
 
 
 @app.command('list')
@@ -94,12 +102,12 @@ def info(network: Network) -> None:
     cfg = model.pretrained_cfg
     size = cfg['input_size'][-1]
     head = f'{model.head}, {model.num_classes} classes' if model.num_classes else 'none'
-    print(f'{cfg.get("architecture")}, head: {head}')
+    print(printable(f'{cfg.get("architecture")}, head: {head}'))
     mean, std = ([round(value, 4) for value in cfg[key]] for key in ('mean', 'std'))
     print(f'images: {model.in_chans} channels, {size}x{size}, mean {mean}, std {std}, crop {cfg["crop_pct"]}')
     for key in ('tag', 'description', 'license', 'origin_url'):
         if cfg.get(key):
-            print(f'{key}: {cfg[key]}')
+            print(f'{key}: {printable(cfg[key])}')
     table = _table(['width', 'parameters', f'multiply-adds at {size}x{size}', 'features'])
     for fact in width_facts(model, size):
         with model.set_width(fact.width):
@@ -125,7 +133,9 @@ def convert(
         return
     done = convert_file(source, target, encoder=encoder, widths=widths, overwrite=overwrite)
     probe = f', with a probe of {done.layout.num_classes} classes' if done.layout.num_classes else ''
-    print(f'{done.path}: {done.layout.architecture}, widths {", ".join(map(str, done.layout.widths))}{probe}')
+    print(
+        f'{printable(done.path)}: {done.layout.architecture}, widths {", ".join(map(str, done.layout.widths))}{probe}'
+    )
     if done.tag:
         print(f'By its name it is the published {done.tag}.')
     if not done.calibrated:
@@ -319,10 +329,10 @@ def push(
     from slimclr_hub.text import human
 
     plan = plan_push(folder, repo)
-    print(f'{folder} -> {repo}')
+    print(f'{printable(folder)} -> {repo}')
     table = _table(['file', 'bytes'])
     for name, size in plan.sizes().items():
-        table.add_row(name, human(size))
+        table.add_row(printable(name), human(size))
     _print(table)
     if dry_run:
         print('Nothing was uploaded (--dry-run).')

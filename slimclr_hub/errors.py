@@ -2,9 +2,14 @@
 
 from collections.abc import Sequence
 
+from slimclr_hub.text import printable
+
 
 class InputError(ValueError):
-    """An argument, file or folder is wrong. The message names the value and the remedy."""
+    """An argument, file or folder is wrong. The message names the value and the remedy, control characters escaped."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class DataError(RuntimeError):

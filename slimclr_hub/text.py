@@ -12,3 +12,10 @@ def human(number: int) -> str:
 def first_line(error: BaseException | None) -> str:
     """The first line of an error's message; those of HTTP clients go on for several."""
     return str(error).strip().partition('\n')[0]
+
+
+def printable(text: object) -> str:
+    """Text of others' with its control characters escaped, which a terminal would obey; lines stay lines."""
+    return ''.join(
+        char if char == '\n' or char.isprintable() else char.encode('unicode_escape').decode() for char in str(text)
+    )

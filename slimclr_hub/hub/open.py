@@ -1,6 +1,7 @@
 """Opening a network by any name for it: a tag, a repository on the Hub, a folder or a file."""
 
 import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from slimclr_hub.weights.slices import leading, unswitch_name
 from slimclr_hub.weights.source import from_hub
 from slimclr_hub.weights.tensor_file import TensorFile
 
+# Errors of timm and PyTorch about arguments, which a config.json may have of any kind.
+_OF_ARGUMENTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
 _MAX_MESSAGE = 500  # characters
 _KINDS = 'a tag such as slimclr_resnet50.mocov2_200e_in1k, a folder, a .safetensors file, or hf-hub:USER/NAME'
 
@@ -69,8 +72,11 @@ def open_any(name: str, **kwargs: Any) -> nn.Module:
 def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=True, **kwargs)
-    except (TypeError, RuntimeError, KeyError) as error:
-        words = ' '.join(str(error).split())  # PyTorch lists tensors that do not fit, each on a line
+    except InputError:
+        raise
+    except _OF_ARGUMENTS as error:
+        # PyTorch lists tensors that do not fit, each on a line; of an assertion there may be no words at all.
+        words = ' '.join(str(error).split()) or type(error).__name__
         raise InputError(f'{name}: {words[:_MAX_MESSAGE]}{"..." if len(words) > _MAX_MESSAGE else ""}') from error
 
 
@@ -115,11 +121,25 @@ def _from_file(path: Path, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any],
 def _read_config(file: Path, name: object) -> dict[str, Any]:
     # timm's own errors about a wrong one are Python's, and come after the download of the weights.
     try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
+        config = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise InputError(f'{name}: its config.json is not JSON ({error})') from error
     if not isinstance(config, dict) or not isinstance(config.get('architecture'), str):
         raise InputError(f"{name}: its config.json is not timm's, which names an architecture")
+    for key in ('pretrained_cfg', 'model_args'):
+        if not isinstance(config.get(key, {}), dict):
+            raise InputError(f'{name}: {key} in its config.json is {reprlib.repr(config[key])}, not a dictionary')
+    cfg = config.get('pretrained_cfg', config)  # of old versions of timm in itself
+    for key in ('input_size', 'mean', 'std'):
+        value = cfg.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(number, int | float) for number in value):
+            raise InputError(f'{name}: {key} in its config.json is {reprlib.repr(value)}, not a list of numbers')
+    names = config.get('label_names', cfg.get('label_names'))
+    if not isinstance(names, list | None):
+        raise InputError(f'{name}: label_names in its config.json is {reprlib.repr(names)}, not a list')
+    for key in ('crop_pct', 'num_classes'):
+        if not isinstance(cfg.get(key), int | float | None):
+            raise InputError(f'{name}: {key} in its config.json is {reprlib.repr(cfg[key])}, not a number')
     return config
 
 

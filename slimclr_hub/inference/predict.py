@@ -12,6 +12,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.inference.images import Sources
 from slimclr_hub.inference.runner import InferenceConfig, run_images
 from slimclr_hub.settings import at_least
+from slimclr_hub.text import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -98,8 +99,8 @@ def predictions_table(predictions: Sequence[Prediction], title: str | None = Non
         table.add_section()
         for rank, guess in enumerate(prediction.classes):
             # As text, for square brackets in a name would be read as markup.
-            name = Text(prediction.name if rank == 0 else '')
-            table.add_row(name, Text(guess.label), f'{100 * guess.probability:.1f}')
+            name = Text(printable(prediction.name) if rank == 0 else '')
+            table.add_row(name, Text(printable(guess.label)), f'{100 * guess.probability:.1f}')
     return table
 
 

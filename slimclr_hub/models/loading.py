@@ -90,6 +90,19 @@ def load_file(model: Loadable, path: Path) -> None:
             state[name].fill_(1)
 
 
+def check_head(path: Path, num_classes: int) -> None:
+    """Check that a safetensors file has a head of so many classes, before a network of them is built.
+
+    Raises:
+        InputError: It has none, or one of others.
+    """
+    with TensorFile(path) as file:
+        heads = [name for name in file.shapes if name.startswith(_HEAD) and name.endswith('.weight')]
+        if all(file.shapes[name][:1] != (num_classes,) for name in heads):
+            found = f'{heads[0]} has shape {list(file.shapes[heads[0]])}' if heads else f'they have no {_HEAD}weight'
+            raise InputError(f'{path}: the weights do not fit: num_classes is {num_classes}, but {found}')
+
+
 def expects_head(model: Loadable) -> bool:
     """True if the head of a network from timm's factory comes from its weights; false if it is a new one."""
     num_classes = getattr(model, 'num_classes', 0)
@@ -131,9 +144,9 @@ def fit(wanted: Shapes, available: Shapes, width: float) -> dict[str, str]:
                 problems.append(f'missing {source}')
             continue
         other = available[source]
-        if name.startswith(_HEAD) and other[0] != shape[0]:
+        if name.startswith(_HEAD) and len(other) == len(shape) and other[0] != shape[0]:
             continue
-        if name == FIRST_CONV:
+        if name == FIRST_CONV and len(other) == len(shape):
             shape = (shape[0], *other[1:])
         # What belongs to one width is never sliced.
         if not _is_slice(shape, other, 1.0 if len(shape) == 1 or switched_key(source) else ratio):

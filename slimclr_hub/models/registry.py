@@ -13,7 +13,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.models.convert import convert
 from slimclr_hub.models.dense import DenseResNet
 from slimclr_hub.models.lazy import LazySlimmableResNet
-from slimclr_hub.models.loading import checkpoint_filter_fn
+from slimclr_hub.models.loading import check_head, checkpoint_filter_fn
 from slimclr_hub.models.slimmable_resnet import BasicBlock, Bottleneck, SlimmableFeatureGetter, SlimmableResNet
 from slimclr_hub.models.widths import DEFAULT_WIDTHS, width_key
 from slimclr_hub.weights import source
@@ -160,6 +160,10 @@ def build(
                 raise InputError(f'{path}: lazy=True reads safetensors; leave lazy out')
             overlay = {**(overlay or {}), 'state_dict': read_checkpoint(path)}
         else:
+            num_classes = kwargs.get('num_classes', cfg.num_classes)
+            # A config.json may ask for any number; a network of a user's own may name its head otherwise.
+            if cls in (SlimmableResNet, LazySlimmableResNet, DenseResNet) and num_classes == cfg.num_classes != 0:
+                check_head(path, num_classes)
             overlay = {**(overlay or {}), 'file': str(path), 'source': '', 'custom_load': True}
             make = _uninitialised(cls)
     model = build_model_with_cfg(

@@ -69,7 +69,7 @@ def layout_of(shapes: Shapes) -> Layout:
     """Recognise a network from the names and shapes of its tensors.
 
     Raises:
-        InputError: There is no first convolution, or no stage.
+        InputError: There is no first convolution or no stage, or one or a head has not the shape of its kind.
     """
     tensors = Counter((int(m[1]), int(m[2])) for name in shapes if (m := _TENSOR_OF_BLOCK.match(name)))
     blocks: dict[int, int] = {}
@@ -80,19 +80,22 @@ def layout_of(shapes: Shapes) -> Layout:
         raise InputError('conv1.weight and layer1 are missing: these are not the tensors of a ResNet')
     if len(shapes['conv1.weight']) != 4:
         raise InputError(f'conv1.weight has shape {list(shapes["conv1.weight"])}, not that of a convolution')
+    heads = [name for name in shapes if name.startswith('fc.') and name.endswith('.weight')]
+    for name in heads:
+        if len(shapes[name]) != 2:
+            raise InputError(f'{name} has shape {list(shapes[name])}, not that of a linear layer')
     keys = {key for name in shapes if not name.startswith('fc.') and (key := switched_key(name))}
     widths = tuple(sorted(map(key_width, keys), reverse=True))
     for width in widths:
         if not 0 < width <= 1:
             raise InputError(f'width {width:g}, of {width_key(width)}, is outside (0, 1]')
-    heads = [name for name in shapes if name.startswith('fc.') and name.endswith('.weight')]
     return Layout(
         expansion=4 if any(name.endswith('.conv3.weight') for name in shapes) else 1,
         stages=tuple(blocks.get(stage, 0) for stage in range(1, max(blocks) + 1)),
         stem=shapes['conv1.weight'][0],
         in_chans=shapes['conv1.weight'][1],
         widths=widths,
-        num_classes=(*shapes[heads[0]], 0)[0] if heads else 0,
+        num_classes=shapes[heads[0]][0] if heads else 0,
         head='none' if not heads else 'slimmable' if heads == ['fc.weight'] else 'switchable',
         overlap=DISJOINT not in shapes,
     )

@@ -3,10 +3,13 @@
 import itertools
 import json
 import os
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from slimclr_hub import cli
 from slimclr_hub.files import write_text
 from slimclr_hub.hub.folder import save_folder
 from tests.hub_server import sha1, sha256
@@ -80,6 +83,102 @@ def test_tensors_of_the_callers_own_come_first(folder, network):
     tensors = {name: tensor + 1 for name, tensor in network.state_dict().items()}
     model = timm.create_model(f'local-dir:{folder}', pretrained=True, pretrained_cfg_overlay={'state_dict': tensors})
     assert digest(model.state_dict()) == digest(tensors)
+
+
+ESCAPES = '\x1b]0;a title\x07\x1b[2J\u202e'
+
+
+@pytest.fixture
+def shown(capfd, monkeypatch):
+    """Runs the command as a user does: its exit status, what it printed and its one line of an error."""
+
+    def run(*argv):
+        monkeypatch.setattr('sys.argv', ['slimclr-hub', *map(str, argv)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        out, err = capfd.readouterr()
+        assert not {'\x1b', '\x07', '\u202e'} & {*out, *err}
+        return status, out, err.splitlines()[-1] if err else ''
+
+    return run
+
+
+def test_a_terminal_is_told_nothing_by_what_others_wrote(shown, folder, network, tmp_path):
+    names = ('tag', 'description', 'license', 'origin_url')
+    config = changed(folder, **dict.fromkeys(names, ESCAPES))
+    net = tmp_path / f'net{ESCAPES.replace("/", "")}'
+    net.mkdir()
+    (net / 'config.json').write_text(config)
+    (net / 'README.md').write_text('# A card\n')
+    (net / 'model.safetensors').write_bytes((folder / 'model.safetensors').read_bytes())
+    status, out, _ = shown('info', net)
+    assert status == 0
+    assert all(f'{name}: \\x1b]0;a title\\x07\\x1b[2J\\u202e' in out for name in names)
+    status, out, _ = shown('push', net, 'me/net', '--dry-run')
+    assert status == 0
+    assert '\\x1b[2J' in out
+    save_file({**network.state_dict(), ESCAPES: torch.ones(1)}, net / 'model.safetensors')
+    status, _, line = shown('info', net)
+    assert status == 1
+    assert 'unexpected \\x1b]0;a title' in line
+
+
+OTHERS = """
+{"pretrained_cfg": []}
+{"pretrained_cfg": null}
+{"pretrained_cfg": "x"}
+{"pretrained_cfg": {"mean": "x"}}
+{"pretrained_cfg": {"input_size": [null]}}
+{"pretrained_cfg": {"crop_pct": "x"}}
+{"model_args": []}
+{"model_args": null}
+{"model_args": {"global_pool": "x"}}
+{"model_args": {"widths": "x"}}
+{"model_args": {"in_chans": -3}}
+{"num_classes": []}
+{"num_classes": 10000000}
+{"label_names": 3}
+"""
+
+
+@pytest.mark.parametrize('text', OTHERS.split('\n')[1:-1])
+def test_a_config_of_other_types_is_one_line(shown, folder, tmp_path, text):
+    net, entries = shutil.copytree(folder, tmp_path / 'net'), json.loads(text)
+    config = {**json.loads((net / 'config.json').read_text()), **entries}
+    (net / 'config.json').write_text(json.dumps(config))
+    status, _, line = shown('info', net)
+    assert status == 1
+    assert str(net) in line or 'num_classes' in line or 'widths' in line
+
+
+def test_a_config_that_is_nested_too_deep(shown, folder, tmp_path):
+    net = shutil.copytree(folder, tmp_path / 'net')
+    (net / 'config.json').write_text('[' * 100_000)
+    assert shown('info', net)[0] == 1
+
+
+SHAPES = {
+    'scalar head': {f'fc.{key}.weight': () for key in ('w100', 'w075', 'w050', 'w025')},
+    'scalar bias': {'fc.w100.bias': ()},
+    'scalar convolution': {'conv1.weight': ()},
+    'flat convolution': {'conv1.weight': (16,)},
+    'scalar normalisation': {'bn1.w100.weight': ()},
+}
+
+
+@pytest.mark.parametrize('kind', SHAPES)
+def test_tensors_of_other_dimensions_are_one_line(shown, folder, network, tmp_path, kind):
+    net = shutil.copytree(folder, tmp_path / 'net')
+    tensors = {**network.state_dict(), **{name: torch.ones(shape) for name, shape in SHAPES[kind].items()}}
+    save_file(tensors, net / 'model.safetensors')
+    file = net / 'model.safetensors'
+    for argv in (['info', net], ['info', file], ['convert', file, tmp_path / 'x']):
+        status, _, line = shown(*argv)
+        assert status == 1
+        assert any(name in line for name in SHAPES[kind])
 
 
 # Hashes
