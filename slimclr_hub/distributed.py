@@ -1,13 +1,40 @@
-"""What a method needs of the other processes: their keys, and one permutation for all.
+"""What processes need of each other: keys, one permutation for all, and what the main process alone has found.
 
 Without an initialised process group each function does its part for the one process there is.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from slimclr_hub.errors import InputError
+
+T = TypeVar('T')
+
+
+def from_main_process(work: Callable[[], T]) -> T:
+    """The result of work that only the main process does, on all of them; all processes call this together.
+
+    Raises:
+        InputError: The work raised it, or an OSError, whose message it then has.
+    """
+    found: list[object] = [None]
+    if PartialState().is_main_process:
+        try:
+            found[0] = work()
+        except (InputError, OSError) as error:
+            found[0] = error if isinstance(error, InputError) else InputError(str(error))
+    result = broadcast_object_list(found)[0]
+    if isinstance(result, InputError):
+        raise result
+    return result
 
 
 def world_size() -> int:

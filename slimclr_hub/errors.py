@@ -33,6 +33,10 @@ class PreemptedError(RuntimeError):
         self.status = status
 
 
+class StorageError(PreemptedError):
+    """A checkpoint could not be written, for want of space or else; the one before is kept."""
+
+
 class ExportError(RuntimeError):
     """The outputs of an exported network differ from those of the original."""
 

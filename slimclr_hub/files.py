@@ -50,12 +50,22 @@ def sync_folder(path: Path) -> None:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """Read a file of one JSON value a line, without lines that a kill cut off; a missing file has none."""
+    """Read a file of one JSON value a line, without lines that are none, as a kill may leave; a missing file has none.
+
+    Raises:
+        OSError: It is there and cannot be read.
+    """
     found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        if path.is_symlink():  # what it points to may come back
+            raise
+        return []
+    for line in lines:
         try:
             found.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
     return found
 

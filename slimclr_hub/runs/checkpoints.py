@@ -2,29 +2,44 @@
 
 checkpoints/step-00001000/   model, optimizer, scaler, random generators of every process (accelerate's files),
                              process_N.pt   what only process N knows
-                             state.json     step, processes, and a hash of every file; its presence makes it complete
+                             state.json     step, processes, a hash of every file and of itself; its presence makes it
+                                            complete
 """
 
+import hashlib
 import json
 import os
+import random
+import re
 import shutil
+import stat
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import load
+from safetensors import SafetensorError
 
+from slimclr_hub.distributed import from_main_process
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import file_hash, sync_folder, write_text
+from slimclr_hub.text import first_line
 from slimclr_hub.weights.tensor_file import TensorFile
 
 STATE = 'state.json'
+_NAME = re.compile(r'step-(\d{8})')
 _PARTIAL = '.partial'
 _DAMAGED = '.damaged'
+_SCHEMA: dict[str, type] = {'step': int, 'steps_per_epoch': int, 'evaluated': bool, 'processes': int, 'files': dict}
+_DIGEST = 'sha256'  # of the other values; those that earlier versions wrote have none
+_PICKLES = ('.bin', '.pt', '.pkl')
 
 
 @dataclass(frozen=True)
@@ -42,16 +57,36 @@ class Found:
 
 
 def newest(folder: Path) -> Found:
-    """The newest whole checkpoint in the folder of a run, every byte of which is what was written."""
+    """The newest whole checkpoint in the folder of a run, every byte of which is what was written.
+
+    Raises:
+        InputError: `checkpoints/`, or a file of a checkpoint, is there and cannot be read: that is no damage.
+    """
     skipped: list[tuple[Path, str]] = []
-    for path in sorted((folder / 'checkpoints').glob('step-*'), reverse=True):
-        if path.suffix in (_PARTIAL, _DAMAGED):
-            continue
+    for path in reversed(_listed(folder / 'checkpoints')):
         try:
             return Found(path, verified(path), tuple(skipped))
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise InputError(
+                f'{path} cannot be read ({error}), and may be whole; make it readable, or move it away to go on from '
+                'the one before'
+            ) from error
+        except ValueError as error:
             skipped.append((path, str(error)))
     return Found(skipped=tuple(skipped))
+
+
+def _listed(folder: Path) -> list[Path]:
+    """Checkpoints under their own names, in order of steps; none only where there is no such folder."""
+    try:
+        return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not folder.is_symlink():
+            return []
+        raise InputError(
+            f'{folder} cannot be read ({error.strerror}); it may hold checkpoints, so nothing begins anew: make it '
+            'readable, or move it away'
+        ) from error
 
 
 class Checkpoints:
@@ -62,15 +97,13 @@ class Checkpoints:
         self._run = folder
         self._accelerator = accelerator
         self._keep = keep
+        self._damaged: tuple[Path, ...] = ()
 
     def find(self) -> Found:
-        """The newest whole checkpoint, found by the main process; damaged ones are put aside under another name."""
-        found: list[Any] = [None]
-        if self._accelerator.is_main_process:
-            found[0] = newest(self._run)
-            for path, _ in found[0].skipped:
-                os.rename(path, path.with_suffix(_DAMAGED))  # the run will write this step again
-        return broadcast_object_list(found)[0]
+        """The newest whole checkpoint, found by the main process, as `newest` does; `save` puts damaged ones aside."""
+        found = from_main_process(lambda: newest(self._run))
+        self._damaged = tuple(path for path, _ in found.skipped)
+        return found
 
     def save(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> Path:
         """Write the state of all processes; nothing of it moves.
@@ -83,18 +116,35 @@ class Checkpoints:
             OSError: It could not be written, or not be read again; older checkpoints are as they were.
         """
         final = self._folder / f'step-{state["step"]:08d}'
+        if self._accelerator.is_main_process:
+            for path in self._damaged:
+                _put_aside(path)
+        self._damaged = ()
+        self._accelerator.wait_for_everyone()
         if final.exists():  # the one that this process has resumed from, or has just written
             return final
-        self._write(final.with_suffix(_PARTIAL), state, own)
+        partial = final.with_suffix(_PARTIAL)
+        try:
+            self._write(partial, state, own)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            with suppress(OSError):
+                _remove(partial)  # half of it only takes room
+            raise error if isinstance(error, OSError) else OSError(first_line(error)) from error
         if self._accelerator.is_main_process:
-            os.rename(final.with_suffix(_PARTIAL), final)
+            os.rename(partial, final)
             sync_folder(self._folder)
-            for old in sorted(self._folder.glob('step-????????'))[: -self._keep]:
+            for left in self._folder.glob(f'*{_PARTIAL}'):
+                _remove(left)
+            for old in _listed(self._folder)[: -self._keep]:
                 os.rename(old, old.with_suffix(_PARTIAL))  # a kill must not leave half of it under its own name
-            for partial in self._folder.glob(f'*{_PARTIAL}'):
-                shutil.rmtree(partial)
+                _remove(old.with_suffix(_PARTIAL))
         self._accelerator.wait_for_everyone()
         return final
+
+    @property
+    def last(self) -> Path | None:
+        """The newest checkpoint in the folder: one that was found or written whole."""
+        return next(reversed(_listed(self._folder)), None)
 
     def save_aside(self, name: str, state: Mapping[str, Any], own: Mapping[str, Any]) -> Path:
         """Write the state into a folder of the run beside the checkpoints, from which nothing resumes by itself."""
@@ -111,21 +161,17 @@ class Checkpoints:
             InputError: It is of another network, method or optimizer.
         """
         assert found.path is not None
-        try:
+        with fitting(found.path):
             self._accelerator.load_state(str(found.path))
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise InputError(
-                f'{found.path} does not fit this configuration: {" ".join(str(error).split())[:500]}; start a new run'
-            ) from error
-        path = found.path / f'process_{self._accelerator.process_index}.pt'
-        if not path.exists():
-            path = found.path / 'process_0.pt'
-        return torch.load(path, map_location='cpu', weights_only=True)
+            path = found.path / f'process_{self._accelerator.process_index}.pt'
+            if not path.exists():
+                path = found.path / 'process_0.pt'
+            return torch.load(path, map_location='cpu', weights_only=True)
 
     def _write(self, path: Path, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         accelerator = self._accelerator
         if accelerator.is_main_process:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
             path.mkdir(parents=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(path))
@@ -133,7 +179,8 @@ class Checkpoints:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             files = {file.name: _settled(file) for file in sorted(path.iterdir())}
-            write_text(path / STATE, json.dumps({**state, 'processes': accelerator.num_processes, 'files': files}))
+            content = {**state, 'processes': accelerator.num_processes, 'files': files}
+            write_text(path / STATE, json.dumps({**content, _DIGEST: _digest(content)}))
             sync_folder(path)
 
 
@@ -153,13 +200,98 @@ def _settled(path: Path) -> str:
 
 
 def verified(path: Path) -> dict[str, Any]:
-    """The state.json of a checkpoint; a ValueError if a file is missing or changed, an OSError if it cannot be read."""
-    if not (path / STATE).is_file():
-        raise ValueError(f'it has no {STATE}')
-    state = json.loads((path / STATE).read_text())
+    """The state.json of a checkpoint whose files are what was written, and load.
+
+    Raises:
+        ValueError: A file is missing or damaged, or state.json is not that of this step.
+        OSError: A file is there and cannot be read.
+    """
+    state = read_state(path)
     for name, digest in state['files'].items():
-        if not (path / name).is_file():
+        if not _is_file(path / name):
             raise ValueError(f'{name} is missing')
         if file_hash(path / name, 'sha256') != digest:
             raise ValueError(f'{name} is not what was written')
+        try:
+            _check_loading(path / name)
+        except OSError:
+            raise
+        except Exception as error:  # whatever a foreign pickle or archive makes of its reader
+            raise ValueError(f'{name} cannot be loaded: {first_line(error)}') from error
     return state
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint; errors as of `verified`, which looks at the other files, too."""
+    if not _is_file(path / STATE):
+        raise ValueError(f'it has no {STATE}')
+    try:
+        state = json.loads((path / STATE).read_bytes())
+    except RecursionError as error:
+        raise ValueError(f'{STATE} is nested too deeply') from error
+    if not isinstance(state, dict):
+        raise ValueError(f'{STATE} is no JSON object')
+    digest = state.pop(_DIGEST, None)
+    if digest is not None and digest != _digest(state):
+        raise ValueError(f'{STATE} is not what was written')
+    for name, kind in _SCHEMA.items():
+        value = state.get(name)
+        if type(value) is not kind or (type(value) is int and value < 1):
+            raise ValueError(f'{STATE} has no {name}, but {str(value)[:40]!r}')
+    if path.name != f'step-{state["step"]:08d}':
+        raise ValueError(f'{STATE} is of step {state["step"]}')
+    for name, hash_ in state['files'].items():
+        if not isinstance(hash_, str) or Path(name).name != name:
+            raise ValueError(f'{STATE} has no hash of a file {name[:40]!r}')
+    for process in range(state['processes']):
+        if f'process_{process}.pt' not in state['files']:
+            raise ValueError(f'{STATE} has no hash of process_{process}.pt')
+    return state
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Context that loads a checkpoint of any content; whatever error that causes becomes an InputError."""
+    try:
+        yield
+    except Exception as error:
+        reason = ' '.join(str(error).split())[:500] or type(error).__name__
+        raise InputError(f'{path} does not fit this configuration: {reason}; start a new run') from error
+
+
+def _check_loading(file: Path) -> None:
+    if file.suffix == '.safetensors':
+        with TensorFile(file):
+            return
+    if file.suffix in _PICKLES:
+        content = load(file, map_location='cpu')
+        if file.name.startswith('random_states_'):
+            # Accelerate goes on without those that it cannot set.
+            random.Random().setstate(content['random_state'])
+            np.random.RandomState().set_state(content['numpy_random_seed'])
+            torch.Generator().set_state(content['torch_manual_seed'])
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
+def _is_file(path: Path) -> bool:
+    # Path.is_file() takes some errors of the disk for a file that is not there.
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _put_aside(path: Path) -> None:
+    names = (path.with_suffix(_DAMAGED + (f'-{number}' if number > 1 else '')) for number in count(1))
+    os.rename(path, next(name for name in names if not os.path.lexists(name)))
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder and its files; of a link the link alone."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)

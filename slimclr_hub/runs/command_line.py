@@ -4,6 +4,7 @@ Recipes are merged first, each after the one that its `base` names, so that the 
 """
 
 import argparse
+import errno
 import importlib.util
 import json
 import os
@@ -17,7 +18,7 @@ import yaml
 from accelerate import PartialState
 from jsonargparse import ArgumentParser, Namespace
 
-from slimclr_hub.errors import DataError, DivergedError, InputError, PreemptedError
+from slimclr_hub.errors import DataError, DivergedError, InputError, PreemptedError, StorageError
 from slimclr_hub.files import file_hash
 from slimclr_hub.settings import RECIPE, to_dict
 
@@ -32,6 +33,8 @@ _REMOVED = {
     'data.transfer': _FAST,
     'data.read_ahead': _FAST,
 }
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_OF_THE_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ELOOP, errno.ESTALE}
 _imported: dict[str, str] = {}
 _noted: set[Path] = set()
 
@@ -153,18 +156,25 @@ def dump(config: Any) -> str:
 def run_script(work: Callable[[], None]) -> None:
     """Run the work of a script; an error that a user can put right ends in one line and exit status 2.
 
-    Work that was asked to stop, and has kept its state, ends with 75, or 130 from the keyboard.
+    Work that was asked to stop, and has kept its state, ends with 75, or 130 from the keyboard; work that found no room
+    to write ends with 75, too.
     """
     try:
         work()
     except (InputError, DataError, DivergedError, PreemptedError) as error:
         state = PartialState()
-        # All processes meet the same mistake or signal, but each reads its own images.
-        if state.is_main_process or isinstance(error, DataError):
+        # All processes meet the same mistake or signal, but each reads its own images and writes its own files.
+        alone = isinstance(error, DataError | StorageError)
+        if state.is_main_process or alone:
             print(f'error: {error}', file=sys.stderr)
-        if not isinstance(error, DataError):
+        if not alone:
             state.destroy_process_group()
         sys.exit(error.status if isinstance(error, PreemptedError) else 2)
+    except OSError as error:
+        if error.errno not in _NO_ROOM | _OF_THE_DISK:
+            raise
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL if error.errno in _NO_ROOM else 2)
 
 
 def _values(argv: Sequence[str], option: str) -> tuple[list[str], list[str]]:

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from slimclr_hub.errors import InputError, PreemptedError
-from slimclr_hub.runs.checkpoints import Checkpoints, Found
+from slimclr_hub.errors import InputError, PreemptedError, StorageError
+from slimclr_hub.runs.checkpoints import Checkpoints, Found, fitting
 from slimclr_hub.runs.meter import Meter
 from slimclr_hub.runs.progress import progress_bar
 
@@ -168,10 +168,11 @@ class Job(ABC, Generic[BatchT]):
     # What all jobs do
 
     def resume(self) -> Found:
-        """Go on from the newest complete checkpoint, if there is one.
+        """Go on from the newest complete checkpoint, if there is one; nothing is written.
 
         Raises:
-            InputError: It was written with another number of steps in an epoch, or by another network.
+            InputError: It was written with another number of steps in an epoch, or by another network; or it is there
+                and cannot be read.
         """
         accelerator, found = self.accelerator, self.checkpoints.find()
         for path, reason in found.skipped:
@@ -185,15 +186,17 @@ class Job(ABC, Generic[BatchT]):
             )
         own = self.checkpoints.load(found)
         self.step = found.step
-        if found.state['processes'] == accelerator.num_processes:
-            self.meter.load_state_dict(own['meter'], accelerator.device)
-            self.position = own['position']
-        else:
+        same_processes = found.state['processes'] == accelerator.num_processes
+        with fitting(found.path):
+            if same_processes:
+                self.meter.load_state_dict(own['meter'], accelerator.device)
+                self.position = own['position']
+            self.restore(found.state, own)
+        if not same_processes:
             accelerator.print(
                 f'Warning: {found.path} was written by {found.state["processes"]} processes, and now there are '
                 f'{accelerator.num_processes}; the run goes on, but not as it would have'
             )
-        self.restore(found.state, own)
         epoch, step = divmod(self.step, self.steps_per_epoch)
         place = f'after epoch {epoch}' + (f', {step} steps' if step else '')
         accelerator.print(f'Resuming {place}: {found.path}')
@@ -205,6 +208,7 @@ class Job(ABC, Generic[BatchT]):
         Raises:
             InputError: There is no batch.
             PreemptedError: A signal asked to stop; the state is kept.
+            StorageError: A checkpoint could not be written; the one before is kept.
         """
         first, start = divmod(self.step, self.steps_per_epoch)
         self.progress = progress_bar(
@@ -239,9 +243,22 @@ class Job(ABC, Generic[BatchT]):
         return any_failed
 
     def save(self, evaluated: bool = True) -> Path:
-        """Write a checkpoint; `evaluated` is false if the evaluation after this step is still to be done."""
+        """Write a checkpoint; `evaluated` is false if the evaluation after this step is still to be done.
+
+        Raises:
+            StorageError: It could not be written; the one before is kept.
+        """
         state = {'step': self.step, 'steps_per_epoch': self.steps_per_epoch, 'evaluated': evaluated}
-        return self.checkpoints.save({**state, **self.state()}, self.all_own())
+        try:
+            return self.checkpoints.save({**state, **self.state()}, self.all_own())
+        except OSError as error:
+            last = self.checkpoints.last
+            kept = f'the last whole one is {last}' if last is not None else 'there is none before it'
+            raise StorageError(
+                f'the checkpoint after step {self.step} could not be written ({error}); {kept}. Make room, and '
+                f'{self.how_to_resume} goes on from there',
+                PREEMPTED,
+            ) from error
 
     def all_own(self) -> dict[str, Any]:
         """What this process alone has, with its meter and its position."""

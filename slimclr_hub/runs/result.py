@@ -16,10 +16,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
-import yaml
-
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import read_json_lines, write_text
+from slimclr_hub.runs.command_line import read_recipe
 from slimclr_hub.settings import RECIPE
 from slimclr_hub.version import __version__
 
@@ -179,9 +178,29 @@ def results_in(folder: Path) -> dict[Path, list[Result]]:
     if (folder / RESULT).is_file():
         found[folder / RESULT] = load(folder / RESULT)
     elif (folder / RECIPE).is_file() and (folder / METRICS).is_file():
-        recipe = yaml.safe_load((folder / RECIPE).read_text())
-        found[folder / METRICS] = training_results(read_json_lines(folder / METRICS), recipe, str(folder))
+        recipe, metrics = read_recipe(folder / RECIPE), read_metrics(folder / METRICS)
+        try:
+            found[folder / METRICS] = training_results(metrics, recipe, str(folder))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(f'{folder / METRICS} and {RECIPE} are not those of a run ({error})') from error
     return {**found, **{file: load(file) for file in sorted(folder.glob(f'*/{RESULT}'))}}
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Lines of a `metrics.jsonl`; none where there is no such file.
+
+    Raises:
+        InputError: It cannot be read, or has a line without a step and a kind.
+    """
+    try:
+        records = read_json_lines(file)
+    except OSError as error:
+        raise InputError(f'{file} cannot be read: {error.strerror}') from error
+    for record in records:
+        kinds = [type(record.get(name)) for name in ('step', 'kind')] if isinstance(record, dict) else []
+        if kinds != [int, str]:
+            raise InputError(f'{file} has a line that no run writes, {str(record)[:60]!r}; remove the line')
+    return records
 
 
 def training_results(

@@ -320,11 +320,12 @@ def observe(config: DiagnosticsConfig, method: Any, folder: Path, step: int) -> 
     Raises:
         InputError: There is nothing to observe, or the smallest width is too small.
     """
-    records = Records(folder)
+    records, observer = Records(folder), None
+    if config.on:
+        smallest = config.smallest_of(method.widths, method.backbone.overlap)
+        observer = GradientObserver(config, method, smallest, records)
     records.drop_from(step)
-    if not config.on:
-        return None
-    return GradientObserver(config, method, config.smallest_of(method.widths, method.backbone.overlap), records)
+    return observer
 
 
 def _trained_tensors(method: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Pre-training from the command line to the finished folder: what `recipes/pretrain.py` runs."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,10 +8,11 @@ from accelerate import PartialState
 
 from slimclr_hub.runs.command_line import run_script
 from slimclr_hub.runs.job import StopSignals
+from slimclr_hub.runs.lock import folder_lock
 from slimclr_hub.settings import RECIPE
 from slimclr_hub.train.command import AUTO, Command, check_unchanged, load_recipe, parse_pretrain
 from slimclr_hub.train.report import compare_with_itself, write_result
-from slimclr_hub.train.run_folder import find_run
+from slimclr_hub.train.run_folder import RunFolder, find_run
 from slimclr_hub.train.trainer import Trainer, make_accelerator
 
 
@@ -55,9 +57,12 @@ def pretrain(command: Command) -> Path:
     if resume is not None:
         # The checkpoint replaces the weights to start from, and they may be gone by now.
         config = replace(config, model=replace(config.model, weights=None))
-    with StopSignals() as signals:
-        trainer = Trainer(config, accelerator, signals)
-        trainer.run(resume, recipe)
-    write_result(config, trainer.inner.backbone, trainer.folder, accelerator)
+    with ExitStack() as stack:
+        with StopSignals() as signals:
+            trainer = Trainer(config, accelerator, signals)
+            folder = RunFolder.create(recipe, accelerator) if resume is None else RunFolder(resume, accelerator)
+            stack.enter_context(folder_lock(folder.path, accelerator))
+            trainer.run(folder, resume is not None, recipe)
+        write_result(config, trainer.inner.backbone, folder, accelerator)
     accelerator.end_training()
-    return trainer.folder.path
+    return folder.path

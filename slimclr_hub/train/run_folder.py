@@ -7,15 +7,17 @@ runs/NAME/recipe.yaml           the configuration
           config.json, model.safetensors, README.md, ...   the result
 """
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
+from slimclr_hub.distributed import from_main_process
 from slimclr_hub.errors import InputError
-from slimclr_hub.files import append_json_line, read_json_lines, write_json_lines, write_text
+from slimclr_hub.files import append_json_line, write_json_lines, write_text
 from slimclr_hub.runs.command_line import dump
+from slimclr_hub.runs.result import METRICS, read_metrics
 from slimclr_hub.settings import RECIPE
 from slimclr_hub.train.command import changes, load_recipe
 from slimclr_hub.train.config import PretrainConfig
@@ -27,7 +29,7 @@ class RunFolder:
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
         self.path = path
         self._accelerator = accelerator
-        self._metrics = path / 'metrics.jsonl'
+        self._metrics = path / METRICS
         if not path.is_dir():
             raise InputError(
                 f'{path} is not there on process {accelerator.process_index}; let run.output be on a file system that '
@@ -37,19 +39,23 @@ class RunFolder:
     @classmethod
     def create(cls, config: PretrainConfig, accelerator: Accelerator) -> 'RunFolder':
         """Make the folder of a new run and write its recipe; an InputError if the folder `run.name` exists."""
-        chosen: list[Any] = [None]
-        if accelerator.is_main_process:
+
+        def make() -> Path:
             try:
-                chosen[0] = _make_folder(config)
-                write_text(chosen[0] / RECIPE, dump(config))
+                path = _make_folder(config)
+                write_text(path / RECIPE, dump(config))
             except (InputError, OSError) as error:
-                chosen[0] = InputError(f'run.output {config.run.output}, run.name {config.run.name}: {error}')
-        return cls(_agree(chosen), accelerator)
+                raise InputError(f'run.output {config.run.output}, run.name {config.run.name}: {error}') from error
+            return path
+
+        return cls(from_main_process(make), accelerator)
 
     def keep_recipe(self, config: PretrainConfig, step: int) -> None:
-        """Let the recipe be `config` from `step` on; the one until then stays beside it."""
+        """Let the recipe be `config` from `step` on; the one that trained until then stays beside it."""
         if self._accelerator.is_main_process and load_recipe(self.path / RECIPE) != config:
-            write_text(self.path / f'recipe-until-step-{step}.yaml', (self.path / RECIPE).read_text())
+            until = self.path / f'recipe-until-step-{step}.yaml'
+            if not until.exists():  # or no step has been taken since
+                write_text(until, (self.path / RECIPE).read_text())
             write_text(self.path / RECIPE, dump(config))
         self._accelerator.wait_for_everyone()
 
@@ -59,29 +65,37 @@ class RunFolder:
             append_json_line(self._metrics, record)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl."""
-        return read_json_lines(self._metrics)
+        """All lines of metrics.jsonl; an InputError if one is something else."""
+        return read_metrics(self._metrics)
 
     def drop_metrics_after(self, step: int, evaluation_too: bool = False) -> None:
         """Forget lines after `step`, which a resumed run writes again.
 
         With `evaluation_too`, forget an evaluation at `step` as well.
         """
-        if self._accelerator.is_main_process and self._metrics.exists():
+        if self._accelerator.is_main_process and (records := self.read_metrics()):
             write_json_lines(
                 self._metrics,
                 (
                     record
-                    for record in read_json_lines(self._metrics)
+                    for record in records
                     if record['step'] < step
                     or (record['step'] == step and not (evaluation_too and record['kind'] != 'train'))
                 ),
             )
 
+    def put_metrics_aside(self) -> Path | None:
+        """Move the metrics of a run that begins anew to a free name, and return that; None where there are none."""
+        if not self._accelerator.is_main_process or not self.read_metrics():
+            return None
+        names = (self.path / f'metrics-before-restart-{number}.jsonl' for number in count(1))
+        aside = next(name for name in names if not name.exists())
+        return self._metrics.rename(aside)
+
 
 def find_run(config: PretrainConfig, accelerator: Accelerator) -> Path | None:
     """Folder that `--resume auto` continues, found by the main process: run.name's, or the newest of this recipe."""
-    return _agree([_find_run(config) if accelerator.is_main_process else None])
+    return from_main_process(lambda: _find_run(config))
 
 
 def _find_run(config: PretrainConfig) -> Path | None:
@@ -123,10 +137,3 @@ def _make_folder(config: PretrainConfig) -> Path:
             number += 1
         else:
             return path
-
-
-def _agree(chosen: list[Any]) -> Any:
-    result = broadcast_object_list(chosen)[0]
-    if isinstance(result, Exception):
-        raise result
-    return result

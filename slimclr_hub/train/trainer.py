@@ -17,7 +17,7 @@ from slimclr_hub.errors import DivergedError, InputError
 from slimclr_hub.methods.batchnorm import sync_batchnorm
 from slimclr_hub.methods.objective import Objective
 from slimclr_hub.methods.registry import training_of
-from slimclr_hub.runs.checkpoints import Checkpoints
+from slimclr_hub.runs.checkpoints import Checkpoints, Found
 from slimclr_hub.runs.job import Job, StopSignals
 from slimclr_hub.runs.memory import keep_freed_memory, peak_memory
 from slimclr_hub.train.collapse import CollapseWatch
@@ -83,46 +83,49 @@ class Trainer(Job[list[Batch]]):
         self.objective: Objective | None = getattr(self.inner, 'objective', None)
         self.collapse = CollapseWatch(config, self.objective.name if self.objective is not None else None)
         self.observer: GradientObserver | None = None
+        self._next_recipe: PretrainConfig | None = None
+        self._resumed_step = 0
         self.finite = FiniteLoss()
         self._own_losses = [f'{name}/{max(config.model.widths):g}' for name in ('info_nce', 'cross_entropy')]
 
-    def run(self, resume: Path | None, recipe: PretrainConfig) -> None:
-        """Train to the end, in a new folder or from the newest checkpoint of the folder `resume`.
+    def run(self, folder: RunFolder, resumed: bool, recipe: PretrainConfig) -> None:
+        """Train to the end; a run that is `resumed` goes on from the newest checkpoint of its folder, if there is one.
 
-        A new folder records `recipe`: the configuration, with the weights that it started from.
+        With its next checkpoint it records `recipe`: the configuration, with the weights that it started from.
         """
         config, accelerator = self.config, self.accelerator
-        self.folder = RunFolder(resume, accelerator) if resume is not None else RunFolder.create(recipe, accelerator)
-        self.checkpoints = Checkpoints(self.folder.path, accelerator, config.run.keep_checkpoints)
-        evaluated = False
-        if resume is None:
-            accelerator.print(f'Run: {self.folder.path}')
+        self.folder = folder
+        self.checkpoints = Checkpoints(folder.path, accelerator, config.run.keep_checkpoints)
+        if resumed:
+            found = self.resume()
+            folder.read_metrics()  # refused while nothing has been written
         else:
-            evaluated = self._resume(recipe)
+            found = Found()
+            accelerator.print(f'Run: {folder.path}')
         for note in self._notes():
             accelerator.print(note)
-        start_tracker(config, accelerator, self.folder.path, self.step)
+        start_tracker(config, accelerator, folder.path, self.step)
         if accelerator.is_main_process:
-            self.observer = observe(config.diagnostics, self.inner, self.folder.path, self.step)
+            self.observer = observe(config.diagnostics, self.inner, folder.path, self.step)
+        if resumed:
+            self._next_recipe, self._resumed_step = recipe, self.step
+            self._drop_metrics(found)
         epoch, start = divmod(self.step, self.steps_per_epoch)
-        if start == 0 and not evaluated:
+        if start == 0 and not found.state.get('evaluated', False):
             self.evaluate(epoch)
         self.optimizer.zero_grad()
         self.train()
         if unreadable := len(self.data.corrupt.reasons):
             print(f'{unreadable} images could not be read on process {accelerator.process_index}, and were replaced')
 
-    def _resume(self, recipe: PretrainConfig) -> bool:
-        """Go on from a checkpoint, if there is one, and return whether the evaluation after its step has been made."""
-        found = self.resume()
-        self.folder.keep_recipe(recipe, found.step)
-        if found.path is None:
-            self.accelerator.print(f'{self.folder.path} has no checkpoint yet; starting from the beginning')
-            self.folder.drop_metrics_after(-1)
-            return False
-        evaluated: bool = found.state['evaluated']
-        self.folder.drop_metrics_after(self.step, evaluation_too=not evaluated)
-        return evaluated
+    def _drop_metrics(self, found: Found) -> None:
+        """Leave the metrics of the steps that the run goes on from."""
+        if found.path is not None:
+            self.folder.drop_metrics_after(self.step, evaluation_too=not found.state['evaluated'])
+            return
+        aside = self.folder.put_metrics_aside()
+        kept = f'; the metrics until now are in {aside}' if aside is not None else ''
+        self.accelerator.print(f'{self.folder.path} has no checkpoint yet; starting from the beginning{kept}')
 
     def _notes(self) -> Iterator[str]:
         config = self.config
@@ -222,8 +225,11 @@ class Trainer(Job[list[Batch]]):
         return after_epoch or (run.checkpoint_steps is not None and self.step % run.checkpoint_steps == 0)
 
     def save(self, evaluated: bool = True) -> Path:
-        """Write a checkpoint, after all that has been observed until then."""
+        """Write a checkpoint, after all that has been observed until then and the recipe that has led to it."""
         self._write_observed(everything=True)
+        if self._next_recipe is not None:
+            self.folder.keep_recipe(self._next_recipe, self._resumed_step)
+            self._next_recipe = None
         return super().save(evaluated)
 
     def _keep_divergence(self, batch: list[Batch], output: dict[str, torch.Tensor], lr: float) -> None:

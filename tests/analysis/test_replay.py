@@ -159,8 +159,12 @@ def test_run_of_before(tmp_path, capsys):
 def test_processes_are_splits_of_a_batch(run, replay, tmp_path):
     """Two processes normalise and shuffle as one does that splits its batch in two."""
     copy = Path(shutil.copytree(run, tmp_path / 'copy'))
-    state = copy / 'checkpoints' / 'step-00000010' / 'state.json'
-    state.write_text(json.dumps({**json.loads(state.read_text()), 'processes': 2}))
+    checkpoint = copy / 'checkpoints' / 'step-00000010'
+    shutil.copy(checkpoint / 'process_0.pt', checkpoint / 'process_1.pt')
+    state = json.loads((checkpoint / 'state.json').read_text())
+    del state['sha256']  # as in those of before, which may be edited
+    state['files']['process_1.pt'] = state['files']['process_0.pt']
+    (checkpoint / 'state.json').write_text(json.dumps({**state, 'processes': 2}))
     recipe = (copy / 'recipe.yaml').read_text()
     (copy / 'recipe.yaml').write_text(recipe.replace('bn_splits: 2', 'bn_splits: 1'))
     divided = Replay(copy, 'cpu')

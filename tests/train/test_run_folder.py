@@ -87,6 +87,9 @@ def test_later_metrics_are_dropped(tmp_path, accelerator):
     # A kill may cut the last line anywhere.
     with (tmp_path / 'metrics.jsonl').open('a') as file:
         file.write('{"step": 6, "los')
+    # Or what was to be written is on the disk as other bytes.
+    with (tmp_path / 'metrics.jsonl').open('ab') as file:
+        file.write(b'\xff\xfe{\n')
     folder.drop_metrics_after(3)
     assert folder.read_metrics() == [{'kind': 'train', 'step': step} for step in range(4)]
     folder.write_metrics({'kind': 'eval', 'step': 3})

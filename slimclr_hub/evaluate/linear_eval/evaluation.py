@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, broadcast_object_list
+from accelerate.utils import DataLoaderConfiguration
 
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import make_dataset
 from slimclr_hub.data.training import TrainData
+from slimclr_hub.distributed import from_main_process
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.baselines import Encoder, RawPixels, random_weights
 from slimclr_hub.evaluate.features import FeatureCache, state_hash
@@ -52,6 +53,7 @@ from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import run_script
 from slimclr_hub.runs.figures import save_figure
 from slimclr_hub.runs.job import StopSignals
+from slimclr_hub.runs.lock import folder_lock
 from slimclr_hub.runs.result import RAW_PIXELS, RESULT, Result, load, save
 from slimclr_hub.settings import plain, relevant
 from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
@@ -100,13 +102,14 @@ def linear_eval(config: LinearEvalConfig) -> Result:
     if config.run.channels_last:
         backbone.to(memory_format=torch.channels_last)
     weights = state_hash(backbone)
-    folder = _choose_folder(config, weights, accelerator)
+    folder = from_main_process(lambda: _find_folder(config, weights))
     if (folder / RESULT).is_file():
         accelerator.print(f'{folder} is finished already; remove it to begin anew')
     else:
         accelerator.print(f'{folder}: {config.protocol}')
         try:
-            _train(config, accelerator, backbone, folder, weights)
+            with folder_lock(folder, accelerator):
+                _train(config, accelerator, backbone, folder, weights)
         except InputError:
             if accelerator.is_main_process and {path.name for path in folder.iterdir()} == {SETTINGS}:
                 shutil.rmtree(folder)
@@ -241,21 +244,8 @@ def _check_save_to(config: LinearEvalConfig) -> None:
         raise InputError(f'save_to {folder}: {parent} is not a folder that can be written to; give another one')
 
 
-def _choose_folder(config: LinearEvalConfig, weights: str, accelerator: Accelerator) -> Path:
-    """Find or make the folder of these settings on the main process, and tell the others or raise its InputError."""
-    chosen: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            chosen[0] = _find_folder(config, weights)
-        except (InputError, OSError) as error:
-            chosen[0] = InputError(str(error))
-    result = broadcast_object_list(chosen)[0]
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
 def _find_folder(config: LinearEvalConfig, weights: str) -> Path:
+    """Find or make the folder of these settings."""
     settings = {**relevant(config), **relevant({'data': config.data.fingerprint()})}
     settings |= {'optim.lr': plain(config.optim.rates), 'weights': weights}
     first = Path(config.run.output or default_output(config.network, 'linear_eval'))
@@ -279,7 +269,7 @@ def _find_folder(config: LinearEvalConfig, weights: str) -> Path:
 def _changes(folder: Path, settings: dict[str, Any]) -> list[str]:
     try:
         recorded = relevant(json.loads((folder / SETTINGS).read_text()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return ['no linear evaluation, but other files']
     if recorded.get('run.precision') is None:  # one of before it was recorded where accelerate chose it
         recorded.pop('run.precision', None)
