@@ -1,7 +1,9 @@
 """A job that trains for epochs: it resumes, stops between two steps when asked to, and keeps checkpoints."""
 
+import ctypes
 import os
 import signal
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -22,21 +24,31 @@ from slimclr_hub.runs.progress import progress_bar
 PREEMPTED = os.EX_TEMPFAIL
 """Exit status of a run that was asked to stop and can go on: 75, `EX_TEMPFAIL` of sysexits.h."""
 
-_STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+_LAUNCHED = 'ACCELERATE_MIXED_PRECISION'  # which `accelerate launch` always sets
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
 BatchT = TypeVar('BatchT')
 
 
 class StopSignals:
-    """Context that notes SIGTERM (a machine is taken back), SIGUSR1 (SLURM) and SIGINT; a second SIGINT interrupts."""
+    """Context that notes SIGTERM (a machine is taken back), SIGUSR1 (SLURM), SIGHUP (a terminal ends) and SIGINT.
+
+    A second SIGINT interrupts. SIGHUP stays ignored where it is, as under nohup. Under `accelerate launch` on Linux the
+    end of the launcher counts as SIGTERM, since the launcher passes none on.
+    """
 
     received: signal.Signals | None = None
 
     def __enter__(self) -> 'StopSignals':
-        self._before: dict[signal.Signals, Any] = {number: signal.signal(number, self._note) for number in _STOPPING}
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        numbers = [number for number in _STOPPING if not (ignored and number is signal.SIGHUP)]
+        self._before: dict[signal.Signals, Any] = {number: signal.signal(number, self._note) for number in numbers}
+        _follow_parent(signal.SIGTERM)
         return self
 
     def __exit__(self, *_: object) -> None:
+        _follow_parent(0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -49,6 +61,12 @@ class StopSignals:
         self.received = signal.Signals(number)
         if self.received is signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _follow_parent(number: int) -> None:
+    """Ask the system for a signal when the parent of this process ends; 0 for none."""
+    if _LAUNCHED in os.environ and sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, number)
 
 
 class Agreement:

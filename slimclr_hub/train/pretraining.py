@@ -62,7 +62,7 @@ def pretrain(command: Command) -> Path:
             trainer = Trainer(config, accelerator, signals)
             folder = RunFolder.create(recipe, accelerator) if resume is None else RunFolder(resume, accelerator)
             stack.enter_context(folder_lock(folder.path, accelerator))
-            trainer.run(folder, resume is not None, recipe)
+            trainer.run(folder, resume is not None, recipe, command.allow_changes)
         write_result(config, trainer.inner.backbone, folder, accelerator)
     accelerator.end_training()
     return folder.path

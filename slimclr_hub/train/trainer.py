@@ -20,6 +20,7 @@ from slimclr_hub.methods.registry import training_of
 from slimclr_hub.runs.checkpoints import Checkpoints, Found
 from slimclr_hub.runs.job import Job, StopSignals
 from slimclr_hub.runs.memory import keep_freed_memory, peak_memory
+from slimclr_hub.settings import RECIPE, differences, relevant
 from slimclr_hub.train.collapse import CollapseWatch
 from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.diagnostics import GradientObserver, observe
@@ -85,19 +86,27 @@ class Trainer(Job[list[Batch]]):
         self.observer: GradientObserver | None = None
         self._next_recipe: PretrainConfig | None = None
         self._resumed_step = 0
+        self._settings: dict[str, Any] = {}
         self.finite = FiniteLoss()
         self._own_losses = [f'{name}/{max(config.model.widths):g}' for name in ('info_nce', 'cross_entropy')]
 
-    def run(self, folder: RunFolder, resumed: bool, recipe: PretrainConfig) -> None:
+    def run(self, folder: RunFolder, resumed: bool, recipe: PretrainConfig, allow_changes: bool = False) -> None:
         """Train to the end; a run that is `resumed` goes on from the newest checkpoint of its folder, if there is one.
 
         With its next checkpoint it records `recipe`: the configuration, with the weights that it started from.
+
+        Raises:
+            InputError: The checkpoint was written with other settings, as of a recipe that was edited since, unless
+                `allow_changes`; or the metrics are not those of a run.
         """
         config, accelerator = self.config, self.accelerator
         self.folder = folder
+        self._settings = relevant(recipe)
         self.checkpoints = Checkpoints(folder.path, accelerator, config.run.keep_checkpoints)
         if resumed:
             found = self.resume()
+            if not allow_changes:
+                self._check_settings(found)
             folder.read_metrics()  # refused while nothing has been written
         else:
             found = Found()
@@ -117,6 +126,16 @@ class Trainer(Job[list[Batch]]):
         self.train()
         if unreadable := len(self.data.corrupt.reasons):
             print(f'{unreadable} images could not be read on process {accelerator.process_index}, and were replaced')
+
+    def _check_settings(self, found: Found) -> None:
+        written = found.state.get('settings', {})  # those of earlier versions tell none
+        both = written.keys() & self._settings.keys()  # another version may have others
+        changed = differences({key: written[key] for key in both}, {key: self._settings[key] for key in both})
+        if changed:
+            raise InputError(
+                f'{self.folder.path / RECIPE} is not that of {found.path}: {"; ".join(changed)}; restore it, or give '
+                '--allow_changes true'
+            )
 
     def _drop_metrics(self, found: Found) -> None:
         """Leave the metrics of the steps that the run goes on from."""
@@ -201,8 +220,8 @@ class Trainer(Job[list[Batch]]):
         return f'data.name {data.name}, data.root {data.root}, data.num_workers {data.num_workers}'
 
     def state(self) -> dict[str, Any]:
-        """Nothing besides the step."""
-        return {}
+        """The settings that have led to it."""
+        return {'settings': self._settings}
 
     def own(self) -> dict[str, Any]:
         """The running statistics, as each process normalises by its own."""

@@ -3,8 +3,10 @@
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,20 +15,34 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from slimclr_hub.runs.command_line import run_script
+from slimclr_hub.runs.job import StopSignals
 from slimclr_hub.runs.lock import folder_lock
 from slimclr_hub.train.command import parse_pretrain
 from slimclr_hub.train.pretraining import pretrain
-from tests.train.runs import SCRIPT, contents, make_place
+from tests.train.runs import SCRIPT, contents, environment, make_place
 
 # Holds a folder as a run does, until its input ends.
 HOLD = """
 import sys
 from pathlib import Path
 from accelerate import Accelerator
+from slimclr_hub.runs.job import StopSignals
 from slimclr_hub.runs.lock import folder_lock
 with folder_lock(Path(sys.argv[1]), Accelerator(cpu=True)):
     print('held', flush=True)
     sys.stdin.read()
+"""
+
+# Notes signals as a run does.
+WAIT = """
+import sys, time
+from pathlib import Path
+from slimclr_hub.runs.job import StopSignals
+with StopSignals() as signals:
+    print('ready', flush=True)
+    while signals.received is None:
+        time.sleep(0.01)
+    Path(sys.argv[1]).write_text(signals.received.name)
 """
 
 
@@ -108,6 +124,11 @@ REFUSED = {
     'metrics without a step': (add(b'{"kind": "train"}'), [], 'metrics.jsonl has a line'),
     'metrics as a folder': (replaced_by_folder('metrics.jsonl'), [], 'metrics.jsonl cannot be read'),
     'checkpoints as a file': (replaced_by_file, [], 'checkpoints cannot be read (Not a directory)'),
+    'a recipe edited by hand': (
+        lambda run: (run / 'recipe.yaml').write_text((run / 'recipe.yaml').read_text().replace('lr: 0.06', 'lr: 0.05')),
+        [],
+        'step-00000008: optim.lr 0.06 -> 0.05',
+    ),
     'a binary recipe': (
         lambda run: (run / 'recipe.yaml').write_bytes(b'\xff\x00\x80'),
         [],
@@ -185,3 +206,39 @@ def test_no_room_for_a_checkpoint(run, capsys):
     assert not list(run.rglob('*.partial'))
     train('--resume', str(run))
     assert f'Resuming after epoch 1, 2 steps: {last}' in capsys.readouterr().out
+
+
+# Signals
+
+
+def test_end_of_the_launcher_is_a_signal(tmp_path):
+    (tmp_path / 'wait.py').write_text(WAIT)
+    noted = tmp_path / 'noted'
+    launcher = subprocess.Popen(
+        [sys.executable, '-m', 'accelerate.commands.launch', str(tmp_path / 'wait.py'), str(noted)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**environment(tmp_path), 'PYTHONPATH': str(SCRIPT.parents[1])},
+    )
+    assert launcher.stdout is not None
+    assert launcher.stdout.readline() == 'ready\n'
+    launcher.terminate()
+    launcher.communicate()
+    deadline = time.monotonic() + 10
+    while not (noted.exists() and noted.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert noted.read_text() == 'SIGTERM'
+
+
+def test_end_of_the_terminal_asks_to_stop_except_under_nohup():
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert (signals.received, signals.status) == (signal.SIGHUP, os.EX_TEMPFAIL)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
