@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import read_json_lines, write_text
-from slimclr_hub.runs.command_line import read_recipe
 from slimclr_hub.settings import RECIPE
 from slimclr_hub.version import __version__
 
@@ -178,6 +177,8 @@ def results_in(folder: Path) -> dict[Path, list[Result]]:
     if (folder / RESULT).is_file():
         found[folder / RESULT] = load(folder / RESULT)
     elif (folder / RECIPE).is_file() and (folder / METRICS).is_file():
+        from slimclr_hub.runs.command_line import read_recipe  # which takes a second that `list` does not have
+
         recipe, metrics = read_recipe(folder / RECIPE), read_metrics(folder / METRICS)
         try:
             found[folder / METRICS] = training_results(metrics, recipe, str(folder))
