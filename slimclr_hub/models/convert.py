@@ -9,8 +9,11 @@ import torch
 
 from slimclr_hub.errors import InputError, shorten
 from slimclr_hub.models.loading import check_complete
+from slimclr_hub.weights.checkpoint import check_form
 from slimclr_hub.weights.layouts import ARCHITECTURES
 from slimclr_hub.weights.slices import (
+    BATCH_COUNT,
+    DISJOINT,
     WIDTH_DIGITS,
     leading,
     scale_channels,
@@ -22,13 +25,24 @@ from slimclr_hub.weights.slices import (
 
 _PREFIXES = {
     # MoCo v2, MoCo v3, this package's detectors, and others' or this package's backbone; a bare network has none.
-    'online': ('encoder_q.', 'base_encoder.', 'backbone.network.', 'backbone.', ''),
-    'momentum': ('encoder_k.', 'momentum_encoder.'),
+    'online': ('encoder_q.', 'base_encoder.', 'student.backbone.', 'backbone.network.', 'backbone.', ''),
+    'momentum': ('encoder_k.', 'momentum_encoder.', 'teacher.backbone.'),
 }
+_HEADS = ('projection_head', 'prototypes', 'projector', 'predictor', 'head', 'classifier')
+_WRAPPERS = re.compile(r'(^|\.)(?:(?:module|_orig_mod)\.)+')  # of DistributedDataParallel and torch.compile
+# Parts of a name that differ from timm's where a ResNet is a sequence, as in lightly, and in transformers.
+_SEQUENCE = {'0': 'conv1', '1': 'bn1', '4': 'layer1', '5': 'layer2', '6': 'layer3', '7': 'layer4'}
+_OF_SEQUENCE = re.compile(r'^(.*\.|)4\.0\.conv1\.weight$')
+_OF_TRANSFORMERS = re.compile(
+    r'^(?:.*\.)?(?:embedder\.embedder|encoder\.stages\.(\d)\.layers\.(\d{1,3})\.(?:layer\.(\d)|shortcut))'
+    r'\.(convolution|normalization)\.(\w+)$'
+)
 _FIRST = 'conv1.weight'
 _AUTHORS_NORM = re.compile(r'^(.*\.|)bn\.(\d{1,4})\.weight$')
 _AUTHORS_SWITCHED = re.compile(r'\.(?:bn|linears)\.(\d{1,4})\.')
 _AUTHORS_BLOCK = re.compile(r'^features\.(\d{1,4})\.')
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -39,8 +53,9 @@ def convert(
     """Rename the tensors of a checkpoint to those of a slimmable ResNet here, and check that they are complete.
 
     Accepted are the authors' checkpoints (pre-training by MoCo v2 and v3, the switchable probe, Mask R-CNN), plain
-    ResNets of timm or torchvision, pre-training checkpoints of MoCo v2 and v3, and this package's own, all with or
-    without `module.`. Heads of pre-training are left out, the switchable probe is kept.
+    ResNets of timm, torchvision, lightly or transformers, those of pre-training scripts under a prefix of any name that
+    is the only one, and this package's own, all with or without `module.` and `_orig_mod.`. Heads of pre-training are
+    left out, the switchable probe is kept.
 
     A plain network gives a starting point for slimmable training: its convolutions, and for each of `widths` the
     leading part of its normalisations. The narrow ones have seen no batch (`num_batches_tracked` is 0), and the head
@@ -53,22 +68,27 @@ def convert(
         widths: The widths to give to a plain network.
 
     Raises:
-        InputError: The checkpoint is of none of these kinds, or not complete; a tensor that is missing, unexpected or
-            misshapen is named.
+        InputError: The checkpoint is of none of these kinds, or not complete; a tensor that is missing, unexpected,
+            misshapen, not of real numbers, or has a NaN or infinite one, is named.
     """
     if encoder not in _PREFIXES:
         raise InputError(f'encoder {encoder!r} is not one of {", ".join(_PREFIXES)}')
     for name, tensor in tensors.items():
-        # A pickle may give any shape to a few bytes, which making it contiguous would allocate.
-        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-            raise InputError(f'{name} has shape {list(tensor.shape)}, more than the file holds of it')
-    names = {name.removeprefix('module.'): tensor for name, tensor in tensors.items()}
+        check_form(name, tensor)
+    names = {_WRAPPERS.sub(r'\1', name): tensor for name, tensor in tensors.items()}
     ours = _body(names, encoder)
     if not any(switched_key(name) for name in ours):
         # The switchable probe is part of the network; any other head served pre-training, or is of one width alone.
-        body = {k: v for k, v in ours.items() if not k.startswith('fc.') or k.startswith('fc.linears.')}
+        body = {
+            k: v
+            for k, v in ours.items()
+            if k.partition('.')[0] not in _HEADS and (not k.startswith('fc.') or k.startswith('fc.linears.'))
+        }
+        _check_values(body)
         from_authors = any(_AUTHORS_NORM.match(name) for name in body)
         ours = _from_authors(body, encoder) if from_authors else _from_plain(body, widths)
+    else:
+        _check_values(ours)
     ours = with_batch_counts(ours)
     check_complete({name: tensor.shape for name, tensor in ours.items()})
     return {name: tensor.contiguous() for name, tensor in ours.items()}
@@ -91,13 +111,50 @@ def backbone_name(reference: str, stages: Sequence[int], keys: Sequence[str]) ->
     return _AUTHORS_SWITCHED.sub(lambda match: f'.{keys[int(match[1])]}.', name)
 
 
+def _check_values(tensors: Tensors) -> None:
+    for name, tensor in tensors.items():
+        if name.endswith(BATCH_COUNT) or name == DISJOINT:
+            continue
+        if tensor.dtype not in _FLOATS:
+            raise InputError(f'{name} is of {tensor.dtype}; weights are of {", ".join(map(str, _FLOATS))}')
+        if not tensor.isfinite().all():
+            raise InputError(f'{name} holds NaN or infinite values; the training that wrote it had diverged')
+
+
 def _body(names: Tensors, encoder: str) -> dict[str, torch.Tensor]:
+    names = _renamed(names)
     prefix = next((prefix for prefix in _PREFIXES[encoder] if prefix + _FIRST in names), None)
+    if prefix is None and encoder == 'online':
+        found = [name.removesuffix(_FIRST) for name in names if name.endswith(f'.{_FIRST}')]
+        networks = [prefix for prefix in found if f'{prefix}layer1.0.{_FIRST}' in names]
+        if len(networks) > 1:
+            raise InputError(f'several ResNets are there, {", ".join(networks)}; save the state dict of one of them')
+        prefix = next(iter(networks), None)
     if prefix is None:
         wanted = ', '.join(prefix + _FIRST for prefix in _PREFIXES[encoder])
-        found = f'the tensors begin with {", ".join([*names][:3])}' if names else 'there are no tensors'
-        raise InputError(f'no {encoder} network that is a ResNet: none of {wanted} is there; {found}')
+        begin = f'the tensors begin with {", ".join([*names][:3])}' if names else 'there are no tensors'
+        raise InputError(f'no {encoder} network that is a ResNet: none of {wanted} is there; {begin}')
     return {name.removeprefix(prefix): tensor for name, tensor in names.items() if name.startswith(prefix)}
+
+
+def _renamed(names: Tensors) -> dict[str, torch.Tensor]:
+    """Names of a ResNet that is a sequence, or of transformers, as timm's; others as they are."""
+    sequences = [match[1] for name in names if (match := _OF_SEQUENCE.match(name)) and f'{match[1]}0.weight' in names]
+    renamed = {}
+    for name, tensor in names.items():
+        prefix = next((prefix for prefix in sequences if name.startswith(prefix)), None)
+        if prefix is not None:
+            part, _, rest = name.removeprefix(prefix).partition('.')
+            name = f'{prefix}{_SEQUENCE.get(part, part)}.{rest}'
+        elif match := _OF_TRANSFORMERS.match(name):
+            stage, block, layer, kind, leaf = match.groups()
+            number = 0 if layer is None else int(layer) + 1
+            module = ('conv' if kind == 'convolution' else 'bn') + str(number or 1)
+            if stage is not None and not number:
+                module = f'downsample.{int(kind == "normalization")}'
+            name = f'{module}.{leaf}' if stage is None else f'layer{int(stage) + 1}.{block}.{module}.{leaf}'
+        renamed[name] = tensor
+    return renamed
 
 
 def _from_authors(body: Tensors, encoder: str) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 import pickle
 import pickletools
 import re
+import reprlib
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,17 +18,25 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.weights.tensor_file import TensorFile
 
 _REFUSED = re.compile(r'(?:Unsupported (?:global: GLOBAL|class)|GLOBAL) ([\w.]+)')
+_TRUNK = ('classy_state_dict', 'base_model', 'model', 'trunk')  # of VISSL
+_DINO = ('student', 'teacher')
 _HOLDERS = ('state_dict', 'model', 'model_state_dict')
+
+
+class _Options:
+    """What an `argparse.Namespace` is read as: attributes, no code."""
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """Read the tensors of a checkpoint to the CPU.
 
     The file is safetensors, or written by `torch.save`: a state dict, or a dictionary that holds one as `state_dict`
-    or `model`. Of a pickle only tensors, containers and numbers are read; anything else is refused and not executed.
+    or `model`, as DINO's `student` and `teacher`, or where VISSL has its trunk. Of a pickle only tensors, containers,
+    numbers and the options of a script are read; anything else is refused and not executed.
 
     Raises:
-        InputError: The file does not exist, is damaged, holds no state dict, or code that loading would execute.
+        InputError: The file does not exist, is damaged, holds no state dict, or code that loading would execute; a
+            tensor has no name, or is sparse, quantised, without data or larger than the file's data of it.
     """
     if path.suffix == '.safetensors':
         with TensorFile(path):
@@ -42,7 +51,8 @@ def _load(path: Path) -> Any:
             raise InputError(f'{path} does not exist or is not a file')
         # On leaving, torch disallows all that is named here, even if it had been allowed before.
         allowed = torch.serialization.get_safe_globals()
-        with torch.serialization.safe_globals([entry for entry in _numpy_scalars() if entry not in allowed]):
+        known = [*_numpy_scalars(), (_Options, 'argparse.Namespace')]
+        with torch.serialization.safe_globals([entry for entry in known if entry not in allowed]):
             try:
                 return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
             except RuntimeError as error:
@@ -103,11 +113,35 @@ def _numpy_scalars() -> list[Any]:
 
 def _state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
     if isinstance(loaded, Mapping):
-        for holder in _HOLDERS:
-            if isinstance(loaded.get(holder), Mapping):
-                loaded = loaded[holder]
-                break
+        for name in _TRUNK:
+            if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
+                loaded = loaded[name]
+        holder = next((name for name in _HOLDERS if isinstance(loaded.get(name), Mapping)), None)
+        if holder is not None:
+            loaded = loaded[holder]
+        elif all(isinstance(loaded.get(name), Mapping) for name in _DINO):
+            loaded = {f'{who}.{name}': value for who in _DINO for name, value in loaded[who].items()}
         tensors = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+        for name, tensor in tensors.items():
+            if not isinstance(name, str):
+                raise InputError(
+                    f'{path} holds a tensor under {reprlib.repr(name)}, which is no name; save its state dict'
+                )
+            check_form(name, tensor)
         if tensors:
             return tensors
     raise InputError(f'{path} holds no state dict: no tensors by name, neither directly nor under {_HOLDERS}')
+
+
+def check_form(name: str, tensor: torch.Tensor) -> None:
+    """Check that a tensor is an ordinary one with all of its data.
+
+    Raises:
+        InputError: It is sparse, quantised or without data, or has more elements than data, as a pickle may give any
+            shape to a few bytes.
+    """
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        kind = 'quantised' if tensor.is_quantized else 'without data' if tensor.is_meta else 'sparse'
+        raise InputError(f'{name} is {kind}; save it as an ordinary tensor')
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise InputError(f'{name} has shape {list(tensor.shape)}, more than the file holds of it')

@@ -530,3 +530,64 @@ def test_tensors_are_contiguous(formula):
     ours, expected = convert(last), convert(tensors)
     assert all(value.is_contiguous() for value in ours.values())
     assert all(torch.equal(value, expected[name]) for name, value in ours.items())
+
+
+# As people have them
+
+
+def renamed_as_transformers(name):
+    parts = name.split('.')
+    words = {'conv': 'convolution', 'bn': 'normalization'}
+    if len(parts) == 2:
+        return f'resnet.embedder.embedder.{words[parts[0][:-1]]}.{parts[1]}'
+    where = f'resnet.encoder.stages.{int(parts[0][-1]) - 1}.layers.{parts[1]}'
+    if parts[2] == 'downsample':
+        return f'{where}.shortcut.{[*words.values()][int(parts[3])]}.{parts[4]}'
+    return f'{where}.layer.{int(parts[2][-1]) - 1}.{words[parts[2][:-1]]}.{parts[3]}'
+
+
+def renamed_as_a_sequence(name):
+    numbers = {'conv1': 0, 'bn1': 1, 'layer1': 4, 'layer2': 5, 'layer3': 6, 'layer4': 7}
+    first, _, rest = name.partition('.')
+    return f'backbone.{numbers[first]}.{rest}'
+
+
+FORMS = {
+    'timm, compiled': lambda name: f'_orig_mod.{name}',
+    'Lightning, compiled': lambda name: f'model._orig_mod.{name}',
+    'VISSL': lambda name: f'_feature_blocks.{name}',
+    'BYOL': lambda name: f'module.online_encoder.net.{name}',
+    'DINO': lambda name: f'student.module.backbone.{name}',
+    'SwAV': lambda name: f'module.{name}',
+    'lightly': renamed_as_a_sequence,
+    'transformers': renamed_as_transformers,
+}
+
+
+@pytest.fixture(scope='module')
+def plain_resnet50():
+    return timm.create_model('resnet50', num_classes=0).state_dict()
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_names_that_people_have(plain_resnet50, form):
+    heads = ('projection_head.0.weight', 'prototypes.weight', 'module.head.mlp.weight', 'classifier.1.weight')
+    tensors = {FORMS[form](name): tensor for name, tensor in plain_resnet50.items()}
+    found, expected = convert({**tensors, **dict.fromkeys(heads, torch.ones(2, 2))}), convert(plain_resnet50)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_several_networks_are_named(plain_resnet50):
+    both = {f'{net}.net.{name}': tensor for net in ('first', 'second') for name, tensor in plain_resnet50.items()}
+    with pytest.raises(InputError, match=r'several ResNets are there, first\.net\., second\.net\.; save'):
+        convert(both)
+
+
+@pytest.mark.parametrize('kind', ['int32', 'bool', 'complex64', 'float8_e4m3fn', 'nan', 'inf'])
+def test_values_that_are_no_weights(plain_resnet50, kind):
+    weight = plain_resnet50['layer1.0.conv1.weight']
+    bad = torch.full_like(weight, float(kind)) if kind in ('nan', 'inf') else weight.to(getattr(torch, kind))
+    words = 'NaN or infinite' if kind in ('nan', 'inf') else kind
+    with pytest.raises(InputError, match=rf'layer1\.0\.conv1\.weight .*{words}'):
+        convert({**plain_resnet50, 'layer1.0.conv1.weight': bad})

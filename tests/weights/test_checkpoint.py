@@ -61,6 +61,8 @@ FORMATS = {'zip': zipped, 'legacy': legacy, 'raw': raw}
         {'state_dict': OrderedDict(TENSORS), 'best_acc1': torch.tensor(67.4)},
         {'model': TENSORS, 'args': {'lr': 0.1, 'milestones': (60, 80), 'name': None, 'flag': True}},
         {'model_state_dict': TENSORS, 'rng': {1, 2}},
+        {'state_dict': TENSORS, 'args': argparse.Namespace(lr=0.1, opt='sgd', sizes=(3, 4))},
+        {'classy_state_dict': {'base_model': {'model': {'trunk': TENSORS, 'heads': {}}}}},
         {**TENSORS, 'epoch': 3},
     ],
 )
@@ -161,7 +163,7 @@ def test_malicious_state_dict_is_not_run(tmp_path):
 @pytest.mark.parametrize(
     ('extra', 'name'),
     [
-        (argparse.Namespace(lr=0.1), 'argparse.Namespace'),
+        (argparse.ArgumentParser, 'argparse.ArgumentParser'),
         (nn.Linear(2, 2), 'torch.nn.modules.linear.Linear'),
         (np.ones(3), 'multiarray._reconstruct'),
     ],
@@ -190,6 +192,29 @@ def test_no_file(tmp_path):
     for path in tmp_path, tmp_path / 'nowhere.pth', tmp_path / 'nowhere.safetensors':
         with pytest.raises(InputError, match=rf'{path.name} does not exist or is not a file'):
             read_checkpoint(path)
+
+
+@pytest.mark.parametrize('name', [1, (1, 2), None, b'a'])
+def test_a_tensor_without_a_name(tmp_path, name):
+    zipped({name: torch.ones(1), **TENSORS}, tmp_path / 'checkpoint.pth')
+    with pytest.raises(InputError, match=r'checkpoint\.pth holds a tensor under .* which is no name'):
+        read_checkpoint(tmp_path / 'checkpoint.pth')
+
+
+FORMS = {
+    'sparse': lambda: torch.ones(2, 3).to_sparse(),
+    'quantised': lambda: torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.qint8),
+    'without data': lambda: torch.ones(2, 3, device='meta'),
+    'more than the file holds': lambda: torch.zeros(1).expand(1 << 20, 1 << 20),
+}
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('form', FORMS)
+def test_tensors_of_other_forms(tmp_path, form):
+    zipped({**TENSORS, 'conv1.weight': FORMS[form]()}, tmp_path / 'checkpoint.pth')
+    with pytest.raises(InputError, match=rf'conv1\.weight .*{form}'):
+        read_checkpoint(tmp_path / 'checkpoint.pth')
 
 
 # What is damaged
