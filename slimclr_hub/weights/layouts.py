@@ -69,7 +69,7 @@ def layout_of(shapes: Shapes) -> Layout:
     """Recognise a network from the names and shapes of its tensors.
 
     Raises:
-        InputError: There is no first convolution or no stage, or one or a head has not the shape of its kind.
+        InputError: There is no first convolution or no stage, or one or a head has not the dimensions of its kind.
     """
     tensors = Counter((int(m[1]), int(m[2])) for name in shapes if (m := _TENSOR_OF_BLOCK.match(name)))
     blocks: dict[int, int] = {}
@@ -82,7 +82,7 @@ def layout_of(shapes: Shapes) -> Layout:
         raise InputError(f'conv1.weight has shape {list(shapes["conv1.weight"])}, not that of a convolution')
     heads = [name for name in shapes if name.startswith('fc.') and name.endswith('.weight')]
     for name in heads:
-        if len(shapes[name]) != 2:
+        if not shapes[name]:  # other shapes are compared with the network's
             raise InputError(f'{name} has shape {list(shapes[name])}, not that of a linear layer')
     keys = {key for name in shapes if not name.startswith('fc.') and (key := switched_key(name))}
     widths = tuple(sorted(map(key_width, keys), reverse=True))
