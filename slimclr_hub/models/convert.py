@@ -79,18 +79,13 @@ def convert(
     ours = _body(names, encoder)
     if not any(switched_key(name) for name in ours):
         # The switchable probe is part of the network; any other head served pre-training, or is of one width alone.
-        body = {
-            k: v
-            for k, v in ours.items()
-            if k.partition('.')[0] not in _HEADS and (not k.startswith('fc.') or k.startswith('fc.linears.'))
-        }
-        _check_values(body)
+        body = {k: v for k, v in ours.items() if not k.startswith('fc.') or k.startswith('fc.linears.')}
         from_authors = any(_AUTHORS_NORM.match(name) for name in body)
-        ours = _from_authors(body, encoder) if from_authors else _from_plain(body, widths)
-    else:
-        _check_values(ours)
+        plain = {k: v for k, v in body.items() if k.partition('.')[0] not in _HEADS}
+        ours = _from_authors(body, encoder) if from_authors else _from_plain(plain, widths)
     ours = with_batch_counts(ours)
     check_complete({name: tensor.shape for name, tensor in ours.items()})
+    _check_values(ours)
     return {name: tensor.contiguous() for name, tensor in ours.items()}
 
 
