@@ -317,7 +317,7 @@ Parameters are those of the network in this file at that width; multiply-adds ar
 There is one run of it, and the test images are 10,000, for a standard error of about 0.4 points; it has not seen them.
 {explained}
 
-Raw pixels of the same images reach {pixels}.
+Raw pixels of the same images reach {pixels}; `at start` is what random weights do.
 
 ## Usage
 
@@ -350,8 +350,7 @@ The folder is Debian's (`apt-get install dataset-fashion-mnist`); torchvision's 
 
 ## Limits
 
-- A first version: compare it with raw pixels above before you use it for more than trying the package.
-- Small grey pictures of single garments on black: expect little of it on anything else.
+{below}- Small grey pictures of single garments on black: expect little of it on anything else.
 - {limits}
 - It is here to try the package with, and to test it. Networks for photographs are the authors', on ImageNet.
 
@@ -366,11 +365,7 @@ def shipped_card(shipped: Shipped) -> str:
     """Write the card of a network of the package, with the accuracies that its evaluations wrote."""
     everything = load(shipped.results)
     results = [result for result in everything if result.network != RAW_PIXELS]
-    pixels = ' and '.join(
-        f'{result.top1[1.0]:.1f} by {"linear evaluation" if result.protocol.kind == "linear" else "k-NN"}'
-        for result in everything
-        if result.network == RAW_PIXELS
-    )
+    pixels = {result.protocol.label: result.top1[1.0] for result in everything if result.network == RAW_PIXELS}
     with_probe = shipped.num_classes > 0
     return _SHIPPED.format(
         **vars(shipped),
@@ -379,13 +374,20 @@ def shipped_card(shipped: Shipped) -> str:
         probe='; a linear probe of each width, trained on their labels afterwards, is with it' if with_probe else '',
         table=card_table(published_facts(shipped.num_classes, shipped.architecture), results),
         explained='\n'.join(f'`{label}` is {_what(result)}.' for label, result in _by_label(results).items()),
-        pixels=pixels,
+        pixels=' and '.join(f'{top1:.1f} by `{label}`' for label, top1 in pixels.items()),
+        below=''.join(_below_pixels(result, pixels) for result in results),
         evaluations='\n'.join(
             dict.fromkeys(f'accelerate launch recipes/{result.environment["command"]}' for result in results)
         ),
         limits=_LIMIT_OF_SHIPPED_CLASSES if with_probe else _LIMIT_OF_FEATURES,
         usage=_USAGE.format(name=shipped.name, **(_SHIPPED_CLASSES if with_probe else _SHIPPED_FEATURES)),
     )
+
+
+def _below_pixels(result: Result, pixels: Mapping[str, float]) -> str:
+    label = result.protocol.label
+    widths = [f'{width:g}' for width, top1 in result.top1.items() if label in pixels and top1 <= pixels[label]]
+    return f'- By `{label}` it is not above raw pixels at width {", ".join(widths)}.\n' if widths else ''
 
 
 def all_cards() -> dict[str, str]:

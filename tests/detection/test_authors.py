@@ -142,7 +142,7 @@ def test_faster_rcnn_of_other_classes(theirs):
         ('bbox_head.fc_cls.weight', 'bbox_head.fc_cls.weight'),  # where classes could be counted
         ('mask_head.conv_logits.bias', 'mask_head.conv_logits.bias'),
         ('backbone.layer2.0.conv2.weight', 'layer2.0.conv2.weight'),
-        ('backbone.layer1.0.bn1.bn.0.num_batches_tracked', 'layer1.0.bn1.w025.num_batches_tracked'),
+        ('backbone.layer1.0.bn1.bn.0.running_var', 'layer1.0.bn1.w025.running_var'),
     ],
 )
 def test_missing_and_misshapen_tensors_are_named(theirs, name, shown):
