@@ -200,6 +200,8 @@ class SlimmableResNet(nn.Module):
         super().__init__()
         if output_stride not in (8, 16, 32):
             raise InputError(f'output_stride {output_stride} is not 8, 16 or 32')
+        if num_classes > 0 and not global_pool:
+            raise InputError(f"global_pool '' leaves {num_classes} classes nothing to classify; give num_classes=0")
         factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         self._widths = check_widths(widths)
         self._held = self._widths if held is None else check_widths(held)
@@ -284,8 +286,6 @@ class SlimmableResNet(nn.Module):
         fc: nn.Module
         if head not in ('switchable', 'slimmable'):
             raise InputError(f"head {head!r} is not one of 'switchable', 'slimmable'")
-        if num_classes > 0 and not global_pool:
-            raise InputError(f"global_pool '' leaves {num_classes} classes nothing to classify; give num_classes=0")
         if num_classes <= 0:
             fc = nn.Identity()
         elif head == 'switchable':
