@@ -46,8 +46,8 @@ class FolderReader(Reader):
             raise InputError(f'{root}: no images found; endings of images are {", ".join(IMG_EXTENSIONS)}')
         parts = [Path(path).relative_to(root).parts for path in found]
         labelled = all(len(names) > 1 for names in parts)
-        classes = sorted({names[0] for names in parts}, key=natural_key) if labelled else []
-        self.class_to_idx = dict(numbers or _numbered(classes))
+        classes = _numbered({names[0] for names in parts} if labelled else set())
+        self.class_to_idx = dict(numbers or classes)
         if unknown := [name for name in classes if name not in self.class_to_idx]:
             raise InputError(f'{root}: the training images have no class {shorten(unknown)}; name the folders as there')
         self.samples = [
@@ -71,10 +71,10 @@ class FolderReader(Reader):
 def class_numbers(root: Path) -> dict[str, int]:
     """Class -> its number, of the folders at the first level of `root` that have images, in natural order."""
     below = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith('.')]
-    return _numbered([path.name for path in below if any(True for _ in _images(path, Counter()))])
+    return _numbered({path.name for path in below if any(True for _ in _images(path, Counter()))})
 
 
-def _numbered(classes: list[str]) -> dict[str, int]:
+def _numbered(classes: set[str]) -> dict[str, int]:
     return {name: index for index, name in enumerate(sorted(classes, key=natural_key))}
 
 
@@ -86,8 +86,10 @@ def _images(root: Path, others: Counter[str]) -> Iterator[Path]:
         below[:] = [name for name, place in places.items() if place not in seen]
         seen.update(places.values())
         for name in files:
+            if name.startswith('.'):
+                continue
             ending = Path(name).suffix.lower()
-            if ending in IMG_EXTENSIONS and not name.startswith('.'):
+            if ending in IMG_EXTENSIONS:
                 yield Path(folder, name)
-            elif not name.startswith('.'):
+            else:
                 others[ending or 'without'] += 1

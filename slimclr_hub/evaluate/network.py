@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import yaml
@@ -17,6 +17,8 @@ from slimclr_hub.runs.command_line import early
 from slimclr_hub.runs.result import RANDOM_WEIGHTS, RAW_PIXELS
 from slimclr_hub.settings import RECIPE
 from slimclr_hub.weights.published import PUBLISHED, SHIPPED, Published, Shipped
+
+_Known = TypeVar('_Known', Published, Shipped)
 
 _TRAINING_ALONE = ('batch_size', 'num_samples', 'max_corrupt', 'shuffle_buffer')
 _IMAGENET = DataConfig(
@@ -62,16 +64,18 @@ def drawn_anew(network: str) -> str | None:
 
 def published_network(network: str) -> Published | None:
     """Facts of a published network that is asked for by its name, else None."""
-    if Path(network).exists():
-        return None
-    return next((published for published in PUBLISHED.values() if published.name == network), None)
+    return _named(network, PUBLISHED)
 
 
 def shipped_network(network: str | None) -> Shipped | None:
     """Facts of a network of the package that is asked for by its name, else None."""
-    if network is None or Path(network).exists():
+    return None if network is None else _named(network, SHIPPED)
+
+
+def _named(network: str, known: Mapping[str, _Known]) -> _Known | None:
+    if Path(network).exists():
         return None
-    return next((shipped for shipped in SHIPPED.values() if shipped.name == network), None)
+    return next((each for each in known.values() if each.name == network), None)
 
 
 def check_images(data: DataConfig) -> None:

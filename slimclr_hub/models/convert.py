@@ -75,7 +75,7 @@ def convert(
         raise InputError(f'encoder {encoder!r} is not one of {", ".join(_PREFIXES)}')
     for name, tensor in tensors.items():
         check_form(name, tensor)
-    names = {_WRAPPERS.sub(r'\1', name): tensor for name, tensor in tensors.items()}
+    names = with_batch_counts({_WRAPPERS.sub(r'\1', name): tensor for name, tensor in tensors.items()})
     ours = _body(names, encoder)
     if not any(switched_key(name) for name in ours):
         # The switchable probe is part of the network; any other head served pre-training, or is of one width alone.
@@ -83,7 +83,6 @@ def convert(
         from_authors = any(_AUTHORS_NORM.match(name) for name in body)
         plain = {k: v for k, v in body.items() if k.partition('.')[0] not in _HEADS}
         ours = _from_authors(body, encoder) if from_authors else _from_plain(plain, widths)
-    ours = with_batch_counts(ours)
     check_complete({name: tensor.shape for name, tensor in ours.items()})
     _check_values(ours)
     return {name: tensor.contiguous() for name, tensor in ours.items()}
@@ -205,11 +204,6 @@ def _from_plain(body: Tensors, widths: Sequence[float]) -> dict[str, torch.Tenso
             shape = [scale_channels(n, width) for n in tensor.shape]
             part = torch.zeros_like(tensor) if leaf == 'num_batches_tracked' and width < 1 else leading(tensor, shape)
             converted[switch_name(name, width_key(width))] = part
-    for module in norms:
-        # Old checkpoints lack it.
-        for width in widths:
-            name = switch_name(f'{module}.num_batches_tracked', width_key(width))
-            converted.setdefault(name, torch.tensor(int(width == 1)))
     return converted
 
 

@@ -139,7 +139,6 @@ def _open(config: LinearEvalConfig) -> Encoder:
     check_channels(config.network, backbone, config.data)
     if like is None:
         return backbone
-    backbone.reset_classifier(0)
     images = (batch for batch, _ in eval_loader(config.data, config.data.train_split, None, config.run.seed))
     return random_weights(backbone, images, config.run.seed)
 
