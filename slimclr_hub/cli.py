@@ -153,7 +153,7 @@ def extract(
     target: Annotated[Path, typer.Argument(help='A folder for timm; a .pth or .safetensors file for the others.')],
     width: Annotated[float, typer.Option(help='Width to take.')],
     format: Annotated[DenseFormat, typer.Option(help='Whose format.')] = 'timm',
-    config: Annotated[Path | None, typer.Option(help="A detector's config, which runs; else its checkpoint's.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A detector's config, which runs and is kept whole.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Extract one width as an ordinary network that opens without this package.
@@ -413,9 +413,12 @@ def _extract_detector(
         return False
     if format != 'mmdet':
         raise InputError(f'{network} is a detector, which --format {format} has not; --format mmdet has it')
-    written = extract_detector(detector, target, width, overwrite, config)
+    written, evaluated = extract_detector(detector, target, width, overwrite, config)
     print(f'{target}, {written}: a detector of MMDetection at width {width:g}')
-    _print_evaluation(written, target)
+    if evaluated:
+        _print_evaluation(written, target)
+    else:
+        print('It names no images to evaluate on; --config CONFIG takes all of a config of your own.')
     return True
 
 
@@ -430,10 +433,11 @@ def _same_recipe(first: Path, second: Path) -> bool:
 
 def _print_evaluation(config: str | Path, checkpoint: Path) -> None:
     from importlib.util import find_spec
+    from shlex import quote
 
     from slimclr_hub.detection.ops import install_ops, linked_ops
 
-    print(f'Evaluate it: mim test mmdet {config} --checkpoint {checkpoint}')
+    print(f'Evaluate it: mim test mmdet {quote(str(config))} --checkpoint {quote(str(checkpoint))}')
     if find_spec('mmcv') and install_ops() != 'compiled' and not linked_ops().exists():
         print('For `mim test`, once: slimclr-hub doctor --link-ops')
 

@@ -19,3 +19,8 @@ def printable(text: object) -> str:
     return ''.join(
         char if char == '\n' or char.isprintable() else char.encode('unicode_escape').decode() for char in str(text)
     )
+
+
+def last_part(name: object) -> str:
+    """The part of a dotted name after its last dot; nothing if it is no text."""
+    return name.rpartition('.')[2] if isinstance(name, str) else ''

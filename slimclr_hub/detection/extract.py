@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slimclr_hub.detection.authors import NETWORK
-from slimclr_hub.detection.mmengine_files import allow_mmengine_checkpoints, parse_config, run_config
+from slimclr_hub.detection.mmengine_files import allow_mmengine_checkpoints, parse_values, run_config
 from slimclr_hub.detection.pretrained import create_backbone
+from slimclr_hub.detection.recorded import classes_of, recorded_config
 from slimclr_hub.errors import InputError, shorten
 from slimclr_hub.files import atomic_files
 from slimclr_hub.hub.folder import check_file
 from slimclr_hub.hub.formats import mmdet_config, mmdet_state_dict
 from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
 from slimclr_hub.models.widths import scale_channels
+from slimclr_hub.text import last_part
 from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.layouts import mismatches
 
@@ -94,15 +96,15 @@ def dense_config(cfg: 'Config', width: float) -> 'Config':
     own = _own_types()
     model = plain.get('model', {})
     backbone = model.get('backbone', {}) if isinstance(model, dict) else {}
-    if _last(backbone.get('type')) != 'SlimmableResNet':
+    if last_part(backbone.get('type')) != 'SlimmableResNet':
         raise InputError(f'model.backbone of the config has the type {backbone.get("type")}, not SlimmableResNet')
     model['backbone'] = _dense_backbone(backbone, width)
     necks = model.get('neck')
     for neck in necks if isinstance(necks, list) else [necks]:
-        if neck and _last(neck.get('type')) in own and 'in_channels' in neck:
+        if neck and last_part(neck.get('type')) in own and 'in_channels' in neck:
             stages = backbone.get('out_indices', range(len(_MAPS)))
             neck['in_channels'] = [scale_channels(_MAPS[stage], width) for stage in stages]
-    if _last(plain.get('model_wrapper_cfg', {}).get('type')) in own:
+    if last_part(plain.get('model_wrapper_cfg', {}).get('type')) in own:
         del plain['model_wrapper_cfg']
     imports = plain.pop('custom_imports', {})
     modules = imports.get('imports', [])
@@ -132,7 +134,7 @@ def read_detector(path: Path) -> SlimmableDetectorFile | None:
 
 def extract_detector(
     detector: SlimmableDetectorFile, target: Path, width: float, overwrite: bool = False, config: Path | None = None
-) -> Path:
+) -> tuple[Path, bool]:
     """Write one width as `TARGET.pth` and `TARGET.py`, a checkpoint and a config of MMDetection, both or none.
 
     Args:
@@ -140,10 +142,11 @@ def extract_detector(
         target: File to write, ending in `.pth`.
         width: One of the detector's widths.
         overwrite: Replace existing files.
-        config: Config of the detector, which is run; the one in the checkpoint unless given.
+        config: Config of the detector, which is run and carried over whole; without it, `recorded_config` takes the
+            network and the paths of the data from the checkpoint, and nothing else.
 
     Returns:
-        Path of the config of the width.
+        Path of the config of the width, and true if it names data to evaluate on.
 
     Raises:
         InputError: The target is there already, there is no config, or as in `dense_state_dict`.
@@ -154,19 +157,20 @@ def extract_detector(
     for path in (target, written):
         check_file(path, overwrite)
     try:
-        cfg = parse_config(detector.meta.get('cfg')) if config is None else run_config(config)
+        cfg = recorded_config(detector.meta, len(detector.tensors)) if config is None else run_config(config)
         tensors = dense_state_dict(cfg, detector.tensors, width)
     except InputError as error:
         raise InputError(f'{detector.path}: {error}') from error
     dense = dense_config(cfg, width)
     text = dense.pretty_text
-    if parse_config(text).to_dict() != dense.to_dict():  # mmengine does not quote all that it prints
-        raise InputError(f'{detector.path}: the config in its meta cannot be written as a file')
-    meta = {key: value for key, value in detector.meta.items() if key == 'dataset_meta'}
+    if parse_values(text) != dense.to_dict():  # mmengine does not quote all that it prints
+        raise InputError(f'{detector.path}: the config of this width cannot be written as a file')
+    classes = classes_of(detector.meta)
+    meta = {'dataset_meta': {'classes': classes}} if classes else {}
     with atomic_files(target.parent) as partial:
         torch.save({'meta': {**meta, 'cfg': text}, 'state_dict': tensors}, partial / target.name)
-        (partial / written.name).write_text(f'# {target.name}: width {width:g} of {detector.path.name}\n{text}')
-    return written
+        (partial / written.name).write_text(f'# {target.name!r}: width {width:g} of {detector.path.name!r}\n{text}')
+    return written, 'test_dataloader' in dense
 
 
 def _network(backbone: Mapping[str, Any]) -> SlimmableResNet:
@@ -205,18 +209,13 @@ def _is_own(module: str) -> bool:
     return module.partition('.')[0] == 'slimclr_hub'
 
 
-def _last(kind: object) -> str:
-    """Return the name of a type without its module or scope."""
-    return kind.rpartition('.')[2] if isinstance(kind, str) else ''
-
-
 def _stock(value: Any, own: Mapping[str, tuple[type, type | None]]) -> Any:
     """Replace the types of this package in a part of a config by those that they extend."""
     if isinstance(value, list | tuple):
         return type(value)(part for item in value if (part := _stock(item, own)) is not _DROPPED)
     if not isinstance(value, dict):
         return value
-    if found := own.get(_last(value.get('type'))):
+    if found := own.get(last_part(value.get('type'))):
         cls, stock = found
         if stock is None:
             return _DROPPED
@@ -241,7 +240,8 @@ def _build(cfg: 'Config') -> Tensors:
     if strangers := {kind for kind in _types(cfg.model) if '.' in kind} - known:
         raise InputError(f'the config at this width names {", ".join(sorted(strangers))}, which MMDetection does not')
     try:
-        with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmdet'):
+        # Without memory for tensors, which a config may ask to be of any size.
+        with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmdet'), torch.device('meta'):
             return MODELS.build(cfg.model).state_dict()
     except Exception as error:  # whatever a part of it raises
         raise InputError(f'the config at this width builds no detector: {error}') from error

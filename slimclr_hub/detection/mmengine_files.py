@@ -15,6 +15,8 @@ from slimclr_hub.errors import InputError
 if TYPE_CHECKING:
     from mmengine.config import Config
 
+_LONGEST_CONFIG = 1_000_000  # characters
+
 
 def allow_mmengine_checkpoints() -> None:
     """Let `torch.load` read checkpoints of mmengine's runner; its check stays on and refuses everything else.
@@ -43,16 +45,16 @@ def _history_buffer() -> type:
     return importlib.import_module('mmengine.logging').HistoryBuffer
 
 
-def parse_config(text: object) -> 'Config':
+def parse_values(text: object) -> dict[str, Any]:
     """Parse the text of a config in a checkpoint; unlike mmengine, read its values alone and run nothing.
 
     Raises:
-        InputError: There is no config, or it holds more than values.
+        InputError: There is no config, or it is longer than 1 MB or holds more than values.
     """
-    from mmengine.config import Config
-
     if not isinstance(text, str):
         raise InputError('there is no config in its meta, as in the checkpoints of a run of mmengine; add --config')
+    if len(text) > _LONGEST_CONFIG:
+        raise InputError(f'the config in its meta is {len(text)} characters long; add --config')
     try:
         values = {}
         for statement in ast.parse(text).body:
@@ -61,9 +63,9 @@ def parse_config(text: object) -> 'Config':
                     values[name] = ast.literal_eval(_DictCalls().visit(value))
                 case _:
                     raise ValueError(f'line {statement.lineno} assigns no value to a name')
-    except (SyntaxError, ValueError, TypeError) as error:
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise InputError(f'the config in its meta holds more than values, and was not run: {error}') from error
-    return Config(values)
+    return values
 
 
 def run_config(path: Path) -> 'Config':

@@ -84,8 +84,27 @@ def text(mask_rcnn):
 
 
 @pytest.fixture(scope='module')
-def checkpoint(mask_rcnn, text, tmp_path_factory):
-    return save(mask_rcnn[1], text, tmp_path_factory.mktemp('run') / 'epoch_12.pth')
+def checkpoint(mask_rcnn, tmp_path_factory):
+    """A checkpoint whose config has a call of os.system wherever mmengine would make one."""
+    cfg = copy.deepcopy(mask_rcnn[0])
+    call = dict(type='os.system', command='touch was_run')  # mmengine imports and calls any name with dots
+    for part in (
+        'test_evaluator',
+        'val_evaluator',
+        'test_cfg',
+        'optim_wrapper',
+        'visualizer',
+        'log_processor',
+        'strange',
+    ):
+        cfg[part] = call
+    cfg.custom_imports = dict(imports=['antigravity'])
+    cfg.custom_hooks = cfg.vis_backends = [call]
+    cfg.default_hooks = dict(visualization=call, checkpoint=call)
+    cfg.test_dataloader.sampler = cfg.test_dataloader.collate_fn = call
+    cfg.test_dataloader.dataset.pipeline.append(call)
+    cfg.model.backbone.init_cfg = cfg.model.neck.init_cfg = dict(type='Pretrained', checkpoint='/etc/hostname')
+    return save(mask_rcnn[1], cfg.pretty_text, tmp_path_factory.mktemp('run') / 'epoch_12.pth')
 
 
 def run(*argv):
@@ -118,11 +137,13 @@ install_ops()
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
+from mmengine.runner import Runner
 
 register_all_modules()
 found = {{}}
 for name in sys.argv[1:]:
     cfg = Config.fromfile(f'{{name}}.py')
+    Runner.from_cfg(Config({{**cfg.to_dict(), 'work_dir': 'work_dirs', 'experiment_name': name}}))
     model = MODELS.build(cfg.model).eval()
     content = torch.load(f'{{name}}.pth')
     model.load_state_dict(content['state_dict'])
@@ -149,6 +170,8 @@ def test_predictions_of_mmdetection_alone(mask_rcnn, checkpoint, tmp_path):
     images = torch.randint(256, (2, 3, 128, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     torch.save(images, tmp_path / 'images.pth')
     subprocess.run([sys.executable, '-c', ALONE, *names], cwd=tmp_path, check=True)
+    assert not (tmp_path / 'was_run').exists()
+    assert not re.search('os.system|antigravity|init_cfg|slimclr', (tmp_path / 'half.py').read_text())
     found = torch.load(tmp_path / 'found.pth')
     exec(PREDICT, scope := {})
     for name, width in names.items():
@@ -302,8 +325,20 @@ def test_extraction_that_cannot_be(checkpoint, tmp_path, target, options, words)
         ('', "x = print('it was run')\n", 'holds more than values, and was not run'),
         ('', "x = open('run', 'w')\n", 'holds more than values, and was not run'),
         ('', 'x = (\n', 'holds more than values'),
-        ("type='StandardRoIHead'", "type='builtins.print'", 'names builtins.print, which MMDetection does not'),
-        ("type='StandardRoIHead'", "type='NoSuchHead'", 'builds no detector: '),
+        (
+            "type='StandardRoIHead'",
+            "type='builtins.print'",
+            "model.roi_head.type in the config of its meta is 'builtins",
+        ),
+        ("type='StandardRoIHead'", "type='ATSSHead'", 'model.roi_head.type in the config of its meta is'),
+        ("type='StandardRoIHead'", "type='RPNHead'", 'builds no detector: '),
+        ('num_convs=2', 'num_convs=999999', 'model.roi_head.mask_head.num_convs in the config of its meta is 999999'),
+        (
+            'out_channels=64',
+            'out_channels=99999',
+            'lateral_convs.0.conv.weight has shape [64, 128, 1, 1], not [99999',
+        ),
+        ('', 'x = ' + '-' * 99999 + '1\n', 'holds more than values, and was not run'),
         ('fc_out_channels=256', 'fc_out_channels=9', 'roi_head.bbox_head.fc_cls.weight has shape [4, 256], not [4, 9]'),
         ('num_convs=2', 'num_convs=3', 'roi_head.mask_head.convs.2.conv.weight is missing'),
     ],
