@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from slimclr_hub.models.slicing import SlicedWeight, part
-from slimclr_hub.models.widths import scale_channels, width_key
+from slimclr_hub.models.widths import given, scale_channels, width_key
 
 _ONEDNN_BLOCK = 16
 """Channels of a block in AVX-512, the most that oneDNN has."""
@@ -27,7 +27,7 @@ class SlimmableConv2d(SlicedWeight, nn.Conv2d):
         """Output and input channels of the weight."""
         return self.out_channels, self.in_channels
 
-    def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x: torch.Tensor, width: float | None = None) -> torch.Tensor:
         """[N, in * width, H, W] -> [N, out * width, H', W']."""
         bias = None if self.bias is None else part(self.bias, (self.out_channels,), self.spans(width)[:1])
         weight = self.weight_at(width)
@@ -35,7 +35,7 @@ class SlimmableConv2d(SlicedWeight, nn.Conv2d):
             return F.conv2d(x[..., :: self.stride[0], :: self.stride[1]], weight, bias)
         return self._conv_forward(x, weight, bias)
 
-    def _overflows(self, width: float) -> bool:
+    def _overflows(self, width: float | None) -> bool:
         """Whether oneDNN's backward would write past its workspace: https://github.com/uxlfoundation/oneDNN/issues/6035.
 
         That of a strided 1x1 convolution does, for inputs of few channels that lie together, on a CPU. Leaving out the
@@ -58,7 +58,7 @@ class SlimmableLinear(SlicedWeight, nn.Linear):
         """Output and input features of the weight."""
         return self.out_features, self.in_features
 
-    def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x: torch.Tensor, width: float | None = None) -> torch.Tensor:
         """[..., in * width] -> [..., out * width]."""
         bias = None if self.bias is None else part(self.bias, (self.out_features,), self.spans(width)[:1])
         return F.linear(x, self.weight_at(width), bias)
@@ -71,8 +71,9 @@ class Switchable(nn.ModuleDict):
         super().__init__({width_key(width): module for width, module in modules.items()})
         self._names = {width: width_key(width) for width in modules}  # which takes as long as a small layer to spell
 
-    def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, width: float | None = None) -> torch.Tensor:
         """Apply the module of `width`."""
+        width = given(width)
         return self[self._names.get(width) or width_key(width)](x)
 
 
@@ -142,7 +143,7 @@ class SwitchableLinear(Switchable):
 class SlimmableSequential(nn.Sequential):
     """`nn.Sequential` that passes the width to each of its modules."""
 
-    def forward(self, x: torch.Tensor, width: float) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x: torch.Tensor, width: float | None = None) -> torch.Tensor:
         """Run the modules one after the other, each at `width`."""
         for module in self:
             x = module(x, width)

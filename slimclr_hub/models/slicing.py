@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from slimclr_hub.models.widths import channel_span, scale_channels
+from slimclr_hub.models.widths import channel_span, given, scale_channels
 
 Span = tuple[int, int]
 """First channel, and the one after the last."""
@@ -70,8 +70,9 @@ class SlicedWeight(nn.Module):
         self.disjoint = tuple(disjoint)
         self._step = Transient()
 
-    def spans(self, width: float) -> tuple[Span, Span]:
-        """The output and the input channels that `width` uses."""
+    def spans(self, width: float | None) -> tuple[Span, Span]:
+        """The output and the input channels that `width` uses; an InputError where it is None."""
+        width = given(width)
         outputs = channel_span(self.full_out, width, self.disjoint) if self.slim_out else (0, self.full_out)
         return outputs, channel_span(self.full_in, width, self.disjoint) if self.slim_in else (0, self.full_in)
 
@@ -79,7 +80,7 @@ class SlicedWeight(nn.Module):
         """Output and input channels of the weight, as numbers, so that torch.fx can trace through."""
         raise NotImplementedError
 
-    def weight_at(self, width: float) -> torch.Tensor:
+    def weight_at(self, width: float | None) -> torch.Tensor:
         """The slice of `width`, [out * width, in * width, ...]."""
         if width in self._step:
             return self._step[width]

@@ -45,6 +45,8 @@ _SOURCE = ('architecture', 'tag', 'url', 'file', 'hf_hub_id', 'hf_hub_filename',
 HEAD_STD = 0.01
 """Standard deviation of a new head's weights."""
 
+_GRAPHS = 8  # torch._dynamo.config.recompile_limit, unless somebody has changed it
+
 
 class BasicBlock(nn.Module):
     """Residual block of two 3x3 convolutions; timm's, with a width in its forward.
@@ -139,6 +141,15 @@ class Bottleneck(BasicBlock):
         return self.bn3, self.act3
 
 
+def _allow_graphs(widths: int) -> None:
+    """Let torch.compile make for each width as many graphs of a function as it makes of one of other networks.
+
+    In training and in inference, of whole batches and of the last one, a width has up to four.
+    """
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _GRAPHS * widths)
+
+
 class SlimmableResNet(nn.Module):
     """A ResNet that runs at any of several widths, with shared convolutions and a normalisation of each width's own.
 
@@ -222,6 +233,7 @@ class SlimmableResNet(nn.Module):
         self.drop_path_rate = drop_path_rate
         self.grad_checkpointing = False
         self._compiled = Transient()
+        _allow_graphs(len(self._widths))
 
         kernel, stride = (3, 1) if small_stem else (7, 2)
         conv: dict[str, Any] = {'max_width': self._held[0], 'disjoint': self._disjoint, 'bias': False, **factory}
@@ -449,16 +461,7 @@ class SlimmableResNet(nn.Module):
 
         Inference is not affected. The widest has a second graph for steps that train it alone. `options` are those of
         `torch.compile`, such as `mode`.
-
-        Raises:
-            InputError: There are more graphs than torch.compile makes of one function.
         """
-        graphs, limit = len(self._widths) + 1, torch._dynamo.config.recompile_limit
-        if graphs > limit:
-            raise InputError(
-                f'{len(self._widths)} widths need {graphs} graphs, and torch.compile makes {limit} of one function; '
-                'train fewer widths, or without compilation'
-            )
         for width in self._widths:
             self._compiled[width] = torch.compile(partial(self._trunk, width=width), dynamic=False, **options)
 

@@ -52,6 +52,20 @@ def disjoint_widths(widths: Iterable[float], overlap: bool) -> tuple[float, ...]
     return widths
 
 
+def given(width: float | None) -> float:
+    """The width that a slimmable layer was called with.
+
+    Raises:
+        InputError: It was called without, as whatever takes layers out of a network calls them.
+    """
+    if width is None:
+        raise InputError(
+            'a slimmable layer was called without a width; to use layers apart from their network, as nn.Sequential '
+            "and PEFT's LoRA do, take the ordinary ones of model.extract(WIDTH)"
+        )
+    return width
+
+
 def check_width(width: float, widths: tuple[float, ...]) -> float:
     """Return the element of `widths` that equals `width` to 1e-6, which is a constant for torch.compile.
 

@@ -67,17 +67,11 @@ def arrange(config: PretrainConfig, method: Any) -> None:
     """Put a method into the memory format it trains in, and compile it where that is asked for; in place.
 
     Its normalisation layers have to be those that it will train with.
-
-    Raises:
-        InputError: There are too many widths to compile.
     """
     if config.run.channels_last:
         method.to(memory_format=torch.channels_last)
     if config.run.compile:
-        try:
-            method.backbone.compile_widths()
-        except InputError as error:
-            raise InputError(f'run.compile true, model.widths {list(config.model.widths)}: {error}') from error
+        method.backbone.compile_widths()
         if config.method.momentum is not None:
             method.key_backbone.compile(dynamic=False)
 

@@ -21,7 +21,7 @@ PIPELINE = [
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
-HOOKS = [dict(type='WidthReportHook'), dict(type='CheckpointGuardHook'), dict(type='SyncBuffersHook')]
+HOOKS = [dict(type=f'{name}Hook') for name in ('WidthReport', 'CheckpointGuard', 'SyncBuffers', 'ClassesGuard')]
 
 
 @pytest.fixture(scope='module')
@@ -171,6 +171,56 @@ def test_detector_of_one_width_has_nothing_to_switch(coins, tmp_path):
     plain = config(type='MaskRCNN')
     with pytest.raises(InputError, match='MaskRCNN has no widths to evaluate'):
         runner(coins, tmp_path, MODELS.build(plain)).test_loop  # noqa: B018
+
+
+# Classes
+
+
+@pytest.fixture(scope='module')
+def two_classes(coins, tmp_path_factory):
+    """Keywords of a data set with a coin and a token, in this order."""
+    content = json.loads((coins / 'annotations' / 'train.json').read_text())
+    content['categories'] = [{'id': 1, 'name': 'coin'}, {'id': 7, 'name': 'token'}]
+    content['annotations'][0]['category_id'] = 7
+    annotations = tmp_path_factory.mktemp('annotations') / 'two.json'
+    annotations.write_text(json.dumps(content))
+    return dict(type='CocoFolder', data_root=str(coins), ann_file=str(annotations), data_prefix=dict(img='train'))
+
+
+@pytest.mark.parametrize(
+    ('classes', 'message'),
+    [
+        (('coin', 'tokn'), 'metainfo names tokn, which it has not; metainfo leaves out token'),
+        (('coin',), r'metainfo leaves out token; some_classes=True'),
+        (('token', 'coin'), 'in another order, token; coin, which would swap labels'),
+        (('coin', 'token', 'note'), 'metainfo names note, which it has not'),
+        ('coin', 'metainfo names c; o; i; n, which it has not'),  # a tuple that has lost its comma
+        (None, r'metainfo names person; .* and 75 more'),  # COCO's
+    ],
+)
+def test_classes_are_those_of_the_annotations(two_classes, classes, message):
+    named = {} if classes is None else dict(metainfo=dict(classes=classes))
+    with pytest.raises(InputError, match=f'two.json has the classes coin; token in this order: .*{message}') as error:
+        DATASETS.build({**two_classes, **named})
+    assert '\n' not in str(error.value)
+
+
+def test_a_part_of_the_classes_where_asked_for(two_classes):
+    data = DATASETS.build({**two_classes, 'metainfo': dict(classes=('token',)), 'some_classes': True})
+    assert [box['bbox_label'] for i in range(len(data)) for box in data.get_data_info(i)['instances']] == [0]
+
+
+def test_heads_for_another_number_of_classes(coins, two_classes, tmp_path):
+    changes = training(coins)
+    named = dict(metainfo=dict(classes=('coin', 'token')))
+    changes['train_dataloader']['dataset'].update({**two_classes, **named})
+    message = r'the data have 2 classes \(coin; token\), and model\.roi_head\.bbox_head\.num_classes is 1; give 2'
+    with pytest.raises(InputError, match=message):
+        runner(coins, tmp_path, **changes).train()
+    test = validation(coins, 'test')
+    test['test_dataloader']['dataset'].update({**two_classes, **named})
+    with pytest.raises(InputError, match=message):
+        runner(coins, tmp_path, **test).test()
 
 
 # Checkpoints

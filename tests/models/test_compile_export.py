@@ -6,7 +6,8 @@ import pytest
 import timm
 import torch
 
-from slimclr_hub.models import DEFAULT_WIDTHS
+from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
+from slimclr_hub.models.slimmable_resnet import BasicBlock
 from tests.networks import randomise_batchnorm
 
 WIDTHS = DEFAULT_WIDTHS
@@ -57,6 +58,28 @@ def test_compile_is_once_for_each_width():
             compiled.set_width(width)
             compiled(x)
     assert len(graphs) == len(WIDTHS)
+
+
+def test_compile_makes_all_graphs_of_four_widths():
+    """In training and in inference, of whole batches and of a last one that is smaller: more than torch's 8 in all."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.config.recompile_limit = 8  # as before the first network of this process
+    model = SlimmableResNet(BasicBlock, (1, 1), (4, 8), small_stem=True, num_classes=3)
+    compiled, eager = torch.compile(model, fullgraph=True, backend=count), copy.deepcopy(model)
+    for training in True, False:
+        compiled.train(training)
+        eager.train(training)
+        for batch in 4, 3:
+            for width in WIDTHS:
+                compiled.set_width(width)
+                torch.testing.assert_close(compiled(images(batch, 8)), eager.forward_at(images(batch, 8), width))
+    assert len(graphs) > 8
+    torch.testing.assert_close(model.state_dict(), eager.state_dict())
 
 
 def test_compile_forward_at():

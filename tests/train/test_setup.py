@@ -9,8 +9,8 @@ import torch
 from slimclr_hub.errors import InputError
 from slimclr_hub.hub.folder import convert_file
 from slimclr_hub.models.calibrate import is_calibrated
-from slimclr_hub.train.config import ModelConfig, OptimConfig, PretrainConfig, RunConfig
-from slimclr_hub.train.setup import arrange, make_backbone, make_method, make_optimizer
+from slimclr_hub.train.config import ModelConfig, OptimConfig
+from slimclr_hub.train.setup import make_backbone, make_optimizer
 
 
 @pytest.fixture(scope='module')
@@ -112,14 +112,3 @@ def test_which_optimizers_are_fused(name, args, fused):
 def test_optimizer_that_does_not_exist():
     with pytest.raises(InputError, match=r"optim\.name 'nosuch'.*list_optimizers"):
         make_optimizer(OptimConfig('nosuch'), network())
-
-
-def test_too_many_widths_to_compile():
-    widths = tuple(i / 16 for i in range(16, 0, -1))
-    config = PretrainConfig(model=ModelConfig(widths=widths), run=RunConfig(compile=True))
-    limited = torch._dynamo.config.patch(recompile_limit=8)  # which others may have raised
-    with (
-        limited,
-        pytest.raises(InputError, match=r'run\.compile true, model\.widths \[1\.0, .*16 widths need 17 graphs'),
-    ):
-        arrange(config, make_method(config))

@@ -11,4 +11,5 @@ custom_hooks = [
     dict(type='WidthReportHook'),
     dict(type='CheckpointGuardHook'),
     dict(type='SyncBuffersHook'),  # without SyncBN, averages the statistics of the processes
+    dict(type='ClassesGuardHook'),
 ]

@@ -1,4 +1,4 @@
-"""COCO and the coins, as data sets of MMDetection that name missing files."""
+"""COCO and the coins, as data sets of MMDetection that name missing files, and classes that are not those of a file."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -6,22 +6,52 @@ from typing import Any, ClassVar
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 
-from slimclr_hub.detection.coco import check_files
+from slimclr_hub.detection.coco import check_classes, check_files
 from slimclr_hub.detection.coins import write_coins
 
 
 @DATASETS.register_module()
 class CocoFolder(CocoDataset):
-    """Data set in COCO's format that first checks its files (InputError), unless `lazy_init` asks for classes alone."""
+    """Data set in COCO's format that first checks its files and classes, unless `lazy_init` asks for names alone.
+
+    MMDetection itself numbers classes in the order of the file whatever that of `metainfo` is, and drops the boxes of
+    those that it does not name.
+
+    Args:
+        data_root: Folder of the data set.
+        ann_file: Annotations, from there.
+        data_prefix: Folder of the images, from there, under `img`.
+        lazy_init: Read nothing.
+        some_classes: True if `metainfo` may leave out classes of the file; their boxes are then background.
+        kwargs: Further ones of MMDetection's `CocoDataset`.
+
+    Raises:
+        InputError: A file is missing, or the classes of `metainfo` are not those of the file, in its order.
+    """
 
     remedy = 'COCO 2017 lies in the folder COCO_ROOT (environment); `slimclr-hub doctor` lists what is missing'
 
     def __init__(
-        self, *, data_root: str, ann_file: str, data_prefix: dict[str, str], lazy_init: bool = False, **kwargs: Any
+        self,
+        *,
+        data_root: str,
+        ann_file: str,
+        data_prefix: dict[str, str],
+        lazy_init: bool = False,
+        some_classes: bool = False,
+        **kwargs: Any,
     ) -> None:
+        self.some_classes = some_classes
         if not lazy_init:
             check_files(Path(data_root), (ann_file, data_prefix['img']), self.remedy)
         super().__init__(data_root=data_root, ann_file=ann_file, data_prefix=data_prefix, lazy_init=lazy_init, **kwargs)
+
+    def COCOAPI(self, annotations: str) -> Any:  # noqa: N802 - what MMDetection calls to read the file
+        """Read annotations and check their classes."""
+        coco = CocoDataset.COCOAPI(annotations)
+        names = [category['name'] for category in coco.dataset['categories']]
+        check_classes(self.ann_file, names, self.metainfo['classes'], self.some_classes)
+        return coco
 
 
 @DATASETS.register_module()

@@ -180,6 +180,37 @@ class CheckpointGuardHook(Hook):
                 raise InputError(f'save_best {metric!r} names no width; give one, such as width_1.00/{metric}')
 
 
+@HOOKS.register_module()
+class ClassesGuardHook(Hook):
+    """Refuse heads for another number of classes than the images have: no index of a label would tell.
+
+    Raises:
+        InputError: `num_classes` of a head is not the number of classes in the `metainfo` of the data.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Check the images of training and validation."""
+        loops = (runner.train_loop, *([runner.val_loop] if runner.val_loop is not None else []))
+        for loop in loops:
+            _check_heads(runner.model, loop.dataloader.dataset)
+
+    def before_test(self, runner: Runner) -> None:
+        """Check the images of a test."""
+        _check_heads(runner.model, runner.test_loop.dataloader.dataset)
+
+
+def _check_heads(model: torch.nn.Module, dataset: Any) -> None:
+    classes = dataset.metainfo.get('classes') or ()
+    for name, module in unwrapped(model).named_modules():
+        number = getattr(module, 'num_classes', None)
+        if name.startswith(('backbone', 'rpn_head')) or not isinstance(number, int) or number == len(classes):
+            continue
+        raise InputError(
+            f'the data have {len(classes)} classes ({shorten(classes)}), and model.{name}.num_classes is {number}; '
+            f'give {len(classes)}, or the names of {number} classes as metainfo of each dataset'
+        )
+
+
 def _remedy(found: Container[str]) -> str:
     if 'backbone.conv1.weight' in found:
         return ". `slimclr-hub convert` converts a detector of the authors; one of MMDetection's own has one width"
