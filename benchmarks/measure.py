@@ -150,7 +150,7 @@ def can_measure_memory(device: torch.device | str = 'cpu') -> bool:
 
 
 def _status(field: str) -> int:
-    lines = (_PROC / 'status').read_text().splitlines()
+    lines = (_PROC / 'status').read_text(encoding='utf-8').splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 

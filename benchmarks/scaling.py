@@ -62,14 +62,15 @@ def run(processes: int, batch: int, args: argparse.Namespace) -> Speed:
         )
         lines = trained(metrics)
         if status > 0 or len(lines) < 2:
-            last = log.read_text().strip().rpartition('\n')[2] if status > 0 else 'the log had not two lines'
+            text = log.read_text(encoding='utf-8')
+            last = text.strip().rpartition('\n')[2] if status > 0 else 'the log had not two lines'
             sys.exit(f'error: {" ".join(command[4:])} ended with {status}: {last}')
         return median(each['images_per_second'] for each in lines[1:]), median(each['data_wait'] for each in lines[1:])
 
 
 def run_until(enough: Callable[[], bool], command: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
     """Run a command until it ends or `enough` is true; return its status, negative if it was killed."""
-    with log.open('w') as file:
+    with log.open('w', encoding='utf-8') as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
@@ -93,7 +94,7 @@ def trained(metrics: Path) -> list[dict[str, Any]]:
     """Training lines of a log that may still be written to."""
     if not metrics.exists():
         return []
-    lines = (line for line in metrics.read_text().splitlines(keepends=True) if line.endswith('\n'))
+    lines = (line for line in metrics.read_text(encoding='utf-8').splitlines(keepends=True) if line.endswith('\n'))
     return [record for record in map(json.loads, lines) if record['kind'] == 'train']
 
 

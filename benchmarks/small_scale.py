@@ -83,14 +83,14 @@ class Runs:
         """Last value of a metric for each seed."""
         values = []
         for seed in self.seeds:
-            lines = (self.folder / f'{recipe}-{seed}' / 'metrics.jsonl').read_text().splitlines()
+            lines = (self.folder / f'{recipe}-{seed}' / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
             values.append([record[key] for record in map(json.loads, lines) if key in record][-1])
         return values
 
     def analyses(self, file: str) -> list[dict]:
         """Contents of a data file of the analyses for each seed."""
         paths = [self.folder / f'analysis-{seed}' / file for seed in self.seeds]
-        return [json.loads(path.read_text()) for path in paths if path.is_file()]
+        return [json.loads(path.read_text(encoding='utf-8')) for path in paths if path.is_file()]
 
 
 def differences(values: Sequence[float], base: Sequence[float]) -> list[float]:
@@ -157,7 +157,7 @@ def offsets(runs: Runs) -> None:
     found: dict[str, list[list[float]]] = {}
     for seed in runs.seeds:
         for file in sorted((runs.folder / f'analysis-{seed}').glob('trajectory*.json')):
-            trajectories = json.loads(file.read_text())
+            trajectories = json.loads(file.read_text(encoding='utf-8'))
             for run, both in zip(trajectories['settings']['runs'], trajectories['trajectories'], strict=True):
                 found.setdefault(Path(run).name.rpartition('-')[0], []).append(both['none']['offsets'])
     rows = []
@@ -178,7 +178,7 @@ def condition(runs: Runs) -> None:
     for seed in runs.seeds:
         file = runs.folder / f'slimclr-{seed}' / 'analysis' / 'condition.json'
         if file.is_file():
-            for split, widths in json.loads(file.read_text())['condition'].items():
+            for split, widths in json.loads(file.read_text(encoding='utf-8'))['condition'].items():
                 for width, values in widths.items():
                     found.setdefault((split, width), []).append(values)
     keys = ('mean', 'total', 'right', 'relative', 'own', 'shared')

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from slimclr_hub.errors import ExportError, InputError
-from slimclr_hub.text import printable
+from slimclr_hub.text import print_anything, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,6 +37,7 @@ Skip = Annotated[bool, typer.Option('--skip-unreadable', help='Leave out images 
 
 def main() -> None:
     """Run the command; a user's mistake is one line on standard error and exit status 1."""
+    print_anything()
     # The line that says where weights come from.
     logging.basicConfig(format='%(message)s', level=logging.WARNING)
     for handler in logging.root.handlers:
@@ -348,7 +349,7 @@ def cards(folder: Annotated[Path, typer.Argument(help='Where to write them.')] =
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in all_cards().items():
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding='utf-8')
         print(str(folder / name))
 
 

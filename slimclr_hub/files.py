@@ -29,14 +29,28 @@ def atomic_files(folder: Path) -> Iterator[Path]:
             os.replace(path, folder / path.name)
 
 
+def encoded(text: str) -> bytes:
+    """Text in UTF-8, whatever the locale; names of files in it get the bytes that they have on the disk."""
+    return text.encode('utf-8', 'surrogateescape')
+
+
 def write_text(path: Path, text: str) -> None:
+    """Write a file atomically, in UTF-8."""
+    write_bytes(path, encoded(text))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: readers see the old content or the new one."""
     partial = path.with_name(f'{path.name}.partial')
     partial.unlink(missing_ok=True)
-    with partial.open('x') as file:  # never through a link of that name
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    with partial.open('xb') as file:  # never through a link of that name
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            partial.unlink()  # half of it only takes room
+            raise
     os.replace(partial, path)
 
 

@@ -1,5 +1,8 @@
 """Numbers and foreign messages in a few words."""
 
+import io
+import sys
+
 
 def human(number: int) -> str:
     """A count with three digits and its unit: 25557032 -> `25.6 M`."""
@@ -24,3 +27,10 @@ def printable(text: object) -> str:
 def last_part(name: object) -> str:
     """The part of a dotted name after its last dot; nothing if it is no text."""
     return name.rpartition('.')[2] if isinstance(name, str) else ''
+
+
+def print_anything() -> None:
+    """Let standard output and error escape what the encoding of the locale lacks, where they would raise an error."""
+    for stream in sys.stdout, sys.stderr:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')

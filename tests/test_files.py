@@ -1,6 +1,14 @@
+import errno
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
+import torch
 
 from slimclr_hub.files import append_json_line, atomic_files, read_json_lines, write_json_lines, write_text
+from slimclr_hub.runs.figures import new_figure, save_figure
+from slimclr_hub.weights.tensor_file import save_tensors
 
 
 def test_lines_come_back(tmp_path):
@@ -38,3 +46,34 @@ def test_files_are_written_together_or_not_at_all(tmp_path):
         (partial / 'two').write_text('')
     assert {path.name for path in tmp_path.iterdir()} == {'one', 'two'}
     assert (tmp_path / 'one').read_text() == 'new'
+
+
+@contextmanager
+def little_room() -> Iterator[None]:
+    """A limit on the size of files stands for a full disk: writes fail in the middle of a file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def draw(path):
+    save_figure(new_figure()[0], path)
+
+
+@pytest.mark.parametrize(
+    'write',
+    [
+        lambda path: write_text(path, 'a' * 5000),
+        lambda path: save_tensors({'a': torch.zeros(5000)}, path),
+        draw,
+    ],
+)
+def test_disk_that_is_full_is_one_kind_of_error(tmp_path, write):
+    """As the command line tells in one line; nothing is left behind."""
+    with little_room(), pytest.raises(OSError, match='File too large') as error:
+        write(tmp_path / 'one')
+    assert error.value.errno == errno.EFBIG
+    assert not list(tmp_path.iterdir())

@@ -78,7 +78,7 @@ def read_data(stem: Path, settings: Mapping[str, Any]) -> Any:
     if not file.exists():
         return None
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding='utf-8'))
         changes = differences(content['settings'], settings)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f'{file} is not the data of an analysis ({error!r}); remove it, or give --output') from error

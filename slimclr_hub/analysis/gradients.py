@@ -158,7 +158,7 @@ def _replay_gradients(
 def _steps_per_epoch(folder: Path) -> int:
     # A checkpoint tells it without the images.
     for path in (folder / 'checkpoints').glob('step-????????/state.json'):
-        return json.loads(path.read_text())['steps_per_epoch']
+        return json.loads(path.read_text(encoding='utf-8'))['steps_per_epoch']
     return Replay(folder).schedule.steps_per_epoch
 
 

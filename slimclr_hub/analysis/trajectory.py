@@ -174,7 +174,7 @@ def load_trajectory(folder: Path) -> Trajectory:
     if not checkpoints:
         raise InputError(f'{folder} has no checkpoint; give a run that has trained')
     last = checkpoints[-1]
-    state = json.loads((folder / 'checkpoints' / f'step-{last:08d}' / 'state.json').read_text())
+    state = json.loads((folder / 'checkpoints' / f'step-{last:08d}' / 'state.json').read_text(encoding='utf-8'))
     files = {step: file for step, file in saved_weights(folder).items() if step <= last}
     points = [_read_weights(file) for file in files.values()]
     shapes = [{name: tensor.shape for name, tensor in point.items()} for point in points]

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from slimclr_hub.errors import InputError
+from slimclr_hub.files import write_text
 
 # Left, top, right, bottom. Row 150 has no coin. The sides of training crops leave at least half of each coin that they
 # cut, so that no coin shows without an annotation; those of validation crops cut none.
@@ -113,7 +114,7 @@ def _write_split(folder: Path, split: str, grey: np.ndarray, masks: np.ndarray) 
         'annotations': annotations,
         'categories': [{'id': 1, 'name': 'coin', 'supercategory': 'coin'}],
     }
-    (folder / 'annotations' / f'{split}.json').write_text(json.dumps(content, indent=1) + '\n')
+    write_text(folder / 'annotations' / f'{split}.json', json.dumps(content, indent=1) + '\n')
 
 
 def _annotation(mask: np.ndarray) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def _main(arguments: list[str]) -> None:
         raise SystemExit(f'Error: {error}') from None
     counts = []
     for split in WINDOWS:
-        content = json.loads((folder / 'annotations' / f'{split}.json').read_text())
+        content = json.loads((folder / 'annotations' / f'{split}.json').read_text(encoding='utf-8'))
         counts.append(f'{split} {len(content["images"])} images, {len(content["annotations"])} instances')
     print(f'{folder}: {"; ".join(counts)}')
 

@@ -13,7 +13,7 @@ from slimclr_hub.detection.mmengine_files import allow_mmengine_checkpoints, par
 from slimclr_hub.detection.pretrained import create_backbone
 from slimclr_hub.detection.recorded import classes_of, recorded_config
 from slimclr_hub.errors import InputError, shorten
-from slimclr_hub.files import atomic_files
+from slimclr_hub.files import atomic_files, encoded
 from slimclr_hub.hub.folder import check_file
 from slimclr_hub.hub.formats import mmdet_config, mmdet_state_dict
 from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
@@ -169,7 +169,8 @@ def extract_detector(
     meta = {'dataset_meta': {'classes': classes}} if classes else {}
     with atomic_files(target.parent) as partial:
         torch.save({'meta': {**meta, 'cfg': text}, 'state_dict': tensors}, partial / target.name)
-        (partial / written.name).write_text(f'# {target.name!r}: width {width:g} of {detector.path.name!r}\n{text}')
+        text = f'# {target.name!r}: width {width:g} of {detector.path.name!r}\n{text}'
+        (partial / written.name).write_bytes(encoded(text))
     return written, 'test_dataloader' in dense
 
 

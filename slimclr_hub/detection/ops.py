@@ -85,7 +85,7 @@ def link_ops() -> Path | None:
         return None
     path = linked_ops()
     try:
-        path.write_text(_LINK)
+        path.write_text(_LINK, encoding='utf-8')
     except OSError as error:
         raise InputError(f'{path} cannot be written: {error.strerror}; use an environment of your own') from error
     return path

@@ -70,7 +70,7 @@ class History:
         self._path = path
         self.metrics: dict[int, dict[str, float]] = {}
         if resumed and path.exists():
-            self.metrics = {int(step): metrics for step, metrics in json.loads(path.read_text()).items()}
+            self.metrics = {int(step): metrics for step, metrics in json.loads(path.read_bytes()).items()}
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Add the metrics of an epoch or iteration and drop later ones, which a resumed run evaluates again."""

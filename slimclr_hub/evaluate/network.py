@@ -157,7 +157,7 @@ def _images_of(shipped: Shipped) -> DataConfig:
 
 def _recorded_data(recipe: Path) -> DataConfig:
     try:
-        section = yaml.safe_load(recipe.read_text())['data']
+        section = yaml.safe_load(recipe.read_text(encoding='utf-8'))['data']
         known: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in section.items()
@@ -170,7 +170,7 @@ def _recorded_data(recipe: Path) -> DataConfig:
 
 def _network_in_recipe(config: str | None) -> str | None:
     try:
-        content = yaml.safe_load(Path(config).read_text()) if config else None
+        content = yaml.safe_load(Path(config).read_text(encoding='utf-8')) if config else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None  # the parser reports it
     return content.get('network') if isinstance(content, dict) else None

@@ -11,7 +11,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.files import atomic_files
+from slimclr_hub.files import atomic_files, encoded
 from slimclr_hub.hub.card import converted_card, published_card
 from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
 from slimclr_hub.models.convert import convert
@@ -110,7 +110,7 @@ def write_folder(
             model_args={**(model_args or {})},
             data_config={**(data_config or {})},
         )
-        config = json.loads((partial / 'config.json').read_text())
+        config = json.loads((partial / 'config.json').read_text(encoding='utf-8'))
         save_tensors(tensors, partial / 'model.safetensors')
         # It is at the top level already; transformers passes both, and a repeated keyword is an error there.
         config['model_args'].pop('num_classes', None)
@@ -121,8 +121,8 @@ def write_folder(
                 config['pretrained_cfg'].pop(key, None)
         if width is not None:
             config[WIDTH] = width
-        (partial / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
-        (partial / 'README.md').write_text(card)
+        (partial / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+        (partial / 'README.md').write_bytes(encoded(card))
 
 
 # Conversion

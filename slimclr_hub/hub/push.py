@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from slimclr_hub.errors import InputError
+from slimclr_hub.files import encoded
 from slimclr_hub.hub.folder import check_overlap
 from slimclr_hub.hub.open import open_any
 from slimclr_hub.runs.result import RESULT, results_in
@@ -38,7 +39,7 @@ class Plan:
     def sizes(self) -> dict[str, int]:
         """Path in the repository -> bytes."""
         return {
-            name: content.stat().st_size if isinstance(content, Path) else len(content.encode())
+            name: content.stat().st_size if isinstance(content, Path) else len(encoded(content))
             for name, content in self.files.items()
         }
 
@@ -75,7 +76,10 @@ def plan_push(folder: Path, repo: str) -> Plan:
     model = open_any(str(folder))  # whoever downloads it will do the same
     check_overlap(getattr(model, 'overlap', True), folder)
     files: dict[str, Path | str] = {str(path.relative_to(folder)): _without_paths(path) for path in paths}
-    card = _ABOUT_LOCAL.sub('', (folder / 'README.md').read_text())
+    try:
+        card = _ABOUT_LOCAL.sub('', (folder / 'README.md').read_text(encoding='utf-8'))
+    except UnicodeDecodeError as error:
+        raise InputError(f'{folder / "README.md"} is not text in UTF-8 ({error}); save it as that') from error
     files['README.md'] = _with_results(_LOCAL.sub(f'hf-hub:{repo}', card), folder, repo)
     return Plan(repo, files)
 
@@ -87,9 +91,9 @@ def _without_paths(path: Path) -> Path | str:
     write: Callable[[Any], str]
     try:
         if path.name == RECIPE:
-            content, write = yaml.safe_load(path.read_text()), lambda value: yaml.safe_dump(value, sort_keys=False)
+            content, write = yaml.safe_load(path.read_bytes()), lambda value: yaml.safe_dump(value, sort_keys=False)
         else:
-            content, write = json.loads(path.read_text()), lambda value: json.dumps(value, indent=2) + '\n'
+            content, write = json.loads(path.read_bytes()), lambda value: json.dumps(value, indent=2) + '\n'
     except (ValueError, yaml.YAMLError) as error:
         raise InputError(f'{path} cannot be read: {" ".join(str(error).split())}') from error
     shortened = _last_parts(content)
@@ -148,7 +152,7 @@ def push(plan: Plan, *, private: bool = False, revision: str | None = None, mess
         raise InputError('offline (HF_HUB_OFFLINE); nothing can be pushed')
     api = HfApi(library_name='slimclr_hub')
     operations = [
-        CommitOperationAdd(name, content if isinstance(content, Path) else content.encode())
+        CommitOperationAdd(name, content if isinstance(content, Path) else encoded(content))
         for name, content in plan.files.items()
     ]
     try:

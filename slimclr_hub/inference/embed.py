@@ -15,6 +15,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.files import atomic_files
 from slimclr_hub.inference.images import Problem, Sources
 from slimclr_hub.inference.runner import InferenceConfig, run_images
+from slimclr_hub.weights.tensor_file import write_safetensors
 
 _HEADER_AT_MOST = 90_000_000  # safetensors opens no file with a header of more than 100 MB
 _ROW_GROUP = 4096
@@ -139,15 +140,13 @@ def names_path(path: Path) -> Path:
 
 
 def _save_safetensors(embeddings: Embeddings, path: Path) -> None:
-    from safetensors.torch import save_file
-
     metadata = _metadata(embeddings)
     names = json.dumps(embeddings.names)
     if len(json.dumps(names)) > _HEADER_AT_MOST:
         _save_names(embeddings, path)
     else:
         metadata['names'] = names
-    save_file({'features': embeddings.features.contiguous()}, path, metadata)
+    write_safetensors({'features': embeddings.features.contiguous()}, path, metadata)
 
 
 def _save_npy(embeddings: Embeddings, path: Path) -> None:

@@ -21,6 +21,7 @@ from jsonargparse import ArgumentParser, Namespace
 from slimclr_hub.errors import DataError, DivergedError, InputError, PreemptedError, StorageError
 from slimclr_hub.files import file_hash
 from slimclr_hub.settings import RECIPE, to_dict
+from slimclr_hub.text import print_anything
 
 _MAX_BASES = 9
 _FAST = 'the fast path is always on'
@@ -124,7 +125,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         InputError: The file is not a recipe, or one written by hand has keys of earlier versions.
     """
     try:
-        content = yaml.safe_load(path.read_text()) or {}
+        content = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f'{path} cannot be read as a recipe: {" ".join(str(error).split())}') from error
     if not isinstance(content, dict):
@@ -159,6 +160,7 @@ def run_script(work: Callable[[], None]) -> None:
     Work that was asked to stop, and has kept its state, ends with 75, or 130 from the keyboard; work that found no room
     to write ends with 75, too.
     """
+    print_anything()
     try:
         work()
     except (InputError, DataError, DivergedError, PreemptedError) as error:

@@ -1,8 +1,11 @@
 """One style for all figures: colours and line styles that can be told apart without seeing colour, PNG and PDF."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from slimclr_hub.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,5 +67,7 @@ def save_figure(figure: 'Figure', path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     for suffix in 'png', 'pdf':
-        figure.savefig(path.parent / f'{path.name}.{suffix}', dpi=150)
+        content = BytesIO()  # the writers of images have errors of their own for a disk that is full
+        figure.savefig(content, format=suffix, dpi=150)
+        write_bytes(path.parent / f'{path.name}.{suffix}', content.getvalue())
     plt.close(figure)

@@ -157,7 +157,7 @@ def save(results: Sequence[Result], folder: Path) -> Path:
 def load(file: Path) -> list[Result]:
     """Read a `result.json`, also one from before protocols were typed; an InputError if the file is something else."""
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding='utf-8'))
         if isinstance(content, dict):
             return _old_results(content, file.parent / _OLD_GRID)
         return [
@@ -274,7 +274,7 @@ def environment() -> dict[str, str]:
 def processor() -> str:
     """Name of the CPU."""
     try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(':')[2].strip() for line in lines if line.startswith('model name')), platform.machine())
@@ -293,7 +293,7 @@ def _old_results(content: dict[str, Any], grid: Path) -> list[Result]:
         epochs = (settings.get('optim') or {}).get('epochs')
         protocols = [Protocol('linear', data, features.get('train_images'), epochs=epochs, **about)]
     elif grid.is_file():
-        records = sorted(json.loads(grid.read_text()), key=lambda each: -mean(each['top1'].values()))
+        records = sorted(json.loads(grid.read_text(encoding='utf-8')), key=lambda each: -mean(each['top1'].values()))
         protocols = [Protocol('knn', data, each['bank'], each['k'], each['temperature']) for each in records]
     else:
         only = {key: settings[key][0] for key in ('k', 'temperature') if len(settings.get(key) or ()) == 1}

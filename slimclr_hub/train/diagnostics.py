@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.files import append_json_line, atomic_files, read_json_lines, write_json_lines
+from slimclr_hub.files import append_json_line, read_json_lines, write_json_lines
 from slimclr_hub.models.layers import SlimmableConv2d, SlimmableLinear, SwitchableLinear
 from slimclr_hub.models.slicing import Span
 from slimclr_hub.models.widths import check_widths, width_key
 from slimclr_hub.settings import Incidental, at_least
+from slimclr_hub.text import first_line
+from slimclr_hub.weights.tensor_file import save_tensors
 
 _NORMS = 'gradients.jsonl'
 _LAST_LAYER = 'last-layer-????????.safetensors'
@@ -150,24 +153,34 @@ class Records:
         return {int(path.stem.removeprefix('weights-')): path for path in self.folder.glob(_WEIGHTS)}
 
     def drop_from(self, step: int) -> None:
-        """Drop records of `step` and later, which a run resumed there writes again."""
+        """Drop records of `step` and later, which a run resumed there writes again.
+
+        Raises:
+            InputError: A file holds something else; nothing is dropped then.
+        """
+        try:
+            norms = [asdict(record) for record in self.norms() if record.step < step]
+            chunks = {path: load_file(path)['steps'] < step for path in self.folder.glob(_LAST_LAYER)}
+            weights = self.weights()
+        except InputError:
+            raise
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f'{self.folder} holds a file that no run writes ({first_line(error)}); move it away'
+            ) from error
         if (self.folder / _NORMS).exists():
-            kept = [record for record in read_json_lines(self.folder / _NORMS) if record['step'] < step]
-            write_json_lines(self.folder / _NORMS, kept)
-        for path in self.folder.glob(_LAST_LAYER):
-            chunk = load_file(path)
-            kept_steps = chunk['steps'] < step
-            if not kept_steps.any():
+            write_json_lines(self.folder / _NORMS, norms)
+        for path, kept in chunks.items():
+            if not kept.any():
                 path.unlink()
-            elif not kept_steps.all():
-                self._save(path.name, {name: tensor[kept_steps] for name, tensor in chunk.items()})
-        for saved, path in self.weights().items():
+            elif not kept.all():
+                self._save(path.name, {name: tensor[kept] for name, tensor in load_file(path).items()})
+        for saved, path in weights.items():
             if saved >= step:
                 path.unlink()
 
     def _save(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        with atomic_files(self.folder) as partial:
-            save_file(dict(tensors), partial / name)
+        save_tensors(tensors, self.folder / name)
 
 
 @dataclass(frozen=True)

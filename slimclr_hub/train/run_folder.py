@@ -55,7 +55,7 @@ class RunFolder:
         if self._accelerator.is_main_process and load_recipe(self.path / RECIPE) != config:
             until = self.path / f'recipe-until-step-{step}.yaml'
             if not until.exists():  # or no step has been taken since
-                write_text(until, (self.path / RECIPE).read_text())
+                write_text(until, (self.path / RECIPE).read_text(encoding='utf-8'))
             write_text(self.path / RECIPE, dump(config))
         self._accelerator.wait_for_everyone()
 

@@ -44,4 +44,4 @@ def _identity(folder: Path, accelerator: Accelerator) -> str:
     path = folder / _IDENTITY
     if accelerator.is_main_process and not path.exists():
         write_text(path, json.dumps({'id': uuid.uuid4().hex}))
-    return json.loads(path.read_text())['id'] if path.exists() else ''
+    return json.loads(path.read_text(encoding='utf-8'))['id'] if path.exists() else ''

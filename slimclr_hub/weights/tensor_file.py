@@ -1,6 +1,8 @@
 """Safetensors files, read by slices and written atomically."""
 
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -148,4 +150,15 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
             own[name] = own[name].clone()  # safetensors refuses tensors that overlap
         storages.add(storage)
     with atomic_files(path.parent) as partial:
-        save_file(own, partial / path.name, metadata={'format': 'pt'})
+        write_safetensors(own, partial / path.name, {'format': 'pt'})
+
+
+def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; an error of the disk, such as a full one, is the OSError that it is everywhere else."""
+    try:
+        save_file(dict(tensors), path, dict(metadata))
+    except SafetensorError as error:
+        number = re.search(r'os error (\d+)', str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error

@@ -1,6 +1,7 @@
 """From a checkpoint of the authors' to timm by way of the Hub, and what a push sends, keeps back and refuses."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from slimclr_hub.models import DEFAULT_WIDTHS
 from slimclr_hub.runs.result import Protocol, Result, save
-from tests.hub.files import Ended, save_small
+from tests.hub.files import ROOT, Ended, save_small
 from tests.hub_server import HubServer
 from tests.reference import DATA, image
 
@@ -372,3 +373,42 @@ def test_hub_away(small, tmp_path, extra, words):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert_refused(Ended(done.returncode, done.stdout, done.stderr), words)
     assert server.requests == []
+
+
+# Text
+
+ASCII = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+CONVERT_AND_PLAN = """
+import sys
+from pathlib import Path
+from slimclr_hub import cli
+from slimclr_hub.hub.push import encoded, plan_push
+
+assert sys.getfilesystemencoding() == 'ascii'
+folder = Path(sys.argv[2])
+sys.argv.insert(1, 'convert')
+try:
+    cli.main()
+except SystemExit as end:
+    assert not end.code
+with (folder / 'README.md').open('ab') as card:
+    card.write(b'Entra\\xc3\\xaen\\xc3\\xa9\\n')
+sys.stdout.buffer.write(encoded(plan_push(folder, 'some/where').files['README.md']))
+with (folder / 'README.md').open('ab') as card:
+    card.write(b'\\xff')
+try:
+    plan_push(folder, 'some/where')
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_text_is_utf8_whatever_the_locale(small, tmp_path):
+    shutil.copy(small / 'model.safetensors', tmp_path / 'modèle.safetensors')
+    argv = [sys.executable, '-c', CONVERT_AND_PLAN, 'modèle.safetensors', 'réseau']
+    environment = {**os.environ, **ASCII, 'PYTHONPATH': str(ROOT)}
+    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, encoding='utf-8')
+    assert done.returncode == 0, done.stderr
+    assert 'réseau' in (tmp_path / 'réseau' / 'README.md').read_bytes()[:-1].decode()
+    assert 'Entraîné\n' in done.stdout
+    assert 'README.md is not text in UTF-8' in done.stdout.splitlines()[-1]

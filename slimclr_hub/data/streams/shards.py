@@ -214,7 +214,7 @@ def _read_info(root: Path) -> dict[str, Any]:
     for name in _INFO:
         if (root / name).is_file():
             try:
-                return dict(json.loads((root / name).read_text()))
+                return dict(json.loads((root / name).read_text(encoding='utf-8')))
             except ValueError as error:
                 raise InputError(f'{root / name} is not JSON: {error}') from error
     return {}

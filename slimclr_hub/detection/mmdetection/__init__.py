@@ -35,7 +35,7 @@ def _print_one_line(kind: type[BaseException], value: BaseException, trace: Trac
     # `mim train` and `mim test` run MMDetection's scripts as children and print a traceback of their own, 30 lines, if
     # one fails. Interrupted as by Ctrl-C, they end with `Aborted!` and status 1 instead.
     command = Path(f'/proc/{os.getppid()}/cmdline')
-    if command.exists() and [Path(word).name for word in command.read_text().split('\0')[1:2]] == ['mim']:
+    if command.exists() and [os.path.basename(word) for word in command.read_bytes().split(b'\0')[1:2]] == [b'mim']:
         os.kill(os.getppid(), signal.SIGINT)
 
 

@@ -111,7 +111,7 @@ def _open(network: str) -> tuple[SlimmableResNet, int]:
     if folder.is_dir() and not any(file.is_file() for file in (recipe, folder / 'config.json')):
         raise InputError(f'{network} is neither a run, it has no {RECIPE}, nor a network, it has no config.json')
     if recipe.is_file() and not (folder / 'config.json').is_file():
-        settings = yaml.safe_load(recipe.read_text())
+        settings = yaml.safe_load(recipe.read_text(encoding='utf-8'))
         name, widths, data = settings['model']['name'], tuple(settings['model']['widths']), settings['data']
         classes = settings.get('method', {}).get('num_classes') or 0
         model = timm.create_model(name, num_classes=classes, in_chans=data.get('channels', 3), widths=widths).eval()
