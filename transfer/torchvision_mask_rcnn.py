@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -24,6 +24,7 @@ from slimclr_hub.detection.torchvision_backbone import backward_widths, slimmabl
 from slimclr_hub.detection.torchvision_coco import CocoInstances, evaluate_widths
 from slimclr_hub.distributed import average_batchnorm
 from slimclr_hub.errors import InputError
+from slimclr_hub.runs.launcher import launched
 from slimclr_hub.weights.tensor_file import save_tensors
 
 MAX_NORM = 35.0  # of the gradient summed over widths
@@ -64,7 +65,7 @@ def main(
         held = [float(width) for width in widths.split(',')]
     except ValueError:
         raise InputError(f'--widths {widths!r} are not numbers separated by commas, such as 1.0,0.5') from None
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    accelerator = launched(None, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.WARNING, format='%(message)s')
     set_seed(seed, device_specific=True)
     to_float = v2.ToDtype(torch.float32, scale=True)

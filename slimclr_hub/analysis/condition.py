@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 
 from slimclr_hub.analysis.base import Analysis, OutputOption, read_data, write_data
 from slimclr_hub.data import DataConfig
@@ -32,6 +31,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import extract_features
 from slimclr_hub.evaluate.network import data_defaults, default_output, open_for_test
 from slimclr_hub.runs.figures import line_style, new_figure, save_figure
+from slimclr_hub.runs.launcher import launched
 from slimclr_hub.runs.progress import progress_bar
 from slimclr_hub.runs.result import environment
 from slimclr_hub.runs.tables import TextTable
@@ -245,7 +245,7 @@ def analyse_condition(networks: Sequence[str], config: ConditionConfig) -> None:
 
 def measure_condition(network: str, config: ConditionConfig) -> Results:
     """Measure the condition on the features of a network."""
-    accelerator = Accelerator()
+    accelerator = launched(None, trains=False)
     backbone = open_for_test(network).to(accelerator.device)
     widths = narrower(backbone.widths, config.widths)
     backbone.reset_classifier(0)

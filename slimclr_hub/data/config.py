@@ -83,16 +83,19 @@ class LoaderConfig(Incidental):
         num_workers: Worker processes that load and augment, on each process; a stream is divided over them.
         download: Let torchvision download its data set into `root`.
         max_corrupt: Distinct unreadable images that each process may replace before training stops.
+        timeout: Seconds to wait for a batch in training; then the run ends with its state saved.
     """
 
     root: str | None = None
     num_workers: int = 2
     download: bool = False
     max_corrupt: int = 100
+    timeout: int = 600
 
     def __post_init__(self) -> None:
         at_least('data.num_workers', self.num_workers, 0)
         at_least('data.max_corrupt', self.max_corrupt, 0)
+        at_least('data.timeout', self.timeout, 1)
 
 
 @dataclass(frozen=True)

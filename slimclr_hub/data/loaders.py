@@ -1,5 +1,6 @@
 """Loaders: options of torch's workers, the evaluation loader, and copies to the device."""
 
+import multiprocessing.queues
 import os
 import signal
 import threading
@@ -25,20 +26,27 @@ def loader_options(config: DataConfig, seed: int) -> dict[str, Any]:
         # Of their own, so that seeding workers draws nothing from the global one, which shuffles keys.
         'generator': torch.Generator().manual_seed(seed),
         'pin_memory': torch.cuda.is_available(),
-        'worker_init_fn': leave_signals_to_the_trainer,
+        'worker_init_fn': prepare_worker,
     }
 
 
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """Ignore signals that ask the training process to stop, which needs batches until it has.
+def prepare_worker(worker: int) -> None:
+    """Ignore signals that ask the training process to stop, and end where a batch cannot be handed over to it.
 
-    Those of a scheduler, a launcher and the keyboard reach workers, too. SIGTERM is obeyed if that process sends it.
+    It needs batches until it has stopped. Signals of a scheduler, a launcher, a terminal and the keyboard reach
+    workers, too. SIGTERM is obeyed if that process sends it. A batch that finds no room in the shared memory would be
+    lost otherwise, and waited for without an end.
     """
-    for number in signal.SIGUSR1, signal.SIGINT:
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_without_room)  # type: ignore[attr-defined]
+    for number in signal.SIGUSR1, signal.SIGINT, signal.SIGHUP:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, 'sigwaitinfo'):  # not on macOS, where a worker ends with the first SIGTERM
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_without_room(error: Exception, batch: Any) -> None:
+    os._exit(os.EX_IOERR)
 
 
 def _end_with(trainer: int) -> None:

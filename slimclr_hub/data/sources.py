@@ -55,13 +55,21 @@ def make_dataset(config: DataConfig, split: str, training: bool) -> Dataset | It
     return _timm_dataset(config, split, training)
 
 
+def known_classes(dataset: Any) -> int | None:
+    """Number of classes of a split; 0 where its images have no labels, None where only reading them would tell."""
+    if isinstance(dataset, ArrayImages):
+        return int(dataset.labels.max()) + 1
+    reader = getattr(dataset, 'reader', None)
+    return len(reader.class_to_idx) if isinstance(reader, FolderReader) else None
+
+
 def read_embedded(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Read images, uint8 [N, 28, 28], and labels, uint8 [N], of the embedded set; `split` is `train` or `test`.
 
     Raises:
         InputError: The file is not the one that was packaged.
     """
-    expected = EMBEDDED_FILE.with_suffix('.sha256').read_text().split()[0]
+    expected = EMBEDDED_FILE.with_suffix('.sha256').read_text(encoding='utf-8').split()[0]
     if file_hash(EMBEDDED_FILE) != expected:
         raise InputError(f'{EMBEDDED_FILE} is damaged: its sha256 is not {expected}; install the package again')
     with np.load(EMBEDDED_FILE) as arrays:

@@ -9,11 +9,11 @@ from slimclr_hub.data.batches import Batch, CorruptImages
 from slimclr_hub.data.config import DataConfig
 from slimclr_hub.data.indexed import EpochBatches, IndexedFeed, IndexedImages
 from slimclr_hub.data.loaders import ToDevice, loader_options
-from slimclr_hub.data.sources import make_dataset
+from slimclr_hub.data.sources import known_classes, make_dataset
 from slimclr_hub.data.streams.shards import HubShards, Shards, TarShards
 from slimclr_hub.data.streams.stream import Layout, OneWayFeed, Order, ShardOrder, StreamedChunks, StreamFeed, TimmOrder
 from slimclr_hub.data.views import Normalize, SingleImageTransform, ViewConfig, Views, make_crop, make_view
-from slimclr_hub.errors import InputError
+from slimclr_hub.errors import DataError, InputError
 
 Feed = IndexedFeed | StreamFeed | OneWayFeed
 Position = dict[str, Any] | None
@@ -26,10 +26,12 @@ class TrainData:
     An optimizer step takes `config.batch_size` images over all processes, in `microbatches` that are divided over the
     processes. All randomness follows from the seed, the epoch and the index of an image, so that an epoch can be
     entered at any step. Each image has `view_count` views, 1 or 2; the second is drawn from `second_views`, or from
-    `views` where that is None. Batches lie on `device`.
+    `views` where that is None. Batches lie on `device`. With `num_classes`, which messages call `classes_key`, every
+    image has a label below it.
 
     Raises:
-        InputError: There is no such source, or the batch does not fit the data, the processes or the microbatches.
+        InputError: There is no such source, or the batch does not fit the data, the processes or the microbatches; or
+            the source is known to have no labels, or more classes.
     """
 
     def __init__(
@@ -44,6 +46,8 @@ class TrainData:
         microbatches: int = 1,
         view_count: int = 2,
         device: torch.device | str = 'cpu',
+        num_classes: int | None = None,
+        classes_key: str = 'method.num_classes',
     ) -> None:
         _check_batch(config.batch_size, processes, microbatches)
         if view_count not in (1, 2):
@@ -54,6 +58,7 @@ class TrainData:
         self.microbatches = microbatches
         self.size = config.batch_size // microbatches // processes
         self.corrupt = CorruptImages(config.max_corrupt)
+        self.num_classes, self.classes_key, self.name = num_classes, classes_key, config.name
         self.to_device = ToDevice(torch.device(device))
         self.normalize = Normalize(config.mean, config.std, self.to_device.device)
         self.distributions = [views, second_views or views][:view_count]
@@ -70,7 +75,7 @@ class TrainData:
         `position` is that after the last batch before `start`.
 
         Raises:
-            DataError: Too many images cannot be read, or a stream is damaged.
+            DataError: Too many images cannot be read, a stream is damaged, or a label is not one of the classes.
             InputError: The position is not one of this run.
         """
         micro, end = start * self.microbatches, self.steps_per_epoch * self.microbatches
@@ -81,12 +86,26 @@ class TrainData:
             # Smaller ones only report unreadable images.
             if len(chunk['labels']) < self.size:
                 continue
+            self._check_labels(chunk['labels'])
             *views, labels = self.to_device((*chunk['views'], chunk['labels']))
             corrupt = tuple(name for name, _ in chunk['problems'])
             yield Batch(self._views(views, epoch, micro), labels, after, corrupt)
             micro += 1
             if micro == end:
                 return
+
+    def _check_labels(self, labels: torch.Tensor) -> None:
+        # Before they go to the device, where an index beyond the classes would end in an assertion of its kernel.
+        if self.num_classes is None:
+            return
+        least, most = labels.min().item(), labels.max().item()
+        if least < 0:
+            raise DataError(f'data.name {self.name}: an image has no label, and each needs one; leave it out')
+        if most >= self.num_classes:
+            raise DataError(
+                f'data.name {self.name}: an image has class {most}, and there are {self.num_classes}; give '
+                f'--{self.classes_key} {most + 1} or more'
+            )
 
     def _views(self, views: Sequence[torch.Tensor], epoch: int, micro: int) -> tuple[torch.Tensor, ...]:
         if self.augment is not None:
@@ -107,7 +126,17 @@ class TrainData:
 
     def _indexed_feed(self, config: DataConfig, transform: Views) -> tuple[Feed, int]:
         dataset = make_dataset(config, config.train_split, training=True)
-        length = len(dataset)  # type: ignore[arg-type]
+        length, classes = len(dataset), known_classes(dataset)  # type: ignore[arg-type]
+        if self.num_classes is not None and classes == 0:
+            raise InputError(
+                f'data.name {config.name}: images have no labels; let each class have a folder, or train from images '
+                'alone, as by --method.name simclr'
+            )
+        if self.num_classes is not None and classes is not None and classes > self.num_classes:
+            raise InputError(
+                f'data.name {config.name}: images have {classes} classes, and {self.classes_key} is '
+                f'{self.num_classes}; give --{self.classes_key} {classes}'
+            )
         images = IndexedImages(dataset, transform, self.seed, config.mode, config.max_corrupt)
         count = self._layout(config, length).batches
         batches = EpochBatches(length, self.seed, self.size, self.processes, self.rank, count)

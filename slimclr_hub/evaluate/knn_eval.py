@@ -37,6 +37,7 @@ from slimclr_hub.models.calibrate import is_calibrated
 from slimclr_hub.models.widths import check_width, check_widths
 from slimclr_hub.runs.command_line import make_parser, parse, run_script
 from slimclr_hub.runs.figures import GREY, line_style, marker, new_figure, save_figure
+from slimclr_hub.runs.launcher import launched
 from slimclr_hub.runs.progress import progress_bar
 from slimclr_hub.runs.result import (
     RANDOM_WEIGHTS,
@@ -134,10 +135,7 @@ def _knn_eval(argv: Sequence[str]) -> None:
     config = KNNEvalConfig(**{name: built[name] for name in KNNEvalConfig.__dataclass_fields__})
     check_network(config.network)
     check_images(config.data)
-    try:
-        accelerator = Accelerator(mixed_precision=config.precision)
-    except ValueError as error:
-        raise InputError(f'precision {config.precision}: {error}') from error
+    accelerator = launched(config.precision, 'precision', trains=False)
     results = evaluate(config, accelerator)
     if accelerator.is_main_process:
         pixels = [result for result in results if result.network == RAW_PIXELS]

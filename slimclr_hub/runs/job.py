@@ -1,9 +1,12 @@
 """A job that trains for epochs: it resumes, stops between two steps when asked to, and keeps checkpoints."""
 
 import ctypes
+import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -15,58 +18,107 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from slimclr_hub.errors import InputError, PreemptedError, StorageError
 from slimclr_hub.runs.checkpoints import Checkpoints, Found, fitting
 from slimclr_hub.runs.meter import Meter
 from slimclr_hub.runs.progress import progress_bar
+from slimclr_hub.text import first_line
 
 PREEMPTED = os.EX_TEMPFAIL
 """Exit status of a run that was asked to stop and can go on: 75, `EX_TEMPFAIL` of sysexits.h."""
 
 _STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-_LAUNCHED = 'ACCELERATE_MIXED_PRECISION'  # which `accelerate launch` always sets
+_LATE = signal.SIGALRM
+_LAUNCHED = 'ACCELERATE_DYNAMO_MODE'  # which `accelerate launch` always sets, and hardly anyone else
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
+_SHARED_MEMORY = '/dev/shm'
 
 BatchT = TypeVar('BatchT')
+T = TypeVar('T')
 
 
 class StopSignals:
     """Context that notes SIGTERM (a machine is taken back), SIGUSR1 (SLURM), SIGHUP (a terminal ends) and SIGINT.
 
     A second SIGINT interrupts. SIGHUP stays ignored where it is, as under nohup. Under `accelerate launch` on Linux the
-    end of the launcher counts as SIGTERM, since the launcher passes none on.
+    end of the launcher counts as SIGTERM, since the launcher passes none on. A thread gets no signals and notes none.
     """
 
     received: signal.Signals | None = None
+    """The first signal; SIGALRM where `wait` has waited for too long."""
+
+    def __init__(self) -> None:
+        self._waiting = False
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> 'StopSignals':
-        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        numbers = [number for number in _STOPPING if not (ignored and number is signal.SIGHUP)]
-        self._before: dict[signal.Signals, Any] = {number: signal.signal(number, self._note) for number in numbers}
-        _follow_parent(signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread():
+            ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            numbers = [number for number in (*_STOPPING, _LATE) if not (ignored and number is signal.SIGHUP)]
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
+            # Torch's loader sets a handler that raises wherever the process is, in the middle of a step, too. Without
+            # it, a worker that has ended is noticed where its batch is waited for, within 5 seconds.
+            self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if self._by_launcher and not _follow_parent(signal.SIGTERM):
+                self.received = signal.SIGTERM
         return self
 
     def __exit__(self, *_: object) -> None:
-        _follow_parent(0)
+        if self._by_launcher:
+            _follow_parent(0)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    @property
+    def _by_launcher(self) -> bool:
+        return bool(self._before) and _LAUNCHED in os.environ and sys.platform == 'linux'
 
     @property
     def status(self) -> int:
         """Exit status of the stopped process: 130 after SIGINT, as shells have it, else `PREEMPTED`."""
         return 128 + signal.SIGINT if self.received is signal.SIGINT else PREEMPTED
 
+    def wait(self, work: Callable[[], T], at_most: int) -> T | None:
+        """The result of `work`, or None once a signal breaks it off, such as SIGALRM after `at_most` seconds."""
+        try:
+            self._waiting = True
+            if self.received is not None:
+                return None
+            if self._before:
+                signal.alarm(at_most)
+            return work()
+        except _BrokenOff:
+            return None
+        finally:
+            self._waiting = False
+            if self._before:
+                signal.alarm(0)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
+        if number == _LATE and not self._waiting:
+            return
+        first, self.received = self.received is None, signal.Signals(number)
         if self.received is signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._waiting and first:
+            raise _BrokenOff
 
 
-def _follow_parent(number: int) -> None:
-    """Ask the system for a signal when the parent of this process ends; 0 for none."""
-    if _LAUNCHED in os.environ and sys.platform == 'linux':
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, number)
+class _BrokenOff(BaseException):  # no Exception, which readers of images take for theirs
+    pass
+
+
+def _follow_parent(number: int) -> bool:
+    """Ask the system for a signal when the parent of this process ends, 0 for none; false if it has ended already.
+
+    Who has lost its parent gets one of another session. One that began a session itself cannot tell by that.
+    """
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, number)
+    session = os.getsid(0)
+    return session == os.getpid() or os.getsid(os.getppid()) == session
 
 
 class Agreement:
@@ -101,6 +153,7 @@ class Job(ABC, Generic[BatchT]):
         steps_per_epoch: Optimizer steps in each.
         batch_size: Images of a step over all processes.
         title: Name of the job beside its progress bar.
+        timeout: Seconds to wait for a batch.
         log_every: Steps from one call of `log` to the next, besides that after each epoch; 0 for none.
 
     Attributes:
@@ -122,6 +175,7 @@ class Job(ABC, Generic[BatchT]):
         steps_per_epoch: int,
         batch_size: int,
         title: str,
+        timeout: int,
         log_every: int = 0,
     ) -> None:
         self.accelerator = accelerator
@@ -130,6 +184,7 @@ class Job(ABC, Generic[BatchT]):
         self.steps_per_epoch = steps_per_epoch
         self.batch_size = batch_size
         self.title = title
+        self.timeout = timeout
         self.log_every = log_every
         self.agreement = Agreement(accelerator.num_processes)
         self.meter = Meter()
@@ -138,6 +193,8 @@ class Job(ABC, Generic[BatchT]):
         self._iterator: Iterator[BatchT] = iter(())
         self._following: BatchT | None = None
         self._stop = self._ended = False
+        self._trouble: str | None = None
+        self._others: set[Any] = set()
         self._start_clock()
 
     # For subclasses
@@ -175,7 +232,7 @@ class Job(ABC, Generic[BatchT]):
 
     @property
     def how_to_resume(self) -> str:
-        """Subject of the sentence that ends in `goes on from it`."""
+        """Subject of the sentence that ends in `goes on from there`."""
         return 'the same command'
 
     @property
@@ -225,9 +282,10 @@ class Job(ABC, Generic[BatchT]):
 
         Raises:
             InputError: There is no batch.
-            PreemptedError: A signal asked to stop; the state is kept.
+            PreemptedError: A signal asked to stop, or data failed to come; the state is kept.
             StorageError: A checkpoint could not be written; the one before is kept.
         """
+        self._others = set(multiprocessing.active_children())
         first, start = divmod(self.step, self.steps_per_epoch)
         self.progress = progress_bar(
             self.epochs * self.steps_per_epoch * self.batch_size,
@@ -243,7 +301,7 @@ class Job(ABC, Generic[BatchT]):
                 if self._stop and not self.evaluate_before_stop:
                     # An evaluation may take longer than whoever asks to stop allows.
                     self._save_and_stop(evaluated=False)
-                self.evaluate(epoch + 1)
+                self.evaluate_or_stop(epoch + 1)
                 if self._stop and epoch + 1 < self.epochs:
                     self._save_and_stop()
                 if self.checkpoint_is_due(epoch + 1):
@@ -255,10 +313,21 @@ class Job(ABC, Generic[BatchT]):
         Returns True if any process cannot go on. `failed` says so of this one, and is called once the batch is there.
         """
         self._following = self._next_batch()
-        any_failed, self._stop, self._ended = self.agreement.any(
-            failed(), self.signals.received is not None, self._following is None
-        )
+        # Who stops has not asked for a batch, and then only the count tells whether this step is the last.
+        ended = self._following is None and (not self._asked_to_stop or (self.step + 1) % self.steps_per_epoch == 0)
+        any_failed, self._stop, self._ended = self.agreement.any(failed(), self._asked_to_stop, ended)
         return any_failed
+
+    def evaluate_or_stop(self, epoch: int) -> None:
+        """Call `evaluate`; of a single process, a signal breaks it off, unless it is quick, and it is done on resuming.
+
+        Raises:
+            PreemptedError: As `train`.
+        """
+        if self.evaluate_before_stop or self.accelerator.num_processes > 1:
+            self.evaluate(epoch)  # signals would reach several processes at different moments of it
+        elif not self._wait(lambda: self.evaluate(epoch) is None, 0):
+            self._save_and_stop(evaluated=False)
 
     def save(self, evaluated: bool = True) -> Path:
         """Write a checkpoint; `evaluated` is false if the evaluation after this step is still to be done.
@@ -293,9 +362,12 @@ class Job(ABC, Generic[BatchT]):
         self._start_clock()
         # At its beginning an epoch needs no position, and the one there is belongs to the epoch before.
         self._iterator = self.batches(epoch, start, self.position if start else None)
-        self._following, self._stop = self._next_batch(), False
-        (self._ended,) = self.agreement.any(self._following is None)
-        if self._ended:
+        self._following = self._next_batch()
+        ended = self._following is None and not self._asked_to_stop
+        self._stop, self._ended = self.agreement.any(self._asked_to_stop, ended)
+        if self._stop:
+            self._save_and_stop()
+        if self._ended and not start:
             raise InputError(
                 f'{self.source}: the stream gave no batch of {self.batch_size}; lower data.batch_size or '
                 'data.num_workers, so that every process and worker has images'
@@ -324,20 +396,56 @@ class Job(ABC, Generic[BatchT]):
         self.log(epoch)
 
     def _save_and_stop(self, evaluated: bool = True) -> None:
-        path = self.save(evaluated)
-        name = self.signals.received.name if self.signals.received is not None else 'a signal to another process'
+        kept = 'there is no state yet'
+        if self.step:
+            kept = f'the state is in {self.save(evaluated)}'
+        reason = next(filter(None, gather_object([self._reason])))
+        for worker in set(multiprocessing.active_children()) - self._others:
+            worker.kill()  # the end of this process would wait for one that is stopped
+            worker.join(1)
         self.accelerator.end_training()
         raise PreemptedError(
-            f'stopped by {name} after step {self.step} of {self.epochs * self.steps_per_epoch}; the state is in '
-            f'{path}, and {self.how_to_resume} goes on from it',
+            f'stopped by {reason} after step {self.step} of {self.epochs * self.steps_per_epoch}; {kept}, and '
+            f'{self.how_to_resume} goes on from there',
             self.signals.status,
         )
 
+    @property
+    def _asked_to_stop(self) -> bool:
+        return self.signals.received is not None or self._trouble is not None
+
+    @property
+    def _reason(self) -> str | None:
+        """Words for what has asked this process to stop."""
+        if self.signals.received is _LATE:
+            return f'a wait of {self.timeout} s for a batch (data.timeout; {self.source})'
+        return self.signals.received.name if self.signals.received is not None else self._trouble
+
     def _next_batch(self) -> BatchT | None:
         asked = time.perf_counter()
-        batch = next(self._iterator, None)
+        batch = self._wait(lambda: next(self._iterator, None), self.timeout)
         self._waited += time.perf_counter() - asked
         return batch
 
+    def _wait(self, work: Callable[[], T], at_most: int) -> T | None:
+        """The result of work that waits for data, or None where it was broken off."""
+        try:
+            return self.signals.wait(work, at_most)
+        except RuntimeError as error:
+            if 'DataLoader worker' not in str(error):
+                raise
+            self._trouble = f'the end of a data worker ({first_line(error)}{_memory_hint()})'
+            return None
+
     def _start_clock(self) -> None:
         self._clock, self._clock_step, self._waited = time.perf_counter(), self.step, 0.0
+
+
+def _memory_hint() -> str:
+    if not os.path.isdir(_SHARED_MEMORY):
+        return ''
+    total = shutil.disk_usage(_SHARED_MEMORY).total / 2**20
+    return (
+        f'; it may have run out of memory, or of shared memory: {_SHARED_MEMORY}, by which workers hand over batches, '
+        f'holds {total:.0f} MiB; lower data.num_workers, or enlarge it'
+    )

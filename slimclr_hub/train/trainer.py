@@ -19,6 +19,7 @@ from slimclr_hub.methods.objective import Objective
 from slimclr_hub.methods.registry import training_of
 from slimclr_hub.runs.checkpoints import Checkpoints, Found
 from slimclr_hub.runs.job import Job, StopSignals
+from slimclr_hub.runs.launcher import launched
 from slimclr_hub.runs.memory import keep_freed_memory, peak_memory
 from slimclr_hub.settings import RECIPE, differences, relevant
 from slimclr_hub.train.collapse import CollapseWatch
@@ -56,6 +57,7 @@ class Trainer(Job[list[Batch]]):
             microbatches=config.optim.accumulation_steps,
             view_count=config.view_count,
             device=accelerator.device,
+            num_classes=config.method.num_classes,
         )
         super().__init__(
             accelerator,
@@ -64,6 +66,7 @@ class Trainer(Job[list[Batch]]):
             steps_per_epoch=self.data.steps_per_epoch,
             batch_size=config.data.batch_size,
             title='pre-training',
+            timeout=config.data.timeout,
             log_every=config.run.log_every,
         )
         self.schedule = make_schedule(config, self.steps_per_epoch)
@@ -121,7 +124,7 @@ class Trainer(Job[list[Batch]]):
             self._drop_metrics(found)
         epoch, start = divmod(self.step, self.steps_per_epoch)
         if start == 0 and not found.state.get('evaluated', False):
-            self.evaluate(epoch)
+            self.evaluate_or_stop(epoch)
         self.optimizer.zero_grad()
         self.train()
         if unreadable := len(self.data.corrupt.reasons):
@@ -327,23 +330,23 @@ def make_accelerator(config: PretrainConfig) -> Accelerator:
     """The processes, devices and precision that a run is to train on.
 
     Raises:
-        InputError: The device does not have the precision, or the tracker is not installed.
+        InputError: The launcher or the device does not fit, as of `launched`, or the tracker is not installed.
     """
     tracker = config.run.tracker
-    try:
-        return Accelerator(
-            mixed_precision=config.run.precision,
-            log_with=None if tracker == 'none' else tracker,
-            project_dir=config.run.output,
-            dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(
-                    # During slow start sub-networks have no gradient, and DDP has to be told to expect it.
-                    find_unused_parameters=config.slow_start > 0 and len(config.model.widths) > 1,
-                    # Each process normalises by its own statistics; they are averaged before they are used.
-                    broadcast_buffers=False,
-                )
-            ],
-        )
-    except (ValueError, ImportError) as error:
-        raise InputError(f'run.precision {config.run.precision}, run.tracker {tracker}: {error}') from error
+    accelerator = launched(
+        config.run.precision,
+        log_with=None if tracker == 'none' else tracker,
+        project_dir=config.run.output,
+        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                # During slow start sub-networks have no gradient, and DDP has to be told to expect it.
+                find_unused_parameters=config.slow_start > 0 and len(config.model.widths) > 1,
+                # Each process normalises by its own statistics; they are averaged before they are used.
+                broadcast_buffers=False,
+            )
+        ],
+    )
+    if tracker != 'none' and not accelerator.log_with:  # of which accelerate only warns
+        raise InputError(f'run.tracker {tracker} is not installed; pip install {tracker} brings it')
+    return accelerator

@@ -1,6 +1,9 @@
 """The training images of one process, by index."""
 
 import json
+import multiprocessing
+import os
+import resource
 
 import numpy as np
 import pytest
@@ -12,8 +15,8 @@ from slimclr_hub.data.sources import make_dataset
 from slimclr_hub.data.streams.stream import Layout, OneWayFeed, StreamedChunks, StreamFeed, TimmOrder
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.data.views import Views
-from slimclr_hub.errors import InputError
-from tests.data_room.files import some_images, write_idx_set, write_shards
+from slimclr_hub.errors import DataError, InputError
+from tests.data_room.files import some_images, write_classes, write_idx_set, write_pngs, write_shards
 from tests.data_room.plain import normalised_view
 
 VIEWS = ViewConfig(size=12)
@@ -175,6 +178,47 @@ def test_largest_batch(root):
 def test_other_numbers_of_views(root):
     with pytest.raises(InputError, match='view_count is 3'):
         train_data(root, view_count=3)
+
+
+# Labels
+
+
+def test_fewer_classes_than_the_images_have(root, tmp_path):
+    with pytest.raises(InputError, match=r'10 classes, and method\.num_classes is 9; give --method\.num_classes 10'):
+        train_data(root, num_classes=9)
+    folder = write_classes(tmp_path / 'train', *some_images('train', 20)).parent
+    of = DataConfig(name='folder', root=str(folder), batch_size=4, num_workers=0)
+    with pytest.raises(InputError, match=r'classes, and probe\.num_classes is 2'):
+        TrainData(of, VIEWS, seed=0, num_classes=2, classes_key='probe.num_classes')
+    write_pngs(tmp_path / 'plain', some_images('train', 8)[0])
+    of = DataConfig(name='folder', root=str(tmp_path / 'plain'), batch_size=4, num_workers=0)
+    with pytest.raises(InputError, match='images have no labels; let each class have a folder'):
+        TrainData(of, VIEWS, seed=0, num_classes=2)
+
+
+def test_class_that_comes_to_light_in_a_stream(tmp_path):
+    write_shards(tmp_path, (20,))  # whose labels number the images
+    of = DataConfig(name='wds/', root=str(tmp_path), batch_size=4, num_workers=0, shuffle_buffer=1)
+    batches = TrainData(of, VIEWS, seed=0, num_classes=6).epoch(0)
+    next(batches)
+    with pytest.raises(DataError, match=r'an image has class 7, and there are 6; give --method\.num_classes 8 or more'):
+        next(batches)
+
+
+# Workers
+
+
+def test_worker_that_cannot_hand_over_a_batch_ends(root):
+    """A limit on the size of its files stands for shared memory that is full."""
+    before = set(multiprocessing.active_children())
+    batches = train_data(root, workers=1).epoch(0)
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - before
+    resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (100, 100))
+    with pytest.raises(RuntimeError, match=rf'DataLoader worker .*{worker.pid}'):
+        for _ in batches:
+            pass
+    assert worker.exitcode == os.EX_IOERR
 
 
 # Streams that cannot be entered in the middle

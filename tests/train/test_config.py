@@ -35,6 +35,13 @@ def refusal(*argv: str) -> str:
     return message
 
 
+def test_options_win_over_recipes_wherever_they_stand(tmp_path):
+    recipe = tmp_path / 'own.yaml'
+    recipe.write_text('optim: {lr: 0.5, epochs: 3}')
+    for argv in ['--optim.lr', '0.25', '--config', str(recipe)], ['--config', str(recipe), '--optim.lr', '0.25']:
+        assert (parse(*argv).optim.lr, parse(*argv).optim.epochs) == (0.25, 3)
+
+
 # Wrong values
 
 WRONG = [

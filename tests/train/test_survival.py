@@ -239,6 +239,8 @@ def test_signal_saves_and_says_so(place, server, whole, stopped, number, status)
     # Without checkpoints in between, so that what is there afterwards is the signal's.
     run = Run(server, place, '--resume', str(stopped), '--run.checkpoint_steps', 'null')
     assert run.wait_for(lambda: 'Resuming' in run.log.read_text())
+    reached = int(before[-1].removeprefix('step-'))
+    assert run.wait_for(lambda: any(record['step'] > reached for record in read_metrics(stopped, 'train')))
     run.send(number)  # to the workers as well, as the keyboard and schedulers do
     assert run.end() == status
     (line,) = (line for line in run.log.read_text().splitlines() if line.startswith('error: '))

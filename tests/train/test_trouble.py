@@ -1,15 +1,20 @@
 """Run folders that are damaged, in use, or full: one line, and nothing written."""
 
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -19,6 +24,7 @@ from slimclr_hub.runs.job import StopSignals
 from slimclr_hub.runs.lock import folder_lock
 from slimclr_hub.train.command import parse_pretrain
 from slimclr_hub.train.pretraining import pretrain
+from tests.data_room.files import some_images, write_pngs
 from tests.train.runs import SCRIPT, contents, environment, make_place
 
 # Holds a folder as a run does, until its input ends.
@@ -112,7 +118,21 @@ def replaced_by_file(run: Path) -> None:
     (run / 'checkpoints').write_bytes(b'no folder')
 
 
+def record(name: str, content: bytes):
+    def change(run: Path) -> None:
+        (run / 'diagnostics').mkdir()
+        (run / 'diagnostics' / name).write_bytes(content)
+
+    return change
+
+
+RECORDING = ['--diagnostics.every', '1']
+NORM = b'{"step": %s, "width": 0.25, "smallest": 1, "all": 1, "rest": 1, "widths": 4}'
 REFUSED = {
+    'a record of no numbers': (record('gradients.jsonl', NORM % b'"x"'), RECORDING, 'a file that no run writes'),
+    'a record of other names': (record('gradients.jsonl', b'{"steps": 1}'), RECORDING, 'does not hold gradient norms'),
+    'a damaged record': (record('last-layer-00000001.safetensors', b'damaged'), RECORDING, 'a file that no run writes'),
+    'a record of no step': (record('weights-abcdefgh.safetensors', b''), RECORDING, 'a file that no run writes'),
     'another batch': (lambda run: None, ['--data.batch_size', '32', '--allow_changes', 'true'], '6 steps an epoch'),
     'a damaged checkpoint, and another batch': (
         lambda run: (run / 'checkpoints' / 'step-00000008' / 'optimizer.bin').write_bytes(b''),
@@ -208,6 +228,132 @@ def test_no_room_for_a_checkpoint(run, capsys):
     assert f'Resuming after epoch 1, 2 steps: {last}' in capsys.readouterr().out
 
 
+def test_no_room_for_a_record(run, capsys):
+    """What is written by safetensors, whose errors are its own."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        line = refused(capsys, '--resume', str(run), '--diagnostics.snapshots', '1', status=os.EX_TEMPFAIL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert 'File too large' in line
+    assert 'diagnostics' in line
+
+
+# Data that do not come
+
+
+@pytest.fixture
+def fifo(tmp_path, monkeypatch):
+    """A folder of images; when one of them is made a FIFO, nobody ever writes to it."""
+    monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
+    images = write_pngs(tmp_path / 'images', some_images('train', 24)[0])
+    recipe = {
+        'method': {'dim': 16, 'queue_size': 32, 'bn_splits': 1},
+        'data': {'name': 'folder', 'root': str(images), 'batch_size': 8, 'size': 16, 'val_split': None},
+        'optim': {'epochs': 2},
+        'knn': {'every': 0},
+        'run': {'output': str(tmp_path / 'runs'), 'name': 'run', 'log_every': 1},
+    }
+    (tmp_path / 'tiny.yaml').write_text(yaml.safe_dump(recipe))
+    return images
+
+
+def stall(images: Path) -> None:
+    """Let no image come any more, but the one that is looked at before a run."""
+    for image in sorted(images.iterdir())[1:]:
+        image.unlink()
+        os.mkfifo(image)
+
+
+@contextmanager
+def meanwhile(until: Callable[[], object], then: Callable[[], object]) -> Iterator[None]:
+    """In a thread beside what is done inside, call `then` once `until` is true."""
+    ended = threading.Event()
+
+    def work() -> None:
+        while not until():
+            if ended.wait(0.005):
+                return
+        then()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def stopped_at(folder: Path) -> int:
+    (*_, last) = sorted(path.name for path in (folder / 'checkpoints').iterdir())
+    return int(last.removeprefix('step-'))
+
+
+def sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_signal_while_data_do_not_come(fifo, capsys, workers):
+    run = fifo.parent / 'runs' / 'run'
+
+    def trains() -> bool:
+        return (run / 'metrics.jsonl').exists()
+
+    def stall_and_stop() -> None:
+        stall(fifo)
+        time.sleep(0.1)  # whether or not it waits by then, it stops
+        sigterm()
+
+    arguments = ['--config', str(fifo.parent / 'tiny.yaml'), '--data.num_workers', str(workers)]
+    with meanwhile(trains, stall_and_stop):
+        line = refused(capsys, *arguments, '--optim.epochs', '500', status=os.EX_TEMPFAIL)
+    step = stopped_at(run)
+    assert f'stopped by SIGTERM after step {step} of 1500; the state is in {run}' in line
+    shutil.rmtree(fifo)
+    write_pngs(fifo, some_images('train', 24)[0])
+    train('--resume', str(run), '--allow_changes', 'true', '--optim.epochs', str(step // 3 + 1))
+    assert 'Resuming after' in capsys.readouterr().out
+    assert (run / 'model.safetensors').exists()
+
+
+def test_wait_for_data_ends_by_itself(fifo, capsys):
+    stall(fifo)
+    arguments = ['--config', str(fifo.parent / 'tiny.yaml'), '--data.num_workers', '1', '--data.timeout', '1']
+    line = refused(capsys, *arguments, status=os.EX_TEMPFAIL)
+    assert f'stopped by a wait of 1 s for a batch (data.timeout; data.name folder, data.root {fifo}' in line
+    assert 'after step 0 of 6; there is no state yet, and --resume' in line
+
+
+def test_signal_before_the_first_step(fifo, capsys):
+    stall(fifo)
+    arguments = ['--config', str(fifo.parent / 'tiny.yaml'), '--data.num_workers', '1']
+    with meanwhile((fifo.parent / 'runs' / 'run' / '.lock').exists, sigterm):
+        line = refused(capsys, *arguments, status=os.EX_TEMPFAIL)
+    assert 'stopped by SIGTERM after step 0 of 6; there is no state yet, and --resume' in line
+
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
+def test_worker_that_is_killed_or_stopped(fifo, capsys, number):
+    before = set(multiprocessing.active_children())
+
+    def workers() -> set:
+        return set(multiprocessing.active_children()) - before
+
+    arguments = ['--config', str(fifo.parent / 'tiny.yaml'), '--data.num_workers', '1', '--optim.epochs', '500']
+    with meanwhile(workers, lambda: os.kill(workers().pop().pid, number)):
+        line = refused(capsys, *arguments, '--data.timeout', '9', status=os.EX_TEMPFAIL)
+    if number is signal.SIGKILL:
+        assert 'stopped by the end of a data worker (DataLoader worker (pid' in line
+        assert 'memory: /dev/shm, by which workers hand over batches, holds ' in line
+        assert 'lower data.num_workers' in line
+    else:
+        assert 'stopped by a wait of 9 s for a batch' in line
+    assert not workers()
+
+
 # Signals
 
 
@@ -225,6 +371,30 @@ def test_end_of_the_launcher_is_a_signal(tmp_path):
     launcher.terminate()
     launcher.communicate()
     deadline = time.monotonic() + 10
+    while not (noted.exists() and noted.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert noted.read_text() == 'SIGTERM'
+
+
+def test_launcher_that_has_ended_before_the_run_began(tmp_path):
+    """As during the imports of the run."""
+    late = WAIT.replace('with StopSignals', "print('started', flush=True)\nsys.stdin.read()\nwith StopSignals")
+    (tmp_path / 'wait.py').write_text(late)
+    noted = tmp_path / 'noted'
+    launcher = subprocess.Popen(
+        [sys.executable, '-m', 'accelerate.commands.launch', str(tmp_path / 'wait.py'), str(noted)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**environment(tmp_path), 'PYTHONPATH': str(SCRIPT.parents[1])},
+        start_new_session=True,
+    )
+    assert launcher.stdout is not None
+    assert launcher.stdout.readline() == 'started\n'
+    launcher.kill()
+    launcher.communicate()  # closes the input, for which the run has waited
+    deadline = time.monotonic() + 30
     while not (noted.exists() and noted.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.01)

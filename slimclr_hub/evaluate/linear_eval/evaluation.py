@@ -53,6 +53,7 @@ from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import run_script
 from slimclr_hub.runs.figures import save_figure
 from slimclr_hub.runs.job import StopSignals
+from slimclr_hub.runs.launcher import launched
 from slimclr_hub.runs.lock import folder_lock
 from slimclr_hub.runs.result import RAW_PIXELS, RESULT, Result, load, save
 from slimclr_hub.settings import plain, relevant
@@ -86,13 +87,9 @@ def linear_eval(config: LinearEvalConfig) -> Result:
     if config.network != RAW_PIXELS:
         check_network(drawn_anew(config.network) or config.network)
     check_images(config.data)
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.run.precision,
-            dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
-        )
-    except ValueError as error:
-        raise InputError(f'run.precision {config.run.precision}: {error}') from error
+    accelerator = launched(
+        config.run.precision, dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True)
+    )
     # The settings record the precision that accelerate was launched with.
     config = replace(config, run=replace(config.run, precision=accelerator.mixed_precision))
     config = _with_fitting_batch(config, accelerator)
@@ -191,7 +188,15 @@ def _train(
             train.by_width[width].sub_(shift).mul_(scale)  # in place: there may be gigabytes
         batches = CachedBatches(train, data.batch_size, **shared)
     else:
-        views = TrainData(data, config.views, view_count=1, device=accelerator.device, **shared)
+        views = TrainData(
+            data,
+            config.views,
+            view_count=1,
+            device=accelerator.device,
+            num_classes=classes,
+            classes_key='probe.num_classes',
+            **shared,
+        )
         batches = AugmentedBatches(views, backbone, accelerator)
     with StopSignals() as signals:  # not before: until the features are there, there is no state to keep
         training = ProbeTraining(config, accelerator, head, batches, validation, scaling, folder, signals)
@@ -267,7 +272,7 @@ def _find_folder(config: LinearEvalConfig, weights: str) -> Path:
 
 def _changes(folder: Path, settings: dict[str, Any]) -> list[str]:
     try:
-        recorded = relevant(json.loads((folder / SETTINGS).read_text()))
+        recorded = relevant(json.loads((folder / SETTINGS).read_text(encoding='utf-8')))
     except (OSError, ValueError, TypeError):
         return ['no linear evaluation, but other files']
     if recorded.get('run.precision') is None:  # one of before it was recorded where accelerate chose it

@@ -122,6 +122,7 @@ class ProbeTraining(Job[FeatureBatch]):
             steps_per_epoch=batches.steps_per_epoch,
             batch_size=config.data.batch_size,
             title='linear evaluation',
+            timeout=config.data.timeout,
         )
         self.config = config
         self.features = batches
