@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test fuzz lint docs bench clean
 
 # Pre-train a slimmable ResNet-20 on real images that the package ships, and print what each width has learned.
 demo: $(READY)
@@ -12,6 +12,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Damage files in ways that have not been tried, for about half an hour; a fault is printed with the number that repeats it.
+fuzz: $(READY)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.fuzz --cases 5000 --seed "$$(date +%s)"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -44,6 +44,8 @@ def main() -> None:
         handler.addFilter(_printable)
     logging.getLogger('slimclr_hub').setLevel(logging.INFO)
     try:
+        if '' in sys.argv[1:]:  # which a path would take for this folder
+            raise InputError('an argument is empty, perhaps of a variable that is not set; give a name')
         app(prog_name='slimclr-hub')
     except (InputError, ExportError, OSError) as error:
         from rich.console import Console

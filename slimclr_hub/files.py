@@ -1,8 +1,11 @@
 """Atomic writes, hashes and JSON lines."""
 
+import glob
 import hashlib
 import json
 import os
+import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,9 +22,7 @@ def atomic_files(folder: Path) -> Iterator[Path]:
     Args:
         folder: Folder of the files, created if it does not exist.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.partial-') as name:
-        partial = Path(name)
+    with temporary_folder(folder) as partial:
         yield partial
         mode = _usual_mode(partial)
         for path in partial.iterdir():
@@ -34,6 +35,19 @@ def encoded(text: str) -> bytes:
     return text.encode('utf-8', 'surrogateescape')
 
 
+@contextmanager
+def temporary_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder in `folder`, which is made; those that killed processes have left there are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = f'.partial-{socket.gethostname()}-'
+    for path in folder.glob(f'{glob.escape(prefix)}*'):
+        process = path.name.removeprefix(prefix).partition('-')[0]
+        if process.isdecimal() and not _is_alive(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f'{prefix}{os.getpid()}-') as name:
+        yield Path(name)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically, in UTF-8."""
     write_bytes(path, encoded(text))
@@ -41,17 +55,10 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: readers see the old content or the new one."""
-    partial = path.with_name(f'{path.name}.partial')
-    partial.unlink(missing_ok=True)
-    with partial.open('xb') as file:  # never through a link of that name
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        except OSError:
-            partial.unlink()  # half of it only takes room
-            raise
-    os.replace(partial, path)
+    with atomic_files(path.parent) as partial, (partial / path.name).open('wb') as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
@@ -114,6 +121,16 @@ def _hash(path: Path, found: 'hashlib._Hash') -> str:
         while block := file.read(1 << 20):
             found.update(block)
     return found.hexdigest()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass  # another user's
+    return True
 
 
 def _usual_mode(folder: Path) -> int:

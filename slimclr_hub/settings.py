@@ -1,14 +1,22 @@
 """Configuration dataclasses: value checks, which settings change a result, and how two of them differ."""
 
+import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from math import inf
+from pathlib import Path
 from typing import Annotated, Any
+
+import yaml
 
 from slimclr_hub.errors import InputError
 
 RECIPE = 'recipe.yaml'
 """File in a run's folder that holds its configuration."""
+
+_LONGEST = 1 << 18  # bytes of a recipe
+_MERGE = 'tag:yaml.org,2002:merge'
 
 PRECISIONS = ('no', 'fp16', 'bf16')
 
@@ -23,6 +31,41 @@ class Incidental:
     A configuration may derive from both kinds of dataclass; each field belongs to the class that declares it, and is
     incidental if that class derives from this one directly.
     """
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file of values that JSON has, too, such as a recipe.
+
+    Raises:
+        InputError: It cannot be read or is no such file, or is longer than 256 KiB, as it stands or with its aliases
+            written out.
+    """
+    try:
+        if not path.is_file():
+            raise InputError(f'{path} does not exist or is not a file')
+        with path.open('rb') as file:
+            text = file.read(_LONGEST + 1)
+        content = None if len(text) > _LONGEST else yaml.load(text.decode(), _Loader)
+        # Aliases of aliases may stand for more values than memory holds.
+        lengths = accumulate(map(len, json.JSONEncoder().iterencode(content)), initial=len(text))
+        if any(length > 2 * _LONGEST for length in lengths) or len(text) > _LONGEST:
+            raise InputError(f'{path} is too long for a recipe, which has at most {_LONGEST} bytes')
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f'{path} cannot be read as a recipe: {" ".join(str(error).split())[:500]}') from error
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """Without merge keys, which may ask for more pairs than memory holds."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        for key, _ in node.value:
+            if key.tag == _MERGE:
+                raise yaml.constructor.ConstructorError(
+                    None, None, 'merge keys (<<) are not read; name the other recipe as `base`', key.start_mark
+                )
 
 
 def differences(recorded: Any, config: Any) -> list[str]:

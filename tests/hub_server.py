@@ -11,6 +11,7 @@ other 401s by an https address; no xet; no `resolve-cache` redirect for small fi
 import base64
 import contextlib
 import fnmatch
+import gzip
 import hashlib
 import json
 import os
@@ -205,6 +206,10 @@ class HubServer:
         """A pause before each `chunk` bytes of a file."""
         self._add('slow', pattern, 'GET', times, seconds=seconds_per_chunk, chunk=chunk)
 
+    def bomb(self, pattern: str, size: int) -> None:
+        """So many zeros instead of the file, compressed to a thousandth."""
+        self._add('bomb', pattern, 'GET', None, packed=gzip.compress(bytes(size), 1))
+
     def delay(self, pattern: str, seconds: float, times: int | None = None, method: str | None = None) -> None:
         """A pause before an answer begins."""
         self._add('delay', pattern, method, times, seconds=seconds)
@@ -326,6 +331,10 @@ class Handler(BaseHTTPRequestHandler):
             status, headers['Content-Range'] = 206, f'bytes {start}-{stop - 1}/{len(data)}'
         if self.command == 'HEAD':
             return self._head(200, headers | {'Content-Length': str(len(data) if size is None else size)})
+        if bomb := self.hub.take('bomb', 'GET', self.asked.path):
+            self._head(200, headers | {'Content-Length': str(len(bomb['packed'])), 'Content-Encoding': 'gzip'})
+            self.wfile.write(bomb['packed'])
+            return
         self._head(status, headers | {'Content-Length': str(stop - start)})
         slow = self.hub.take('slow', 'GET', self.asked.path)
         end = min(stop, self.hub.take('cut', 'GET', self.asked.path).get('after', stop))

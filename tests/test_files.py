@@ -1,5 +1,8 @@
 import errno
+import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,6 +37,27 @@ def test_line_of_which_only_the_end_is_cut_off_counts(tmp_path):
     file.write_text('{"step": 1}')
     append_json_line(file, {'step': 2})
     assert read_json_lines(file) == [{'step': 1}, {'step': 2}]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from slimclr_hub import files
+os.replace = lambda *_: os.kill(os.getpid(), 9)
+files.write_text(Path(sys.argv[1]), 'new')
+"""
+
+
+def test_a_kill_leaves_nothing_for_good(tmp_path):
+    write_text(tmp_path / 'one', 'old')
+    done = subprocess.run([sys.executable, '-c', KILLED, str(tmp_path / 'one')])
+    assert done.returncode == -9
+    (left,) = (path for path in tmp_path.iterdir() if path.name != 'one')
+    alive = tmp_path / left.name.replace(left.name.split('-')[-2], str(os.getpid()))
+    alive.mkdir()
+    write_text(tmp_path / 'two', '')
+    assert {path.name for path in tmp_path.iterdir()} == {'one', 'two', alive.name}
+    assert (tmp_path / 'one').read_text() == 'old'
 
 
 def test_files_are_written_together_or_not_at_all(tmp_path):

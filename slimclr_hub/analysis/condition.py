@@ -29,7 +29,7 @@ from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import extract_features
-from slimclr_hub.evaluate.network import data_defaults, default_output, open_for_test
+from slimclr_hub.evaluate.network import check_channels, data_defaults, default_output, open_for_test
 from slimclr_hub.runs.figures import line_style, new_figure, save_figure
 from slimclr_hub.runs.launcher import launched
 from slimclr_hub.runs.progress import progress_bar
@@ -247,6 +247,7 @@ def measure_condition(network: str, config: ConditionConfig) -> Results:
     """Measure the condition on the features of a network."""
     accelerator = launched(None, trains=False)
     backbone = open_for_test(network).to(accelerator.device)
+    check_channels(network, backbone, config.data)
     widths = narrower(backbone.widths, config.widths)
     backbone.reset_classifier(0)
     full = backbone.widths[0]

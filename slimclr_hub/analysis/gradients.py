@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite, nan
@@ -17,7 +16,7 @@ from tqdm.auto import tqdm
 
 from slimclr_hub.analysis.base import Analysis, OutputOption, read_data, run_folders, write_data
 from slimclr_hub.analysis.pca import Components, principal_components
-from slimclr_hub.analysis.replay import Replay, checkpoint_steps, recipe_of, slow_start_end
+from slimclr_hub.analysis.replay import Replay, checkpoint_steps, recipe_of, slow_start_end, state_of
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import write_text
 from slimclr_hub.models.widths import check_widths
@@ -157,8 +156,8 @@ def _replay_gradients(
 
 def _steps_per_epoch(folder: Path) -> int:
     # A checkpoint tells it without the images.
-    for path in (folder / 'checkpoints').glob('step-????????/state.json'):
-        return json.loads(path.read_text(encoding='utf-8'))['steps_per_epoch']
+    for step in checkpoint_steps(folder):
+        return state_of(folder, step)['steps_per_epoch']
     return Replay(folder).schedule.steps_per_epoch
 
 

@@ -16,7 +16,7 @@ from slimclr_hub.data.batches import Batch
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods.batchnorm import split_batchnorm
-from slimclr_hub.runs.checkpoints import verified
+from slimclr_hub.runs.checkpoints import STATE, read_state, verified
 from slimclr_hub.settings import RECIPE
 from slimclr_hub.train.command import load_recipe
 from slimclr_hub.train.config import PretrainConfig
@@ -45,8 +45,17 @@ def slow_start_end(config: PretrainConfig) -> float | None:
 
 def checkpoint_steps(folder: Path) -> tuple[int, ...]:
     """Optimizer steps after which the checkpoints of a run were written, in ascending order."""
-    found = (folder / 'checkpoints').glob('step-????????/state.json')
+    found = (folder / 'checkpoints').glob(f'step-{"[0-9]" * 8}/{STATE}')
     return tuple(sorted(int(path.parent.name.removeprefix('step-')) for path in found))
+
+
+def state_of(folder: Path, step: int) -> dict[str, Any]:
+    """The state.json of a run's checkpoint; an InputError if it is not what a run writes."""
+    path = folder / 'checkpoints' / f'step-{step:08d}'
+    try:
+        return read_state(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f'{path} cannot be read ({error}); remove it, or take another run') from error
 
 
 def saved_weights(folder: Path) -> Mapping[int, Path]:

@@ -5,7 +5,6 @@ point or direction is a mapping from tensor names to tensors. Biases and batch n
 dimension, take no part (their option `biasbn`).
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from slimclr_hub.analysis.base import Analysis, OutputOption, labels_of, output_stem, read_data, run_folders, write_data
 from slimclr_hub.analysis.pca import principal_components
-from slimclr_hub.analysis.replay import checkpoint_steps, recipe_of, saved_weights, slow_start_end
+from slimclr_hub.analysis.replay import checkpoint_steps, recipe_of, saved_weights, slow_start_end, state_of
 from slimclr_hub.errors import InputError
 from slimclr_hub.runs.figures import marker, new_figure, save_figure
 from slimclr_hub.runs.tables import TextTable
@@ -174,7 +173,7 @@ def load_trajectory(folder: Path) -> Trajectory:
     if not checkpoints:
         raise InputError(f'{folder} has no checkpoint; give a run that has trained')
     last = checkpoints[-1]
-    state = json.loads((folder / 'checkpoints' / f'step-{last:08d}' / 'state.json').read_text(encoding='utf-8'))
+    state = state_of(folder, last)
     files = {step: file for step, file in saved_weights(folder).items() if step <= last}
     points = [_read_weights(file) for file in files.values()]
     shapes = [{name: tensor.shape for name, tensor in point.items()} for point in points]

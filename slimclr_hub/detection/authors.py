@@ -15,6 +15,7 @@ from slimclr_hub.hub.folder import check_file
 from slimclr_hub.models.convert import convert
 from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.layouts import Layout, layout_of, mismatches
+from slimclr_hub.weights.tensor_file import save_pickle
 
 NETWORK = 'backbone.network.'
 """Prefix of the backbone's tensors in a slimmable detector, before their names in this package."""
@@ -107,7 +108,7 @@ def convert_detector_file(source: Path, target: Path, overwrite: bool = False) -
     num_classes = len(converted['roi_head.bbox_head.fc_cls.bias']) - 1
     meta = {'dataset_meta': {'classes': CLASSES}} if num_classes == len(CLASSES) else {}
     with atomic_files(target.parent) as partial:
-        torch.save({'meta': meta, 'state_dict': converted}, partial / target.name)
+        save_pickle({'meta': meta, 'state_dict': converted}, partial / target.name)
     network = {name.removeprefix(NETWORK): t.shape for name, t in converted.items() if name.startswith(NETWORK)}
     return ConvertedDetector(layout_of(network), num_classes, 'roi_head.mask_head.conv_logits.weight' in converted)
 

@@ -10,7 +10,6 @@ no coin is in both. The set shows within minutes that fine-tuning works; the qua
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.files import write_text
+from slimclr_hub.files import temporary_folder, write_text
 
 # Left, top, right, bottom. Row 150 has no coin. The sides of training crops leave at least half of each coin that they
 # cut, so that no coin shows without an annotation; those of validation crops cut none.
@@ -78,9 +77,8 @@ def write_coins(folder: Path) -> None:
         raise InputError(message) from error
     grey = data.coins()
     masks = coin_masks(grey)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix='.partial-') as name:
-        made = Path(name) / 'coins'  # a temporary folder itself stays private to its owner, even after a move
+    with temporary_folder(folder.parent) as partial:
+        made = partial / 'coins'  # a temporary folder itself stays private to its owner, even after a move
         (made / 'annotations').mkdir(parents=True)
         for split in WINDOWS:
             _write_split(made, split, grey, masks)

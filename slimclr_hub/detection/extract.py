@@ -21,6 +21,7 @@ from slimclr_hub.models.widths import scale_channels
 from slimclr_hub.text import last_part
 from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.layouts import mismatches
+from slimclr_hub.weights.tensor_file import save_pickle
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -168,7 +169,7 @@ def extract_detector(
     classes = classes_of(detector.meta)
     meta = {'dataset_meta': {'classes': classes}} if classes else {}
     with atomic_files(target.parent) as partial:
-        torch.save({'meta': {**meta, 'cfg': text}, 'state_dict': tensors}, partial / target.name)
+        save_pickle({'meta': {**meta, 'cfg': text}, 'state_dict': tensors}, partial / target.name)
         text = f'# {target.name!r}: width {width:g} of {detector.path.name!r}\n{text}'
         (partial / written.name).write_bytes(encoded(text))
     return written, 'test_dataloader' in dense

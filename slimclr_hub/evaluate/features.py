@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
 GARMENTS = ['T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot']
 """Classes of Fashion-MNIST (Xiao et al. 2017, https://arxiv.org/abs/1708.07747, table 1)."""
 
-_LABELS = 'labels'
+_LABELS, _HASH = 'labels', 'sha256'
 
 
 @torch.inference_mode()
@@ -88,8 +88,13 @@ def class_names(name: str, dataset: Any) -> list[str] | None:
 
 def state_hash(model: nn.Module) -> str:
     """Hash of all tensors of a network, buffers included; it changes if and only if one of them does."""
+    return tensors_hash(model.state_dict())
+
+
+def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hash of names, types, shapes and values."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f'{name} {tensor.dtype} {list(tensor.shape)}\n'.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -158,7 +163,8 @@ class FeatureCache:
         features, labels = extract_features(accelerator, backbone, counted, backbone.widths)
         if accelerator.is_main_process:
             try:
-                save_tensors({**{width_key(w): x for w, x in features.items()}, _LABELS: labels}, path)
+                tensors = {**{width_key(w): x for w, x in features.items()}, _LABELS: labels}
+                save_tensors({**tensors, _HASH: _as_tensor(tensors_hash(tensors))}, path)
             except OSError as error:
                 raise InputError(
                     f'features cannot be kept in {self._folder} ({error.strerror}); give another features.cache'
@@ -168,10 +174,19 @@ class FeatureCache:
     def _is_whole(self, path: Path) -> bool:
         try:
             with TensorFile(path) as file:
-                return set(file.shapes) == {_LABELS, *map(width_key, self._backbone.widths)}
+                tensors = {name: file.whole(name) for name in file.shapes}
         except InputError as error:
             self._accelerator.print(f'Features are computed again: {error}')
             return False
+        names = {_LABELS, _HASH, *map(width_key, self._backbone.widths)}
+        if tensors.keys() == names and tensors.pop(_HASH).equal(_as_tensor(tensors_hash(tensors))):
+            return True
+        self._accelerator.print(f'Features are computed again: {path} is not as it was written')
+        return False
+
+
+def _as_tensor(digest: str) -> torch.Tensor:
+    return torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
 
 
 def _fingerprint(dataset: Any) -> list[Any]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
-import yaml
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.sources import has_validation
@@ -15,7 +14,7 @@ from slimclr_hub.hub.open import open_network
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import early
 from slimclr_hub.runs.result import RANDOM_WEIGHTS, RAW_PIXELS
-from slimclr_hub.settings import RECIPE
+from slimclr_hub.settings import RECIPE, read_yaml
 from slimclr_hub.weights.published import PUBLISHED, SHIPPED, Published, Shipped
 
 _Known = TypeVar('_Known', Published, Shipped)
@@ -157,20 +156,20 @@ def _images_of(shipped: Shipped) -> DataConfig:
 
 def _recorded_data(recipe: Path) -> DataConfig:
     try:
-        section = yaml.safe_load(recipe.read_text(encoding='utf-8'))['data']
+        section = read_yaml(recipe)['data']
         known: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in section.items()
             if key in DataConfig.__dataclass_fields__
         }
         return DataConfig(**known)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, LookupError, TypeError, OverflowError) as error:
         raise InputError(f'{recipe} does not say which images the run was trained on ({error!r})') from error
 
 
 def _network_in_recipe(config: str | None) -> str | None:
     try:
-        content = yaml.safe_load(Path(config).read_text(encoding='utf-8')) if config else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = read_yaml(Path(config)) if config else None
+    except InputError:
         return None  # the parser reports it
     return content.get('network') if isinstance(content, dict) else None

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from slimclr_hub.errors import ExportError, InputError
 from slimclr_hub.files import atomic_files
 from slimclr_hub.hub.folder import check_overlap
 from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.layers import MAX_IMAGE_SIZE
 
 DEFAULT_OPSET = 18
 """The oldest operator set that PyTorch's exporter writes, which the most runtimes read."""
@@ -94,7 +96,9 @@ def export_pt2(model: nn.Module, path: Path, *, size: int) -> float:
     for node in program.graph.nodes:
         node.meta.pop('stack_trace', None)  # holds the paths of this machine
     with atomic_files(path.parent) as partial, _quiet():
-        torch.export.save(program, partial / path.name)
+        buffer = io.BytesIO()  # to a file, PyTorch's own writer ends the process where the disk is full
+        torch.export.save(program, buffer)
+        (partial / path.name).write_bytes(buffer.getbuffer())
         return _difference(torch.export.load(partial / path.name).module(), batches, outputs, path)
 
 
@@ -105,8 +109,8 @@ EXPORTERS: Final[dict[str, Callable[..., float]]] = {'onnx': export_onnx, 'pt2':
 def _check(path: Path, suffix: str, size: int) -> None:
     if path.suffix != suffix:
         raise InputError(f'{path} does not end in {suffix}')
-    if size < 1:
-        raise InputError(f'size {size} is not a number of pixels; give the height and width of the images')
+    if not 1 <= size <= MAX_IMAGE_SIZE:
+        raise InputError(f'size {size} is not from 1 to {MAX_IMAGE_SIZE}; give the height and width of the images')
 
 
 def _package(name: str) -> Any:

@@ -19,6 +19,7 @@ from slimclr_hub.files import atomic_files
 from slimclr_hub.hub.folder import check_overlap, write_folder
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.widths import check_width, scale_channels
+from slimclr_hub.weights.tensor_file import save_pickle
 from slimclr_hub.weights.tensor_file import save_tensors as save_safetensors
 
 _DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
@@ -166,7 +167,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
             for name, tensor in tensors.items()
         }
         with atomic_files(path.parent) as partial:
-            torch.save(copies, partial / path.name)
+            save_pickle(copies, partial / path.name)
     else:
         raise InputError(f'{path} does not end in .safetensors, .pth or .pt')
 

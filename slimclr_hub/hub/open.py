@@ -2,6 +2,8 @@
 
 import json
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from torch import nn
 from slimclr_hub.errors import InputError
 from slimclr_hub.hub.folder import OF_A_TAG, WIDTH, check_overlap
 from slimclr_hub.models import DenseResNet, SlimmableResNet
+from slimclr_hub.models.layers import MAX_IMAGE_SIZE, check_sizes
 from slimclr_hub.models.registry import slimmable_models
 from slimclr_hub.models.widths import check_width, width_key
+from slimclr_hub.weights.bounded import LARGEST_CONFIG
 from slimclr_hub.weights.layouts import ARCHITECTURES, layout_of
 from slimclr_hub.weights.slices import leading, unswitch_name
 from slimclr_hub.weights.source import from_hub
@@ -21,6 +25,7 @@ from slimclr_hub.weights.tensor_file import TensorFile
 
 # Errors of timm and PyTorch about arguments, which a config.json may have of any kind.
 _OF_ARGUMENTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+_EXTRACTED = ('resnet50', 'resnet101', 'resnet152')
 _MAX_MESSAGE = 500  # characters
 _KINDS = 'a tag such as slimclr_resnet50.mocov2_200e_in1k, a folder, a .safetensors file, or hf-hub:USER/NAME'
 
@@ -37,11 +42,14 @@ def open_network(name: str, **kwargs: Any) -> SlimmableResNet:
         model = _create(name, kwargs)
         if isinstance(model, SlimmableResNet):
             return model
-    elif architecture.startswith('slimclr_') or WIDTH in config:
+    elif architecture.startswith('slimclr_') or (WIDTH in config and architecture in _EXTRACTED):
+        with _one_line(name):
+            _check_extracted(config)
         asked = kwargs.pop('width', None)
         kwargs.pop('lazy', None)  # one width is all there is to read
         dense = _create(name, kwargs)
-        model = _of_one_width(dense, dense.width if isinstance(dense, DenseResNet) else float(config[WIDTH]), config)
+        with _one_line(name):
+            model = _of_one_width(dense, dense.width if isinstance(dense, DenseResNet) else config[WIDTH], config)
         if asked is not None:
             check_width(asked, model.widths)
         return model
@@ -70,8 +78,15 @@ def open_any(name: str, **kwargs: Any) -> nn.Module:
 
 
 def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    try:
+    with _one_line(name):
         return timm.create_model(name, pretrained=True, **kwargs)
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """Turn errors of timm and PyTorch about arguments into one line that names the network."""
+    try:
+        yield
     except InputError:
         raise
     except _OF_ARGUMENTS as error:
@@ -120,6 +135,8 @@ def _from_file(path: Path, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any],
 
 def _read_config(file: Path, name: object) -> dict[str, Any]:
     # timm's own errors about a wrong one are Python's, and come after the download of the weights.
+    if file.stat().st_size > LARGEST_CONFIG:
+        raise InputError(f'{name}: its config.json has {file.stat().st_size} bytes, more than {LARGEST_CONFIG}')
     try:
         config = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -134,6 +151,9 @@ def _read_config(file: Path, name: object) -> dict[str, Any]:
         value = cfg.get(key, [])
         if not isinstance(value, list) or not all(isinstance(number, int | float) for number in value):
             raise InputError(f'{name}: {key} in its config.json is {reprlib.repr(value)}, not a list of numbers')
+    size = cfg.get('input_size', [])
+    if not all(isinstance(number, int) and 0 < number <= MAX_IMAGE_SIZE for number in size) or len(size) not in (0, 3):
+        raise InputError(f'{name}: input_size in its config.json is {size}, not channels, height and width of images')
     names = config.get('label_names', cfg.get('label_names'))
     if not isinstance(names, list | None):
         raise InputError(f'{name}: label_names in its config.json is {reprlib.repr(names)}, not a list')
@@ -141,6 +161,15 @@ def _read_config(file: Path, name: object) -> dict[str, Any]:
         if not isinstance(cfg.get(key), int | float | None):
             raise InputError(f'{name}: {key} in its config.json is {reprlib.repr(cfg[key])}, not a number')
     return config
+
+
+def _check_extracted(config: dict[str, Any]) -> None:
+    """Check the width of a folder of timm's own ResNet, and the sizes that it asks memory for."""
+    width, arguments = config.get(WIDTH, 1.0), config.get('model_args', {})
+    if not isinstance(width, int | float) or not 0 < width <= 1:
+        raise InputError(f'{WIDTH} in its config.json is {width!r:.60}, not a width')
+    channels, classes = arguments.get('channels', (64, 128, 256, 512)), config.get('num_classes', 0)
+    check_sizes((3, 8, 36, 3)[: len(channels)], channels, (1.0,), arguments.get('in_chans', 3), classes)
 
 
 def _of_one_width(dense: Any, width: float, config: dict[str, Any]) -> SlimmableResNet:

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData, constants
+from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -17,8 +17,9 @@ from slimclr_hub.files import encoded
 from slimclr_hub.hub.folder import check_overlap
 from slimclr_hub.hub.open import open_any
 from slimclr_hub.runs.result import RESULT, results_in
-from slimclr_hub.settings import RECIPE
+from slimclr_hub.settings import RECIPE, read_yaml
 from slimclr_hub.text import first_line
+from slimclr_hub.weights.bounded import in_time
 from slimclr_hub.weights.source import is_transport_error, with_retries
 
 _NEEDED = ('config.json', 'model.safetensors', 'README.md')
@@ -91,10 +92,12 @@ def _without_paths(path: Path) -> Path | str:
     write: Callable[[Any], str]
     try:
         if path.name == RECIPE:
-            content, write = yaml.safe_load(path.read_bytes()), lambda value: yaml.safe_dump(value, sort_keys=False)
+            content, write = read_yaml(path), lambda value: yaml.safe_dump(value, sort_keys=False)
         else:
             content, write = json.loads(path.read_bytes()), lambda value: json.dumps(value, indent=2) + '\n'
-    except (ValueError, yaml.YAMLError) as error:
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise InputError(f'{path} cannot be read: {" ".join(str(error).split())}') from error
     shortened = _last_parts(content)
     return path if shortened == content else write(shortened)
@@ -155,12 +158,16 @@ def push(plan: Plan, *, private: bool = False, revision: str | None = None, mess
         CommitOperationAdd(name, content if isinstance(content, Path) else encoded(content))
         for name, content in plan.files.items()
     ]
-    try:
+
+    def upload() -> CommitInfo:
         with_retries(lambda: api.create_repo(plan.repo, private=private, exist_ok=True))
         if revision:
             with_retries(lambda: api.create_branch(plan.repo, branch=revision, exist_ok=True))
         text = message or 'Upload with slimclr-hub'
-        commit = with_retries(lambda: api.create_commit(plan.repo, operations, commit_message=text, revision=revision))
+        return with_retries(lambda: api.create_commit(plan.repo, operations, commit_message=text, revision=revision))
+
+    try:
+        commit = in_time(upload)
     except LocalTokenNotFoundError as error:
         raise InputError(f'not logged in: `hf auth login`, or set HF_TOKEN, to push to {plan.repo}') from error
     except HfHubHTTPError as error:

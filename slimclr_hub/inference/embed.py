@@ -1,7 +1,6 @@
 """Features of images, by a network at its active width, and their files: safetensors, npy and parquet."""
 
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.files import atomic_files
+from slimclr_hub.files import atomic_files, temporary_folder
 from slimclr_hub.inference.images import Problem, Sources
 from slimclr_hub.inference.runner import InferenceConfig, run_images
 from slimclr_hub.weights.tensor_file import write_safetensors
@@ -109,8 +108,7 @@ def check_output(path: Path, overwrite: bool = False) -> None:
         if file.exists() and not overwrite:
             raise InputError(f'{file} is there already; choose another name, or give --overwrite')
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix='.partial-'):
+        with temporary_folder(path.parent):
             pass
     except OSError as error:
         raise InputError(f'cannot write to {path.parent}: {error.strerror}') from error

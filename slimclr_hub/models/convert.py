@@ -9,11 +9,9 @@ import torch
 
 from slimclr_hub.errors import InputError, shorten
 from slimclr_hub.models.loading import check_complete
-from slimclr_hub.weights.checkpoint import check_form
+from slimclr_hub.weights.checkpoint import check_form, check_values
 from slimclr_hub.weights.layouts import ARCHITECTURES
 from slimclr_hub.weights.slices import (
-    BATCH_COUNT,
-    DISJOINT,
     WIDTH_DIGITS,
     leading,
     scale_channels,
@@ -41,8 +39,6 @@ _FIRST = 'conv1.weight'
 _AUTHORS_NORM = re.compile(r'^(.*\.|)bn\.(\d{1,4})\.weight$')
 _AUTHORS_SWITCHED = re.compile(r'\.(?:bn|linears)\.(\d{1,4})\.')
 _AUTHORS_BLOCK = re.compile(r'^features\.(\d{1,4})\.')
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -84,7 +80,8 @@ def convert(
         plain = {k: v for k, v in body.items() if k.partition('.')[0] not in _HEADS}
         ours = _from_authors(body, encoder) if from_authors else _from_plain(plain, widths)
     check_complete({name: tensor.shape for name, tensor in ours.items()})
-    _check_values(ours)
+    for name, tensor in ours.items():
+        check_values(name, tensor)
     return {name: tensor.contiguous() for name, tensor in ours.items()}
 
 
@@ -103,16 +100,6 @@ def backbone_name(reference: str, stages: Sequence[int], keys: Sequence[str]) ->
 
     name = _AUTHORS_BLOCK.sub(block, reference).replace('.shortcut.', '.downsample.')
     return _AUTHORS_SWITCHED.sub(lambda match: f'.{keys[int(match[1])]}.', name)
-
-
-def _check_values(tensors: Tensors) -> None:
-    for name, tensor in tensors.items():
-        if name.endswith(BATCH_COUNT) or name == DISJOINT:
-            continue
-        if tensor.dtype not in _FLOATS:
-            raise InputError(f'{name} is of {tensor.dtype}; weights are of {", ".join(map(str, _FLOATS))}')
-        if not tensor.isfinite().all():
-            raise InputError(f'{name} holds NaN or infinite values; the training that wrote it had diverged')
 
 
 def _body(names: Tensors, encoder: str) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet, make_blocks
 from torch import nn
 
 from slimclr_hub.errors import InputError
+from slimclr_hub.models.layers import check_sizes
 from slimclr_hub.models.loading import load_file
 from slimclr_hub.models.widths import scale_channels
 
@@ -54,6 +55,7 @@ class DenseResNet(ResNet):
     ) -> None:
         if output_stride not in (8, 16, 32):
             raise InputError(f'output_stride {output_stride} is not 8, 16 or 32')
+        check_sizes(layers, channels, (width,), in_chans, kwargs.get('num_classes', 1000))
         scaled = tuple(scale_channels(c, width) for c in channels)
         factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         # Built without blocks for its pooling, head and flags; the real stem and stages follow under the same names.

@@ -7,17 +7,49 @@ Tensors are as large as the largest of the network's widths asks.
 
 import copy
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from slimclr_hub.errors import InputError
 from slimclr_hub.models.slicing import SlicedWeight, part
 from slimclr_hub.models.widths import given, scale_channels, width_key
 
+MAX_IMAGE_SIZE = 4096
+"""Largest height and width of images, in pixels."""
+
+_MOST_BLOCKS, _MOST_PARAMETERS = 1000, 500_000_000
 _ONEDNN_BLOCK = 16
 """Channels of a block in AVX-512, the most that oneDNN has."""
+
+
+def check_sizes(
+    layers: Sequence[int], channels: Sequence[int], widths: Sequence[float], in_chans: int, num_classes: int
+) -> None:
+    """Check the sizes of a ResNet before it is built, as a `config.json` from anywhere may ask for any.
+
+    Raises:
+        InputError: One is no positive number, a width leaves no channel, or the network has more than 1,000 blocks or
+            about 500 million parameters.
+    """
+    sizes = {'layers': layers, 'channels': channels, 'in_chans': [in_chans], 'num_classes': [num_classes + 1]}
+    for name, values in sizes.items():
+        if not all(isinstance(value, Integral) and value > 0 for value in values):
+            raise InputError(f'{name} {values if len(values) > 1 else values[0]} is no positive number')
+    if narrow := [width for width in widths if not scale_channels(min(channels), width)]:
+        raise InputError(f'width {narrow[0]:g} leaves no channel of {min(channels)}; give a larger one')
+    blocks = sum(layers)
+    # At most: 3x3 and 1x1 convolutions of bottlenecks, and for each width a head of its own.
+    parameters = 49 * in_chans * channels[0] + 4 * channels[-1] * num_classes * sum(widths)
+    parameters += sum(17 * count * size * size for count, size in zip(layers, channels, strict=True))
+    if blocks > _MOST_BLOCKS or parameters > _MOST_PARAMETERS:
+        raise InputError(
+            f'a network of {blocks} blocks and about {parameters:.1e} parameters (in_chans {in_chans}, num_classes '
+            f'{num_classes}) is not built; the most are {_MOST_BLOCKS} and {_MOST_PARAMETERS:.1e}'
+        )
 
 
 class SlimmableConv2d(SlicedWeight, nn.Conv2d):

@@ -15,6 +15,7 @@ from slimclr_hub.models.loading import FIRST_CONV, expects_head, load_file, read
 from slimclr_hub.models.slicing import SlicedWeight, memory_format
 from slimclr_hub.models.slimmable_resnet import HEAD_STD, SlimmableResNet
 from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_width, check_widths, scale_channels, width_key
+from slimclr_hub.weights.checkpoint import check_values
 from slimclr_hub.weights.layouts import layout_of
 from slimclr_hub.weights.tensor_file import TensorFile
 
@@ -112,6 +113,9 @@ class LazySlimmableResNet(SlimmableResNet):
                 if isinstance(switch, SwitchableBatchNorm2d | SwitchableLinear)
                 for width in sorted(lacking)
             }
+        for name, module in self.named_modules():
+            if module in weights:
+                check_values(f'{name}.weight', weights[module])
         for module, weight in weights.items():
             # In this order, since a layer reads its weight first: a pass in another thread at a width that is held
             # takes the leading block of either weight, and the whole of none that is larger.

@@ -9,6 +9,7 @@ import torch
 from timm.models import adapt_input_conv
 
 from slimclr_hub.errors import InputError, shorten
+from slimclr_hub.weights.checkpoint import check_values
 from slimclr_hub.weights.layouts import ARCHITECTURES, Layout, layout_of, mismatches
 from slimclr_hub.weights.slices import (
     DISJOINT,
@@ -58,6 +59,7 @@ def checkpoint_filter_fn(tensors: Mapping[str, torch.Tensor], model: Loadable) -
         shape = wanted[name]
         if name == FIRST_CONV:
             shape = (shape[0], *tensors[source].shape[1:])
+        check_values(source, tensors[source])
         fitted[name] = leading(tensors[source], shape)
     return {name: tensor for name, tensor in with_batch_counts(fitted).items() if name in wanted}
 
@@ -67,27 +69,33 @@ def load_file(model: Loadable, path: Path) -> None:
     """Load a network's tensors from a slimmable one's safetensors file or its own, reading only slices that it needs.
 
     A head of other classes than the file's is left as it is; a first convolution for other image channels is adapted as
-    timm does. If a tensor does not fit, none is changed.
+    timm does. If a tensor does not fit, or is not of real numbers, none is changed.
 
     Raises:
-        InputError: The file is damaged, or a tensor is missing, misshapen or not expected.
+        InputError: The file is damaged, or a tensor is missing, misshapen, not expected, or holds NaN or infinity.
     """
     state = model.state_dict()
     with TensorFile(path) as file:
-        try:
-            sources = fit(_shapes(state), file.shapes, model.width)
-            absent = [name for name in state if name.startswith(_HEAD) and name not in sources]
-            if absent and expects_head(model):
-                raise InputError(f'the weights do not fit: missing {shorten(absent)}')
-        except InputError as error:
-            raise InputError(f'{path}: {error}') from error
+        sources = _fit_to_file(state, file, model.width)
+        absent = [name for name in state if name.startswith(_HEAD) and name not in sources]
+        if absent and expects_head(model):
+            raise InputError(f'{path}: the weights do not fit: missing {shorten(absent)}')
+        for source in sources.values():
+            check_values(source, torch.empty(0, dtype=file.dtypes[source]))
         for name, source in sources.items():
             if name == FIRST_CONV:
                 state[name].copy_(read_first_conv(file, slice(0, len(state[name])), model.in_chans))
             else:
                 file.copy_leading(source, state[name])
+            check_values(name, state[name])
         for name in batch_counts(state) & (state.keys() - sources.keys()):
             state[name].fill_(1)
+
+
+def check_fits(model: Loadable, path: Path) -> None:
+    """Check that the tensors of a network, except a new head, are in a safetensors file; see `fit`."""
+    with TensorFile(path) as file:
+        _fit_to_file(model.state_dict(), file, model.width)
 
 
 def check_head(path: Path, num_classes: int) -> None:
@@ -158,6 +166,13 @@ def fit(wanted: Shapes, available: Shapes, width: float) -> dict[str, str]:
     if problems:
         raise InputError(f'the weights do not fit: {shorten(problems)}{_explain(wanted, available)}')
     return fitted
+
+
+def _fit_to_file(state: Mapping[str, torch.Tensor], file: TensorFile, width: float) -> dict[str, str]:
+    try:
+        return fit(_shapes(state), file.shapes, width)
+    except InputError as error:
+        raise InputError(f'{file.path}: {error}') from error
 
 
 def check_complete(shapes: Shapes) -> Layout:

@@ -6,14 +6,14 @@ from typing import Any, TypeVar
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import _factory, build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models._pretrained import PretrainedCfg
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.models.convert import convert
 from slimclr_hub.models.dense import DenseResNet
 from slimclr_hub.models.lazy import LazySlimmableResNet
-from slimclr_hub.models.loading import check_head, checkpoint_filter_fn
+from slimclr_hub.models.loading import check_fits, check_head, checkpoint_filter_fn
 from slimclr_hub.models.slimmable_resnet import BasicBlock, Bottleneck, SlimmableFeatureGetter, SlimmableResNet
 from slimclr_hub.models.widths import DEFAULT_WIDTHS, width_key
 from slimclr_hub.weights import source
@@ -31,6 +31,8 @@ from slimclr_hub.weights.published import (
 )
 
 __all__: list[str] = []
+
+_OURS = (SlimmableResNet, LazySlimmableResNet, DenseResNet)
 
 Network = TypeVar('Network', SlimmableResNet, DenseResNet)
 
@@ -162,10 +164,10 @@ def build(
         else:
             num_classes = kwargs.get('num_classes', cfg.num_classes)
             # A config.json may ask for any number; a network of a user's own may name its head otherwise.
-            if cls in (SlimmableResNet, LazySlimmableResNet, DenseResNet) and num_classes == cfg.num_classes != 0:
+            if cls in _OURS and num_classes == cfg.num_classes != 0:
                 check_head(path, num_classes)
             overlay = {**(overlay or {}), 'file': str(path), 'source': '', 'custom_load': True}
-            make = _uninitialised(cls)
+            make = _uninitialised(cls, path)
     model = build_model_with_cfg(
         make,
         variant,
@@ -190,6 +192,34 @@ def build(
     return model
 
 
+def _reading_ours_first() -> None:
+    """Let `hf-hub:` and `local-dir:` names of what is not there end in this package's words inside of timm, too.
+
+    timm reads a `config.json` before it knows whose network it is.
+    """
+    from_hub, from_path = _factory.load_model_config_from_hf, _factory.load_model_config_from_path
+
+    def read_from_hub(model_id: str, cache_dir: str | Path | None = None) -> Any:
+        source.from_hub(model_id, 'config.json', None if cache_dir is None else Path(cache_dir))
+        return from_hub(model_id, cache_dir=cache_dir)
+
+    def read_from_path(model_path: str | Path) -> Any:
+        if not (Path(model_path) / 'config.json').is_file():
+            missing = 'has no config.json; it is not a folder that timm opens'
+            raise NoFolderError(f'{model_path} {missing if Path(model_path).exists() else "does not exist"}')
+        return from_path(model_path)
+
+    _factory.load_model_config_from_hf = read_from_hub
+    _factory.load_model_config_from_path = read_from_path
+
+
+class NoFolderError(InputError, FileNotFoundError):
+    """A `local-dir:` is none; also what timm raises then."""
+
+
+_reading_ours_first()
+
+
 def _without_files(cfg: Any) -> Any:
     """A configuration without tensors and paths, which only the caller's overlay may name.
 
@@ -203,11 +233,16 @@ def _without_files(cfg: Any) -> Any:
     return {key: value for key, value in cfg.items() if key not in names}
 
 
-def _uninitialised(cls: type[Network]) -> Callable[..., Network]:
-    """The class without its random initialisation, which takes longer than loading and is replaced by it."""
+def _uninitialised(cls: type[Network], path: Path) -> Callable[..., Network]:
+    """The class without its random initialisation, which takes longer than loading and is replaced by it.
+
+    Shapes are compared with those of the weights in `path` before there is memory for them.
+    """
 
     def make(*, device: Any = None, **kwargs: Any) -> Network:
         model = cls(device='meta', **kwargs)
+        if cls in _OURS and path.suffix == '.safetensors':
+            check_fits(model, path)
         model.to_empty(device=torch.get_default_device() if device is None else device)
         model.init_head()  # the one part that weights may leave out
         return model

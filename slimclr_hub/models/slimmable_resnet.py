@@ -26,6 +26,7 @@ from slimclr_hub.models.layers import (
     SlimmableSequential,
     SwitchableBatchNorm2d,
     SwitchableLinear,
+    check_sizes,
     slice_starts,
 )
 from slimclr_hub.models.loading import load_file
@@ -213,8 +214,9 @@ class SlimmableResNet(nn.Module):
             raise InputError(f'output_stride {output_stride} is not 8, 16 or 32')
         if num_classes > 0 and not global_pool:
             raise InputError(f"global_pool '' leaves {num_classes} classes nothing to classify; give num_classes=0")
-        factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         self._widths = check_widths(widths)
+        check_sizes(layers, channels, self._widths, in_chans, num_classes)
+        factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         self._held = self._widths if held is None else check_widths(held)
         self.overlap = overlap
         self._disjoint = disjoint_widths(self._widths, overlap)

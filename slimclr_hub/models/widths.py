@@ -11,6 +11,7 @@ from slimclr_hub.weights.slices import width_key as width_key
 
 DEFAULT_WIDTHS = (1.0, 0.75, 0.5, 0.25)
 
+_MOST_WIDTHS = 100  # each has normalisations of its own
 _TOLERANCE = 1e-6  # of numpy.linspace, which gives 0.6000000000000001
 
 
@@ -21,6 +22,8 @@ def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
         InputError: No width at all, a width twice, or one that is outside (0, 1] or has more than four decimals.
     """
     widths = tuple(sorted((_rounded(float(width)) for width in widths), reverse=True))
+    if len(widths) > _MOST_WIDTHS:
+        raise InputError(f'widths names {len(widths)} widths; give at most {_MOST_WIDTHS}')
     if not widths:
         raise InputError('widths is empty; give at least one, for example widths=(1.0, 0.5)')
     for width in widths:

@@ -20,8 +20,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from slimclr_hub.errors import DataError, DivergedError, InputError, PreemptedError, StorageError
 from slimclr_hub.files import file_hash
-from slimclr_hub.settings import RECIPE, to_dict
-from slimclr_hub.text import print_anything
+from slimclr_hub.settings import RECIPE, read_yaml, to_dict
+from slimclr_hub.text import print_anything, printable
 
 _MAX_BASES = 9
 _FAST = 'the fast path is always on'
@@ -77,6 +77,11 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     imports = recipe.pop('imports', {})
     if any(action.dest == 'imports' for action in parser._actions):
         recipe['imports'] = imports
+    for key, value in recipe.items():
+        if key in (parser.groups or {}) and not isinstance(value, dict):
+            raise InputError(
+                f'{", ".join(_values(argv, "--config")[0])}: {key} is {value!r}; it has keys, as {key}.KEY'
+            )
     try:
         rest = [*_with_lists(parser, rest)]
         return parser.instantiate(parser.parse_args([f'--config={json.dumps(recipe)}', *rest] if recipe else rest))
@@ -124,10 +129,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         InputError: The file is not a recipe, or one written by hand has keys of earlier versions.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f'{path} cannot be read as a recipe: {" ".join(str(error).split())}') from error
+    content = read_yaml(path) or {}
     if not isinstance(content, dict):
         raise InputError(f'{path} is not a recipe: it has no keys')
     if isinstance(files := content.get('imports'), list):
@@ -168,14 +170,14 @@ def run_script(work: Callable[[], None]) -> None:
         # All processes meet the same mistake or signal, but each reads its own images and writes its own files.
         alone = isinstance(error, DataError | StorageError)
         if state.is_main_process or alone:
-            print(f'error: {error}', file=sys.stderr)
+            print(f'error: {printable(error)}', file=sys.stderr)
         if not alone:
             state.destroy_process_group()
         sys.exit(error.status if isinstance(error, PreemptedError) else 2)
     except OSError as error:
         if error.errno not in _NO_ROOM | _OF_THE_DISK:
             raise
-        print(f'error: {error}', file=sys.stderr)
+        print(f'error: {printable(error)}', file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL if error.errno in _NO_ROOM else 2)
 
 
@@ -226,7 +228,7 @@ def _updated(content: dict[str, Any], keys: Mapping[str, Any], path: Path) -> di
         del content['speed']
     if dropped and path not in _noted and os.environ.get('RANK', '0') == '0':
         _noted.add(path)
-        print(f'Note: {path} was written by an earlier version; dropped: {", ".join(dropped)}')
+        print(printable(f'Note: {path} was written by an earlier version; dropped: {", ".join(dropped)}'))
     return content
 
 

@@ -8,13 +8,14 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import read_json_lines, write_text
@@ -42,6 +43,7 @@ _WORDS = {
     'rank': 'effective rank (RankMe)',
 }
 _WHILE_TRAINING: dict[str, Kind] = {'knn': 'knn', 'linear': 'logistic', 'top1': 'classifier', 'rank': 'rank'}
+_HIGHEST_RANK = 1e9
 _MEASURED = ('top1', 'top5', 'start', 'rank')
 _OLD_GRID = 'accuracies.json'  # k-NN at every k and tau, beside a result.json of version 0.1.0 before its release
 
@@ -159,13 +161,13 @@ def load(file: Path) -> list[Result]:
     try:
         content = json.loads(file.read_text(encoding='utf-8'))
         if isinstance(content, dict):
-            return _old_results(content, file.parent / _OLD_GRID)
-        return [
+            return _checked(_old_results(content, file.parent / _OLD_GRID))
+        return _checked(
             Result(**{**each, 'protocol': Protocol(**each['protocol']), **_by_width(each, *_MEASURED)})
             for each in content
-        ]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f'{file} is not the result of an evaluation ({error!r})') from error
+        )
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise InputError(f'{file} is not the result of an evaluation ({str(error)[:200]})') from error
 
 
 def results_in(folder: Path) -> dict[Path, list[Result]]:
@@ -181,10 +183,46 @@ def results_in(folder: Path) -> dict[Path, list[Result]]:
 
         recipe, metrics = read_recipe(folder / RECIPE), read_metrics(folder / METRICS)
         try:
-            found[folder / METRICS] = training_results(metrics, recipe, str(folder))
-        except (ValueError, TypeError, AttributeError) as error:
+            found[folder / METRICS] = _checked(training_results(metrics, recipe, str(folder)))
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             raise InputError(f'{folder / METRICS} and {RECIPE} are not those of a run ({error})') from error
     return {**found, **{file: load(file) for file in sorted(folder.glob(f'*/{RESULT}'))}}
+
+
+def _checked(results: Iterable[Result]) -> list[Result]:
+    """The results, if every value is of its type and in its range; a ValueError names one that is not."""
+    results = list(results)
+    hints = get_type_hints(Protocol)
+    for result in results:
+        for name, hint in hints.items():
+            if not _is_a(getattr(result.protocol, name), hint):
+                raise ValueError(f'{name} is {getattr(result.protocol, name)!r:.99}')
+        for name in ('settings', 'environment'):
+            if not isinstance(getattr(result, name), dict):
+                raise ValueError(f'{name} is {getattr(result, name)!r:.99}')
+        if not isinstance(result.network, str) or not _is_a(result.images, int | None):
+            raise ValueError(f'network and images are {result.network!r:.99}, {result.images!r:.99}')
+        for name in _MEASURED:
+            most = 100 if name.startswith('top') else _HIGHEST_RANK
+            for width, value in getattr(result, name).items():
+                if not (0 < width <= 1 and _is_a(value, float) and 0 <= value <= most):
+                    raise ValueError(f'{name} at width {width:g} is {value!r:.99}')
+        if not result.values or (result.network == RAW_PIXELS and 1.0 not in result.values):
+            raise ValueError(f'there is no value of {result.network!r:.99}')
+        if not all(isinstance(value, str) for value in result.environment.values()):
+            raise ValueError('environment holds more than texts')
+    return results
+
+
+def _is_a(value: object, hint: Any) -> bool:
+    """True if a value of JSON is of the type that an annotation names."""
+    if isinstance(hint, UnionType) or get_origin(hint) is Union:  # the latter with a Literal in it
+        return any(_is_a(value, each) for each in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    return type(value) is hint
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from slimclr_hub.text import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -47,29 +49,30 @@ class TextTable:
         from rich.console import Console
         from rich.table import Table
 
+        headers, *rows = ([printable(cell) for cell in row] for row in (self.headers, *self.rows))
         console = console or Console(markup=False, emoji=False, highlight=False)
         columns = console.width if console.is_terminal else max(_DEFAULT_COLUMNS, console.width)
-        cells = [[row[i] for row in self.rows] for i in range(len(self.headers))]
+        cells = [[row[i] for row in rows] for i in range(len(headers))]
         # Rich's own widths would be below the least ones.
         widths = [
             max(map(cell_len, (*header.split(), *column)), default=0)
-            for header, column in zip(self.headers, cells, strict=True)
+            for header, column in zip(headers, cells, strict=True)
         ]
         needed = sum(widths) + 3 * len(widths) + 1  # a space on either side, and lines between
         spare = max(columns - needed, 0)
-        while spare and (long := [i for i, header in enumerate(self.headers) if cell_len(header) > widths[i]]):
-            widths[max(long, key=lambda i: cell_len(self.headers[i]) / widths[i])] += 1
+        while spare and (long := [i for i, header in enumerate(headers) if cell_len(header) > widths[i]]):
+            widths[max(long, key=lambda i: cell_len(headers[i]) / widths[i])] += 1
             spare -= 1
-        table = Table(title=self.title)
-        for i, (header, width) in enumerate(zip(self.headers, widths, strict=True)):
+        table = Table(title=printable(self.title))
+        for i, (header, width) in enumerate(zip(headers, widths, strict=True)):
             table.add_column(header, justify='left' if i < self.names else 'right', width=width)
-        for row in self.rows:
+        for row in rows:
             table.add_row(*row)
         # Both, as a height alone would leave the width to a terminal that does not tell it.
         console.size = (max(columns, needed), console.height)
         console.print(table)
         for note in self.notes:
-            console.print(note, soft_wrap=True)
+            console.print(printable(note), soft_wrap=True)
 
 
 def _escaped(text: str) -> str:

@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from slimclr_hub.errors import InputError
+from slimclr_hub.weights.slices import BATCH_COUNT, DISJOINT
 from slimclr_hub.weights.tensor_file import TensorFile
 
 _REFUSED = re.compile(r'(?:Unsupported (?:global: GLOBAL|class)|GLOBAL) ([\w.]+)')
 _TRUNK = ('classy_state_dict', 'base_model', 'model', 'trunk')  # of VISSL
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _DINO = ('student', 'teacher')
 _HOLDERS = ('state_dict', 'model', 'model_state_dict')
 
@@ -131,6 +133,20 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
         if tensors:
             return tensors
     raise InputError(f'{path} holds no state dict: no tensors by name, neither directly nor under {_HOLDERS}')
+
+
+def check_values(name: str, tensor: torch.Tensor) -> None:
+    """Check that a tensor of a network holds finite real numbers; those that only count or mark may be of any type.
+
+    Raises:
+        InputError: It is of another type, or has a NaN or infinite value.
+    """
+    if name.endswith(BATCH_COUNT) or name == DISJOINT:
+        return
+    if tensor.dtype not in _FLOATS:
+        raise InputError(f'{name} is of {tensor.dtype}; weights are of {", ".join(map(str, _FLOATS))}')
+    if not tensor.is_meta and not tensor.isfinite().all():
+        raise InputError(f'{name} holds NaN or infinite values; the training that wrote it had diverged')
 
 
 def check_form(name: str, tensor: torch.Tensor) -> None:

@@ -22,6 +22,14 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.files import file_hash, git_hash
 from slimclr_hub.text import first_line
 from slimclr_hub.version import __version__
+from slimclr_hub.weights.bounded import (
+    LARGEST_CONFIG,
+    SECONDS,
+    SECONDS_FOR_CONFIG,
+    BoundedProgress,
+    TooLateError,
+    in_time,
+)
 from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.published import (
     AUTHORS_REPOSITORY,
@@ -48,6 +56,7 @@ _OWN_FILE = (
 )
 _ATTEMPTS = 3
 _SECONDS_TO_CONNECT = 3
+_ACCEPT = 'SLIMCLR_ACCEPT_RELEASE'
 _HASHES = ('sha256', 'sha1', 'md5')
 _HASH_OF_THE_HUB = re.compile(r'[0-9a-f]{64}|[0-9a-f]{40}')
 _logger = logging.getLogger(__name__)
@@ -91,7 +100,7 @@ def from_hub(repo: str, filename: str = WEIGHTS, cache_dir: Path | None = None) 
 
     Endpoint, token, cache and offline mode are those of huggingface_hub (`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`,
     `HF_HUB_OFFLINE`). `repo` is `account/name`, or `account/name@revision`. Weights are checked against the hash that
-    the Hub names, once, and nothing outside the cache is ever removed.
+    the Hub names, once, and nothing outside the cache is ever removed. It ends in the time of `weights.bounded`.
 
     Raises:
         NotOnHubError: There is no such repository, or the Hub cannot be reached and the cache lacks the file.
@@ -131,6 +140,9 @@ def from_hub(repo: str, filename: str = WEIGHTS, cache_dir: Path | None = None) 
         if not is_transport_error(error):
             raise
         raise NotOnHubError(f'the Hub cannot be reached for {repo}: {first_line(error)}') from None
+    _check_place(path, repo)
+    if filename == 'config.json' and path.stat().st_size > LARGEST_CONFIG:
+        raise InputError(f'{filename} of {repo} has {path.stat().st_size} bytes, more than {LARGEST_CONFIG}')
     if filename != 'config.json':
         _check_hash(path, repo, cache_dir or Path(constants.HF_HUB_CACHE))
         _logger.info('Weights from the Hub: %s, %s', repo, path)
@@ -139,12 +151,18 @@ def from_hub(repo: str, filename: str = WEIGHTS, cache_dir: Path | None = None) 
 
 def _download(repo: str, filename: str, revision: str | None, cache_dir: Path | None) -> Path:
     library: dict[str, Any] = {'library_name': 'slimclr_hub', 'library_version': __version__}
-    download = partial(hf_hub_download, repo, filename, revision=revision, cache_dir=cache_dir, **library)
+    download = partial(
+        hf_hub_download, repo, filename, revision=revision, cache_dir=cache_dir, tqdm_class=BoundedProgress, **library
+    )
     cached = isinstance(try_to_load_from_cache(repo, filename, cache_dir, revision), str)
-    if not constants.HF_HUB_OFFLINE and not cached:
-        _check_connection(constants.ENDPOINT)
+
+    def fetch() -> str:
+        if not constants.HF_HUB_OFFLINE and not cached:
+            _check_connection(constants.ENDPOINT)
+        return with_retries(download)
+
     try:
-        return Path(with_retries(download))
+        return Path(in_time(fetch, SECONDS_FOR_CONFIG if filename == 'config.json' else SECONDS))
     except Exception as error:
         if not is_transport_error(error):
             raise
@@ -161,6 +179,14 @@ def _check_connection(url: str) -> None:
     except Exception as error:
         if is_transport_error(error) and type(error).__name__ in ('ConnectError', 'ConnectTimeout'):
             raise
+
+
+def _check_place(path: Path, repo: str) -> None:
+    # The client names a file by the hash that the Hub tells, which may be a path of any kind.
+    blobs = path.parents[2] / 'blobs'  # beside snapshots/COMMIT/FILE
+    if path.is_symlink() and os.path.normpath(path.parent / path.readlink().parent) != os.path.normpath(blobs):
+        file = os.path.normpath(path.parent / path.readlink())
+        raise InputError(f'{path.name} of {repo}: by its hash the Hub has put it in {file}, outside of the cache')
 
 
 def _check_hash(path: Path, repo: str, root: Path) -> None:
@@ -242,6 +268,13 @@ def from_release(network: Published, convert: Convert, cache_dir: Path | None = 
                 source.unlink()
                 _download_release(network, source)
             if not _hash_fits(network.file, source):
+                if os.environ.get(_ACCEPT) != '1':
+                    found = file_hash(source)
+                    source.unlink()
+                    raise InputError(
+                        f'{network.file}: its name ends in the beginning of none of its hashes ({", ".join(_HASHES)}; '
+                        f'the sha256 is {found}); it was deleted, and {_ACCEPT}=1 in the environment accepts it'
+                    )
                 _logger.warning('%s: its name ends in none of its hashes (%s)', network.file, ', '.join(_HASHES))
             try:
                 tensors = convert(read_checkpoint(source))
@@ -266,14 +299,13 @@ def _download_release(network: Published, path: Path) -> None:
         raise InputError(f'{network.name}: offline (HF_HUB_OFFLINE) and not in the cache; load it once while online')
     size = None
     try:
-        _check_connection(url)
-        size = with_retries(partial(_size, url))
+        size = in_time(partial(_announced, url), SECONDS_FOR_CONFIG)
         text = '%s: from the release of the authors, %s. It is converted once and kept in %s'
         _logger.warning(text, network.name, url, path.parent)
         if path.is_symlink() or (size is not None and path.is_file() and path.stat().st_size > size):
             path.unlink()  # never written through a link of that name
         with path.open('ab') as file:
-            with_retries(partial(_append, url, file, size, network.file))
+            in_time(partial(with_retries, partial(_append, url, file, size, network.file)))
     except errors.HfHubHTTPError as error:
         raise InputError(f'{network.name}: {url} answered {error.response.status_code}') from None
     except errors.OfflineModeIsEnabled:
@@ -291,7 +323,13 @@ def _download_release(network: Published, path: Path) -> None:
 
 
 def _append(url: str, file: BinaryIO, size: int | None, name: str) -> None:
-    http_get(url, file, resume_size=file.seek(0, os.SEEK_END), expected_size=size, displayed_filename=name)
+    start = file.seek(0, os.SEEK_END)
+    http_get(url, file, resume_size=start, expected_size=size, displayed_filename=name, tqdm_class=BoundedProgress)
+
+
+def _announced(url: str) -> int | None:
+    _check_connection(url)
+    return with_retries(partial(_size, url))
 
 
 def _size(url: str) -> int | None:
@@ -312,9 +350,10 @@ def _hash_fits(name: str, path: Path) -> bool:
 
 
 def is_transport_error(error: Exception) -> bool:
-    """True if no answer came, or not all of it: refused, cut off or timed out."""
-    # huggingface_hub uses requests, httpx or httpx2, depending on its version; their classes share no base.
-    return type(error).__module__.partition('.')[0] in ('requests', 'httpx', 'httpx2', 'httpcore')
+    """True if no answer came, or not all of it: refused, cut off, timed out or too late."""
+    # huggingface_hub uses httpx or httpx2, depending on its version; their classes share no base.
+    library = type(error).__module__.partition('.')[0]
+    return isinstance(error, TooLateError) or library in ('requests', 'httpx', 'httpx2', 'httpcore')
 
 
 def with_retries(call: Callable[[], Answer]) -> Answer:

@@ -1,5 +1,7 @@
 """Safetensors files, read by slices and written atomically."""
 
+import errno
+import io
 import json
 import os
 import re
@@ -7,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,6 +50,7 @@ class TensorFile:
 
     Attributes:
         shapes: Name -> shape of every tensor.
+        dtypes: Name -> type of every tensor.
 
     Raises:
         InputError: There is no such file, or it is not a complete safetensors file.
@@ -66,6 +70,7 @@ class TensorFile:
             begin = 8 + length + entry['data_offsets'][0]
             self._entries[name] = _Entry(_DTYPES[entry['dtype']], tuple(entry['shape']), begin)
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+        self.dtypes = {name: entry.dtype for name, entry in self._entries.items()}
 
     def _check(self) -> None:
         try:
@@ -159,6 +164,16 @@ def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata:
         save_file(dict(tensors), path, dict(metadata))
     except SafetensorError as error:
         number = re.search(r'os error (\d+)', str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def save_pickle(content: Any, path: Path) -> None:
+    """Write a file by `torch.save`, as far as there is room.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    buffer = io.BytesIO()  # to a file, PyTorch's own writer ends the process where the disk is full
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getbuffer())

@@ -18,6 +18,7 @@ from tests.analysis.runs import analyse, refusal
 
 SHAPES = {'backbone.conv1.weight': (4, 1, 3, 3), 'backbone.layer1.weight': (6, 4, 3, 3)}
 OTHERS = {'backbone.bn1.w100.weight': (4,), 'head.fc1.weight': (8, 6), 'key_backbone.conv1.weight': (4, 1, 3, 3)}
+STATE = {'steps_per_epoch': 20, 'evaluated': False, 'processes': 1, 'files': {'process_0.pt': 'a hash'}}
 ALONE = {10: (4.0, 1.0), 20: (4.0, -1.0), 30: (3.0, 0.0), 40: (0.0, 0.0)}
 SLIMMABLE = {10: (5.0, 1.5), 20: (5.0, -1.5), 30: (1.0, 0.0), 40: (0.0, 0.0)}
 
@@ -42,7 +43,7 @@ def write_run(folder: Path, path: dict[int, tuple[float, float]]) -> Path:
         checkpoint = folder / 'checkpoints' / f'step-{step:08d}'
         checkpoint.mkdir(parents=True)
         save_file(tensors(at, step), checkpoint / 'model.safetensors')
-        (checkpoint / 'state.json').write_text(json.dumps({'step': step, 'steps_per_epoch': 20}))
+        (checkpoint / 'state.json').write_text(json.dumps({'step': step, **STATE}))
     (folder / 'recipe.yaml').write_text(dump(PretrainConfig()))
     return folder
 
@@ -68,6 +69,12 @@ def test_path_is_that_of_the_checkpoints(runs):
     assert found.offsets == pytest.approx((4.0, 1.0))
     squares = expected.var(0)
     assert found.explained == pytest.approx((squares / squares.sum()).tolist())
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{}', '{"step": 40}', '[' * 9999])
+def test_a_damaged_state_is_one_line(own, capsys, text):
+    (own / 'checkpoints' / 'step-00000040' / 'state.json').write_text(text)
+    assert 'step-00000040 cannot be read' in refusal(capsys, 'trajectory', own)
 
 
 def test_snapshots_lie_between_checkpoints(own):

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
@@ -131,12 +132,18 @@ def test_splits_lie_beside_each_other(tmp_path, accelerator, data, backbone):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_damaged_file_is_written_again(tmp_path, accelerator, data, backbone, capsys):
+@pytest.mark.parametrize('damage', ['cut', 'bit', 'label'])
+def test_a_damaged_file_is_written_again(tmp_path, accelerator, data, backbone, capsys, damage):
     cache = FeatureCache(tmp_path, accelerator, backbone, data)
     first = cache.features('train')
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
-    path.write_bytes(whole[:-10])
+    if damage == 'label':
+        tensors = load_file(path)
+        tensors['labels'][0] += 1
+        save_file(tensors, path)
+    else:
+        path.write_bytes(whole[:-10] if damage == 'cut' else whole[:-10] + bytes([whole[-10] ^ 1]) + whole[-9:])
     again = cache.features('train')
     assert path.read_bytes() == whole
     assert again.by_width[1.0].equal(first.by_width[1.0])

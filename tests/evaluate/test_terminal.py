@@ -51,6 +51,13 @@ def test_names_and_numbers_stay_on_one_line():
     assert all(name in line and '0.328, 0.0956' in line for name, line in zip(NAMES, lines, strict=True))
 
 
+def test_a_terminal_is_told_nothing_by_the_cells():
+    console, hostile = narrow(), '\x1b[2J\x07'
+    TextTable(hostile, [hostile], [[hostile]], [hostile]).print(console)
+    assert printed(console).count('\\x1b[2J\\x07') == 4
+    assert '\x07' not in printed(console)
+
+
 def test_a_file_has_room(capsys, monkeypatch):
     monkeypatch.setenv('COLUMNS', '80')
     TextTable('accuracies', HEADERS, [[name, *CELLS] for name in NAMES]).print()

@@ -1,5 +1,6 @@
 """Networks exported to ONNX and `.pt2`, run by onnxruntime and by PyTorch without the network."""
 
+import resource
 import subprocess
 import sys
 import zipfile
@@ -103,6 +104,17 @@ def test_any_module(tmp_path):
     """Without `num_classes` the output is `features`; the file is in float32."""
     assert export_onnx(Scaled(), tmp_path / 'network.onnx', size=8) < 1e-6
     assert_computes(run_onnx(tmp_path / 'network.onnx', images(2, 8), 'features'), images(2, 8).mean((1, 2, 3)) * 0.3)
+
+
+def test_a_full_disk_ends_no_process(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match='File too large'):
+            export_pt2(Scaled(), tmp_path / 'network.pt2', size=8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize(('export', 'name'), [(export_onnx, 'network.onnx'), (export_pt2, 'network.pt2')])

@@ -30,6 +30,33 @@ def test_another_file_is_refused_by_its_name(tmp_path, text):
         load(tmp_path / 'result.json')
 
 
+ODD = [
+    {'top1': {'1.0': 'x'}},
+    {'top1': {'1.0': 101}},
+    {'top1': {'1.0': float('nan')}},
+    {'top1': {}},
+    {'top1': {'2': 50.0}},
+    {'images': 'many'},
+    {'settings': None},
+    {'environment': {'time': 3}},
+    {'network': {}},
+    {'network': 'raw pixels', 'top1': {'0.5': 50.0}},
+    {'protocol': {'kind': 'knn', 'data': {}}},
+    {'protocol': {'kind': 'knn', 'temperature': 'x'}},
+    {'protocol': {'kind': 'else'}},
+    {'protocol': {'kind': 'linear', 'features': 'x'}},
+]
+
+
+@pytest.mark.parametrize('entries', ODD)
+def test_a_value_of_another_type_is_refused(tmp_path, entries):
+    (file,) = (save([RESULT], tmp_path),)
+    (content,) = json.loads(file.read_text())
+    file.write_text(json.dumps([{**content, **entries}]))
+    with pytest.raises(InputError, match=r'result\.json is not the result of an evaluation'):
+        load(file)
+
+
 @pytest.mark.parametrize(
     ('protocol', 'words', 'label'),
     [

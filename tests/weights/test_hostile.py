@@ -138,6 +138,12 @@ OTHERS = """
 {"model_args": {"global_pool": "x"}}
 {"model_args": {"widths": "x"}}
 {"model_args": {"in_chans": -3}}
+{"model_args": {"in_chans": 1000000000}}
+{"model_args": {"layers": [1000000, 3, 3]}}
+{"model_args": {"layers": [1, 1, 1], "channels": [4000, 4000, 4000]}}
+{"model_args": {"num_classes": 1000000000}}
+{"model_args": {"widths": [1.0, 0.0001]}}
+{"pretrained_cfg": {"input_size": [3, 10000000, 10000000]}}
 {"num_classes": []}
 {"num_classes": 10000000}
 {"label_names": 3}
@@ -151,7 +157,32 @@ def test_a_config_of_other_types_is_one_line(shown, folder, tmp_path, text):
     (net / 'config.json').write_text(json.dumps(config))
     status, _, line = shown('info', net)
     assert status == 1
-    assert str(net) in line or 'num_classes' in line or 'widths' in line
+    assert any(word in line for word in (str(net), 'num_classes', 'width', 'in_chans'))
+
+
+@pytest.mark.parametrize('kind', ['int32', 'bool', 'nan', 'inf'])
+@pytest.mark.parametrize('file', ['model.safetensors', 'pytorch_model.bin'])
+def test_a_folder_of_no_real_numbers_is_one_line(shown, folder, network, tmp_path, kind, file):
+    tensors = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    weight = tensors['layer2.0.conv1.weight']
+    if kind in ('nan', 'inf'):
+        weight[0, 0, 0, 0] = float(kind)
+    else:
+        tensors['layer2.0.conv1.weight'] = weight.to(getattr(torch, kind))
+    net = shutil.copytree(folder, tmp_path / 'net', ignore=lambda *_: ['model.safetensors'])
+    (torch.save if file.endswith('.bin') else save_file)(tensors, net / file)
+    status, _, line = shown('info', net)
+    assert status == 1
+    assert 'layer2.0.conv1.weight' in line
+    assert ('NaN' if kind in ('nan', 'inf') else kind) in line
+
+
+def test_an_argument_that_is_empty(shown, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, line = shown('convert', folder / 'model.safetensors', '')
+    assert status == 1
+    assert 'an argument is empty' in line
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_a_config_that_is_nested_too_deep(shown, folder, tmp_path):
@@ -196,8 +227,16 @@ def test_a_hash_is_compared_whatever_its_form(hub, client, cache, name, form):
     hub.add_repo(name, {'model.safetensors': os.urandom(5000)})
     hub.lie(f'/{name}/resolve/*', etag=etag)
     for _ in range(2):  # found in the cache, too
-        words = 'no hash' if form == 'word' else 'as the Hub says'
+        words = {'word': 'no hash', 'path': 'outside of the cache'}.get(form, 'as the Hub says')
         assert is_refused(client('from_hub', name, cache), name, words)
+
+
+def test_a_right_hash_that_is_a_path_is_refused(hub, client, cache, name):
+    data = os.urandom(5000)
+    hub.add_repo(name, {'config.json': '{}', 'model.safetensors': data})
+    hub.lie(f'/{name}/resolve/*', etag=f'../../../{sha256(data)}')
+    assert is_refused(client('from_hub', name, cache), name, 'outside of the cache')
+    assert is_refused(client('from_hub', name, cache, filename='config.json'), name, 'outside of the cache')
 
 
 @pytest.mark.parametrize('form', ['upper', 'git'])

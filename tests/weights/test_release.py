@@ -20,6 +20,7 @@ from tests.weights.conftest import is_refused, make, trapped
 TAG = 'mocov2_200e_in1k'
 NETWORK = PUBLISHED[TAG]
 WRITTEN = 10 << 20  # what the client writes at once, and goes on from
+ACCEPTED = {'SLIMCLR_ACCEPT_RELEASE': '1'}  # of another hash than in the name
 NUMBERS = itertools.count()
 
 
@@ -61,7 +62,8 @@ def publish(hub):
         file = file or f'slimclr-mocov2-ep200-{sha256(data)[:8]}.pth.tar'
         folder = f'release-{next(NUMBERS)}'
         url = hub.add_file(f'{folder}/{file}', data)
-        return Release(file, folder, {'SLIMCLR_RELEASE_URL': url.rpartition('/')[0]})
+        accepted = ACCEPTED if file == NETWORK.file else {}
+        return Release(file, folder, {'SLIMCLR_RELEASE_URL': url.rpartition('/')[0], **accepted})
 
     return publish
 
@@ -233,6 +235,9 @@ def test_the_hash_in_its_name(publish, client, cache, network, data, kind, digit
 def test_another_hash_than_in_its_name(publish, client, cache, network, data):
     release = publish(data, 'slimclr-mocov3-ep300-57e298e9cd.pth.tar')
     answer = client('fetch', release.file, cache, env=release.env)
+    assert is_refused(answer, release.file, sha256(data), 'SLIMCLR_ACCEPT_RELEASE=1 in the environment accepts it')
+    assert left(cache) == []
+    answer = client('fetch', release.file, cache, env={**release.env, **ACCEPTED})
     assert is_whole(answer, network)
     _, warning = answer.told('WARNING')
     assert release.file in warning
@@ -253,10 +258,10 @@ def test_a_file_that_ends_early(hub, publish, client, cache, network, data):
     for kind in ('fetch', 'published'):
         hub.add_file(f'{release.folder}/{NETWORK.file}', data[: len(data) // 2])
         what = release.file if kind == 'fetch' else TAG
-        assert is_refused(client(kind, what, cache, env=release.env), 'damaged')
+        assert is_refused(client(kind, what, cache, env={**release.env, **ACCEPTED}), 'damaged')
         assert left(cache) == []
     hub.add_file(f'{release.folder}/{release.file}', data)
-    assert is_whole(client('fetch', release.file, cache, env=release.env), network)
+    assert is_whole(client('fetch', release.file, cache, env={**release.env, **ACCEPTED}), network)
 
 
 def test_a_file_that_lacks_a_tensor(publish, client, cache, network):

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slimclr_hub.errors import InputError
+from slimclr_hub.hub import formats
+from slimclr_hub.inference.embed import Embeddings, save_embeddings
 from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
 
@@ -331,10 +333,18 @@ def test_whole_or_not_at_all(tmp_path, there, full_disk):
     target = tmp_path / 'model.safetensors'
     if there:
         save_tensors({'a': torch.ones(3)}, target)
-    with pytest.raises(Exception, match='File too large'):
+    with pytest.raises(OSError, match='File too large'):
         save_tensors({'a': torch.zeros(1_000_000)}, target)
     assert [path.name for path in tmp_path.iterdir()] == (['model.safetensors'] if there else [])
     assert not there or torch.equal(load_file(target)['a'], torch.ones(3))
+
+
+def test_every_writer_tells_of_a_full_disk(tmp_path, full_disk):
+    with pytest.raises(OSError, match='File too large'):
+        formats.save_tensors({'a': torch.zeros(1_000_000)}, tmp_path / 'a.pth')
+    with pytest.raises(OSError, match='File too large'):
+        save_embeddings(Embeddings(['x'], torch.zeros(1, 1_000_000), 'y', 1.0, []), tmp_path / 'a.safetensors')
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_tensors_that_cannot_be_written(tmp_path):

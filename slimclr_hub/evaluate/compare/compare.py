@@ -11,6 +11,7 @@ from slimclr_hub.evaluate.compare.figure import draw_pareto
 from slimclr_hub.evaluate.compare.tables import comparison_tables, csv_text, reported_networks, reported_tables
 from slimclr_hub.files import write_text
 from slimclr_hub.runs.result import environment
+from slimclr_hub.text import printable
 
 _STANDARD_OUTPUT = Path('-')
 
@@ -74,7 +75,7 @@ def compare_networks(
     written = []
     for option, file in outputs.items():
         if file == _STANDARD_OUTPUT:
-            print(texts[option], end='')
+            print(printable(texts[option]), end='')
         elif file is not None:
             write_text(file, texts[option])
             written.append(file)

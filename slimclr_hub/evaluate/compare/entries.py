@@ -8,18 +8,21 @@ from itertools import takewhile
 from pathlib import Path
 from statistics import mean, quantiles
 from time import perf_counter
+from typing import Any
 
 import timm
 import torch
-import yaml
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.network import default_output, folder_of, open_for_test, published_network, shipped_network
 from slimclr_hub.evaluate.reported import published_result
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cost import WidthFacts, width_facts
+from slimclr_hub.models.layers import MAX_IMAGE_SIZE
+from slimclr_hub.models.registry import slimmable_models
 from slimclr_hub.runs.result import RAW_PIXELS, Protocol, Result, load, results_in
-from slimclr_hub.settings import RECIPE
+from slimclr_hub.settings import RECIPE, read_yaml
+from slimclr_hub.text import first_line
 
 _REPETITIONS = 7
 _LEAST_REPETITIONS = 3
@@ -111,15 +114,30 @@ def _open(network: str) -> tuple[SlimmableResNet, int]:
     if folder.is_dir() and not any(file.is_file() for file in (recipe, folder / 'config.json')):
         raise InputError(f'{network} is neither a run, it has no {RECIPE}, nor a network, it has no config.json')
     if recipe.is_file() and not (folder / 'config.json').is_file():
-        settings = yaml.safe_load(recipe.read_text(encoding='utf-8'))
-        name, widths, data = settings['model']['name'], tuple(settings['model']['widths']), settings['data']
-        classes = settings.get('method', {}).get('num_classes') or 0
-        model = timm.create_model(name, num_classes=classes, in_chans=data.get('channels', 3), widths=widths).eval()
-        assert isinstance(model, SlimmableResNet)
-        return model, data['size']
+        try:
+            return _unfinished(read_yaml(recipe))
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+            raise InputError(f'{recipe} describes no network ({first_line(error)})') from error
     model = timm.create_model(published.name).eval() if published is not None else open_for_test(network)
     assert isinstance(model, SlimmableResNet)
     return model, model.pretrained_cfg['input_size'][-1]
+
+
+def _unfinished(settings: Any) -> tuple[SlimmableResNet, int]:
+    """The network that a recipe describes, with random weights, and the size of its images."""
+    of_model, data = settings['model'], settings['data']
+    if of_model['name'] not in slimmable_models():
+        raise InputError(f'model.name {of_model["name"]!r} is none of {", ".join(slimmable_models())}')
+    model = timm.create_model(
+        of_model['name'],
+        num_classes=settings.get('method', {}).get('num_classes') or 0,
+        in_chans=data.get('channels', 3),
+        widths=tuple(of_model['widths']),
+    )
+    assert isinstance(model, SlimmableResNet)
+    if not isinstance(data['size'], int) or not 0 < data['size'] <= MAX_IMAGE_SIZE:
+        raise InputError(f'data.size is {data["size"]!r}; a size is from 1 to {MAX_IMAGE_SIZE} pixels')
+    return model.eval(), data['size']
 
 
 def _measurements(network: str, baselines: bool) -> tuple[list[_Measurement], dict[Protocol, Result]]:
@@ -233,7 +251,9 @@ def measure_speed(entries: Sequence[Entry], batch_size: int, seconds: float = 20
                 break
             for turn, ((i, width, images), count) in enumerate(zip(turns, counts, strict=True)):
                 measured[turn].append(_time(entries[i].model, images, width, count))
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, RuntimeError) as error:  # of a GPU, and of the CPU
+        if 'memory' not in str(error):
+            raise
         raise InputError(f'a batch of {batch_size} does not fit in memory; give a smaller --batch-size') from error
     result = [replace(entry, speed={}, spread=0.0) for entry in entries]
     for (i, width, _), found in zip(turns, measured, strict=True):

@@ -1,0 +1,41 @@
+"""Recipes of any content: read as values, or refused in one line, in little memory."""
+
+import resource
+
+import pytest
+
+from slimclr_hub.errors import InputError
+from slimclr_hub.runs.command_line import read_recipe
+
+ALIASES = 'a: &a [x, x, x, x, x, x, x, x, x]\n' + ''.join(
+    f'{new}: &{new} [{", ".join([f"*{old}"] * 9)}]\n' for old, new in zip('abcdefgh', 'bcdefghi', strict=True)
+)
+MERGES = 'a: &a {x: 1}\n' + ''.join(
+    f'{new}: &{new} {{<<: [{", ".join([f"*{old}"] * 9)}]}}\n' for old, new in zip('abcdefgh', 'bcdefghi', strict=True)
+)
+TEXTS = {
+    'aliases': (ALIASES.encode(), 'too long'),
+    'merges': (MERGES.encode(), 'name the other recipe as `base`'),
+    'latin-1': ('run: {name: modèle}'.encode('latin-1'), 'utf-8'),
+    'binary': (bytes(range(256)), 'cannot be read as a recipe'),
+    'a call': (b'!!python/object/apply:os.system ["true"]', 'could not determine a constructor'),
+    'a date': (b'run: {name: 2001-01-01}', 'date is not JSON serializable'),
+    'itself': (b'&a [*a]', 'Circular reference'),
+    'depth': (b'{' * 5000, 'cannot be read as a recipe'),
+    'length': (b'a: ' + b'x' * 300_000, 'too long'),
+}
+
+
+@pytest.mark.parametrize('kind', TEXTS)
+def test_no_recipe(tmp_path, kind):
+    text, words = TEXTS[kind]
+    (tmp_path / 'mine.yaml').write_bytes(text)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=f'^{tmp_path}/mine.yaml .*{words}'):
+        read_recipe(tmp_path / 'mine.yaml')
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+def test_anchors_are_values(tmp_path):
+    (tmp_path / 'mine.yaml').write_text('views: &v {crop_min: 0.2}\nsecond_views: *v\n')
+    assert read_recipe(tmp_path / 'mine.yaml') == {'views': {'crop_min': 0.2}, 'second_views': {'crop_min': 0.2}}
