@@ -7,8 +7,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from slimclr_hub.errors import InputError
 from slimclr_hub.files import write_text
 from slimclr_hub.settings import flatten
+from slimclr_hub.text import first_line
 from slimclr_hub.train.config import PretrainConfig
 
 _IDENTITY = 'tracker.json'
@@ -34,14 +36,24 @@ def _options(tracker: str, folder: Path, step: int, accelerator: Accelerator) ->
         # Points that an interrupted run logged after its last checkpoint would otherwise be drawn a second time.
         return {'purge_step': step + 1} if step else {}
     if tracker == 'wandb':
-        return {'name': folder.name, 'id': _identity(folder, accelerator), 'resume': 'allow'}
+        return {'name': folder.name, 'id': identity(folder, accelerator), 'resume': 'allow'}
     if tracker == 'trackio':
         return {'name': folder.name, 'resume': 'allow'}
     return {}
 
 
-def _identity(folder: Path, accelerator: Accelerator) -> str:
+def identity(folder: Path, accelerator: Accelerator) -> str:
+    """Name of the run in a folder at its tracker, made by the main process where there is none; others have none.
+
+    Raises:
+        InputError: `tracker.json` in the folder holds something else.
+    """
     path = folder / _IDENTITY
     if accelerator.is_main_process and not path.exists():
         write_text(path, json.dumps({'id': uuid.uuid4().hex}))
-    return json.loads(path.read_text(encoding='utf-8'))['id'] if path.exists() else ''
+    try:
+        return str(json.loads(path.read_bytes())['id']) if path.exists() else ''
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f'{path} does not name a run of a tracker ({first_line(error)}); move it away to begin one there'
+        ) from error

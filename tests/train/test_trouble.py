@@ -19,11 +19,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from slimclr_hub.errors import InputError
 from slimclr_hub.runs.command_line import run_script
 from slimclr_hub.runs.job import StopSignals
 from slimclr_hub.runs.lock import folder_lock
 from slimclr_hub.train.command import parse_pretrain
 from slimclr_hub.train.pretraining import pretrain
+from slimclr_hub.train.tracking import identity
 from tests.data_room.files import some_images, write_pngs
 from tests.train.runs import SCRIPT, contents, environment, make_place
 
@@ -190,6 +192,16 @@ def test_change_that_never_trains_is_not_recorded(run, capsys):
     assert (run / 'recipe.yaml').read_bytes() == recipe
     # What was measured is never thrown away, though the run began anew.
     assert (run / 'metrics-before-restart-1.jsonl').read_bytes() == metrics
+
+
+def test_name_of_a_run_at_its_tracker(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    name = identity(tmp_path, accelerator)
+    assert identity(tmp_path, accelerator) == name
+    for content in b'\xff', b'[]', b'{"name": 1}', b'17':
+        (tmp_path / 'tracker.json').write_bytes(content)
+        with pytest.raises(InputError, match=r'tracker\.json does not name a run of a tracker'):
+            identity(tmp_path, accelerator)
 
 
 def test_second_job_in_a_folder(run, capsys):
