@@ -27,10 +27,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
-from torch.utils.data import DataLoader
 
 from slimclr_hub.data import DataConfig
-from slimclr_hub.data.loaders import eval_loader
+from slimclr_hub.data.loaders import EvalLoader, eval_loader
 from slimclr_hub.evaluate.features import SplitFeatures, extract_features
 from slimclr_hub.evaluate.knn import knn_predict, vote
 from slimclr_hub.evaluate.knn_eval import KNNEvalConfig, neighbours_in_all, rank_of
@@ -50,11 +49,11 @@ WEIGHT_DECAY = ProbeConfig().weight_decay
 
 
 def features_rows(
-    accelerator: Accelerator, backbone: SlimmableResNet, loaders: list[DataLoader], repeats: int
+    accelerator: Accelerator, backbone: SlimmableResNet, loaders: list[EvalLoader], repeats: int
 ) -> list[Row]:
     """Time all widths in one pass, and a pass for each."""
     dense = [backbone.extract(width) for width in backbone.widths]
-    images = sum(map(len, (loader.dataset for loader in loaders)))  # type: ignore[arg-type]
+    images = sum(loader.total for loader in loaders)
 
     @torch.inference_mode()
     def one_by_one() -> None:
@@ -209,11 +208,11 @@ def main() -> None:
     report = Report(setting(device, precision, args.model, f'{len(backbone.widths)} widths'), args.json)
     if args.images is None:
         loaders = [
-            accelerator.prepare_data_loader(eval_loader(config, split, at_most, 0))
+            eval_loader(config, split, at_most, 0).prepared(accelerator)
             for split, at_most in ((config.train_split, args.bank), (str(config.val_split), None))
         ]
         if 'features' in only:
-            title = f'features of the embedded images, batches of {loaders[0].total_batch_size}, loading included'
+            title = f'features of the embedded images, batches of {loaders[0].batch_size}, loading included'
             report.table(title, features_rows(accelerator, backbone, loaders, args.repeats))
         train, validation = (
             SplitFeatures(*extract_features(accelerator, backbone, loader, backbone.widths)) for loader in loaders

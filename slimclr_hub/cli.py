@@ -199,7 +199,7 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Export each width for other runtimes, and check it against PyTorch."""
-    from slimclr_hub.hub.export import EXPORTERS
+    from slimclr_hub.hub.export import EXPORTERS, check_size
     from slimclr_hub.hub.folder import check_file
     from slimclr_hub.hub.open import open_network
     from slimclr_hub.models.widths import check_width, width_key
@@ -207,6 +207,7 @@ def export(
 
     model = open_network(network)
     pixels = model.pretrained_cfg['input_size'][-1] if size is None else size
+    check_size(pixels)
     widths = [check_width(w, model.widths) for w in width or model.widths]
     files = {w: target / f'{model.pretrained_cfg["architecture"]}_{width_key(w)}.{format}' for w in widths}
     for file in files.values():

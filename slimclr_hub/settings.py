@@ -140,6 +140,12 @@ def at_least(name: str, value: float, least: float) -> None:
         raise InputError(f'{name} is {value}; give {least} or more')
 
 
+def at_most(name: str, value: float, most: float) -> None:
+    """Raise an InputError if `value` is more than `most`."""
+    if value > most:
+        raise InputError(f'{name} is {value}; give {most} or less')
+
+
 def above(name: str, value: float, bound: float) -> None:
     """Raise an InputError unless `value` is a finite number above `bound`."""
     if not bound < value < inf:

@@ -1,6 +1,7 @@
-"""Numbers and foreign messages in a few words."""
+"""Numbers and foreign messages in a few words, and names in natural order."""
 
 import io
+import re
 import sys
 
 
@@ -34,3 +35,14 @@ def print_anything() -> None:
     for stream in sys.stdout, sys.stderr:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
+
+
+def natural_key(name: str) -> tuple[list[str | tuple[int, str]], str]:
+    """Key that sorts names by the numbers in them, 2 before 10, whatever their case.
+
+    The name itself decides between those that differ in nothing else, else the order of a file system would.
+    """
+    parts = re.split(r'(\d+)', name.lower())
+    # Not as integers: Python refuses those of thousands of digits.
+    keys = [(len(part.lstrip('0')), part.lstrip('0')) if i % 2 else part for i, part in enumerate(parts)]
+    return keys, name

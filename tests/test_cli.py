@@ -378,6 +378,12 @@ def test_export_keeps_what_is_there(refuse, succeed, small, tmp_path):
     torch.export.load(file)
 
 
+@pytest.mark.parametrize('size', [99_999_999, 0])
+def test_export_of_an_impossible_size(refuse, small, tmp_path, size):
+    refuse('export', small, tmp_path / 'out', '--size', size, words=(f'size {size} is not from 1 to 4096; give',))
+    assert not any(tmp_path.iterdir())
+
+
 def test_export_that_went_wrong(command, small, tmp_path):
     folder = shutil.copytree(small, tmp_path / 'network')
     tensors = load_file(folder / 'model.safetensors')

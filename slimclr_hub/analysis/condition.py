@@ -29,7 +29,13 @@ from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import extract_features
-from slimclr_hub.evaluate.network import check_channels, data_defaults, default_output, open_for_test
+from slimclr_hub.evaluate.network import (
+    check_channels,
+    check_images,
+    data_defaults,
+    default_output,
+    open_for_test,
+)
 from slimclr_hub.runs.figures import line_style, new_figure, save_figure
 from slimclr_hub.runs.launcher import launched
 from slimclr_hub.runs.progress import progress_bar
@@ -231,6 +237,8 @@ def analyse_condition(networks: Sequence[str], config: ConditionConfig) -> None:
     """Write how far the condition is from holding, by width and split, with a figure, and print a table."""
     if len(networks) > 1:
         raise InputError(f'{" ".join(networks)} are {len(networks)} networks; give one')
+    if 'validation' in config.splits:
+        check_images(config.data)
     network = networks[0]
     stem = (Path(config.output) if config.output else default_output(network, 'analysis')) / 'condition'
     settings = {'network': network, **relevant(config), 'data.root': config.data.root}
@@ -255,7 +263,7 @@ def measure_condition(network: str, config: ConditionConfig) -> Results:
     for split in config.splits:
         named = config.data.train_split if split == 'train' else config.data.val_split
         assert named is not None
-        loader = accelerator.prepare_data_loader(eval_loader(config.data, named, config.images, config.seed))
+        loader = eval_loader(config.data, named, config.images, config.seed).prepared(accelerator)
         batches = _batches(loader, config.images, split)
         features, labels = extract_features(accelerator, backbone, batches, [full, *widths])
         results[split] = {w: linear_condition(features[full], features[w], labels, config.ridge) for w in widths}

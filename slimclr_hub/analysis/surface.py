@@ -130,10 +130,13 @@ class ErrorMeasure:
         replay = self._replay
         loader = eval_loader(replay.config.data, split, images, replay.config.run.seed)
         size, left, found = loader.batch_size, images, []
-        for batch, labels in loader:
-            # Statistics of a smaller batch would differ in kind.
-            if len(batch) != size or left < len(batch):
+        for batch, labels in loader.readable():
+            if left < size:
                 break
+            if len(batch) != size:  # statistics of a smaller batch would differ in kind
+                continue
+            if labels.min() < 0:
+                raise InputError(f'images of {split} have no class; give --quantity full')
             left -= len(batch)
             found.append((batch.to(replay.device), labels.to(replay.device)))
         if not found:

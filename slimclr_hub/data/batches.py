@@ -1,18 +1,16 @@
 """Samples, chunks of workers and batches of the training loop; unreadable images on the way."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import torch
-from PIL import UnidentifiedImageError
 
 from slimclr_hub.errors import DataError, shorten
+from slimclr_hub.images import Problem
 
-Problem = tuple[str, str]
-"""Name of an image and why it cannot be read."""
-
+T = TypeVar('T')
 _logger = logging.getLogger(__name__)
 
 
@@ -67,18 +65,15 @@ def make_chunk(samples: Sequence[Sample], problems: list[Problem], role: int = 0
     }
 
 
-def reason(error: Exception) -> str:
-    """Explain on one line why an image could not be read."""
-    if isinstance(error, UnidentifiedImageError):
-        return 'not an image that Pillow can read'
-    return ' '.join(f'{type(error).__name__}: {error}'.split())
-
-
 class CorruptImages:
-    """Count distinct unreadable images of this process, and stop training when there are more than `at_most`."""
+    """Count distinct unreadable images of this process, and stop when there are more than `at_most`.
 
-    def __init__(self, at_most: int) -> None:
+    `done` says what happens to one: training replaces it, evaluation leaves it out.
+    """
+
+    def __init__(self, at_most: int, done: str = 'replaced') -> None:
         self.at_most = at_most
+        self.done = done
         self.reasons: dict[str, str] = {}
 
     def add(self, problems: Iterable[Problem]) -> None:
@@ -86,10 +81,21 @@ class CorruptImages:
         for name, why in problems:
             if name not in self.reasons:
                 self.reasons[name] = why
-                _logger.warning('replaced an image that cannot be read: %s (%s)', name, why)
+                _logger.warning('%s an image that cannot be read: %s (%s)', self.done, name, why)
         if len(self.reasons) > self.at_most:
             listed = shorten([f'{name} ({why})' for name, why in self.reasons.items()])
             raise DataError(
                 f'{len(self.reasons)} images cannot be read: {listed}; restore or remove them, or allow more than '
                 f'data.max_corrupt {self.at_most}'
             )
+
+
+def on_one_line(loader: Iterable[T]) -> Iterator[T]:
+    """Batches of a loader; a DataError of a worker without the traceback that torch makes its message of."""
+    try:
+        yield from loader
+    except DataError as error:
+        message = str(error)
+        if '\nOriginal Traceback' not in message:
+            raise
+        raise DataError(message.strip().splitlines()[-1].partition(': ')[2]) from error

@@ -4,12 +4,15 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.settings import Incidental, at_least, plain
+from slimclr_hub.images import MAX_IMAGE_SIZE
+from slimclr_hub.settings import Incidental, at_least, at_most, plain
 
 EMBEDDED = 'fashion-mnist-6k'
 FASHION_MNIST = 'fashion-mnist'
 _TIMM_KINDS = ('folder', 'hfds/', 'hfids/', 'wds/', 'tfds/', 'torch/')
 _STREAMS = ('hfids/', 'wds/', 'tfds/')
+WITH_KEYS = ('hfds/', *_STREAMS)
+"""Beginnings of the names of sources with columns, or fields, of images and labels."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class ImagesConfig:
         std: Standard deviation of each channel.
         crop_pct: Fraction of the image that evaluation crops from its centre.
         num_samples: Images an epoch, where a stream does not know its own length.
-        image_key: Name of a Hub data set's column of images.
-        label_key: Name of a Hub data set's column of labels.
+        image_key: Name of a Hub data set's column of images, or ending of a shard's members; found where null.
+        label_key: Name of a Hub data set's column of labels, or field of a shard's json; found where null.
     """
 
     name: str = EMBEDDED
@@ -51,6 +54,7 @@ class ImagesConfig:
                 f'{", ".join(_TIMM_KINDS)}'
             )
         at_least('data.size', self.size, 2)
+        at_most('data.size', self.size, MAX_IMAGE_SIZE)
         if self.num_samples is not None:
             at_least('data.num_samples', self.num_samples, 1)
         if self.channels not in (1, 3):
@@ -82,7 +86,8 @@ class LoaderConfig(Incidental):
         root: Folder of the data set, where the name needs one.
         num_workers: Worker processes that load and augment, on each process; a stream is divided over them.
         download: Let torchvision download its data set into `root`.
-        max_corrupt: Distinct unreadable images that each process may replace before training stops.
+        max_corrupt: Distinct unreadable images that each process may replace, or leave out of evaluation, before it
+            stops.
         timeout: Seconds to wait for a batch in training; then the run ends with its state saved.
     """
 

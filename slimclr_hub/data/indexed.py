@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data import ImageDataset
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from slimclr_hub.data.batches import Chunk, Problem, Sample, make_chunk, reason
+from slimclr_hub.data.batches import Chunk, Sample, make_chunk, on_one_line
 from slimclr_hub.data.seeding import drawing, permutation
+from slimclr_hub.data.sources import Images
 from slimclr_hub.errors import DataError
+from slimclr_hub.images import Problem, reason
 
 Key = tuple[int, int]
 _REPLACEMENT = 1  # keeps the draws of a replacement apart from those of the views
@@ -62,14 +62,13 @@ class IndexedImages(Dataset[tuple[Sample | None, list[Problem]]]):
     generator. For one index, `max_corrupt` unreadable images are tolerated.
     """
 
-    dataset: Dataset
+    dataset: Images
     transform: Callable[[Any], tuple[torch.Tensor, ...]]
     seed: int
-    mode: str
     max_corrupt: int
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(self.dataset)
 
     def __getitem__(self, key: Key) -> tuple[Sample | None, list[Problem]]:
         """Return the sample, or None where too many in a row are unreadable; and the unreadable images."""
@@ -77,9 +76,9 @@ class IndexedImages(Dataset[tuple[Sample | None, list[Problem]]]):
         problems: list[Problem] = []
         for candidate in self._candidates(epoch, index):
             try:
-                image, label = read_image(self.dataset, candidate, self.mode)
-            except Exception as error:  # decoders raise whatever occurs to them: SyntaxError, struct.error, IndexError
-                problems.append((image_name(self.dataset, candidate), reason(error)))
+                image, label = self.dataset[candidate]
+            except Exception as error:  # decoders raise whatever occurs to them: SyntaxError, struct.error, MemoryError
+                problems.append((self.dataset.name(candidate), reason(error)))
                 if len(problems) > self.max_corrupt:
                     break
             else:
@@ -97,26 +96,6 @@ class IndexedImages(Dataset[tuple[Sample | None, list[Problem]]]):
             if candidate not in tried:
                 tried.add(candidate)
                 yield candidate
-
-
-def read_image(dataset: Any, index: int, mode: str) -> tuple[Image.Image, int]:
-    """Decode one image; exceptions of the decoder pass through."""
-    if isinstance(dataset, ImageDataset):
-        # timm's own access goes on to the next index where one fails, and tells only its log.
-        source, label = dataset.reader[index][:2]
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-    else:
-        image, label = dataset[index]
-    image = image.convert(mode)  # decodes, too
-    return image, -1 if label is None else int(label)
-
-
-def image_name(dataset: Any, index: int) -> str:
-    """Return the path of an image, or its index where it has none."""
-    try:
-        return str(dataset.filename(index, absolute=True))
-    except Exception:  # timm's readers refuse in their own ways, and one that cannot read may not know the name either
-        return f'image {index}'
 
 
 def collate(items: list[tuple[Sample | None, list[Problem]]]) -> Chunk:
@@ -152,7 +131,7 @@ class IndexedFeed:
     def _take(self, epoch: int, k: int) -> Chunk:
         if self._next != (epoch, k):
             self.batches.epoch, self.batches.start = epoch, k
-            self._running = iter(self.loader)
+            self._running = on_one_line(self.loader)
         self._next = None  # where the loader stands once it has failed is not known
         chunk = next(self._running)
         self._next = self.batches.after(epoch, k)

@@ -4,16 +4,24 @@ import multiprocessing.queues
 import os
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from timm.data import create_transform
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from slimclr_hub.data.batches import CorruptImages, on_one_line
 from slimclr_hub.data.config import DataConfig
-from slimclr_hub.data.sources import make_dataset
+from slimclr_hub.data.labels import UNREADABLE
+from slimclr_hub.data.sources import Images, make_dataset, open_by_timm
+from slimclr_hub.data.streams.shards import Raw, Shards, open_shards
+from slimclr_hub.data.streams.stream import TimmOrder
+from slimclr_hub.errors import InputError
+from slimclr_hub.images import CentreFirst, Problem, read_image, reason
 
 _EVAL_BATCH = 128
 
@@ -55,23 +63,183 @@ def _end_with(trainer: int) -> None:
     os._exit(0)
 
 
-def eval_loader(config: DataConfig, split: str, at_most: int | None, seed: int, processes: int = 1) -> DataLoader:
-    """Load (centre crop, label) in batches of all processes; of more images than `at_most`, a fixed random choice."""
-    dataset = make_dataset(config, split, training=False)
-    dataset.transform = create_transform(  # type: ignore[attr-defined]
-        (config.channels, config.size, config.size),
-        mean=config.mean,
-        std=config.std,
-        crop_pct=config.crop_pct,
-        interpolation='bilinear',
+_Item = tuple[torch.Tensor | None, int, Problem | None]
+_Batch = tuple[torch.Tensor, torch.Tensor, list[Problem]]
+
+
+class EvalLoader:
+    """Batches of (centre crops [b, C, H, W], labels [b]).
+
+    An image that cannot be read is of zeros, and its label is `UNREADABLE`, so that the processes' parts of a batch
+    stay equal; `readable` leaves it out.
+
+    Args:
+        loader: Loader of batches and of the problems met on the way.
+        source: Where the images come from: fingerprint and names of the classes.
+        total: Images in all batches of all processes, as far as a stream tells.
+        batch_size: Images of a batch, over all processes.
+        corrupt: Counts those that cannot be read.
+    """
+
+    def __init__(
+        self, loader: Any, source: 'Images | EvalStream', total: int, batch_size: int, corrupt: CorruptImages
+    ) -> None:
+        self._loader = loader
+        self.batch_size = batch_size
+        self.source = source
+        self.total = total
+        self.corrupt = corrupt
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for images, labels, problems in on_one_line(self._loader):
+            self.corrupt.add(problems)
+            yield images, labels
+
+    def readable(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches without the images that cannot be read."""
+        for images, labels in self:
+            kept = labels != UNREADABLE
+            if kept.any():
+                yield images[kept], labels[kept]
+
+    def prepared(self, accelerator: Any) -> 'EvalLoader':
+        """The same batches, divided over the processes of an accelerator and on its device."""
+        loader = accelerator.prepare_data_loader(self._loader)
+        return EvalLoader(loader, self.source, self.total, self.batch_size, self.corrupt)
+
+
+def eval_loader(
+    config: DataConfig,
+    split: str,
+    at_most: int | None,
+    seed: int,
+    processes: int = 1,
+    share: tuple[int, int] = (0, 1),
+    corrupt: CorruptImages | None = None,
+) -> EvalLoader:
+    """Load (centre crop, label) in batches of all processes; of more images than `at_most`, a fixed random choice.
+
+    Args:
+        config: The images.
+        split: The split.
+        at_most: Images to load at most; a stream has all.
+        seed: Seed of the choice.
+        processes: Processes over which a batch will be divided.
+        share: (r, P) for the r-th of P shares of the images, for batches that will not be.
+        corrupt: Counts the images that cannot be read; a count of its own unless given.
+
+    Raises:
+        InputError: There is no such source or split, or it is a stream and is to be divided.
+    """
+    transform = CentreFirst(
+        create_transform(
+            (config.channels, config.size, config.size),
+            mean=config.mean,
+            std=config.std,
+            crop_pct=config.crop_pct,
+            interpolation='bilinear',
+        )
     )
-    length = len(dataset)  # type: ignore[arg-type]
-    if at_most is not None and length > at_most and not isinstance(dataset, IterableDataset):
-        chosen = np.random.default_rng(seed).permutation(length)[:at_most]
-        dataset = Subset(dataset, np.sort(chosen).tolist())
-    return DataLoader(
-        dataset, batch_size=min(config.batch_size // processes, _EVAL_BATCH) * processes, **loader_options(config, seed)
+    source: Images | EvalStream
+    dataset: Dataset[_Item]
+    if config.streams:
+        if share[1] > 1:
+            raise InputError(f'data.name {config.name} is a stream, which does not divide; run it on one process')
+        dataset = source = EvalStream(config, split, transform)
+        total = source.total
+    else:
+        source = make_dataset(config, split)
+        total = len(source)
+        chosen = np.arange(total)
+        if at_most is not None and total > at_most:
+            total = at_most
+            chosen = np.sort(np.random.default_rng(seed).permutation(len(source))[:at_most])
+        dataset = EvalImages(source, transform, chosen[share[0] :: share[1]])
+    batch_size = min(config.batch_size // processes, _EVAL_BATCH) * processes
+    loader = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        collate_fn=partial(_collate, (config.channels, config.size, config.size)),
+        **loader_options(config, seed),
     )
+    return EvalLoader(loader, source, total, batch_size, corrupt or CorruptImages(config.max_corrupt, 'left out'))
+
+
+@dataclass(eq=False)
+class EvalImages(Dataset[_Item]):
+    """Transformed images of the given indices; one that cannot be read has the problem in its place."""
+
+    source: Images
+    transform: Callable[[Any], torch.Tensor]
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> _Item:
+        index = int(self.indices[position])
+        try:
+            image, label = self.source[index]
+            return self.transform(image), label, None
+        except Exception as error:  # decoders raise whatever occurs to them: SyntaxError, struct.error, MemoryError
+            return None, UNREADABLE, (self.source.name(index), reason(error))
+
+
+class EvalStream(IterableDataset[_Item]):
+    """Transformed images of a stream, each once, as `EvalImages` has them; workers take turns in the shards.
+
+    Attributes:
+        total: Number of images, as far as the stream tells, or `data.num_samples`.
+        class_names: Names of the classes by their number, if known.
+    """
+
+    def __init__(self, config: DataConfig, split: str, transform: Callable[[Any], torch.Tensor]) -> None:
+        self.transform = transform
+        self.mode = config.mode
+        where = f'data.name {config.name}, split {split}'
+        if config.name.startswith('tfds/'):
+            dataset = open_by_timm(config, split, where)
+            # timm divides it over workers by itself.
+            self.read: Callable[[int, int], Iterator[Raw]] = partial(_by_timm, dataset)
+            total: int | None = dataset.reader.num_samples
+            self.class_names: Sequence[str] | None = None
+        else:
+            shards = open_shards(config, split)
+            self.read = partial(_every, shards)
+            total = shards.total if shards.lengths is None else sum(shards.lengths)
+            self.class_names = shards.class_names
+        if total is None:
+            raise InputError(f'{where}: a stream of unknown length needs data.num_samples')
+        self.total = total
+
+    def __iter__(self) -> Iterator[_Item]:
+        info = get_worker_info()
+        for raw in self.read(*((0, 1) if info is None else (info.id, info.num_workers))):
+            try:
+                item = self.transform(read_image(raw.load(), self.mode)), raw.label, None
+            except Exception as error:  # as above
+                yield None, UNREADABLE, (raw.name, reason(error))
+            else:
+                yield item
+
+    def fingerprint(self) -> list[Any]:
+        """Number of images."""
+        return [self.total]
+
+
+def _every(shards: Shards, worker: int, workers: int) -> Iterator[Raw]:
+    for shard in range(worker, len(shards.names), workers):
+        yield from shards.read(shard)
+
+
+def _by_timm(dataset: Any, worker: int, workers: int) -> Iterator[Raw]:
+    yield from (raw for _, raw in TimmOrder(dataset, 0)(0, worker))
+
+
+def _collate(shape: tuple[int, ...], items: Sequence[_Item]) -> _Batch:
+    images = torch.stack([torch.zeros(shape) if image is None else image for image, _, _ in items])
+    labels = torch.tensor([label for _, label, _ in items], dtype=torch.int64)
+    return images, labels, [problem for _, _, problem in items if problem is not None]
 
 
 class ToDevice:

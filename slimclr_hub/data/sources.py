@@ -1,66 +1,168 @@
-"""Sources of images: the embedded set, Fashion-MNIST's own files, and everything timm's `create_dataset` reads."""
+"""Images by index: the embedded set, Fashion-MNIST's own files, folders, Hub data sets, and what timm reads besides."""
 
 import gzip
-from collections.abc import Callable
+import hashlib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
-from timm.data import ImageDataset, create_dataset
-from torch.utils.data import Dataset, IterableDataset
+from timm.data import create_dataset
+from torch.utils.data import Dataset
 
 from slimclr_hub.data.config import EMBEDDED, FASHION_MNIST, DataConfig
-from slimclr_hub.data.folders import FolderReader, class_numbers
-from slimclr_hub.data.streams.shards import find_shards, is_remote
+from slimclr_hub.data.folders import FolderImages, class_numbers, file_state
+from slimclr_hub.data.labels import class_number
+from slimclr_hub.data.streams.shards import check_tar, shard_names
+from slimclr_hub.data.tables import TableImages
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import file_hash
+from slimclr_hub.images import read_image, reason
+
+GARMENTS = ['T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot']
+"""Classes of Fashion-MNIST (Xiao et al. 2017, https://arxiv.org/abs/1708.07747, table 1)."""
 
 EMBEDDED_FILE = Path(__file__).parent / 'embedded' / 'fashion_mnist_6k.npz'
 _IDX_PREFIX = {'train': 'train', 'test': 't10k'}
 _TORCHVISION_SUBFOLDER = 'FashionMNIST/raw'
+_TRIED = 10  # images, of which one has to be readable
+_ANY_LENGTH = 10**9  # of a split, in which places of slices are compared
 _SPLIT_FOLDERS = ({'train', 'training'}, {'val', 'valid', 'validation', 'eval', 'evaluation'})  # timm's synonyms
 
 
+class Images(Protocol):
+    """Images by index with their classes, `UNLABELLED` where there is none."""
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """Names of the classes by their number, if known."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """Decode one image; exceptions of the decoder pass through."""
+
+    def name(self, index: int) -> str:
+        """What messages call an image."""
+
+    def fingerprint(self) -> list[Any]:
+        """Number of images, and what changes with them where that is quick to tell."""
+
+
 @dataclass(eq=False)
-class ArrayImages(Dataset[tuple[Any, int]]):
+class ArrayImages(Dataset[tuple[Image.Image, int]]):
     """Images in memory, uint8 [N, H, W], with integer labels [N], as PIL images of Pillow's `mode`."""
 
     images: np.ndarray
     labels: np.ndarray
     mode: str
-    transform: Callable[[Any], Any] | None = None
+    class_names: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = Image.fromarray(self.images[index]).convert(self.mode)
-        return (image if self.transform is None else self.transform(image)), int(self.labels[index])
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]).convert(self.mode), int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        """Number of an image."""
+        return f'image {index}'
+
+    def fingerprint(self) -> list[Any]:
+        """Number of images, and a hash of them and their labels."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
+        digest.update(np.ascontiguousarray(self.labels).data)
+        return [len(self), digest.hexdigest()]
 
 
-def make_dataset(config: DataConfig, split: str, training: bool) -> Dataset | IterableDataset:
-    """Open one split as timm does: (PIL image, label) pairs, with a settable attribute `transform`.
+@dataclass(eq=False)
+class TarImages(Dataset[tuple[Image.Image, int]]):
+    """Images in a tar file, whose folders are the classes, by timm's reader."""
 
-    `split` is `train`, `validation` or a name that the source knows; `training` shuffles and shards a stream.
+    reader: Any
+    mode: str
+
+    def __post_init__(self) -> None:
+        self.class_names = sorted(self.reader.class_name_to_idx, key=self.reader.class_name_to_idx.__getitem__)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        file, label = self.reader[index]
+        return read_image(file.read(), self.mode), int(label)
+
+    def name(self, index: int) -> str:
+        """Path in the file."""
+        return f'{self.reader.root}/{self.reader.filename(index)}'
+
+    def fingerprint(self) -> list[Any]:
+        """Number of images, and size and time of the file."""
+        return [len(self), file_state(self.reader.root)]
+
+
+@dataclass(eq=False)
+class TorchImages(Dataset[tuple[Image.Image, int]]):
+    """A data set of torchvision."""
+
+    dataset: Any
+    mode: str
+
+    def __post_init__(self) -> None:
+        classes = getattr(self.dataset, 'classes', None)
+        self.class_names = [str(name) for name in classes] if isinstance(classes, list | tuple) else None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image, label = self.dataset[index]
+        return read_image(image, self.mode), class_number(label)
+
+    def name(self, index: int) -> str:
+        """Number of an image."""
+        return f'image {index}'
+
+    def fingerprint(self) -> list[Any]:
+        """Number of images."""
+        return [len(self)]
+
+
+def make_dataset(config: DataConfig, split: str) -> Images:
+    """Open one split of a source that is read by index.
+
+    `split` is `train`, `validation` or a name that the source knows.
 
     Raises:
-        InputError: There is no such source or split, or it holds no image.
+        InputError: There is no such source or split, or none of its first images can be read.
     """
-    if config.name == EMBEDDED:
-        return ArrayImages(*read_embedded(_idx_split(split)), config.mode)
-    if config.name == FASHION_MNIST:
-        return ArrayImages(*read_split(config.required_root(), _idx_split(split)), config.mode)
-    return _timm_dataset(config, split, training)
+    if config.name in (EMBEDDED, FASHION_MNIST):
+        named = _idx_split(split)
+        arrays = read_embedded(named) if config.name == EMBEDDED else read_split(config.required_root(), named)
+        return ArrayImages(*arrays, config.mode, GARMENTS)
+    where = f'data.name {config.name}' + (f', data.root {config.root}' if config.root else '') + f', split {split}'
+    if config.name == 'folder':
+        found = _folder(config, split, where)
+    elif config.name.startswith('hfds/'):
+        found = TableImages(config, split)
+    else:
+        config.required_root()
+        found = TorchImages(open_by_timm(config, split, where), config.mode)
+    if not len(found):
+        raise InputError(f'{where}: no images found')
+    _check_first_images(found, where)
+    return found
 
 
-def known_classes(dataset: Any) -> int | None:
+def known_classes(dataset: Images) -> int | None:
     """Number of classes of a split; 0 where its images have no labels, None where only reading them would tell."""
     if isinstance(dataset, ArrayImages):
         return int(dataset.labels.max()) + 1
-    reader = getattr(dataset, 'reader', None)
-    return len(reader.class_to_idx) if isinstance(reader, FolderReader) else None
+    return len(dataset.class_names or ()) if isinstance(dataset, FolderImages) else None
 
 
 def read_embedded(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -77,12 +179,23 @@ def read_embedded(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def has_validation(config: DataConfig) -> bool:
-    """True if there are validation images of their own; timm would open a folder without splits for both."""
+    """True if there are validation images, and none of them are the training images."""
     if config.val_split is None:
         return False
-    if config.name != 'folder' or config.root is None:
-        return True
-    return _split_folder(Path(config.root), config.val_split) is not None
+    if config.name == 'folder':
+        if config.root is None:
+            return True
+        root = Path(config.root)
+        val, train = _split_folder(root, config.val_split), _split_folder(root, config.train_split) or root
+        return val is not None and not val.resolve().is_relative_to(train.resolve())
+    if config.name.startswith('wds/') and config.root is not None:
+        held_out = shard_names(config.root, config.val_split)
+        return bool(held_out) and set(held_out).isdisjoint(shard_names(config.root, config.train_split))
+    if config.name in (EMBEDDED, FASHION_MNIST):
+        return _idx_split(config.val_split) != _idx_split(config.train_split)
+    if config.name.startswith('torch/'):
+        return _synonyms(config.val_split) != _synonyms(config.train_split)
+    return not _overlap(config.train_split, config.val_split)
 
 
 def read_split(folder: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -128,8 +241,31 @@ def _read_idx(path: Path) -> np.ndarray:
 
 
 def _split_folder(root: Path, split: str) -> Path | None:
-    names = next((group for group in _SPLIT_FOLDERS if split in group), {split})
-    return next((root / name for name in sorted(names) if (root / name).is_dir()), None)
+    return next((root / name for name in sorted(_synonyms(split)) if (root / name).is_dir()), None)
+
+
+def _synonyms(split: str) -> set[str]:
+    return next((group for group in _SPLIT_FOLDERS if split in group), {split})
+
+
+def _overlap(train: str, val: str) -> bool:
+    """True if two splits, such as `train[:90%]` and `train[90%:]`, share images."""
+    sliced = [dict(re.findall(r'([^+\[\]]+)(\[[^\]]*\])?', spec.replace(' ', ''))) for spec in (train, val)]
+    shared = sliced[0].keys() & sliced[1].keys()
+    if any(not each[name] for name in shared for each in sliced):
+        return True
+    if not shared:
+        return False
+    from datasets import ReadInstruction
+
+    lengths = dict.fromkeys(sliced[0].keys() | sliced[1].keys(), _ANY_LENGTH)
+    try:
+        parts = [ReadInstruction.from_spec(spec).to_absolute(lengths) for spec in (train, val)]
+    except (ValueError, AssertionError):
+        return False  # whatever opens them says what is wrong
+    return any(
+        a.splitname == b.splitname and max(a.from_, b.from_) < min(a.to, b.to) for a in parts[0] for b in parts[1]
+    )
 
 
 def _idx_split(split: str) -> str:
@@ -139,74 +275,56 @@ def _idx_split(split: str) -> str:
     return names[split]
 
 
-def _timm_dataset(config: DataConfig, split: str, training: bool) -> Dataset | IterableDataset:
-    where = f'data.name {config.name}' + (f', data.root {config.root}' if config.root else '') + f', split {split}'
-    if config.name == 'folder':
-        root = Path(config.required_root())
-        if not root.exists():
-            raise InputError(f'data.root {root} does not exist')
-        others = [name for group in _SPLIT_FOLDERS for name in sorted(group) if (root / name).is_dir()]
-        if others and _split_folder(root, split) is None:
-            raise InputError(f'{where}: there is no such split; there are {", ".join(others)}')
-        if root.is_dir():
-            return _folder_dataset(config, root, split, where)
-    num_samples = config.num_samples
-    if config.name.startswith('torch/'):
-        config.required_root()
-    elif config.name.startswith('wds/') and not is_remote(address := config.required_root()):
-        if not Path(address).is_dir():
-            raise InputError(f'data.root {address} does not exist')
-        if 'tar' not in split and '..' not in split:
-            # timm knows patterns and the splits of an _info.json; this is how it takes a list.
-            files, lengths, _ = find_shards(address, split)
-            split, num_samples = '::'.join(files), num_samples or sum(lengths or ())
-    keys: dict[str, Any] = {'input_key': config.image_key, 'target_key': config.label_key}
+def _folder(config: DataConfig, split: str, where: str) -> Images:
+    root = Path(config.required_root())
+    if not root.exists():
+        raise InputError(f'data.root {root} does not exist')
+    if not root.is_dir():
+        check_tar(root)
+        return TarImages(open_by_timm(config, split, where).reader, config.mode)
+    others = [name for group in _SPLIT_FOLDERS for name in sorted(group) if (root / name).is_dir()]
+    own = _split_folder(root, split)
+    if others and own is None:
+        raise InputError(f'{where}: there is no such split; there are {", ".join(others)}')
+    # Classes are numbered by the training images, also where another split lacks some.
+    train = _split_folder(root, config.train_split)
+    numbers = class_numbers(train) if train is not None and split != config.train_split else None
+    return FolderImages(own or root, config.mode, numbers)
+
+
+def open_by_timm(config: DataConfig, split: str, where: str, training: bool = False) -> Any:
+    """Open what timm reads; `training` has it shuffle a stream."""
+    keys: dict[str, Any] = {}
+    if config.name.startswith('tfds/'):
+        keys = {'input_key': config.image_key, 'target_key': config.label_key}
     try:
-        dataset = create_dataset(
+        return create_dataset(
             '' if config.name == 'folder' else config.name,
             root=config.root,
             split=split,
             is_training=training,
             download=config.download,
             batch_size=config.batch_size,
-            num_samples=num_samples,
+            num_samples=config.num_samples,
             input_img_mode=config.mode,
-            **{name: key for name, key in keys.items() if key is not None},
+            **keys,
         )
     except ImportError as error:
         raise InputError(
             f'{where}: {error}; pip install "slimclr-hub[train]" brings what timm reads it with'
         ) from error
     except (RuntimeError, AssertionError, OSError, ValueError, KeyError) as error:
-        raise InputError(f'{where}: {str(error) or "not found"}') from error
-    if not len(dataset):
-        raise InputError(f'{where}: no images found; a stream of unknown length needs data.num_samples')
-    if not config.streams:
-        _check_first_image(dataset, config, where)
-    return dataset
+        raise InputError(f'{where}: {reason(error) if str(error) else "not found"}') from error
 
 
-def _folder_dataset(config: DataConfig, root: Path, split: str, where: str) -> Dataset:
-    # Classes are numbered by the training images, also where another split lacks some.
-    train = _split_folder(root, config.train_split)
-    numbers = class_numbers(train) if train is not None and split != config.train_split else None
-    dataset = ImageDataset(
-        str(root), reader=FolderReader(_split_folder(root, split) or root, numbers), input_img_mode=config.mode
-    )
-    _check_first_image(dataset, config, where)
-    return dataset
-
-
-def _check_first_image(dataset: Any, config: DataConfig, where: str) -> None:
-    # A wrong column would otherwise come to light in a worker, in the middle of an epoch.
-    if config.name.startswith('hfds/') and config.label_key is None:
-        table = dataset.reader.dataset
-        if 'label' not in table.column_names:
-            dataset.reader.dataset = table.add_column('label', [-1] * len(table))
-    try:
-        dataset[0]
-    except (TypeError, KeyError, OSError, AssertionError, RuntimeError) as error:
-        raise InputError(
-            f'{where}: cannot read the first image ({error!r}); data.image_key is {config.image_key}, data.label_key '
-            f'{config.label_key}'
-        ) from error
+def _check_first_images(images: Images, where: str) -> None:
+    # A source whose images are of another kind would otherwise come to light in a worker, in the middle of an epoch.
+    problems = []
+    for index in range(min(_TRIED, len(images))):
+        try:
+            images[index]
+        except Exception as error:  # decoders raise whatever occurs to them
+            problems.append(f'{images.name(index)} ({reason(error)})')
+        else:
+            return
+    raise InputError(f'{where}: the first {len(problems)} images cannot be read, as {problems[0]}')

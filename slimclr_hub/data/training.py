@@ -1,5 +1,6 @@
 """Training batches of one process, from any source, on its device."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,12 +10,13 @@ from slimclr_hub.data.batches import Batch, CorruptImages
 from slimclr_hub.data.config import DataConfig
 from slimclr_hub.data.indexed import EpochBatches, IndexedFeed, IndexedImages
 from slimclr_hub.data.loaders import ToDevice, loader_options
-from slimclr_hub.data.sources import known_classes, make_dataset
-from slimclr_hub.data.streams.shards import HubShards, Shards, TarShards
+from slimclr_hub.data.sources import known_classes, make_dataset, open_by_timm
+from slimclr_hub.data.streams.shards import Shards, open_shards
 from slimclr_hub.data.streams.stream import Layout, OneWayFeed, Order, ShardOrder, StreamedChunks, StreamFeed, TimmOrder
 from slimclr_hub.data.views import Normalize, SingleImageTransform, ViewConfig, Views, make_crop, make_view
 from slimclr_hub.errors import DataError, InputError
 
+_logger = logging.getLogger(__name__)
 Feed = IndexedFeed | StreamFeed | OneWayFeed
 Position = dict[str, Any] | None
 _LEAST_IMAGES = 2  # of a process in a microbatch: batch normalisation of a single image is degenerate
@@ -56,6 +58,7 @@ class TrainData:
         self.processes = processes
         self.rank = rank
         self.microbatches = microbatches
+        self.workers = max(1, config.num_workers)
         self.size = config.batch_size // microbatches // processes
         self.corrupt = CorruptImages(config.max_corrupt)
         self.num_classes, self.classes_key, self.name = num_classes, classes_key, config.name
@@ -93,6 +96,15 @@ class TrainData:
             micro += 1
             if micro == end:
                 return
+        # The joined remainders of workers, and their shares for several processes, may be short of a batch.
+        if (end - micro - 1) * self.size > len(self.corrupt.reasons) + self.workers:
+            _logger.warning(
+                'epoch %d ended after %d of %d batches: the shards hold fewer images than were announced; fetch those '
+                'that are incomplete, or correct data.num_samples',
+                epoch + 1,
+                micro,
+                end,
+            )
 
     def _check_labels(self, labels: torch.Tensor) -> None:
         # Before they go to the device, where an index beyond the classes would end in an assertion of its kernel.
@@ -122,11 +134,11 @@ class TrainData:
         if config.batch_size > length:
             raise InputError(f'data.batch_size {config.batch_size} is larger than the data set of {length} images')
         batches = length // config.batch_size * self.microbatches
-        return Layout(self.processes, max(1, config.num_workers), self.size, batches)
+        return Layout(self.processes, self.workers, self.size, batches)
 
     def _indexed_feed(self, config: DataConfig, transform: Views) -> tuple[Feed, int]:
-        dataset = make_dataset(config, config.train_split, training=True)
-        length, classes = len(dataset), known_classes(dataset)  # type: ignore[arg-type]
+        dataset = make_dataset(config, config.train_split)
+        length, classes = len(dataset), known_classes(dataset)
         if self.num_classes is not None and classes == 0:
             raise InputError(
                 f'data.name {config.name}: images have no labels; let each class have a folder, or train from images '
@@ -137,7 +149,7 @@ class TrainData:
                 f'data.name {config.name}: images have {classes} classes, and {self.classes_key} is '
                 f'{self.num_classes}; give --{self.classes_key} {classes}'
             )
-        images = IndexedImages(dataset, transform, self.seed, config.mode, config.max_corrupt)
+        images = IndexedImages(dataset, transform, self.seed, config.max_corrupt)
         count = self._layout(config, length).batches
         batches = EpochBatches(length, self.seed, self.size, self.processes, self.rank, count)
         return IndexedFeed(images, batches, loader_options(config, self.seed)), length
@@ -147,13 +159,14 @@ class TrainData:
         notes: tuple[str, ...] = ()
         facts: dict[str, int] = {}
         if config.name.startswith('tfds/'):
-            dataset: Any = make_dataset(config, config.train_split, training=True)
+            where = f'data.name {config.name}, split {config.train_split}'
+            dataset = open_by_timm(config, config.train_split, where, training=True)
             dataset.set_loader_cfg(num_workers=config.num_workers)
             length = dataset.reader.num_samples
             layout = self._layout(config, length)
             order = TimmOrder(dataset, self.rank)
         else:
-            shards: Shards = TarShards(config) if config.name.startswith('wds/') else HubShards(config)
+            shards = open_shards(config, config.train_split)
             length = _stream_length(config, shards)
             layout = self._layout(config, length)
             order = ShardOrder(shards, layout, self.rank, self.seed, config.shuffle_buffer)
@@ -170,10 +183,19 @@ class TrainData:
 
 
 def _stream_length(config: DataConfig, shards: Shards) -> int:
-    length = shards.total if shards.lengths is None else sum(shards.lengths)
-    if length is None:
-        raise InputError(f'data.name {config.name}: a stream of unknown length needs data.num_samples')
-    return min(length, shards.total or length)
+    announced = shards.total
+    if shards.lengths is None:
+        if announced is None:
+            raise InputError(f'data.name {config.name}: a stream of unknown length needs data.num_samples')
+        return announced
+    length = sum(shards.lengths)
+    if announced is not None and announced > length:
+        by = 'data.num_samples' if config.num_samples is not None else f'data.train_split {config.train_split}'
+        raise InputError(
+            f'{by} announces {announced} images, and the shards hold {length}; fetch those that are incomplete, or '
+            f'give data.num_samples {length}'
+        )
+    return length if announced is None else announced
 
 
 def _device_augmentation() -> Callable[..., torch.Tensor]:

@@ -11,7 +11,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.settings import at_least, one_of
+from slimclr_hub.images import MAX_IMAGE_SIZE
+from slimclr_hub.settings import at_least, at_most, one_of
 
 BACKENDS = ('cpu', 'kornia')
 BLUR_SIGMA = (0.1, 2.0)
@@ -58,6 +59,7 @@ class ViewConfig:
     def __post_init__(self) -> None:
         if self.size is not None:
             at_least('views.size', self.size, 2)
+            at_most('views.size', self.size, MAX_IMAGE_SIZE)
         for name in ('jitter_prob', 'gray_prob', 'blur_prob', 'flip_prob', 'solarize_prob'):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f'views.{name} is {getattr(self, name)}; give a probability between 0 and 1')

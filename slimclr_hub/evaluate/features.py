@@ -2,31 +2,24 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.utils.data import Subset
 
 from slimclr_hub.data import DataConfig
-from slimclr_hub.data.folders import FolderReader
-from slimclr_hub.data.loaders import eval_loader
-from slimclr_hub.data.sources import ArrayImages
-from slimclr_hub.errors import InputError
+from slimclr_hub.data.labels import UNREADABLE
+from slimclr_hub.data.loaders import EvalLoader, eval_loader
+from slimclr_hub.errors import DataError, InputError
 from slimclr_hub.evaluate.baselines import Encoder
 from slimclr_hub.models.widths import width_key
 from slimclr_hub.runs.progress import progress_bar
 from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
-
-GARMENTS = ['T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot']
-"""Classes of Fashion-MNIST (Xiao et al. 2017, https://arxiv.org/abs/1708.07747, table 1)."""
 
 _LABELS, _HASH = 'labels', 'sha256'
 
@@ -38,9 +31,13 @@ def extract_features(
     """Compute pooled features in one pass over the images, and gather them and the labels from all processes.
 
     The backbone is in eval mode, without a classifier; `loader` yields (images, labels), prepared by `accelerator`.
+    Images that cannot be read are left out.
 
     Returns:
         For each width float32 features [N, D], and labels [N], on the device.
+
+    Raises:
+        DataError: None can be read.
     """
     features: dict[float, list[torch.Tensor]] = {width: [] for width in widths}
     labels = []
@@ -51,7 +48,13 @@ def extract_features(
         for width, output in zip(widths, gathered[:-1], strict=True):
             features[width].append(output)
         labels.append(gathered[-1])
-    return {width: torch.cat(parts) for width, parts in features.items()}, torch.cat(labels)
+    found, by_width = torch.cat(labels), {width: torch.cat(parts) for width, parts in features.items()}
+    kept = found != UNREADABLE
+    if not kept.any():
+        raise DataError('no image of the evaluation can be read')
+    if kept.all():
+        return by_width, found
+    return {width: x[kept] for width, x in by_width.items()}, found[kept]
 
 
 def with_progress(accelerator: Accelerator, loader: Iterable, total: int, title: str) -> Iterator[Any]:
@@ -71,19 +74,7 @@ class SplitFeatures:
 
     by_width: dict[float, torch.Tensor]
     labels: torch.Tensor
-    class_names: list[str] | None = None
-
-
-def class_names(name: str, dataset: Any) -> list[str] | None:
-    """Names of the classes of a data set `data.name` in their order; None if it does not know them."""
-    if name.startswith('fashion-mnist'):
-        return GARMENTS
-    reader = getattr(dataset, 'reader', None)
-    numbered = getattr(reader, 'class_to_idx', None)
-    if isinstance(numbered, dict) and numbered and sorted(numbered.values()) == list(range(len(numbered))):
-        return [str(label) for label in sorted(numbered, key=numbered.__getitem__)]
-    classes = getattr(dataset, 'classes', None)
-    return [str(label) for label in classes] if isinstance(classes, list | tuple) else None
+    class_names: Sequence[str] | None = None
 
 
 def state_hash(model: nn.Module) -> str:
@@ -127,9 +118,8 @@ class FeatureCache:
                 f'data.name {self._config.name}: a stream does not come in equal parts for several processes, and '
                 'evaluation has to see each image once; run one process'
             )
-        loader: Any = eval_loader(self._config, split, at_most, 0, accelerator.num_processes)
-        whole = loader.dataset.dataset if isinstance(loader.dataset, Subset) else loader.dataset
-        path = self._path(split, whole, len(loader.dataset))
+        loader = eval_loader(self._config, split, at_most, 0, accelerator.num_processes)
+        path = self._path(split, loader)
         # The main process decides for all: it may be writing the file while another one looks.
         there: list[Any] = [path.is_file() and self._is_whole(path)] if accelerator.is_main_process else [None]
         if not broadcast_object_list(there)[0]:
@@ -137,10 +127,9 @@ class FeatureCache:
         with TensorFile(path) as file:
             by_width = {w: file.whole(width_key(w)).to(accelerator.device) for w in self._backbone.widths}
             labels = file.whole(_LABELS).to(accelerator.device)
-        return SplitFeatures(by_width, labels, class_names(self._config.name, whole))
+        return SplitFeatures(by_width, labels, loader.source.class_names)
 
-    def _path(self, split: str, dataset: Any, count: int) -> Path:
-        """File of `count` images of a split, out of the images of `dataset`."""
+    def _path(self, split: str, loader: EvalLoader) -> Path:
         data = self._config.fingerprint()
         del data['train_split'], data['val_split']
         facts = {
@@ -148,18 +137,17 @@ class FeatureCache:
             'widths': self._backbone.widths,
             'precision': self._accelerator.mixed_precision,
             'split': split,
-            'images': _fingerprint(dataset),
-            'count': count,
+            'images': loader.source.fingerprint(),
+            'count': loader.total,
             **data,
         }
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         name = ''.join(letter if letter.isalnum() else '-' for letter in split)[:40]
         return self._folder / f'{name}-{key}.safetensors'
 
-    def _compute(self, loader: Any, split: str, path: Path) -> None:
+    def _compute(self, loader: EvalLoader, split: str, path: Path) -> None:
         accelerator, backbone = self._accelerator, self._backbone
-        total, prepared = len(loader.dataset), accelerator.prepare_data_loader(loader)
-        counted = with_progress(accelerator, prepared, total, f'features of {split}')
+        counted = with_progress(accelerator, loader.prepared(accelerator), loader.total, f'features of {split}')
         features, labels = extract_features(accelerator, backbone, counted, backbone.widths)
         if accelerator.is_main_process:
             try:
@@ -187,31 +175,3 @@ class FeatureCache:
 
 def _as_tensor(digest: str) -> torch.Tensor:
     return torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
-
-
-def _fingerprint(dataset: Any) -> list[Any]:
-    """Number of images, and a hash of what changes with them: the images, the state of their files, or a table's own.
-
-    A stream has its number alone.
-    """
-    facts: list[Any] = [len(dataset)]
-    reader: Any = getattr(dataset, 'reader', None)
-    if isinstance(dataset, ArrayImages):
-        digest = hashlib.sha256(np.ascontiguousarray(dataset.images).data)
-        digest.update(np.ascontiguousarray(dataset.labels).data)
-        facts.append(digest.hexdigest())
-    elif isinstance(reader, FolderReader):
-        digest = hashlib.sha256(json.dumps(reader.samples).encode())
-        for path, _ in reader.samples:
-            digest.update(_state(path))
-        facts.append(digest.hexdigest())
-    elif hasattr(reader, 'samples'):  # of a tar
-        facts.append(_state(reader.root).decode())
-    elif table := getattr(getattr(reader, 'dataset', None), '_fingerprint', None):  # of a Hub data set
-        facts.append(table)
-    return facts
-
-
-def _state(path: str) -> bytes:
-    status = os.stat(path)
-    return f'{status.st_size} {status.st_mtime_ns}\n'.encode()

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Subset
 
 from slimclr_hub.data import DataConfig
-from slimclr_hub.data.loaders import eval_loader, loader_options
-from slimclr_hub.errors import InputError
+from slimclr_hub.data.labels import UNREADABLE
+from slimclr_hub.data.loaders import EvalLoader, eval_loader
+from slimclr_hub.errors import DataError, InputError
 from slimclr_hub.evaluate.baselines import Encoder, RawPixels, is_small, random_weights, raw_pixels
 from slimclr_hub.evaluate.features import state_hash, with_progress
 from slimclr_hub.evaluate.knn import Neighbours, default_k, merge, nearest, vote
@@ -176,19 +176,23 @@ def evaluate(config: KNNEvalConfig, accelerator: Accelerator) -> list[Result]:
     weights = state_hash(model)
     _check_output(config, weights)
     assert config.data.val_split is not None
-    bank_loader, size = _share_loader(config.data, config.data.train_split, config.bank, config.seed, accelerator)
-    query_loader, count = _share_loader(config.data, config.data.val_split, None, config.seed, accelerator)
-    if max(config.k or (1,)) > size:
-        raise InputError(f'k {max(config.k or ())} is more than the {size} training images; give at most {size}')
+    share = (accelerator.process_index, accelerator.num_processes)
+    bank_loader = eval_loader(config.data, config.data.train_split, config.bank, config.seed, share=share)
+    query_loader = eval_loader(config.data, config.data.val_split, None, config.seed, share=share)
+    _check_k(config, bank_loader.total)
     model.to(accelerator.device)
-    bank, labels = _share_features(accelerator, model, bank_loader, widths, size)
-    queries, truth = _share_features(accelerator, model, query_loader, widths, count)
-    ranks = {width: _rank_in_all(accelerator, bank[width], size) for width in widths}
+    bank, labels = _share_features(accelerator, model, bank_loader, widths)
+    ranks = {width: _rank_in_all(accelerator, bank[width], bank_loader.total) for width in widths}
+    bank, labels = _readable(bank, labels)
+    queries, truth = _readable(*_share_features(accelerator, model, query_loader, widths))
+    size, count = _in_all(accelerator, labels), _in_all(accelerator, truth)
+    _check_k(config, size)
     features = {config.network: (queries, bank)}
     for name, encoder in _baselines(config, model, size).items():
         of = encoder.widths if name == RAW_PIXELS else widths
-        queries, _ = _share_features(accelerator, encoder, query_loader, of, count)
-        features[name] = queries, _share_features(accelerator, encoder, bank_loader, of, size)[0]
+        shares = (_readable(*_share_features(accelerator, encoder, each, of)) for each in (query_loader, bank_loader))
+        of_queries, of_bank = (by_width for by_width, _ in shares)
+        features[name] = of_queries, of_bank
     with torch.inference_mode():  # as they were computed; in place, since they are large
         for x in (x for pair in features.values() for by_width in pair for x in by_width.values()):
             F.normalize(x, dim=1, out=x)
@@ -230,7 +234,7 @@ def _baselines(config: KNNEvalConfig, model: SlimmableResNet, images: int) -> di
     found: dict[str, Encoder] = {}
     if config.baselines and is_small(config.data):
         # Not this process's share: all have to draw the same network.
-        every = eval_loader(config.data, config.data.train_split, config.bank, config.seed)
+        every = eval_loader(config.data, config.data.train_split, config.bank, config.seed).readable()
         found[RANDOM_WEIGHTS] = random_weights(model, (batch for batch, _ in every), config.seed)
     if config.baselines and (pixels := raw_pixels(config.data, images)):
         found[RAW_PIXELS] = pixels
@@ -298,39 +302,48 @@ def classes_of(accelerator: Accelerator, labels: torch.Tensor, name: str) -> int
     return int(of_all.max()) + 1
 
 
-def _share_loader(
-    config: DataConfig, split: str, at_most: int | None, seed: int, accelerator: Accelerator
-) -> tuple[DataLoader, int]:
-    """Loader of this process's share of a split, and the number of images in all shares."""
-    loader = eval_loader(config, split, at_most, seed)
-    dataset: Any = loader.dataset
-    total = len(dataset)
-    if accelerator.num_processes == 1:
-        return loader, total
-    if config.streams:
-        raise InputError(f'data.name {config.name} is a stream, which does not divide; run it on one process')
-    share = Subset(dataset, range(accelerator.process_index, total, accelerator.num_processes))
-    return DataLoader(share, batch_size=loader.batch_size, **loader_options(config, seed)), total
-
-
 @torch.inference_mode()
 def _share_features(
     accelerator: Accelerator,
     backbone: Encoder,
-    loader: DataLoader,
+    loader: EvalLoader,
     widths: Sequence[float],
-    total: int,
 ) -> tuple[dict[float, torch.Tensor], torch.Tensor]:
-    """Compute features [N, D] of this process's share at all widths, in main memory, and labels [N]."""
+    """Compute features [N, D] of this process's share at all widths, in main memory, and labels [N].
+
+    Those of an image that cannot be read are zero, which adds nothing to a Gram matrix.
+    """
     features = {width: [torch.empty(0, _features_at(backbone, width))] for width in widths}
     labels = [torch.empty(0, dtype=torch.long)]
-    for images, label in with_progress(accelerator, loader, total, 'features'):
+    for images, label in with_progress(accelerator, loader, loader.total, 'features'):
         with accelerator.autocast():
             outputs = backbone.forward_widths(images.to(accelerator.device, non_blocking=True), widths)
         for width, output in outputs.items():
-            features[width].append(output.float().cpu())
+            features[width].append(output.float().cpu() * (label != UNREADABLE)[:, None])
         labels.append(label)
     return {width: torch.cat(parts) for width, parts in features.items()}, torch.cat(labels)
+
+
+def _readable(
+    features: dict[float, torch.Tensor], labels: torch.Tensor
+) -> tuple[dict[float, torch.Tensor], torch.Tensor]:
+    kept = labels != UNREADABLE
+    if kept.all():
+        return features, labels
+    return {width: x[kept] for width, x in features.items()}, labels[kept]
+
+
+def _in_all(accelerator: Accelerator, labels: torch.Tensor) -> int:
+    """Number of labels of all processes."""
+    found = int(accelerator.reduce(torch.tensor(len(labels), device=accelerator.device), 'sum'))
+    if not found:
+        raise DataError('no image of the evaluation can be read')
+    return found
+
+
+def _check_k(config: KNNEvalConfig, size: int) -> None:
+    if max(config.k or (1,)) > size:
+        raise InputError(f'k {max(config.k or ())} is more than the {size} training images; give at most {size}')
 
 
 def _features_at(backbone: Encoder, width: float) -> int:

@@ -16,8 +16,8 @@ from torch import nn
 from slimclr_hub.errors import ExportError, InputError
 from slimclr_hub.files import atomic_files
 from slimclr_hub.hub.folder import check_overlap
+from slimclr_hub.images import MAX_IMAGE_SIZE
 from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.models.layers import MAX_IMAGE_SIZE
 
 DEFAULT_OPSET = 18
 """The oldest operator set that PyTorch's exporter writes, which the most runtimes read."""
@@ -109,6 +109,11 @@ EXPORTERS: Final[dict[str, Callable[..., float]]] = {'onnx': export_onnx, 'pt2':
 def _check(path: Path, suffix: str, size: int) -> None:
     if path.suffix != suffix:
         raise InputError(f'{path} does not end in {suffix}')
+    check_size(size)
+
+
+def check_size(size: int) -> None:
+    """Raise an InputError unless images can have this height and width, in pixels."""
     if not 1 <= size <= MAX_IMAGE_SIZE:
         raise InputError(f'size {size} is not from 1 to {MAX_IMAGE_SIZE}; give the height and width of the images')
 

@@ -13,8 +13,9 @@ from torch import nn
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.hub.folder import OF_A_TAG, WIDTH, check_overlap
+from slimclr_hub.images import MAX_IMAGE_SIZE
 from slimclr_hub.models import DenseResNet, SlimmableResNet
-from slimclr_hub.models.layers import MAX_IMAGE_SIZE, check_sizes
+from slimclr_hub.models.layers import check_sizes
 from slimclr_hub.models.registry import slimmable_models
 from slimclr_hub.models.widths import check_width, width_key
 from slimclr_hub.weights.bounded import LARGEST_CONFIG

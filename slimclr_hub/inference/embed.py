@@ -12,7 +12,8 @@ from torch import nn
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import atomic_files, temporary_folder
-from slimclr_hub.inference.images import Problem, Sources
+from slimclr_hub.images import Problem
+from slimclr_hub.inference.images import Sources
 from slimclr_hub.inference.runner import InferenceConfig, run_images
 from slimclr_hub.weights.tensor_file import write_safetensors
 

@@ -1,7 +1,8 @@
 """Lists of images from files, folders and memory, and the unreadable ones among them."""
 
 import os
-import re
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,17 +10,17 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, TypeGuard, Union
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import get_img_extensions
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from slimclr_hub.errors import InputError, shorten
+from slimclr_hub.images import Problem, find_images, left_out, open_image, read_image, reason
 from slimclr_hub.runs.progress import progress_bar
+from slimclr_hub.text import natural_key
 
 Source = str | os.PathLike[str] | Image.Image
 Sources = Union[Source, Iterable[Source], 'ImageList']
-Problem = tuple[str, str]
-"""Name of an image and why it cannot be read."""
 
 _SOURCES = (str, os.PathLike, Image.Image)
 _THREADS = 16  # they wait for the disk or the network
@@ -38,14 +39,8 @@ class ImageList:
         return len(self.names)
 
     def read(self, index: int, mode: str) -> Image.Image:
-        """Decode one image as timm's data sets do: without transparency, 16 bits clipped to 8, not rotated by EXIF."""
-        item = self.items[index]
-        if isinstance(item, Path):
-            with Image.open(item) as image:
-                return image.convert(mode)
-        if not isinstance(item, Image.Image):
-            raise TypeError(f'a {type(item).__name__}, not an image')
-        return item.convert(mode)
+        """Decode one image, as `read_image` does."""
+        return read_image(self.items[index], mode)
 
     def without(self, indices: Iterable[int]) -> 'ImageList':
         """Return the other images, with their names."""
@@ -111,13 +106,6 @@ def find_unreadable(images: ImageList, progress: bool = True) -> dict[int, str]:
     return problems
 
 
-def reason(error: Exception) -> str:
-    """Explain why an image could not be read, without its path."""
-    if isinstance(error, UnidentifiedImageError):
-        return 'not an image that Pillow can read'
-    return getattr(error, 'strerror', None) or str(error) or type(error).__name__
-
-
 def unreadable_error(problems: Sequence[Problem]) -> InputError:
     """Return the error that names the images, the first few of many."""
     listed = shorten([f'{name} ({why})' for name, why in problems])
@@ -155,19 +143,13 @@ def _files(path: Path) -> list[Path]:
     except OSError as error:
         raise InputError(f'images {path}: {error.strerror}') from error
     endings = get_img_extensions(as_set=True).union(IMG_EXTENSIONS)
-    found = []
-    for folder, inner, files in os.walk(path, followlinks=True):
-        inner[:] = [name for name in inner if not name.startswith('.')]
-        visible = (Path(folder, name) for name in files if not name.startswith('.'))
-        found += [file for file in visible if file.suffix.lower() in endings]
+    others: Counter[str] = Counter()
+    found = list(find_images(path, endings, others))
     if not found:
         raise InputError(f'images {path}: no images in this folder; searched for {", ".join(sorted(endings))}')
-    # The path itself decides between names that differ in case alone, else the file system's order would.
-    return sorted(found, key=lambda file: (_natural_key(str(file)), str(file)))
-
-
-def _natural_key(name: str) -> list[str | int]:
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r'(\d+)', name.lower()))]
+    if others:
+        warnings.warn(left_out(path, others), stacklevel=2)
+    return sorted(found, key=lambda file: natural_key(str(file)))
 
 
 def _printable(path: Path) -> str:
@@ -178,7 +160,8 @@ def _printable(path: Path) -> str:
 def _problem(item: Any) -> str | None:
     try:
         if isinstance(item, Path):
-            Image.open(item).close()
+            with open_image(item):
+                pass
         else:
             with _loading:
                 item.load()

@@ -15,15 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.inference.images import (
-    ImageList,
-    Problem,
-    Sources,
-    find_unreadable,
-    list_images,
-    reason,
-    unreadable_error,
-)
+from slimclr_hub.images import CentreFirst, Problem, reason
+from slimclr_hub.inference.images import ImageList, Sources, find_unreadable, list_images, unreadable_error
 from slimclr_hub.runs.progress import progress_bar
 from slimclr_hub.settings import at_least, one_of
 
@@ -117,7 +110,9 @@ def preprocessing(model: nn.Module) -> tuple[Callable[[Image.Image], torch.Tenso
     channels = data['input_size'][0]
     if channels not in _MODES:
         raise InputError(f'the network takes {channels} channels; images are read as grey (1) or RGB (3) alone')
-    return create_transform(**data, is_training=False), _MODES[channels]
+    transform = create_transform(**data, is_training=False)
+    # Other modes of cropping resize the image as a whole to the network's size.
+    return CentreFirst(transform) if data['crop_mode'] == 'center' else transform, _MODES[channels]
 
 
 def _forward(forward: Forward, batch: torch.Tensor, config: InferenceConfig) -> tuple[torch.Tensor, ...]:
@@ -141,10 +136,9 @@ class _Decoded(Dataset[tuple[int, torch.Tensor | None, str | None]]):
 
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str | None]:
         try:
-            image = self.images.read(index, self.mode)
-        except Exception as error:  # as in `find_unreadable`
+            return index, self.transform(self.images.read(index, self.mode)), None
+        except Exception as error:  # as in `find_unreadable`; a MemoryError, too
             return index, None, reason(error)
-        return index, self.transform(image), None
 
 
 def _collate(samples: Sequence[tuple[int, torch.Tensor | None, str | None]]) -> _Batch:

@@ -18,9 +18,6 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.models.slicing import SlicedWeight, part
 from slimclr_hub.models.widths import given, scale_channels, width_key
 
-MAX_IMAGE_SIZE = 4096
-"""Largest height and width of images, in pixels."""
-
 _MOST_BLOCKS, _MOST_PARAMETERS = 1000, 500_000_000
 _ONEDNN_BLOCK = 16
 """Channels of a block in AVX-512, the most that oneDNN has."""

@@ -6,9 +6,11 @@ from itertools import islice
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
-from slimclr_hub.data.loaders import eval_loader
+from slimclr_hub.data.batches import CorruptImages
+from slimclr_hub.data.config import WITH_KEYS
+from slimclr_hub.data.loaders import EvalLoader, eval_loader
 from slimclr_hub.data.sources import has_validation
 from slimclr_hub.distributed import average_batchnorm
 from slimclr_hub.evaluate.baselines import CALIBRATION_BATCHES, Encoder, raw_pixels
@@ -49,6 +51,8 @@ class OnlineEvaluation:
     def __init__(self, config: PretrainConfig, accelerator: Accelerator) -> None:
         self._config = config
         self._accelerator = accelerator
+        self._corrupt = CorruptImages(config.data.max_corrupt, 'left out')
+        self._noted = False
         self.facts: dict[str, float] = {}
         bank, self._queries = config.knn.bank, None
         if has_validation(config.data):
@@ -57,12 +61,13 @@ class OnlineEvaluation:
         else:
             bank = min(bank or RANK_IMAGES, RANK_IMAGES)
         self._bank = self._loader(config.data.train_split, bank)
-        self._bank_images = len(self._bank.dataset)  # type: ignore[arg-type]
 
-    def _loader(self, split: str, at_most: int | None) -> DataLoader:
+    def _loader(self, split: str, at_most: int | None) -> EvalLoader:
         config, accelerator = self._config, self._accelerator
-        loader = eval_loader(config.data, split, at_most, config.run.seed, accelerator.num_processes)
-        return accelerator.prepare_data_loader(loader)
+        loader = eval_loader(
+            config.data, split, at_most, config.run.seed, accelerator.num_processes, corrupt=self._corrupt
+        )
+        return loader.prepared(accelerator)
 
     def __call__(self, backbone: SlimmableResNet, epoch: int) -> Qualities:
         """Return what is due after `epoch`; the network stays as it was.
@@ -78,25 +83,42 @@ class OnlineEvaluation:
         split_batchnorm(backbone, 1)
         for width in backbone.widths:
             if not is_calibrated(backbone, width):
-                calibrate_batchnorm(backbone, width, (images for images, _ in islice(self._bank, CALIBRATION_BATCHES)))
+                first = islice(self._bank.readable(), CALIBRATION_BATCHES)
+                calibrate_batchnorm(backbone, width, (images for images, _ in first))
         average_batchnorm(backbone)
         qualities: Qualities = {}
         if backbone.num_classes and self._queries is not None:
             outputs, truth = extract_features(self._accelerator, backbone, self._queries, backbone.widths)
-            qualities['top1'] = {width: _percent(outputs[width].argmax(1), truth) for width in backbone.widths}
+            if self._are_classes(truth, 'val_split'):
+                qualities['top1'] = {width: _percent(outputs[width].argmax(1), truth) for width in backbone.widths}
         if backbone.num_classes:
             backbone.reset_classifier(0)
         bank, labels = extract_features(self._accelerator, backbone, self._bank, backbone.widths)
         qualities['rank'] = {width: effective_rank(bank[width]) for width in backbone.widths}
         self.facts = {'rank_images': min(len(labels), RANK_IMAGES)}
-        if self._queries is None or len(labels.unique()) < 2:
+        if self._queries is None or not self._are_classes(labels, 'train_split', at_least=2):
             return qualities
         qualities |= self._classify(backbone, bank, labels, due)
-        if epoch == 0 and config.knn.raw_pixels and (pixels := raw_pixels(config.data, self._bank_images)):
+        if epoch == 0 and config.knn.raw_pixels and (pixels := raw_pixels(config.data, self._bank.total)):
             bank, labels = extract_features(self._accelerator, pixels, self._bank, pixels.widths)
             of_pixels = self._classify(pixels, bank, labels, due)
             self.facts |= {f'{RAW_PIXELS_KEY}/{kind}': top1 for kind, of in of_pixels.items() for top1 in of.values()}
         return qualities
+
+    def _are_classes(self, labels: torch.Tensor, split: str, at_least: int = 1) -> bool:
+        """True if each image has one of several classes; that it is not so is said once."""
+        data, unlabelled = self._config.data, int((labels < 0).sum())
+        if not unlabelled and len(labels.unique()) >= at_least:
+            return True
+        if not self._noted and self._accelerator.is_main_process:
+            why = f'{unlabelled} of {len(labels)} images have no class, or several'
+            remedy = '; data.label_key says where classes are' if data.name.startswith(WITH_KEYS) else ''
+            tqdm.write(
+                'While training the rank of features is measured, and no accuracy: of '
+                f'data.{split} {getattr(data, split)} {why if unlabelled else "all images are of one class"}{remedy}'
+            )
+        self._noted = True
+        return False
 
     def _classify(
         self,
@@ -108,6 +130,8 @@ class OnlineEvaluation:
         config = self._config
         qualities: Qualities = {}
         queries, truth = extract_features(self._accelerator, backbone, self._queries, backbone.widths)  # type: ignore[arg-type]
+        if not self._are_classes(truth, 'val_split'):
+            return {}
         k = config.knn.neighbours(labels)
         self.facts |= {'k': k, 'images': len(truth)}
         temperature = config.knn.temperature

@@ -190,7 +190,7 @@ def test_after_a_failure_batches_are_the_right_ones(workers):
     images[:, 0, 0] = range(20)  # what tells them apart
     batches = EpochBatches(20, 0, 4, 1, 0, count=5)
     order = [[index for _, index in keys] for keys in islice(batches, 10)]
-    dataset = IndexedImages(ArrayImages(images, labels, 'L'), partial(fails_on, order[1][2]), 0, 'L', 0)
+    dataset = IndexedImages(ArrayImages(images, labels, 'L'), partial(fails_on, order[1][2]), 0, 0)
     feed = IndexedFeed(dataset, batches, {'num_workers': workers, 'persistent_workers': workers > 0})
     for _ in range(2):
         epoch = feed.chunks(0, 0, None)

@@ -258,6 +258,14 @@ def test_resume_with_shards_of_unknown_length(piped, step):
     assert all(map(same, rest, whole[step:]))
 
 
+def test_shorter_epoch_than_announced_is_said(piped, caplog):
+    list(train_data(piped).epoch(0))
+    assert not caplog.records
+    list(train_data(replace(piped, num_samples=2 * TOTAL)).epoch(0))
+    (record,) = caplog.records
+    assert 'epoch 1 ended after 12 of 25 batches: the shards hold fewer images' in record.getMessage()
+
+
 def test_unknown_length_needs_num_samples(piped):
     with pytest.raises(InputError, match=r'data\.num_samples'):
         train_data(replace(piped, num_samples=None))
@@ -321,7 +329,7 @@ def test_fewer_samples_than_there_are(sources):
         ({'train_split': 'train-0000.tar|many'}, 'not a number'),
         ({'root': None}, r'data\.root'),
         ({'root': '/nosuch'}, 'does not exist'),
-        ({'image_key': 'tif'}, r'has png, cls; data\.image_key is tif'),
+        ({'image_key': 'seg'}, r'has png, cls; data\.image_key is seg'),
         ({'label_key': 'class'}, r'no class in its json'),
         ({'batch_size': 102}, 'larger than the data set of 100 images'),
     ],

@@ -62,7 +62,7 @@ def test_contiguous_parts_of_the_order(root, processes, microbatches):
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_views_are_those_of_the_image_in_its_epoch(root, workers):
-    view, images = normalised_view(VIEWS, 12, (0.286,), (0.353,)), make_dataset(config(root), 'train', training=True)
+    view, images = normalised_view(VIEWS, 12, (0.286,), (0.353,)), make_dataset(config(root), 'train')
     batch = next(train_data(root, workers=workers).epoch(2))
     for i, index in enumerate(order(2)[:16]):
         image, label = images[index]
@@ -229,7 +229,7 @@ def test_stream_that_cannot_be_entered_in_its_middle(tmp_path, workers):
     """timm's streams, of which only `tfds/` is left to timm; here its reader of shards stands for it."""
     write_shards(tmp_path, (20, 20))
     of = DataConfig(name='wds/', root=str(tmp_path), train_split='train-{0000..0001}.tar|40', batch_size=4)
-    dataset = make_dataset(of, of.train_split, training=True)
+    dataset = make_dataset(of, of.train_split)
     dataset.set_loader_cfg(num_workers=workers)
     layout = Layout(processes=1, workers=max(1, workers), images=4, batches=10)
     view = normalised_view(VIEWS, 12, of.mean, of.std)

@@ -49,7 +49,7 @@ class Seeded:
 
     def __init__(self, dataset, transform, seed: int) -> None:
         self.transform = transform
-        self.images = IndexedImages(dataset, transform, seed, mode='L', max_corrupt=0)
+        self.images = IndexedImages(dataset, transform, seed, max_corrupt=0)
 
     def __getitem__(self, key: tuple[int, int]):
         sample, problems = self.images[key]

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
+from slimclr_hub.data.sources import GARMENTS
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.features import GARMENTS, FeatureCache, class_names, state_hash
+from slimclr_hub.evaluate.features import FeatureCache, state_hash
 from slimclr_hub.evaluate.linear_eval.evaluation import check_labels
 from tests.data_room.files import some_images, write_classes, write_idx, write_idx_set
 from tests.networks import randomise_batchnorm
@@ -194,9 +195,7 @@ def test_names_of_classes(tmp_path):
     pixels, labels = some_images('train', 30)
     write_classes(tmp_path / 'train', pixels, labels % 3)
     data = DataConfig(name='folder', root=str(tmp_path))
-    dataset = eval_loader(data, 'train', None, 0).dataset
-    assert class_names('folder', dataset) == ['class0', 'class1', 'class2']
-    assert class_names('hfds/x', [1, 2]) is None
+    assert eval_loader(data, 'train', None, 0).source.class_names == ['class0', 'class1', 'class2']
 
 
 def test_labels_are_checked():

@@ -27,7 +27,7 @@ from slimclr_hub.evaluate.knn_eval import KNNEvalConfig, _knn_eval, classes_of, 
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models.calibrate import calibrate_width
 from slimclr_hub.runs.result import Protocol, Result, load
-from tests.data_room.files import some_images, write_idx_set
+from tests.data_room.files import some_images, write_classes, write_idx_set
 from tests.evaluate.test_knn import classify_by_loops, features
 from tests.evaluate.test_rank import transcription
 from tests.train.runs import TIMEOUT, environment
@@ -251,6 +251,22 @@ def test_baselines_can_be_left_out(place, result, alone, capsys):
     printed = capsys.readouterr().out
     assert 'raw pixels' not in printed
     assert 'random weights' not in printed
+
+
+def test_images_that_cannot_be_read_are_left_out(place, tmp_path, alone):
+    """Of both halves, so that nothing else changes."""
+    for split, held in ('train', 'train'), ('val', 'test'):
+        write_classes(tmp_path / 'images' / split, *some_images(held, 50))
+    found = []
+    for output in 'whole', 'damaged':
+        options = ('--data.name', 'folder', '--data.root', str(tmp_path / 'images'), '--baselines', 'false')
+        _knn_eval(arguments(place, *options, output=str(tmp_path / output)))
+        found.append(load(tmp_path / output / 'result.json'))
+        for folder in (tmp_path / 'images').glob('*/class1'):
+            (folder / '0000-cut.png').write_bytes(b'cut')
+    whole, damaged = ([(of.protocol, of.top1, of.top5, of.images) for of in results] for results in found)
+    assert damaged == whole
+    assert found[1][-1].rank == pytest.approx(found[0][-1].rank, rel=1e-4)
 
 
 def test_k_follows_the_images_of_a_class(place, alone):

@@ -26,12 +26,12 @@ from sklearn.preprocessing import StandardScaler
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
-from slimclr_hub.data.sources import EMBEDDED, read_embedded
+from slimclr_hub.data.sources import EMBEDDED, GARMENTS, read_embedded
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import DivergedError, InputError, PreemptedError
 from slimclr_hub.evaluate.compare.compare import compare_networks
 from slimclr_hub.evaluate.compare.entries import read_entries
-from slimclr_hub.evaluate.features import GARMENTS, FeatureCache, state_hash
+from slimclr_hub.evaluate.features import FeatureCache, state_hash
 from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig, parse_linear_eval
 from slimclr_hub.evaluate.linear_eval.evaluation import check_frozen, linear_eval
 from slimclr_hub.evaluate.linear_eval.probe import make_head, standardisation
@@ -185,9 +185,7 @@ def test_saved_network_reaches_what_the_table_says(place, network, tmp_path, hea
         assert [result.top1[width], result.top5[width]] == pytest.approx([100 * hit for hit in hits], rel=1e-6)
     before, after = (load_file(folder / 'model.safetensors') for folder in (network, saved))
     assert all(after[name].equal(tensor) for name, tensor in before.items())
-    dataset = eval_loader(config.data, 'validation', None, 0).dataset
-    dataset.transform = None
-    (prediction,) = predict(model, [dataset[0][0]], top=10)
+    (prediction,) = predict(model, [eval_loader(config.data, 'validation', None, 0).source[0][0]], top=10)
     assert {guess.label for guess in prediction.classes} == set(GARMENTS)
     assert json.loads((saved / 'config.json').read_text())['label_names'] == list(GARMENTS)
     assert f'{result.top1[0.5]:.1f}' in (saved / 'README.md').read_text()

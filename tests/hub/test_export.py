@@ -244,8 +244,8 @@ def test_missing_package(tmp_path, monkeypatch, package):
     [
         (export_onnx, 'network.pt2', 32, r'network\.pt2 does not end in \.onnx'),
         (export_pt2, 'network.pth', 32, r'network\.pth does not end in \.pt2'),
-        (export_onnx, 'network.onnx', 0, 'size 0'),
-        (export_pt2, 'network.pt2', -1, 'size -1'),
+        (export_onnx, 'network.onnx', 0, 'size 0 is not from 1 to 4096'),
+        (export_pt2, 'network.pt2', 99_999_999, 'size 99999999 is not from 1 to 4096'),
     ],
 )
 def test_wrong_arguments(tmp_path, export, name, size, message):

@@ -11,6 +11,7 @@ from timm.data import ImageDataset, create_transform, resolve_model_data_config
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.hub.folder import save_folder
+from slimclr_hub.images import CentreFirst
 from slimclr_hub.inference.embed import embed
 from slimclr_hub.inference.runner import preprocessing
 from slimclr_hub.runs.progress import progress_bar
@@ -91,14 +92,29 @@ def test_every_kind_of_image_is_read_as_timm_does(model, tmp_path):
     grey.convert('LA').save(tmp_path / '6-grey-alpha.png')
     grey.convert('1').save(tmp_path / '7-bit.tif')
     wide.save(tmp_path / '8-rotated.jpg', exif=exif)
-    Image.fromarray(PIXELS[0].astype(np.uint16) * 3).save(tmp_path / '9-16-bit.png')
     modes = [Image.open(path).mode for path in sorted(tmp_path.iterdir())]
-    assert modes == ['L', 'RGB', 'RGBA', 'P', 'CMYK', 'LA', '1', 'RGB', 'I;16']
+    assert modes == ['L', 'RGB', 'RGBA', 'P', 'CMYK', 'LA', '1', 'RGB']
 
     result = embed(model, tmp_path, batch_size=4, workers=0)
     timms = ImageDataset(str(tmp_path), reader=None, input_key='.png;.bmp;.jpg;.tif')
     assert result.names == [timms.filename(index) for index in range(len(timms))]
     assert close(result.features, one_by_one(model, [image for image, _ in timms]))
+
+
+def test_long_image_is_cropped_first(model):
+    """Enlarged as a whole, one of 20,000 x 1 pixels takes gigabytes."""
+    transform, mode = preprocessing(model)
+    assert isinstance(transform, CentreFirst)
+    long, centre = Image.new(mode, (20_000, 1)), Image.new(mode, (8, 1), 'white')
+    long.paste(centre, (9_996, 0))
+    assert transform(long).equal(transform(centre))
+
+
+def test_16_bits_are_those_of_8(model, tmp_path):
+    """timm clips them, to a white image."""
+    Image.fromarray(PIXELS[0].astype(np.uint16) << 8).save(tmp_path / '16-bit.png')
+    result = embed(model, tmp_path, workers=0)
+    assert close(result.features, one_by_one(model, rgb(PIXELS[:1])))
 
 
 def test_grey_network_from_its_folder(tmp_path, folder):
@@ -165,6 +181,21 @@ def test_file_that_is_cut_off_is_named(model, broken, workers):
     ) as caught:
         embed(model, broken, batch_size=2, workers=workers)
     assert 'Traceback' not in str(caught.value)
+
+
+class Unresizable(Image.Image):
+    """An image for which memory does not suffice."""
+
+    def resize(self, *args, **kwargs):
+        raise MemoryError
+
+
+def test_image_that_takes_all_memory_is_left_out(model):
+    image = Image.new('RGB', (40, 40))
+    image.__class__ = Unresizable
+    result = embed(model, [*rgb()[:2], image], workers=0, skip_unreadable=True, progress=False)
+    assert result.names == ['0', '1']
+    assert result.skipped == [('2', 'MemoryError')]
 
 
 @pytest.mark.parametrize('batch_size', [1, 3, 64])

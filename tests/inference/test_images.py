@@ -122,6 +122,25 @@ def test_unreadable_are_found(tmp_path):
     assert index == 1
 
 
+def test_loops_of_links_and_other_endings(tmp_path):
+    """A folder is read once, and what is left out is counted."""
+    write_pngs(tmp_path / 'a', PIXELS)
+    (tmp_path / 'a' / 'up').symlink_to(tmp_path)
+    for name in '1.gif', '2.gif', '3.avif':
+        (tmp_path / name).write_bytes(b'')
+    with pytest.warns(UserWarning, match=r'left out: 2 \.gif, 1 \.avif$'):
+        listed = list_images(tmp_path)
+    assert len(listed) == len(PIXELS)
+
+
+def test_what_is_no_file_is_no_image(tmp_path):
+    """Reading a pipe would wait for its writer for ever."""
+    write_pngs(tmp_path, PIXELS)
+    os.mkfifo(tmp_path / 'pipe.png')
+    listed = list_images(tmp_path)
+    assert find_unreadable(listed) == {len(PIXELS): 'not a file'}
+
+
 def test_vanished_file_is_named_once(tmp_path):
     listed = list_images(save(tmp_path / '1.png'))
     (tmp_path / '1.png').unlink()

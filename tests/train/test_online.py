@@ -2,6 +2,7 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+import datasets
 import pytest
 import timm
 import torch
@@ -13,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
-from slimclr_hub.errors import InputError
+from slimclr_hub.errors import DataError, InputError
 from slimclr_hub.evaluate.baselines import raw_pixels
 from slimclr_hub.evaluate.features import extract_features
 from slimclr_hub.evaluate.knn import knn_predict
@@ -22,7 +23,7 @@ from slimclr_hub.methods.batchnorm import split_batchnorm
 from slimclr_hub.models.calibrate import batchnorms_of, calibrate_batchnorm, is_calibrated
 from slimclr_hub.train.config import KNNConfig, OptimConfig, PretrainConfig, ProbeConfig
 from slimclr_hub.train.online import OnlineEvaluation, online_evaluation
-from tests.data_room.files import some_images, write_idx_set, write_pngs
+from tests.data_room.files import png_bytes, some_images, write_idx_set, write_pngs
 from tests.evaluate.test_rank import transcription
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -336,3 +337,67 @@ def test_images_without_labels_have_a_rank(config, accelerator, tmp_path, capsys
     assert evaluate.facts == {'rank_images': 70}
     printed = capsys.readouterr().out
     assert ('no accuracy: data.val_split validation is not apart' in printed) == (splits == [''])
+
+
+# Labels as they are found
+
+
+def hub_data(root, config: PretrainConfig, labels: list, damaged: int = 0) -> PretrainConfig:
+    """A streamed or downloaded data set with these labels, some of whose validation images cannot be read."""
+    images, _ = some_images('train', len(labels))
+    rows: list[dict | None] = [{'bytes': png_bytes(image), 'path': None} for image in images]
+    for split in 'train', 'validation':
+        table = datasets.Dataset.from_dict({'image': rows, 'label': labels})
+        table.to_parquet(str(root / f'{split}.parquet'))
+        rows = [None, {'bytes': b'cut', 'path': None}][:damaged] + rows[damaged:]
+    data = replace(config.data, name=f'hfds/{root}', root=None)
+    return replace(config, data=data)
+
+
+@pytest.fixture
+def hub_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(tmp_path_factory.mktemp('cache')))
+
+
+@pytest.mark.usefixtures('hub_cache')
+@pytest.mark.parametrize(
+    ('labels', 'why'),
+    [
+        (
+            [[1, 2], [1]] * 32,
+            'train 64 of 64 images have no class, or several; data.label_key says',
+        ),
+        ([0.5, 1.0] * 32, '32 of 64 images have no class'),
+        (['only'] * 64, 'all images are of one class'),
+    ],
+    ids=['several', 'floats', 'one'],
+)
+def test_without_classes_there_is_the_rank_alone(config, accelerator, tmp_path, capsys, labels, why):
+    evaluate = online_evaluation(hub_data(tmp_path, config, labels), accelerator)
+    assert evaluate is not None
+    for epoch in 0, 2:
+        assert evaluate(network(), epoch).keys() == {'rank'}
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith('While training the rank of features is measured, and no accuracy: ')
+    assert why in line
+
+
+@pytest.mark.usefixtures('hub_cache')
+@pytest.mark.parametrize('kind', ['hfds', 'hfids'])
+def test_names_are_classes_and_unreadable_images_are_left_out(config, accelerator, tmp_path, caplog, kind):
+    _, numbers = some_images('train', 64)
+    of = hub_data(tmp_path, config, [f'class {number}' for number in numbers], damaged=2)
+    of = replace(of, data=replace(of.data, name=f'{kind}/{tmp_path}'))
+    evaluate = online_evaluation(of, accelerator)
+    assert evaluate is not None
+    result = evaluate(network(), 0)
+    assert evaluate.facts['images'] == 62
+    # Each image is its own nearest neighbour, one of the bank's.
+    assert min(result['knn'].values()) > 20
+    assert evaluate(network(), 2).keys() == {'rank', 'knn', 'linear'}
+    messages = [record.getMessage() for record in caplog.records if 'left out an image' in record.getMessage()]
+    assert len(messages) == 2
+    few = online_evaluation(replace(of, data=replace(of.data, max_corrupt=1)), accelerator)
+    assert few is not None
+    with pytest.raises(DataError, match=r'2 images cannot be read: .*row 0 \(no image\)'):
+        few(network(), 0)

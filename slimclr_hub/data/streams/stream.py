@@ -12,13 +12,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from slimclr_hub.data.batches import Chunk, Problem, Sample, make_chunk, reason
+from slimclr_hub.data.batches import Chunk, Sample, make_chunk, on_one_line
+from slimclr_hub.data.labels import class_number
 from slimclr_hub.data.seeding import drawing, mixed_seed, permutation
 from slimclr_hub.data.streams.shards import Raw, Shards
-from slimclr_hub.errors import DataError, InputError
+from slimclr_hub.errors import InputError
+from slimclr_hub.images import Problem, read_image, reason
 
 T = TypeVar('T')
 Place = tuple[int, ...]
@@ -64,9 +65,6 @@ class ShardOrder:
         those at its borders. With unknown lengths, shards are divided over the workers, and process r of P takes
         samples r, r + P, ... of them: every process reads all, and their counts differ by at most one sample for each
         worker.
-
-        Raises:
-            DataError: A shard has another length than announced, so samples would be lost or repeated.
         """
         shards, layout = self.shards, self.layout
         order = permutation(len(shards.names), self.seed, epoch).tolist()
@@ -93,11 +91,6 @@ class ShardOrder:
                 if begin + found in chosen:
                     yield (shard, found), raw
                 found += 1
-            if announced not in (None, found):
-                raise DataError(
-                    f'{shards.names[shard]} holds {found} samples, not {announced} as announced; fetch the shard again '
-                    'or correct its _info.json'
-                )
             begin += found
 
 
@@ -129,7 +122,7 @@ class TimmOrder:
         """Yield samples of the calling worker."""
         self.dataset.set_epoch(epoch)
         for i, (image, label) in enumerate(self.dataset):
-            yield (self.rank, role, i), Raw(f'sample {i}', partial(_labelled, image, label))
+            yield (self.rank, role, i), Raw(f'sample {i}', partial(_itself, image), class_number(label))
 
 
 @dataclass(eq=False)
@@ -169,13 +162,12 @@ class StreamedChunks(IterableDataset[Chunk]):
             if i < consumed:
                 continue
             try:
-                image, label = raw.decode()
-                image = image.convert(self.mode)
-            except Exception as error:  # decoders raise whatever occurs to them: SyntaxError, struct.error, IndexError
+                image = read_image(raw.load(), self.mode)
+            except Exception as error:  # decoders raise whatever occurs to them: SyntaxError, struct.error, MemoryError
                 problems.append((raw.name, reason(error)))
             else:
                 with drawing(self.seed, epoch, *place):
-                    samples.append(Sample(self.transform(image), label, i + 1))
+                    samples.append(Sample(self.transform(image), raw.label, i + 1))
             if len(samples) == self.layout.images or len(dict(problems)) > self.max_corrupt:
                 yield make_chunk(samples, problems, role)
                 samples, problems = [], []
@@ -194,7 +186,7 @@ class StreamFeed:
         self, chunks: StreamedChunks, options: dict[str, Any], notes: tuple[str, ...], facts: dict[str, int]
     ) -> None:
         self.source = chunks
-        self.loader: DataLoader[Chunk] = DataLoader(chunks, batch_size=None, collate_fn=_as_it_is, **options)
+        self.loader: DataLoader[Chunk] = DataLoader(chunks, batch_size=None, collate_fn=_itself, **options)
         self.notes = notes
         self.layout = {**asdict(chunks.layout), **facts}
         self.ahead = self.loader.num_workers > 0
@@ -247,7 +239,7 @@ class StreamFeed:
 
     def _iterate(self, beginning: Start) -> Iterator[Chunk]:
         self.source.enter(*beginning)
-        return iter(self.loader)
+        return on_one_line(iter(self.loader))  # which has workers begin
 
     def _begin(self, start: int, position: Any) -> tuple[int, list[int]]:
         if position is None:
@@ -287,12 +279,8 @@ def _joined(tails: list[Chunk], size: int, consumed: list[int]) -> Iterator[Chun
         }
 
 
-def _labelled(image: Image.Image, label: Any) -> tuple[Image.Image, int]:
-    return image, int(label)
-
-
-def _as_it_is(chunk: Any) -> Any:
-    return chunk
+def _itself(value: Any) -> Any:
+    return value
 
 
 class OneWayFeed:

@@ -16,9 +16,9 @@ import torch
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.network import default_output, folder_of, open_for_test, published_network, shipped_network
 from slimclr_hub.evaluate.reported import published_result
+from slimclr_hub.images import MAX_IMAGE_SIZE
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cost import WidthFacts, width_facts
-from slimclr_hub.models.layers import MAX_IMAGE_SIZE
 from slimclr_hub.models.registry import slimmable_models
 from slimclr_hub.runs.result import RAW_PIXELS, Protocol, Result, load, results_in
 from slimclr_hub.settings import RECIPE, read_yaml

@@ -21,7 +21,6 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 
 from slimclr_hub.data.loaders import eval_loader
-from slimclr_hub.data.sources import make_dataset
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.distributed import from_main_process
 from slimclr_hub.errors import InputError
@@ -136,7 +135,8 @@ def _open(config: LinearEvalConfig) -> Encoder:
     check_channels(config.network, backbone, config.data)
     if like is None:
         return backbone
-    images = (batch for batch, _ in eval_loader(config.data, config.data.train_split, None, config.run.seed))
+    loader = eval_loader(config.data, config.data.train_split, None, config.run.seed)
+    images = (batch for batch, _ in loader.readable())
     return random_weights(backbone, images, config.run.seed)
 
 
@@ -176,6 +176,11 @@ def _train(
         train = cache.features(data.train_split, features.train_images)
         classes = classes or int(train.labels.max()) + 1
         check_labels(train.labels, classes, data.train_split)
+        if len(train.labels) < data.batch_size:
+            raise InputError(
+                f'data.batch_size {data.batch_size} is larger than the {len(train.labels)} training images that can be '
+                f'read; give at most {len(train.labels)}'
+            )
     if classes is None:
         raise InputError(f'data.name {data.name} does not tell how many classes there are; give --probe.num_classes')
     check_labels(validation.labels, classes, data.val_split)
@@ -223,8 +228,7 @@ def _with_fitting_batch(config: LinearEvalConfig, accelerator: Accelerator) -> L
         )
     if config.data.streams and config.features.mode == 'augmented':
         return config
-    images = len(make_dataset(config.data, config.data.train_split, training=False))  # type: ignore[arg-type]
-    images = min(images, config.features.train_images or images)
+    images = eval_loader(config.data, config.data.train_split, config.features.train_images, 0).total
     if batch <= images:
         return config
     if batch != BATCH_SIZE or images < processes:
