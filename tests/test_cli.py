@@ -380,7 +380,16 @@ def test_export_keeps_what_is_there(refuse, succeed, small, tmp_path):
 
 @pytest.mark.parametrize('size', [99_999_999, 0])
 def test_export_of_an_impossible_size(refuse, small, tmp_path, size):
-    refuse('export', small, tmp_path / 'out', '--size', size, words=(f'size {size} is not from 1 to 4096; give',))
+    refuse(
+        'export',
+        small,
+        tmp_path / 'out',
+        '--format',
+        'pt2',
+        '--size',
+        size,
+        words=(f'size {size} is not from 1 to 4096; give',),
+    )
     assert not any(tmp_path.iterdir())
 
 
