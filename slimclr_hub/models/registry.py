@@ -182,6 +182,10 @@ def build(
             # transformers' TimmBackbone sets the statistics of a batch normalisation without this mark back to zero
             # and one (5.23; transformers pull request 43520 reports the same).
             vars(module)['_is_hf_initialized'] = True
+        shipped = SHIPPED.get(cfg.tag or '')
+        if shipped is not None and cfg.file == str(shipped.weights):
+            # Here and not in timm's table of configurations: a head without these weights has classes of its own.
+            model.pretrained_cfg['label_names'] = shipped.classes
     # The configuration that was asked for, not the one that timm was given.
     for key in ('file', 'source', 'custom_load', 'state_dict'):
         value = getattr(cfg, key)

@@ -34,6 +34,13 @@ def probabilities(model) -> torch.Tensor:
     return torch.cat([model.forward_at(image, model.width) for image in images]).softmax(1)
 
 
+def test_the_network_in_the_package_names_garments():
+    model = timm.create_model('slimclr_resnet20', pretrained=True)
+    assert [label.lower() for label in labels(model)] == ['t-shirt/top', *GARMENTS[1:]]
+    assert labels(timm.create_model('slimclr_resnet20', num_classes=10)) == [str(index) for index in range(10)]
+    assert labels(timm.create_model('slimclr_resnet20', pretrained=True, num_classes=3)) == ['0', '1', '2']
+
+
 def labels(model) -> list[str]:
     """Names of all classes, in the order of the head's output."""
     (prediction,) = predict(model, Image.fromarray(PIXELS[0]), top=10**6)
