@@ -90,7 +90,12 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
         message = ' '.join(str(error).split())
         if message.startswith('Problems parsing config') and files:
             message = f'{files}: {message}'
-        raise InputError(message) from error
+        raise InputError(_shortened(message)) from error
+
+
+def _shortened(message: str) -> str:
+    # It has the value or key, of any length, in the middle.
+    return message if len(message) < 1500 else f'{message[:900]} ... {message[-300:]}'
 
 
 def read_recipes(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -6,6 +6,7 @@ import pytest
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.runs.command_line import read_recipe
+from slimclr_hub.train.command import load_recipe
 
 ALIASES = 'a: &a [x, x, x, x, x, x, x, x, x]\n' + ''.join(
     f'{new}: &{new} [{", ".join([f"*{old}"] * 9)}]\n' for old, new in zip('abcdefgh', 'bcdefghi', strict=True)
@@ -34,6 +35,14 @@ def test_no_recipe(tmp_path, kind):
     with pytest.raises(InputError, match=f'^{tmp_path}/mine.yaml .*{words}'):
         read_recipe(tmp_path / 'mine.yaml')
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+def test_a_long_key_is_shortened(tmp_path):
+    (tmp_path / 'mine.yaml').write_text(f'{"x" * 9000}: 1\n')
+    with pytest.raises(InputError) as refused:
+        load_recipe(tmp_path / 'mine.yaml')
+    assert f'{tmp_path}/mine.yaml' in str(refused.value)
+    assert len(str(refused.value)) < 1500
 
 
 def test_anchors_are_values(tmp_path):
