@@ -5,7 +5,7 @@
         --config recipes/configs/mocov2_resnet50_imagenet_200e.yaml --data.root /data/imagenet --method.queue_size 8192
 
 Every run is `accelerate launch recipes/pretrain.py` without evaluation, until its log has `--lines` lines. Options
-after `--` are passed on to it; by default the demo trains. Several processes have the batch of one process each (`per
+after `--` are passed on to it; by default MoCo v2 trains on the embedded images. Several processes have the batch of one process each (`per
 process`), or all together (`in total`). The speed of a run is the median over its log without the first line, which
 contains the start; `waited` is the share of the time spent waiting for data. Efficiency is the speed over that of one
 process, on GPUs divided by the number of processes. A CPU's cores are divided among the processes, so that one process
@@ -31,8 +31,10 @@ from measure import Report, Row, in_turns, make_parser, measured, parse, positiv
 
 from slimclr_hub.runs.command_line import run_script
 
-SCRIPT = Path(__file__).parents[1] / 'recipes' / 'pretrain.py'
-DEMO = ['--method.bn_splits=1']  # each process normalises its own part
+RECIPES = Path(__file__).parents[1] / 'recipes'
+SCRIPT = RECIPES / 'pretrain.py'
+# Each process normalises its own part.
+MOCOV2 = [f'--config={RECIPES}/configs/mocov2_resnet20_fashionmnist6k.yaml', '--method.bn_splits=1']
 Speed = tuple[float, float]
 """Images per second, and share of the time spent waiting for data."""
 
@@ -105,7 +107,7 @@ def main() -> None:
     parser.add_argument('--slow-start', action='store_true', help='train the full width alone')
     parser.add_argument('--log-every', type=positive, default=10, help='steps between lines of the log')
     parser.add_argument('--lines', type=positive, default=6, help='lines of the log; the first does not count')
-    parser.add_argument('options', nargs='*', default=DEMO, help='after --: options of recipes/pretrain.py')
+    parser.add_argument('options', nargs='*', default=MOCOV2, help='after --: options of recipes/pretrain.py')
     args = parse(parser)
     if args.lines < 2:
         parser.error('argument --lines: the first does not count; give 2 or more')

@@ -66,13 +66,17 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.seeds = sorted(int(path.name.rpartition('-')[2]) for path in folder.glob('slimclr-*') if path.is_dir())
+        self.seeds = sorted({int(path.parent.name.rpartition('-')[2]) for path in folder.glob('*-*/metrics.jsonl')})
+
+    def of(self, recipe: str) -> list[Path]:
+        """Folders of the runs by a recipe, in the order of their seeds."""
+        return [run for seed in self.seeds if (run := self.folder / f'{recipe}-{seed}').is_dir()]
 
     def linear(self, recipe: str, head: str = 'switchable') -> dict[float, list[float]]:
         """Width -> top-1 of each seed, by the classifier with that head."""
         found: dict[float, list[float]] = {}
-        for seed in self.seeds:
-            for file in sorted((self.folder / f'{recipe}-{seed}').glob(f'linear_eval*/{RESULT}')):
+        for run in self.of(recipe):
+            for file in sorted(run.glob(f'linear_eval*/{RESULT}')):
                 result, *_ = load(file)
                 if result.protocol.head == head:
                     for width, value in result.top1.items():
@@ -82,8 +86,8 @@ class Runs:
     def last(self, recipe: str, key: str) -> list[float]:
         """Last value of a metric for each seed."""
         values = []
-        for seed in self.seeds:
-            lines = (self.folder / f'{recipe}-{seed}' / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
+        for run in self.of(recipe):
+            lines = (run / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
             values.append([record[key] for record in map(json.loads, lines) if key in record][-1])
         return values
 
@@ -193,12 +197,26 @@ def condition(runs: Runs) -> None:
     print_table(headers, rows)
 
 
+def collapse(runs: Runs) -> None:
+    rows = []
+    for rate in '0.015', '0.03', '0.06':
+        for slow, name in ('0', 'no'), ('0.5', 'half an epoch'):
+            recipe = f'collapse-lr{rate}-slow{slow}'
+            if found := runs.of(recipe):
+                keys = [(f'{kind}/{width}', digits) for kind, digits in (('info_nce', 2), ('knn', 1)) for width in ('1', '0.25')]
+                rows.append([rate, name, str(len(found)), *(spread(runs.last(recipe, key), digits) for key, digits in keys)])
+    headers = ['learning rate', 'slow start', 'n', 'InfoNCE, 1.0', 'InfoNCE, 0.25', 'k-NN, 1.0 (%)', 'k-NN, 0.25 (%)']
+    print_table(headers, rows)
+
+
 def main() -> None:
     if len(sys.argv) != 2 or not (runs := Runs(Path(sys.argv[1]))).seeds:
         sys.exit('usage: python benchmarks/small_scale.py FOLDER, with the runs of benchmarks/small_scale.sh')
     tables: list[Callable[[Runs], None]] = [interference, parts, gradients, offsets, condition]
-    for table in tables:
+    for table in tables if runs.of('slimclr') else ():
         table(runs)
+    if any(runs.folder.glob('collapse-*')):
+        collapse(runs)
 
 
 if __name__ == '__main__':

@@ -3,7 +3,7 @@
 # are not repeated. Figures are of the first seed.
 #
 #   bash benchmarks/small_scale.sh FOLDER [SEED ...]
-#   COLLAPSE=1 bash benchmarks/small_scale.sh FOLDER [SEED ...]     # and the runs without warm-up, on 60,000 images
+#   COLLAPSE=1 bash benchmarks/small_scale.sh FOLDER [SEED ...]     # and those without warm-up, on 60,000 images
 #
 # FASHION_MNIST is the folder of the data set's files: Debian's (apt-get install dataset-fashion-mnist) or torchvision's.
 set -euo pipefail
@@ -38,15 +38,15 @@ done
 python recipes/analyze.py gradients \
   $(printf "$out/%s-$first " alone_w100 vanilla supervised slow slow_kd slimclr) --output "$out/figures"
 if [ -n "${COLLAPSE:-}" ]; then
-  plain=(--method.distillation none --method.loss_weights none)
-  collapse() { # NAME OPTION ...
-    [ -e "$out/$1/model.safetensors" ] || accelerate launch -q recipes/pretrain.py --resume auto \
-      --config recipes/configs/mocov2_resnet20_fashionmnist_1e.yaml --optim.lr 0.03 "${plain[@]}" \
-      --data.root "${FASHION_MNIST:-/usr/share/datasets/fashion-mnist}" --run.output "$out" --run.name "$@"
-  }
-  collapse 60000_alone --method.slow_start_epochs 0 --optim.warmup_epochs 0 --model.widths "[1.0]"
-  collapse 60000_vanilla --method.slow_start_epochs 0 --optim.warmup_epochs 0
-  collapse 60000_slow --method.slow_start_epochs 0.5 --optim.warmup_epochs 0
-  collapse 60000_vanilla_warmup --method.slow_start_epochs 0 --optim.warmup_epochs 0.2
+  for seed in $seeds; do
+    for rate in 0.03 0.06 0.015; do
+      for slow in 0 0.5; do
+        run=collapse-lr$rate-slow$slow-$seed
+        [ -e "$out/$run/model.safetensors" ] || accelerate launch -q recipes/pretrain.py --resume auto \
+          --config recipes/configs/small_scale/collapse.yaml --optim.lr "$rate" --method.slow_start_epochs "$slow" \
+          --data.root "${FASHION_MNIST:-/usr/share/datasets/fashion-mnist}" --run.output "$out" --run.name "$run" --run.seed "$seed"
+      done
+    done
+  done
 fi
 python benchmarks/small_scale.py "$out"
