@@ -6,9 +6,10 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test fuzz lint docs bench clean
 
-# Pre-train a slimmable ResNet-20 on real images that the package ships, and print what each width has learned.
+# Pre-train a slimmable ResNet-20 on real images that the package ships, and print what each width has learned. By itself,
+# `accelerate launch` takes one thread.
 demo: $(READY)
-	$(BIN)/accelerate launch -q recipes/pretrain.py
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(BIN)/accelerate launch -q recipes/pretrain.py
 
 test: $(READY)
 	$(BIN)/python -m pytest

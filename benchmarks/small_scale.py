@@ -198,13 +198,17 @@ def condition(runs: Runs) -> None:
 
 
 def collapse(runs: Runs) -> None:
+    columns = [(f'{kind}/{width}', digits) for kind, digits in (('info_nce', 2), ('knn', 1)) for width in ('1', '0.25')]
     rows = []
-    for rate in '0.015', '0.03', '0.06':
-        for slow, name in ('0', 'no'), ('0.5', 'half an epoch'):
-            recipe = f'collapse-lr{rate}-slow{slow}'
-            if found := runs.of(recipe):
-                keys = [(f'{kind}/{width}', digits) for kind, digits in (('info_nce', 2), ('knn', 1)) for width in ('1', '0.25')]
-                rows.append([rate, name, str(len(found)), *(spread(runs.last(recipe, key), digits) for key, digits in keys)])
+    for rate in '0.03', '0.06':
+        without, with_slow = (f'collapse-lr{rate}-slow{slow}' for slow in ('0', '0.5'))
+        if not runs.of(without):
+            continue
+        values = {recipe: [runs.last(recipe, key) for key, _ in columns] for recipe in (without, with_slow)}
+        gains = [differences(new, old) for new, old in zip(values[with_slow], values[without], strict=True)]
+        for name, found in (('no', values[without]), ('half an epoch', values[with_slow]), ('difference', gains)):
+            cells = [spread(column, digits) for column, (_, digits) in zip(found, columns, strict=True)]
+            rows.append([rate, name, str(len(found[0])), *cells])
     headers = ['learning rate', 'slow start', 'n', 'InfoNCE, 1.0', 'InfoNCE, 0.25', 'k-NN, 1.0 (%)', 'k-NN, 0.25 (%)']
     print_table(headers, rows)
 

@@ -39,7 +39,7 @@ python recipes/analyze.py gradients \
   $(printf "$out/%s-$first " alone_w100 vanilla supervised slow slow_kd slimclr) --output "$out/figures"
 if [ -n "${COLLAPSE:-}" ]; then
   for seed in $seeds; do
-    for rate in 0.03 0.06 0.015; do
+    for rate in 0.03 0.06; do
       for slow in 0 0.5; do
         run=collapse-lr$rate-slow$slow-$seed
         [ -e "$out/$run/model.safetensors" ] || accelerate launch -q recipes/pretrain.py --resume auto \

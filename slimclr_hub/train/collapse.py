@@ -13,8 +13,8 @@ _LEAST_RANK = 1.1  # of random networks it is several times this
 class CollapseWatch:
     """Tells when widths collapse, once until they have recovered; it looks at no epoch with warm-up.
 
-    A width has collapsed if its loss stays at that of chance in all lines that an epoch has in the log, or if the
-    effective rank of its features is about 1. `loss` names the loss in the log; None watches the rank alone.
+    A width has collapsed if its loss is that of chance in the last quarter of the lines that an epoch has in the log, as
+    it rises to it in the course of one, or if the effective rank of its features is about 1. `loss` names the loss in the log; None watches the rank alone.
     """
 
     def __init__(self, config: PretrainConfig, loss: str | None) -> None:
@@ -39,6 +39,7 @@ class CollapseWatch:
         for width in self._config.model.widths:
             found = []
             losses = [line[key] for line in lines if (key := f'{self._loss}/{width:g}') in line]
+            losses = losses[len(losses) * 3 // 4 :]
             away = [abs(loss - log(candidates)) for loss in losses] if losses else [_NEAR_IN_A_LINE]
             if max(away) < _NEAR_IN_A_LINE and abs(mean(losses) - log(candidates)) < _NEAR:
                 found.append(f'{self._loss} {mean(losses):.3f} is at chance, ln {candidates} = {log(candidates):.3f}')

@@ -70,15 +70,24 @@ def test_once_until_it_has_recovered_and_not_in_warm_up():
     watch = CollapseWatch(config, 'info_nce')
     told = []
     for epoch, loss in enumerate((4.17, 4.17, 4.17, 4.17, 3.0, 4.18), 1):
-        watch.add(lines(loss - 0.05))
-        watch.add(lines(loss + 0.05))
+        for _ in range(4):
+            watch.add(lines(loss - 0.05))
+            watch.add(lines(loss + 0.05))
         told.append(list(watch.after(epoch, 65, HEALTHY)))
     assert told == [[], [], list(WIDTHS), [], [], list(WIDTHS)]
     # A mean at chance of losses that are not is no collapse.
     watch = CollapseWatch(replace(config, optim=OptimConfig()), 'info_nce')
-    watch.add(lines(4.17 - 0.5))
-    watch.add(lines(4.17 + 0.5))
+    for loss in (4.17 - 0.5, 4.17 + 0.5) * 4:
+        watch.add(lines(loss))
     assert watch.after(1, 65, HEALTHY) == {}
+
+
+@pytest.mark.parametrize(('last', 'told'), [((4.17, 4.18), list(WIDTHS)), ((4.17, 3.9), [])])
+def test_a_loss_that_rises_to_chance_in_the_course_of_an_epoch(last, told):
+    watch = CollapseWatch(replace(PretrainConfig(), model=ModelConfig(widths=WIDTHS)), 'info_nce')
+    for loss in (3.0, 3.3, 3.6, 3.9, 4.0, 4.1, *last):
+        watch.add(lines(loss))
+    assert list(watch.after(1, 65, HEALTHY)) == told
 
 
 def test_rank_of_trained_widths_alone():
