@@ -4,9 +4,9 @@
     python benchmarks/data_pipeline.py --source photos --images 2048 --batch 256 --workers 4 8 16 --device cuda
 
 Two views of every image are put on the device: of the embedded images by MoCo v2's recipe for them, and of synthetic
-JPEG photos of 500x375 at ImageNet's 224 by the recipe of MoCo v2. `cpu` views are computed by the workers, `kornia` views by
-the device. Backends are interleaved, and a ratio is the time over that of cpu. Nothing is trained meanwhile, which on a
-CPU would take the workers' cores.
+JPEG photos of 500x375 at ImageNet's 224 by that for ImageNet. `cpu` views are computed by the workers, `kornia` views
+by the device. Backends are interleaved, and a ratio is the time over that of cpu. Nothing is trained meanwhile, which
+on a CPU would take the workers' cores.
 """
 
 import argparse

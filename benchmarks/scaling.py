@@ -6,10 +6,10 @@
 
 Every run is `accelerate launch recipes/pretrain.py` without evaluation, until its log has `--lines` lines. Options
 after `--` are passed on to it; by default MoCo v2 trains on the embedded images. Several processes have the batch of
-one process each (`per process`), or all together (`in total`). The speed of a run is the median over its log without the first line, which
-contains the start; `waited` is the share of the time spent waiting for data. Efficiency is the speed over that of one
-process, on GPUs divided by the number of processes. A CPU's cores are divided among the processes, so that one process
-could be as fast. Runs are interleaved.
+one process each (`per process`), or all together (`in total`). The speed of a run is the median over its log without
+the first line, which contains the start; `waited` is the share of the time spent waiting for data. Efficiency is the
+speed over that of one process, on GPUs divided by the number of processes. A CPU's cores are divided among the
+processes, so that one process could be as fast. Runs are interleaved.
 """
 
 import argparse

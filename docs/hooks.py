@@ -1,5 +1,6 @@
 """Pages of the manual that stand elsewhere in the repository: shown where they are, stored once."""
 
+import posixpath
 import re
 from pathlib import Path, PurePosixPath
 
@@ -20,13 +21,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Show a link to a file of the repository that is no page, such as a folder of recipes, as its text alone."""
+    """Let links to the manual lead to its pages; show those to other files of the repository as their text alone."""
 
     def relink(match: re.Match[str]) -> str:
         text, target = match.groups()
         folder = PurePosixPath(page.file.src_uri).parent
-        is_page = files.get_file_from_path((folder / target.partition('#')[0]).as_posix()) is not None
-        return match[0] if is_page or not (ROOT / folder / target).exists() else f'`{text.strip("`")}`'
+        path, hash_mark, anchor = target.partition('#')
+        if files.get_file_from_path((folder / path).as_posix()) is not None:
+            return match[0]
+        in_repository = posixpath.normpath(folder / path)
+        if in_repository.startswith('docs/'):
+            return f'[{text}]({posixpath.relpath(in_repository, "docs" / folder)}{hash_mark}{anchor})'
+        return f'`{text.strip("`")}`' if (ROOT / in_repository).exists() else match[0]
 
     if page.file.src_uri not in PAGES:
         return markdown

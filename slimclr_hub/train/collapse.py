@@ -13,8 +13,9 @@ _LEAST_RANK = 1.1  # of random networks it is several times this
 class CollapseWatch:
     """Tells when widths collapse, once until they have recovered; it looks at no epoch with warm-up.
 
-    A width has collapsed if its loss is that of chance in the last quarter of the lines that an epoch has in the log, as
-    it rises to it in the course of one, or if the effective rank of its features is about 1. `loss` names the loss in the log; None watches the rank alone.
+    A width has collapsed if its loss is that of chance in the last quarter of an epoch's lines in the log, to which it
+    may have risen in the course of it, or if the effective rank of its features is about 1. `loss` names the loss in
+    the log; None watches the rank alone.
     """
 
     def __init__(self, config: PretrainConfig, loss: str | None) -> None:
