@@ -427,7 +427,7 @@ def test_tensors_are_saved_whole_or_not_at_all(tmp_path, monkeypatch):
     save_tensors({'a': torch.ones(2)}, tmp_path / 'x.pth')
 
     def interrupted(tensors, file):
-        file.write_bytes(b'half')
+        file.write(b'half')
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, 'save', interrupted)
