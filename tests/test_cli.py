@@ -198,7 +198,7 @@ def test_info_of_a_folder(succeed, small):
 def test_info_of_a_file(succeed, small, published):
     out = succeed('info', small / 'model.safetensors')
     assert 'slimclr_resnet20, head: switchable, 10 classes' in out
-    assert ['0.25', '17.5', 'k', '1.48', 'M', '16'] in rows(out)
+    assert ['0.25', '17.5', 'k', '2.02', 'M', '16'] in rows(out)
     out = succeed('info', published['mocov2_200e_in1k'] / 'model.safetensors')
     assert 'slimclr_resnet50, head: none' in out
     assert ['0.5', '5.89', 'M', '1.05', 'G', '1024'] in rows(out)
