@@ -322,14 +322,6 @@ def test_signal_while_data_do_not_come(fifo, capsys, workers):
     assert f'stopped by SIGTERM after step {kept.step} of 1500; the state is in {kept.path}' in line
 
 
-def test_wait_for_data_ends_by_itself(fifo, capsys):
-    stall(fifo)
-    arguments = ['--config', str(fifo.parent / 'tiny.yaml'), '--data.num_workers', '1', '--data.timeout', '1']
-    line = refused(capsys, *arguments, status=os.EX_TEMPFAIL)
-    assert f'stopped by a wait of 1 s for a batch (data.timeout; data.name folder, data.root {fifo}' in line
-    assert 'after step 0 of 6; there is no state yet, and --resume' in line
-
-
 def test_signal_before_the_first_step(fifo, capsys):
     stall(fifo)
     arguments = ['--config', str(fifo.parent / 'tiny.yaml'), '--data.num_workers', '1']
