@@ -1,8 +1,11 @@
-"""Numbers and foreign messages in a few words, and names in natural order."""
+"""Numbers and foreign messages in a few words, names in natural order, and those of Fashion-MNIST's classes."""
 
 import io
 import re
 import sys
+
+GARMENTS = ['T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot']
+"""Classes of Fashion-MNIST (Xiao et al. 2017, https://arxiv.org/abs/1708.07747, table 1)."""
 
 
 def human(number: int) -> str:

@@ -25,7 +25,7 @@ def class_number(label: Any, numbers: Mapping[str, int] | None = None) -> int:
     """
     if getattr(label, 'shape', None) == ():
         label = label.item()
-    text = _text(label)
+    text = as_text(label)
     if text is not None:
         if numbers is not None:
             return numbers.get(text, UNLABELLED)
@@ -73,7 +73,7 @@ def class_names(numbers: Mapping[str, int] | None) -> list[str] | None:
 def _texts(labels: Iterable[Any]) -> set[str]:
     found: set[str] = set()
     for label in labels:
-        text = _text(label)
+        text = as_text(label)
         if text is not None:
             found.add(text)
         if len(found) > _MOST_NAMES:
@@ -81,7 +81,8 @@ def _texts(labels: Iterable[Any]) -> set[str]:
     return found
 
 
-def _text(label: Any) -> str | None:
+def as_text(label: Any) -> str | None:
+    """A label that is a text, encoded or not, without spaces around it; None if it is something else."""
     if isinstance(label, bytes):
         label = label.decode('utf-8', 'replace')
     return label.strip() if isinstance(label, str) else None

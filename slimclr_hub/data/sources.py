@@ -21,9 +21,7 @@ from slimclr_hub.data.tables import TableImages
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import file_hash
 from slimclr_hub.images import read_image, reason
-
-GARMENTS = ['T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot']
-"""Classes of Fashion-MNIST (Xiao et al. 2017, https://arxiv.org/abs/1708.07747, table 1)."""
+from slimclr_hub.text import GARMENTS
 
 EMBEDDED_FILE = Path(__file__).parent / 'embedded' / 'fashion_mnist_6k.npz'
 _IDX_PREFIX = {'train': 'train', 'test': 't10k'}

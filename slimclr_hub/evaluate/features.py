@@ -21,6 +21,8 @@ from slimclr_hub.models.widths import width_key
 from slimclr_hub.runs.progress import progress_bar
 from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
 
+NOTHING_READ = 'no image of the evaluation can be read'
+
 _LABELS, _HASH = 'labels', 'sha256'
 
 
@@ -49,12 +51,20 @@ def extract_features(
             features[width].append(output)
         labels.append(gathered[-1])
     found, by_width = torch.cat(labels), {width: torch.cat(parts) for width, parts in features.items()}
-    kept = found != UNREADABLE
-    if not kept.any():
-        raise DataError('no image of the evaluation can be read')
+    by_width, found = readable(by_width, found)
+    if not len(found):
+        raise DataError(NOTHING_READ)
+    return by_width, found
+
+
+def readable(
+    features: dict[float, torch.Tensor], labels: torch.Tensor
+) -> tuple[dict[float, torch.Tensor], torch.Tensor]:
+    """Features by width and labels without those of images that cannot be read."""
+    kept = labels != UNREADABLE
     if kept.all():
-        return by_width, found
-    return {width: x[kept] for width, x in by_width.items()}, found[kept]
+        return features, labels
+    return {width: x[kept] for width, x in features.items()}, labels[kept]
 
 
 def with_progress(accelerator: Accelerator, loader: Iterable, total: int, title: str) -> Iterator[Any]:

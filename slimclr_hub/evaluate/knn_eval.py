@@ -20,7 +20,7 @@ from slimclr_hub.data.labels import UNREADABLE
 from slimclr_hub.data.loaders import EvalLoader, eval_loader
 from slimclr_hub.errors import DataError, InputError
 from slimclr_hub.evaluate.baselines import Encoder, RawPixels, is_small, random_weights, raw_pixels
-from slimclr_hub.evaluate.features import state_hash, with_progress
+from slimclr_hub.evaluate.features import NOTHING_READ, readable, state_hash, with_progress
 from slimclr_hub.evaluate.knn import Neighbours, default_k, merge, nearest, vote
 from slimclr_hub.evaluate.network import (
     changes,
@@ -183,14 +183,14 @@ def evaluate(config: KNNEvalConfig, accelerator: Accelerator) -> list[Result]:
     model.to(accelerator.device)
     bank, labels = _share_features(accelerator, model, bank_loader, widths)
     ranks = {width: _rank_in_all(accelerator, bank[width], bank_loader.total) for width in widths}
-    bank, labels = _readable(bank, labels)
-    queries, truth = _readable(*_share_features(accelerator, model, query_loader, widths))
+    bank, labels = readable(bank, labels)
+    queries, truth = readable(*_share_features(accelerator, model, query_loader, widths))
     size, count = _in_all(accelerator, labels), _in_all(accelerator, truth)
     _check_k(config, size)
     features = {config.network: (queries, bank)}
     for name, encoder in _baselines(config, model, size).items():
         of = encoder.widths if name == RAW_PIXELS else widths
-        shares = (_readable(*_share_features(accelerator, encoder, each, of)) for each in (query_loader, bank_loader))
+        shares = (readable(*_share_features(accelerator, encoder, each, of)) for each in (query_loader, bank_loader))
         of_queries, of_bank = (by_width for by_width, _ in shares)
         features[name] = of_queries, of_bank
     with torch.inference_mode():  # as they were computed; in place, since they are large
@@ -324,20 +324,11 @@ def _share_features(
     return {width: torch.cat(parts) for width, parts in features.items()}, torch.cat(labels)
 
 
-def _readable(
-    features: dict[float, torch.Tensor], labels: torch.Tensor
-) -> tuple[dict[float, torch.Tensor], torch.Tensor]:
-    kept = labels != UNREADABLE
-    if kept.all():
-        return features, labels
-    return {width: x[kept] for width, x in features.items()}, labels[kept]
-
-
 def _in_all(accelerator: Accelerator, labels: torch.Tensor) -> int:
     """Number of labels of all processes."""
     found = int(accelerator.reduce(torch.tensor(len(labels), device=accelerator.device), 'sum'))
     if not found:
-        raise DataError('no image of the evaluation can be read')
+        raise DataError(NOTHING_READ)
     return found
 
 

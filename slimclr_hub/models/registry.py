@@ -26,6 +26,7 @@ from slimclr_hub.weights.published import (
     PAPER_ID,
     PUBLISHED,
     SHIPPED,
+    Shipped,
     hub_name,
     published_names,
 )
@@ -182,8 +183,7 @@ def build(
             # transformers' TimmBackbone sets the statistics of a batch normalisation without this mark back to zero
             # and one (5.23; transformers pull request 43520 reports the same).
             vars(module)['_is_hf_initialized'] = True
-        shipped = SHIPPED.get(cfg.tag or '')
-        if shipped is not None and cfg.file == str(shipped.weights):
+        if (shipped := _in_package(cfg.tag, cfg.file)) is not None:
             # Here and not in timm's table of configurations: a head without these weights has classes of its own.
             model.pretrained_cfg['label_names'] = shipped.classes
     # The configuration that was asked for, not the one that timm was given.
@@ -231,10 +231,15 @@ def _without_files(cfg: Any) -> Any:
     """
     if not isinstance(cfg, Mapping):
         return cfg
-    shipped = SHIPPED.get(cfg.get('tag') or '')
-    own_file = cfg.get('source') == 'local-dir' or (shipped and cfg.get('file') == str(shipped.weights))
+    own_file = cfg.get('source') == 'local-dir' or _in_package(cfg.get('tag'), cfg.get('file')) is not None
     names = ('state_dict',) if own_file else ('state_dict', 'file')
     return {key: value for key, value in cfg.items() if key not in names}
+
+
+def _in_package(tag: Any, file: Any) -> Shipped | None:
+    """The network in the package that has this tag, if `file` is its own."""
+    shipped = SHIPPED.get(tag or '')
+    return shipped if shipped is not None and file == str(shipped.weights) else None
 
 
 def _uninitialised(cls: type[Network], path: Path) -> Callable[..., Network]:
@@ -255,9 +260,7 @@ def _uninitialised(cls: type[Network], path: Path) -> Callable[..., Network]:
 
 
 def _locate(cfg: PretrainedCfg, variant: str, cache_dir: Path | None, overlap: bool) -> Path:
-    shipped = SHIPPED.get(cfg.tag or '')
-    if shipped is not None and cfg.file != str(shipped.weights):
-        shipped = None
+    shipped = _in_package(cfg.tag, cfg.file)
     if shipped is not None and not cfg.hf_hub_id:  # which whoever overlays it prefers
         return source.from_package(shipped)
     if cfg.source != 'hf-hub' and cfg.file and not shipped:

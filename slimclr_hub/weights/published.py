@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slimclr_hub.text import human
+from slimclr_hub.text import GARMENTS, human
 
 ARCHITECTURE = 'slimclr_resnet50'
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -226,18 +226,7 @@ SHIPPED: Mapping[str, Shipped] = {
     for shipped in (
         Shipped(
             tag='mocov3_lincls_fashionmnist',
-            classes=(
-                'T-shirt/top',
-                'trouser',
-                'pullover',
-                'dress',
-                'coat',
-                'sandal',
-                'shirt',
-                'sneaker',
-                'bag',
-                'ankle boot',
-            ),
+            classes=tuple(GARMENTS),
             sha256='03e0cfb966a403ab2fe0af5328aca4ee7941c0870b0e914adc0bd59479022e3d',
             **_FASHION_MNIST,
         ),

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
-from slimclr_hub.data.sources import GARMENTS
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import FeatureCache, state_hash
 from slimclr_hub.evaluate.linear_eval.evaluation import check_labels
+from slimclr_hub.text import GARMENTS
 from tests.data_room.files import some_images, write_classes, write_idx, write_idx_set
 from tests.networks import randomise_batchnorm
 from tests.train.runs import contents

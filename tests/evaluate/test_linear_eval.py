@@ -26,7 +26,7 @@ from sklearn.preprocessing import StandardScaler
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
-from slimclr_hub.data.sources import EMBEDDED, GARMENTS, read_embedded
+from slimclr_hub.data.sources import EMBEDDED, read_embedded
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import DivergedError, InputError, PreemptedError
 from slimclr_hub.evaluate.compare.compare import compare_networks
@@ -43,6 +43,7 @@ from slimclr_hub.inference.predict import predict
 from slimclr_hub.models.calibrate import calibrate_batchnorm
 from slimclr_hub.runs.job import StopSignals
 from slimclr_hub.runs.result import Protocol, Result, load, results_in
+from slimclr_hub.text import GARMENTS
 from slimclr_hub.weights.published import PUBLISHED
 from tests.data_room.files import write_idx_set
 from tests.train.runs import TIMEOUT, contents, environment

@@ -14,7 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from slimclr_hub.data.columns import find_columns, is_text, outside_error
 from slimclr_hub.data.config import DataConfig
-from slimclr_hub.data.labels import class_names, class_number, number_texts
+from slimclr_hub.data.labels import as_text, class_names, class_number, number_texts
 from slimclr_hub.errors import DataError, InputError
 from slimclr_hub.images import read_image, reason
 
@@ -157,9 +157,8 @@ class TarShards:
 
     def _number_classes(self, config: DataConfig, split: str, label: Any) -> None:
         """Number classes that are texts, as a first label is, by those of the training images."""
-        if isinstance(label, bytes):
-            label = label.decode('utf-8', 'replace').strip()
-        if not isinstance(label, str) or label.isdecimal():
+        text = as_text(label)
+        if text is None or text.isdecimal():
             return
         # Of a remote shard every image would have to be fetched for it.
         remote = is_remote(config.required_root())
