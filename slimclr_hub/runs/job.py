@@ -20,6 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from slimclr_hub.distributed import are_workers_starting
 from slimclr_hub.errors import InputError, PreemptedError, StorageError
 from slimclr_hub.runs.checkpoints import Checkpoints, Found, fitting
 from slimclr_hub.runs.meter import Meter
@@ -47,7 +48,7 @@ class StopSignals:
     """
 
     received: signal.Signals | None = None
-    """The first signal; SIGALRM where `wait` has waited for too long."""
+    """The last signal; SIGALRM where `wait` has waited for too long."""
 
     def __init__(self) -> None:
         self._waiting = False
@@ -100,11 +101,15 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == _LATE and not self._waiting:
             return
-        first, self.received = self.received is None, signal.Signals(number)
+        if number != _LATE or self.received is None:
+            self.received = signal.Signals(number)
         if self.received is signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self._waiting and first:
-            raise _BrokenOff
+        if self._waiting:
+            # Again: after a start of workers, and where Python ignores what is raised, as in what runs after a fork.
+            signal.alarm(1)
+            if not are_workers_starting():
+                raise _BrokenOff
 
 
 class _BrokenOff(BaseException):  # no Exception, which readers of images take for theirs

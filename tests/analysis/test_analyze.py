@@ -18,7 +18,8 @@ def make_run(folder, records=12):
     """Records of a run of two epochs of six steps, without its images."""
     (folder / 'checkpoints' / 'step-00000012').mkdir(parents=True)
     (folder / RECIPE).write_text(dump(PretrainConfig(optim=OptimConfig(epochs=2))))
-    (folder / 'checkpoints' / 'step-00000012' / 'state.json').write_text(json.dumps({'steps_per_epoch': 6}))
+    state = {'step': 12, 'steps_per_epoch': 6, 'evaluated': False, 'processes': 1, 'files': {'process_0.pt': '0' * 64}}
+    (folder / 'checkpoints' / 'step-00000012' / 'state.json').write_text(json.dumps(state))
     generator = torch.Generator().manual_seed(0)
     if records:
         norms = [

@@ -11,7 +11,7 @@ import torch
 
 from slimclr_hub.data import DataConfig, ViewConfig
 from slimclr_hub.data.seeding import drawing
-from slimclr_hub.data.sources import make_dataset
+from slimclr_hub.data.sources import make_dataset, open_by_timm
 from slimclr_hub.data.streams.stream import Layout, OneWayFeed, StreamedChunks, StreamFeed, TimmOrder
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.data.views import Views
@@ -229,7 +229,7 @@ def test_stream_that_cannot_be_entered_in_its_middle(tmp_path, workers):
     """timm's streams, of which only `tfds/` is left to timm; here its reader of shards stands for it."""
     write_shards(tmp_path, (20, 20))
     of = DataConfig(name='wds/', root=str(tmp_path), train_split='train-{0000..0001}.tar|40', batch_size=4)
-    dataset = make_dataset(of, of.train_split)
+    dataset = open_by_timm(of, of.train_split, 'here')
     dataset.set_loader_cfg(num_workers=workers)
     layout = Layout(processes=1, workers=max(1, workers), images=4, batches=10)
     view = normalised_view(VIEWS, 12, of.mean, of.std)

@@ -1,5 +1,6 @@
 """Run folders that are damaged, in use, or full: one line, and nothing written."""
 
+import copy
 import multiprocessing
 import os
 import resource
@@ -17,7 +18,7 @@ import pytest
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from PIL import Image
+from PIL import Image, ImageFile
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.runs.checkpoints import newest
@@ -256,10 +257,21 @@ def test_no_room_for_a_record(run, capsys):
 # Data that do not come
 
 
+class Endless(ImageFile.ImageFile):
+    """An image that does not come, as from a disk that does not answer."""
+
+    def _open(self) -> None:
+        time.sleep(3600)
+
+
 @pytest.fixture
-def fifo(tmp_path, monkeypatch):
-    """A folder of images; when one of them is made a FIFO, nobody ever writes to it."""
+def folder(tmp_path, monkeypatch):
+    """A folder of images, and a run of them."""
     monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
+    Image.init()
+    monkeypatch.setattr(Image, 'ID', copy.copy(Image.ID))
+    monkeypatch.setattr(Image, 'OPEN', copy.copy(Image.OPEN))
+    Image.register_open('ENDLESS', Endless, lambda prefix: prefix.startswith(b'ENDLESS'))
     images = write_pngs(tmp_path / 'images', some_images('train', 24)[0])
     recipe = {
         'method': {'dim': 16, 'queue_size': 32, 'bn_splits': 1},
@@ -275,8 +287,9 @@ def fifo(tmp_path, monkeypatch):
 def stall(images: Path) -> None:
     """Let no image come any more, but the one that is looked at before a run."""
     for image in sorted(images.iterdir())[1:]:
-        image.unlink()
-        os.mkfifo(image)
+        beside = image.with_suffix('.endless')
+        beside.write_bytes(b'ENDLESS' * 9)
+        beside.replace(image)
 
 
 @contextmanager
@@ -304,40 +317,48 @@ def sigterm() -> None:
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-def test_signal_while_data_do_not_come(fifo, capsys, workers):
-    run = fifo.parent / 'runs' / 'run'
+def test_signal_while_data_do_not_come(folder, capsys, workers):
+    run = folder.parent / 'runs' / 'run'
 
     def trains() -> bool:
         return (run / 'metrics.jsonl').exists()
 
     def stall_and_stop() -> None:
-        stall(fifo)
+        stall(folder)
         time.sleep(0.1)  # whether or not it waits by then, it stops
         sigterm()
 
-    arguments = ['--config', str(fifo.parent / 'tiny.yaml'), '--data.num_workers', str(workers)]
+    arguments = ['--config', str(folder.parent / 'tiny.yaml'), '--data.num_workers', str(workers)]
     with meanwhile(trains, stall_and_stop):
         line = refused(capsys, *arguments, '--optim.epochs', '500', status=os.EX_TEMPFAIL)
     kept = newest(run)
     assert f'stopped by SIGTERM after step {kept.step} of 1500; the state is in {kept.path}' in line
 
 
-def test_signal_before_the_first_step(fifo, capsys):
-    stall(fifo)
-    arguments = ['--config', str(fifo.parent / 'tiny.yaml'), '--data.num_workers', '1']
-    with meanwhile((fifo.parent / 'runs' / 'run' / '.lock').exists, sigterm):
+def test_signal_before_the_first_step(folder, capsys):
+    stall(folder)
+    arguments = ['--config', str(folder.parent / 'tiny.yaml'), '--data.num_workers', '1']
+    with meanwhile((folder.parent / 'runs' / 'run' / '.lock').exists, sigterm):
         line = refused(capsys, *arguments, status=os.EX_TEMPFAIL)
     assert 'stopped by SIGTERM after step 0 of 6; there is no state yet, and --resume' in line
 
 
+def test_wait_for_data_ends_by_itself(folder, capsys):
+    stall(folder)
+    arguments = ['--config', str(folder.parent / 'tiny.yaml'), '--data.num_workers', '1', '--data.timeout', '1']
+    line = refused(capsys, *arguments, status=os.EX_TEMPFAIL)
+    assert f'stopped by a wait of 1 s for a batch (data.timeout; data.name folder, data.root {folder}' in line
+    assert 'after step 0 of 6; there is no state yet, and --resume' in line
+
+
 @pytest.mark.parametrize(('number', 'timeout'), [(signal.SIGKILL, 60), (signal.SIGSTOP, 2)])
-def test_worker_that_is_killed_or_stopped(fifo, capsys, number, timeout):
+def test_worker_that_is_killed_or_stopped(folder, capsys, number, timeout):
     before = set(multiprocessing.active_children())
 
     def workers() -> set:
         return set(multiprocessing.active_children()) - before
 
-    arguments = ['--config', str(fifo.parent / 'tiny.yaml'), '--data.num_workers', '1', '--optim.epochs', '500']
+    arguments = ['--config', str(folder.parent / 'tiny.yaml'), '--data.num_workers', '1', '--optim.epochs', '500']
     with meanwhile(workers, lambda: os.kill(workers().pop().pid, number)):
         line = refused(capsys, *arguments, '--data.timeout', str(timeout), status=os.EX_TEMPFAIL)
     if number is signal.SIGKILL:
