@@ -3,8 +3,7 @@
 Without an initialised process group each function does its part for the one process there is.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -18,7 +17,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from slimclr_hub.errors import InputError
 
 T = TypeVar('T')
-_starting = False
 
 
 def from_main_process(work: Callable[[], T]) -> T:
@@ -37,22 +35,6 @@ def from_main_process(work: Callable[[], T]) -> T:
     if isinstance(result, InputError):
         raise result
     return result
-
-
-@contextmanager
-def starting_workers() -> Iterator[None]:
-    """Mark a start of worker processes: one that is broken off may leave a worker that nobody knows of and ends."""
-    global _starting
-    _starting = True
-    try:
-        yield
-    finally:
-        _starting = False
-
-
-def are_workers_starting() -> bool:
-    """True inside `starting_workers`."""
-    return _starting
 
 
 def world_size() -> int:

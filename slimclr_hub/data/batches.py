@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import torch
 
-from slimclr_hub.distributed import starting_workers
 from slimclr_hub.errors import DataError, shorten
 from slimclr_hub.images import Problem
 
@@ -91,16 +90,10 @@ class CorruptImages:
             )
 
 
-def started(loader: Iterable[T]) -> Iterator[T]:
-    """An iterator of a loader, whose workers have all begun."""
-    with starting_workers():
-        return iter(loader)
-
-
 def on_one_line(loader: Iterable[T]) -> Iterator[T]:
     """Batches of a loader; a DataError of a worker without the traceback that torch makes its message of."""
     try:
-        yield from started(loader)
+        yield from loader
     except DataError as error:
         message = str(error)
         if '\nOriginal Traceback' not in message:

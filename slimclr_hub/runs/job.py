@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from slimclr_hub.distributed import are_workers_starting
 from slimclr_hub.errors import InputError, PreemptedError, StorageError
 from slimclr_hub.runs.checkpoints import Checkpoints, Found, fitting
 from slimclr_hub.runs.meter import Meter
@@ -35,6 +35,7 @@ _LATE = signal.SIGALRM
 _LAUNCHED = 'ACCELERATE_DYNAMO_MODE'  # which `accelerate launch` always sets, and hardly anyone else
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 _SHARED_MEMORY = '/dev/shm'
+_START_OF_WORKERS = _MultiProcessingDataLoaderIter.__init__.__code__
 
 BatchT = TypeVar('BatchT')
 T = TypeVar('T')
@@ -108,12 +109,19 @@ class StopSignals:
         if self._waiting:
             # Again: after a start of workers, and where Python ignores what is raised, as in what runs after a fork.
             signal.alarm(1)
-            if not are_workers_starting():
+            if not _starts_workers(frame):
                 raise _BrokenOff
 
 
 class _BrokenOff(BaseException):  # no Exception, which readers of images take for theirs
     pass
+
+
+def _starts_workers(frame: FrameType | None) -> bool:
+    """True where a loader starts its workers: if that is broken off, there may be one that nobody knows of and ends."""
+    while frame is not None and frame.f_code is not _START_OF_WORKERS:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _follow_parent(number: int) -> bool:

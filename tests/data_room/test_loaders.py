@@ -1,8 +1,15 @@
+import multiprocessing
+import os
+import signal
+import time
+
 import pytest
 import torch
+from accelerate import Accelerator
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
+from slimclr_hub.runs.job import StopSignals
 from tests.data_room.files import some_images, write_idx_set
 
 
@@ -53,3 +60,32 @@ def test_bank_is_a_fixed_choice(root):
     labels = some_images('train', 50)[1]
     batches = list(eval_loader(config(root), 'train', 20, 0))
     assert torch.cat([label for _, label in batches]).tolist() == labels[first].tolist()
+
+
+@pytest.mark.parametrize('prepared', [False, True])
+def test_signal_in_the_start_of_workers(root, monkeypatch, prepared):
+    """Each worker is known by the time it is answered, so that it can be ended; accelerate's loader starts them late."""
+    loader, fork, started = eval_loader(config(root, num_workers=2), 'train', None, 0), os.fork, []
+    loader = loader.prepared(Accelerator(cpu=True)) if prepared else loader
+    before = set(multiprocessing.active_children())
+
+    def fork_and_signal() -> int:
+        if process := fork():
+            started.append(process)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    def evaluate() -> None:
+        for _ in loader:
+            time.sleep(60)
+        pytest.fail('nothing has broken it off')
+
+    monkeypatch.setattr(os, 'fork', fork_and_signal)
+    with StopSignals() as signals:
+        signals.wait(evaluate, 0)
+    workers = set(multiprocessing.active_children()) - before
+    for worker in workers:
+        worker.kill()
+    assert signals.received is signal.SIGTERM
+    assert sorted(started) == sorted(worker.pid for worker in workers)
+    assert len(started) == 2

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from slimclr_hub.data.batches import Chunk, Sample, make_chunk, on_one_line, started
+from slimclr_hub.data.batches import Chunk, Sample, make_chunk, on_one_line
 from slimclr_hub.data.labels import class_number
 from slimclr_hub.data.seeding import drawing, mixed_seed, permutation
 from slimclr_hub.data.streams.shards import Raw, Shards
@@ -239,7 +239,7 @@ class StreamFeed:
 
     def _iterate(self, beginning: Start) -> Iterator[Chunk]:
         self.source.enter(*beginning)
-        return on_one_line(started(self.loader))
+        return on_one_line(iter(self.loader))  # which has workers begin
 
     def _begin(self, start: int, position: Any) -> tuple[int, list[int]]:
         if position is None:
