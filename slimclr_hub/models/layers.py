@@ -169,7 +169,23 @@ class SwitchableLinear(Switchable):
         self[width_key(width)] = linear
 
 
-class SlimmableSequential(nn.Sequential):
+class PassesWidth(nn.Module):
+    """Base class of modules that pass a width to their layers, and refuse one that computes without it.
+
+    PEFT puts an adapter, with the layer inside, in the place of a layer. Beside a slice the adapter's own layers do not
+    fit, and at width 1.0 alone some would go unnoticed.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(value, 'base_layer', None), SlicedWeight):
+            raise InputError(
+                f'{name} cannot be a {type(value).__module__}.{type(value).__name__}, which knows no widths; adapt '
+                'the ordinary layers of model.extract(WIDTH)'
+            )
+        super().__setattr__(name, value)
+
+
+class SlimmableSequential(PassesWidth, nn.Sequential):
     """`nn.Sequential` that passes the width to each of its modules."""
 
     def forward(self, x: torch.Tensor, width: float | None = None) -> torch.Tensor:

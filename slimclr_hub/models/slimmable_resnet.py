@@ -21,6 +21,7 @@ from torch import nn
 from slimclr_hub.errors import InputError
 from slimclr_hub.models.dense import DenseResNet
 from slimclr_hub.models.layers import (
+    PassesWidth,
     SlimmableConv2d,
     SlimmableLinear,
     SlimmableSequential,
@@ -49,7 +50,7 @@ HEAD_STD = 0.01
 _GRAPHS = 8  # torch._dynamo.config.recompile_limit, unless somebody has changed it
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(PassesWidth):
     """Residual block of two 3x3 convolutions; timm's, with a width in its forward.
 
     Args:
@@ -151,7 +152,7 @@ def _allow_graphs(widths: int) -> None:
     config.recompile_limit = max(config.recompile_limit, _GRAPHS * widths)
 
 
-class SlimmableResNet(nn.Module):
+class SlimmableResNet(PassesWidth):
     """A ResNet that runs at any of several widths, with shared convolutions and a normalisation of each width's own.
 
     A sub-network of width w uses the first `int(w * C)` of each layer's C channels, the stem included. Tensors are as

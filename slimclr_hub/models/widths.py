@@ -64,7 +64,7 @@ def given(width: float | None) -> float:
     if width is None:
         raise InputError(
             'a slimmable layer was called without a width; to use layers apart from their network, as nn.Sequential '
-            "and PEFT's LoRA do, take the ordinary ones of model.extract(WIDTH)"
+            'does, take the ordinary ones of model.extract(WIDTH)'
         )
     return width
 
