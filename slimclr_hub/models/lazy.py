@@ -2,26 +2,28 @@
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from slimclr_hub.errors import InputError
+from slimclr_hub.errors import InputError, shorten
 from slimclr_hub.models.layers import SwitchableBatchNorm2d, SwitchableLinear
 from slimclr_hub.models.loading import FIRST_CONV, expects_head, load_file, read_first_conv
 from slimclr_hub.models.slicing import SlicedWeight, memory_format
 from slimclr_hub.models.slimmable_resnet import HEAD_STD, SlimmableResNet
 from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_width, check_widths, scale_channels, width_key
 from slimclr_hub.weights.checkpoint import check_values
-from slimclr_hub.weights.layouts import layout_of
+from slimclr_hub.weights.layouts import layout_of, mismatches
+from slimclr_hub.weights.slices import BATCH_COUNT
 from slimclr_hub.weights.tensor_file import TensorFile
 
 # Maps the tensor that grows, and rows and columns of the larger one, to these rows and columns.
 Reader = Callable[[torch.Tensor, slice, slice], torch.Tensor]
 
+_Switch = SwitchableBatchNorm2d | SwitchableLinear
 _GROWING = threading.RLock()  # of all networks: a lock of its own could neither be copied nor pickled
 
 
@@ -54,16 +56,30 @@ class LazySlimmableResNet(SlimmableResNet):
         """Load the held widths, and remember the file for the others.
 
         Raises:
-            InputError: The file does not fit, or lacks one of the widths.
+            InputError: The file does not fit, at one of the widths that are not read yet either, or lacks one.
         """
         path = Path(path).resolve()
         load_file(self, path)
-        with TensorFile(path) as file:
-            there = layout_of(file.shapes).widths
-        if lacking := [str(width) for width in self._widths if width not in there]:
-            raise InputError(f'{path} holds the widths {", ".join(map(str, there))}, not {", ".join(lacking)}')
-        self._path, self._stamp = path, _stamp(path)
         self._head_from_file = expects_head(self)
+        with TensorFile(path) as file:
+            self._check_widths(file)
+        self._path, self._stamp = path, _stamp(path)
+
+    def _check_widths(self, file: TensorFile) -> None:
+        there = layout_of(file.shapes).widths
+        if lacking := [str(width) for width in self._widths if width not in there]:
+            raise InputError(f'{file.path} holds the widths {", ".join(map(str, there))}, not {", ".join(lacking)}')
+        expected = {
+            f'{name}.{width_key(width)}.{leaf}': _shape_at(switch, leaf, tensor, width)
+            for name, switch in _switches(self)
+            if name != 'fc' or self._head_from_file
+            for leaf, tensor in _tensors(switch[width_key(self._held[0])])
+            for width in self._widths
+        }
+        found = {name: shape for name, shape in file.shapes.items() if name in expected}
+        expected = {name: shape for name, shape in expected.items() if name in found or not _is_count(name)}
+        if problems := mismatches(expected, found):
+            raise InputError(f'{file.path}: the weights do not fit: {shorten(problems)}')
 
     @property
     def held(self) -> tuple[float, ...]:
@@ -109,13 +125,9 @@ class LazySlimmableResNet(SlimmableResNet):
             }
             siblings = {
                 (switch, width): self._sibling(file, name, switch, width)
-                for name, switch in self.named_modules()
-                if isinstance(switch, SwitchableBatchNorm2d | SwitchableLinear)
+                for name, switch in _switches(self)
                 for width in sorted(lacking)
             }
-        for name, module in self.named_modules():
-            if module in weights:
-                check_values(f'{name}.weight', weights[module])
         for module, weight in weights.items():
             # In this order, since a layer reads its weight first: a pass in another thread at a width that is held
             # takes the leading block of either weight, and the whole of none that is larger.
@@ -125,26 +137,56 @@ class LazySlimmableResNet(SlimmableResNet):
             switch[width_key(width)] = sibling
         self._held = tuple(sorted({*self._held, *lacking}, reverse=True))
 
-    def _sibling(self, file: TensorFile, name: str, switch: nn.ModuleDict, width: float) -> nn.Module:
+    def _sibling(self, file: TensorFile, name: str, switch: _Switch, width: float) -> nn.Module:
         # A copy of another width's, so that its class, mode, device and dtype are those that the user has given it.
         sibling = copy.deepcopy(switch[width_key(self._held[0])])
-        for leaf, old in [*sibling.named_parameters(), *sibling.named_buffers()]:
+        for leaf, old in _tensors(sibling):
+            source = f'{name}.{width_key(width)}.{leaf}'
             if name == 'fc' and not self._head_from_file:
-                inputs = scale_channels(self.full_features, width) * self.global_pool.feat_mult()
-                new = torch.zeros_like(old) if old.ndim == 1 else _new_head(old, (old.shape[0], inputs))
+                new = torch.zeros_like(old) if old.ndim == 1 else _new_head(old, _shape_at(switch, leaf, old, width))
+            elif _is_count(source) and source not in file.shapes:
+                new = torch.ones_like(old)
             else:
-                new = file.whole(f'{name}.{width_key(width)}.{leaf}').to(old)
+                new = _checked(source, file.whole(source)).to(old)
             _set_tensor(sibling, leaf, new)
         assert isinstance(sibling.weight, torch.Tensor)
         _set_sizes(sibling, sibling.weight.shape)
         return sibling
 
     def _reader(self, file: TensorFile, name: str) -> Reader:
-        if f'{name}.weight' == FIRST_CONV:
-            return lambda old, rows, _: read_first_conv(file, rows, self.in_chans)
+        source = f'{name}.weight'
+        if source == FIRST_CONV:
+            return lambda old, rows, _: _checked(source, read_first_conv(file, rows, self.in_chans))
         if name == 'fc' and not self._head_from_file:
             return lambda old, rows, columns: _new_head(old, (rows.stop - rows.start, columns.stop - columns.start))
-        return lambda old, rows, columns: file.part(f'{name}.weight', (rows, columns))
+        return lambda old, rows, columns: _checked(source, file.part(source, (rows, columns)))
+
+
+def _switches(model: nn.Module) -> Iterator[tuple[str, _Switch]]:
+    for name, module in model.named_modules():
+        if isinstance(module, _Switch):
+            yield name, module
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _shape_at(switch: _Switch, leaf: str, other: torch.Tensor, width: float) -> tuple[int, ...]:
+    """Shape at `width` of a tensor that is `other` at another width."""
+    if not other.ndim or (isinstance(switch, SwitchableLinear) and leaf == 'bias'):
+        return tuple(other.shape)
+    multiplier = switch.multiplier if isinstance(switch, SwitchableLinear) else 1
+    return (*other.shape[:-1], scale_channels(switch.full_features, width) * multiplier)
+
+
+def _is_count(name: str) -> bool:
+    return name.endswith(BATCH_COUNT)  # which the file lacks where a normalisation was frozen
+
+
+def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    check_values(name, tensor)
+    return tensor
 
 
 def _grown(old: torch.Tensor, size: Sequence[int], read: Reader) -> torch.Tensor:
@@ -162,7 +204,7 @@ def _grown(old: torch.Tensor, size: Sequence[int], read: Reader) -> torch.Tensor
     return new
 
 
-def _new_head(like: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def _new_head(like: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     return nn.init.normal_(torch.empty(size, dtype=like.dtype, device=like.device), std=HEAD_STD)
 
 

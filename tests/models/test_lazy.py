@@ -474,6 +474,74 @@ def test_file_that_cannot_be_read_to_the_end(path, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
+def poisoned(name, value):
+    """A file whose part outside of the narrowest width has one number that is none."""
+
+    def change(tensors):
+        tensors[name].view(-1)[-1] = value
+
+    return change
+
+
+def of_type(name, dtype):
+    def change(tensors):
+        tensors[name] = tensors[name].to(dtype)
+
+    return change
+
+
+HOSTILE = {
+    'NaN in a convolution': (poisoned('layer2.0.conv1.weight', float('nan')), r'layer2\.0\.conv1\.weight holds NaN'),
+    'infinity in the stem': (poisoned('conv1.weight', float('inf')), r'conv1\.weight holds NaN'),
+    'NaN in a bias': (poisoned('bn1.w075.bias', float('nan')), r'bn1\.w075\.bias holds NaN'),
+    'infinity in a mean': (poisoned('layer3.0.bn2.w100.running_mean', float('inf')), r'w100\.running_mean holds NaN'),
+    'NaN in a head': (poisoned('fc.w050.weight', float('nan')), r'fc\.w050\.weight holds NaN'),
+    'integers': (of_type('fc.w050.weight', torch.int32), r'fc\.w050\.weight is of torch\.int32'),
+    'no numbers': (of_type('bn1.w100.weight', torch.bool), r'bn1\.w100\.weight is of torch\.bool'),
+}
+
+
+@pytest.mark.parametrize('case', HOSTILE)
+def test_file_of_numbers_that_are_none(path, eager, tmp_path, case):
+    """Outside of the width that is held, which stays as it was."""
+    change, named = HOSTILE[case]
+    tensors = make().state_dict()
+    change(tensors)
+    save_tensors(tensors, tmp_path / 'model.safetensors')
+    lazy = open_lazy(tmp_path / 'model.safetensors')
+    before = {name: value.clone() for name, value in lazy.state_dict().items()}
+    with pytest.raises(InputError, match=named):
+        lazy.hold()
+    assert (lazy.width, lazy.held) == (0.25, (0.25,))
+    assert lazy.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in lazy.state_dict().items())
+    assert torch.equal(lazy(images()), eager.forward_at(images(), 0.25))
+
+
+def test_file_with_another_shape_at_another_width(tmp_path):
+    """Refused when it is opened, as when all widths are loaded."""
+    tensors = make().state_dict()
+    for name in 'bn1.w050.running_mean', 'fc.w100.weight':
+        save_tensors({**tensors, name: tensors[name][..., :7]}, tmp_path / 'model.safetensors')
+        for lazy in True, False:
+            with pytest.raises(InputError, match=rf'{name} has shape'):
+                open_file(tmp_path / 'model.safetensors', width=0.25, lazy=lazy)
+    del tensors['layer1.0.bn1.w050.bias']
+    save_tensors(tensors, tmp_path / 'model.safetensors')
+    with pytest.raises(InputError, match=r'layer1\.0\.bn1\.w050\.bias is missing'):
+        open_lazy(tmp_path / 'model.safetensors')
+
+
+def test_file_of_frozen_normalisations(path, eager, tmp_path):
+    """They count no batches; one that is made of the file has seen one."""
+    save_tensors(
+        {n: t for n, t in make().state_dict().items() if 'num_batches' not in n}, tmp_path / 'frozen.safetensors'
+    )
+    lazy = open_lazy(tmp_path / 'frozen.safetensors')
+    assert torch.equal(lazy.forward_at(images(), 0.75), eager.forward_at(images(), 0.75))
+    assert {int(count) for name, count in lazy.named_buffers() if 'num_batches' in name} == {1}
+
+
 def test_needs_weights():
     with pytest.raises(InputError, match=r'lazy=True .*needs pretrained=True'):
         timm.create_model('slimclr_resnet20', lazy=True, width=0.25)
