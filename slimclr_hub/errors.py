@@ -4,12 +4,19 @@ from collections.abc import Sequence
 
 from slimclr_hub.text import printable
 
+_LONGEST = 3000  # characters of a message; a file from anywhere may have a name of megabytes in it
+
 
 class InputError(ValueError):
-    """An argument, file or folder is wrong. The message names the value and the remedy, control characters escaped."""
+    """An argument, file or folder is wrong. The message names the value and the remedy.
+
+    Control characters are escaped, and of a message of thousands of characters the middle is left out.
+    """
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        text = printable(super().__str__())
+        half = _LONGEST // 2
+        return text if len(text) <= _LONGEST else f'{text[:half]} ... {text[-half:]}'
 
 
 class DataError(RuntimeError):

@@ -64,7 +64,7 @@ def test_bank_is_a_fixed_choice(root):
 
 @pytest.mark.parametrize('prepared', [False, True])
 def test_signal_in_the_start_of_workers(root, monkeypatch, prepared):
-    """Each worker is known by the time it is answered, so that it can be ended; accelerate's loader starts them late."""
+    """Each worker is known by the time it is answered, to be ended; loaders of accelerate start them late."""
     loader, fork, started = eval_loader(config(root, num_workers=2), 'train', None, 0), os.fork, []
     loader = loader.prepared(Accelerator(cpu=True)) if prepared else loader
     before = set(multiprocessing.active_children())

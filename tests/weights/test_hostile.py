@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -124,6 +125,14 @@ def test_a_terminal_is_told_nothing_by_what_others_wrote(shown, folder, network,
     status, _, line = shown('info', net)
     assert status == 1
     assert 'unexpected \\x1b]0;a title' in line
+
+
+def test_a_value_of_thousands_of_characters_leaves_the_remedy_in_sight(shown, tmp_path):
+    (tmp_path / 'config.json').write_text(json.dumps({'architecture': 'x' * 5000}))
+    status, _, line = shown('info', tmp_path)
+    assert status == 1
+    assert re.fullmatch(rf'{tmp_path} is a x+ \.\.\. x+, not a slimmable network', line)
+    assert len(line) < 4000
 
 
 OTHERS = """
