@@ -26,6 +26,7 @@ BELOW['inference'] = BELOW['hub']
 BELOW['evaluate'] = BELOW['models'] | {'models', 'hub', 'inference', 'methods', 'data', 'runs'}
 BELOW['train'] = BELOW['evaluate'] | {'evaluate'}
 BELOW['analysis'] = BELOW['train'] | {'train'}
+BELOW['finetune'] = BELOW['train'] | {'train'}
 BELOW['detection'] = GROUND | {'weights', 'models', 'hub'}
 BELOW['__init__'] = {'version', 'models'}
 BELOW['cli'] = set(BELOW) - {'__init__'}  # the command starts anything

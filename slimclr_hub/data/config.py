@@ -1,11 +1,12 @@
 """Configuration of training and evaluation images."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.images import MAX_IMAGE_SIZE
-from slimclr_hub.settings import Incidental, at_least, at_most, plain
+from slimclr_hub.settings import Incidental, at_least, at_most, check_fraction, plain
 
 EMBEDDED = 'fashion-mnist-6k'
 FASHION_MNIST = 'fashion-mnist'
@@ -142,3 +143,51 @@ class DataConfig(LoaderConfig, ImagesConfig):
         A run may be resumed where its `root` has moved to, but an evaluation of one folder is none of another.
         """
         return {name: plain(getattr(self, name)) for name in ('root', *(field.name for field in fields(ImagesConfig)))}
+
+
+@dataclass(frozen=True)
+class LabelledDataConfig(DataConfig):
+    """Images with classes, and a choice among those that train a classifier; other arguments are `DataConfig`'s.
+
+    Args:
+        train_share: Share of the training images of each class to train on, at least one of each; all where null.
+        per_class: Training images of each class to train on; all where null.
+        train_list: File with the names of the training images to train on, one a line, such as `1percent.txt` and
+            `10percent.txt` of SimCLR's repository for ImageNet; all where null.
+        hold_out: Share of each class that is held out for validation, of a folder that has no such split.
+        choice_seed: Seed of these choices.
+    """
+
+    train_share: float | None = None
+    per_class: int | None = None
+    train_list: str | None = None
+    hold_out: float = 0.2
+    choice_seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_share is not None and not 0 < self.train_share <= 1:
+            raise InputError(f'data.train_share is {self.train_share}; give a share in (0, 1]')
+        if self.per_class is not None:
+            at_least('data.per_class', self.per_class, 1)
+        check_fraction('data.hold_out', self.hold_out)
+        at_least('data.choice_seed', self.choice_seed, 0)
+        if len(self.chosen_by) > 1:
+            raise InputError(f'{" and ".join(self.chosen_by)} each choose training images; give one of them')
+        if self.chosen_by and self.streams:
+            raise InputError(f'{self.chosen_by[0]} chooses images by index, and data.name {self.name} is a stream')
+
+    @property
+    def choice(self) -> str | None:
+        """Words for the training images that are chosen; None for all."""
+        if self.train_share is not None:
+            return f'{100 * self.train_share:g} % of the labels'
+        if self.per_class is not None:
+            return f'{self.per_class} labels a class'
+        return None if self.train_list is None else f'the labels of {Path(self.train_list).name}'
+
+    @property
+    def chosen_by(self) -> tuple[str, ...]:
+        """The settings that choose training images."""
+        names = ('train_share', 'per_class', 'train_list')
+        return tuple(f'data.{name}' for name in names if getattr(self, name) is not None)

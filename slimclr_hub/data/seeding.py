@@ -1,5 +1,6 @@
 """Random numbers that follow from named integers, such as (seed, epoch, index), and from nothing else."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,20 @@ def drawing(*numbers: int) -> Iterator[None]:
         yield
     finally:
         generator.set_state(before)
+
+
+@contextmanager
+def drawing_all(*numbers: int) -> Iterator[None]:
+    """As `drawing`, for the generators of Python and NumPy, too, which timm's augmentation draws from."""
+    before, numpy_before, seed = random.getstate(), np.random.get_state(), mixed_seed(*numbers)
+    try:
+        random.seed(seed)
+        np.random.seed(seed)
+        with drawing(*numbers):
+            yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(numpy_before)
 
 
 def permutation(length: int, *numbers: int) -> np.ndarray:

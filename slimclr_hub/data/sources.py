@@ -13,7 +13,8 @@ from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset
 
-from slimclr_hub.data.config import EMBEDDED, FASHION_MNIST, DataConfig
+from slimclr_hub.data import subset
+from slimclr_hub.data.config import EMBEDDED, FASHION_MNIST, DataConfig, LabelledDataConfig
 from slimclr_hub.data.folders import FolderImages, class_numbers, file_state
 from slimclr_hub.data.labels import class_number
 from slimclr_hub.data.streams.shards import check_tar, shard_names
@@ -131,13 +132,74 @@ class TorchImages(Dataset[tuple[Image.Image, int]]):
 
 
 def make_dataset(config: DataConfig, split: str) -> Images:
-    """Open one split of a source that is read by index.
+    """Open one split of a source that is read by index; of a `LabelledDataConfig` those images that it chooses.
 
     `split` is `train`, `validation` or a name that the source knows.
 
     Raises:
-        InputError: There is no such source or split, or none of its first images can be read.
+        InputError: There is no such source or split, or none of its first images can be read; or a choice among the
+            images does not fit them.
     """
+    if not isinstance(config, LabelledDataConfig):
+        return _open_split(config, split)
+    trains, holds_out = split == config.train_split, _holds_out(config)
+    if not holds_out and not (trains and config.chosen_by):
+        return _open_split(config, split)
+    images = _open_split(config, config.train_split)
+    labels = _known_labels(images, config)
+    indices = np.arange(len(labels))
+    if holds_out:
+        out = subset.held_out(labels, config.hold_out, config.choice_seed)
+        indices = np.setdiff1d(indices, out) if trains else out
+    if not trains or not config.chosen_by:
+        return subset.ChosenImages(images, indices)
+    if config.train_list is not None:
+        of_list = subset.by_names([images.name(index) for index in range(len(images))], Path(config.train_list))
+        return subset.ChosenImages(images, np.intersect1d(indices, of_list))
+    if config.per_class is not None:
+        few = subset.by_count(labels[indices], config.per_class, config.choice_seed, images.class_names)
+    else:
+        assert config.train_share is not None
+        few = subset.by_share(labels[indices], config.train_share, config.choice_seed)
+    return subset.ChosenImages(images, indices[few])
+
+
+def _holds_out(config: LabelledDataConfig) -> bool:
+    """True if validation images are some of a folder's training images, as it has no split for them."""
+    if config.name != 'folder' or config.root is None or config.val_split is None or not config.hold_out:
+        return False
+    root = Path(config.root)
+    return root.is_dir() and _split_folder(root, config.val_split) is None
+
+
+def labels_of(images: Images) -> np.ndarray | None:
+    """Classes [N] of all images of a split; None where only reading the images would tell."""
+    if isinstance(images, subset.ChosenImages):
+        labels = labels_of(images.images)
+        return None if labels is None else labels[images.indices]
+    if isinstance(images, ArrayImages):
+        return images.labels.astype(np.int64)
+    if isinstance(images, FolderImages):
+        return np.array([label for _, label in images.samples])
+    return images.labels() if isinstance(images, TableImages) else None
+
+
+def _known_labels(images: Images, config: DataConfig) -> np.ndarray:
+    labels = labels_of(images)
+    if labels is None:
+        raise InputError(
+            f'data.name {config.name} tells no classes before its images are read, so none can be chosen by class; '
+            'give a folder, or a Hub data set by hfds/'
+        )
+    if labels.min() < 0:
+        raise InputError(
+            f'data.name {config.name}, data.root {config.root}: an image has no class, and images are to be chosen by '
+            'class; let each class have a folder'
+        )
+    return labels
+
+
+def _open_split(config: DataConfig, split: str) -> Images:
     if config.name in (EMBEDDED, FASHION_MNIST):
         named = _idx_split(split)
         arrays = read_embedded(named) if config.name == EMBEDDED else read_split(config.required_root(), named)
@@ -158,6 +220,8 @@ def make_dataset(config: DataConfig, split: str) -> Images:
 
 def known_classes(dataset: Images) -> int | None:
     """Number of classes of a split; 0 where its images have no labels, None where only reading them would tell."""
+    if isinstance(dataset, subset.ChosenImages):
+        return known_classes(dataset.images)
     if isinstance(dataset, ArrayImages):
         return int(dataset.labels.max()) + 1
     return len(dataset.class_names or ()) if isinstance(dataset, FolderImages) else None
@@ -182,6 +246,8 @@ def has_validation(config: DataConfig) -> bool:
         return False
     if config.name == 'folder':
         if config.root is None:
+            return True
+        if isinstance(config, LabelledDataConfig) and _holds_out(config):
             return True
         root = Path(config.root)
         val, train = _split_folder(root, config.val_split), _split_folder(root, config.train_split) or root

@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
 from slimclr_hub.data.columns import find_columns, is_text, outside_error
 from slimclr_hub.data.config import DataConfig
-from slimclr_hub.data.labels import class_names, class_number, number_texts
+from slimclr_hub.data.labels import UNLABELLED, class_names, class_number, number_texts
 from slimclr_hub.images import read_image
 
 
@@ -47,6 +48,12 @@ class TableImages(Dataset[tuple[Image.Image, int]]):
         row = self.table[index]
         label = row[self.label_key] if self.label_key is not None else None
         return read_image(row[self.image_key], self.mode), class_number(label, self.numbers)
+
+    def labels(self) -> np.ndarray:
+        """Classes [N] of all images."""
+        if self.label_key is None:
+            return np.full(len(self), UNLABELLED)
+        return np.array([class_number(label, self.numbers) for label in self.table[self.label_key]])
 
     def name(self, index: int) -> str:
         """Row of an image, and its path if there is one."""

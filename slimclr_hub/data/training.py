@@ -28,8 +28,9 @@ class TrainData:
     An optimizer step takes `config.batch_size` images over all processes, in `microbatches` that are divided over the
     processes. All randomness follows from the seed, the epoch and the index of an image, so that an epoch can be
     entered at any step. Each image has `view_count` views, 1 or 2; the second is drawn from `second_views`, or from
-    `views` where that is None. Batches lie on `device`. With `num_classes`, which messages call `classes_key`, every
-    image has a label below it.
+    `views` where that is None. With a transform in the place of `views`, which makes uint8 tensors [C, H, W] of PIL
+    images and draws from torch's global generator, there is one. Batches lie on `device`. With `num_classes`, which
+    messages call `classes_key`, every image has a label below it.
 
     Raises:
         InputError: There is no such source, or the batch does not fit the data, the processes or the microbatches; or
@@ -39,7 +40,7 @@ class TrainData:
     def __init__(
         self,
         config: DataConfig,
-        views: ViewConfig,
+        views: ViewConfig | Callable[[Any], torch.Tensor],
         second_views: ViewConfig | None = None,
         *,
         seed: int,
@@ -64,9 +65,13 @@ class TrainData:
         self.num_classes, self.classes_key, self.name = num_classes, classes_key, config.name
         self.to_device = ToDevice(torch.device(device))
         self.normalize = Normalize(config.mean, config.std, self.to_device.device)
-        self.distributions = [views, second_views or views][:view_count]
-        self.augment = _device_augmentation() if views.backend == 'kornia' else None
-        transform = Views(*(self._transform(each, each.size or config.size) for each in self.distributions))
+        self.augment, self.distributions = None, []
+        if isinstance(views, ViewConfig):
+            self.distributions = [views, second_views or views][:view_count]
+            self.augment = _device_augmentation() if views.backend == 'kornia' else None
+            transform = Views(*(self._transform(each, each.size or config.size) for each in self.distributions))
+        else:
+            transform = Views(views)
         make_feed = self._stream_feed if config.streams else self._indexed_feed
         self.feed, length = make_feed(config, transform)
         self.notes: tuple[str, ...] = self.feed.notes  # sentences that a user must read before training starts

@@ -50,6 +50,34 @@ Method: Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning
 """
 
 
+_FINETUNED = """\
+---
+library_name: timm
+tags:
+- image-classification
+- timm
+- slimclr
+---
+# {name}
+
+`{network}`, fine-tuned on `{data}`: one file, {count} width{plural}.
+
+```python
+import timm, slimclr_hub
+model = timm.create_model('local-dir:{folder}', pretrained=True, width={smallest})
+model.set_width({largest})
+```
+
+{table}
+
+Parameters are those of the network at that width; multiply-adds are for one image of {size}x{size} pixels. The last
+column is the top-1 accuracy (%) on the {images} images of the split `{split}`, after {epochs} epochs.
+
+All widths learned at once, from labels (Yu et al., Slimmable Neural Networks, https://arxiv.org/abs/1812.08928). The
+licence of the network that this began with holds for it, too.
+"""
+
+
 _CONVERTED = """\
 ---
 library_name: timm
@@ -99,6 +127,14 @@ def _what(result: Result) -> str:
     if result.protocol.kind == 'rank':
         return f'the {result.protocol}, of features of {result.images} training images'
     return f'the top-1 accuracy (%) on held-out images by {result.protocol}'
+
+
+def finetuned_card(facts: Sequence[WidthFacts], about: Mapping[str, str], result: Result) -> str:
+    """Write the card of a network that was fine-tuned here.
+
+    `about` gives `name`, `folder`, `network`, `data`, `split`, `epochs` and `size`.
+    """
+    return _FINETUNED.format(**_widths(facts, [result]), images=result.images, **about)
 
 
 def converted_card(

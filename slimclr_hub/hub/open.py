@@ -46,11 +46,11 @@ def open_network(name: str, **kwargs: Any) -> SlimmableResNet:
     elif architecture.startswith('slimclr_') or (WIDTH in config and architecture in _EXTRACTED):
         with _one_line(name):
             _check_extracted(config)
-        asked = kwargs.pop('width', None)
+        asked, drop = kwargs.pop('width', None), kwargs.pop('drop_path_rate', 0.0)
         kwargs.pop('lazy', None)  # one width is all there is to read
         dense = _create(name, kwargs)
         with _one_line(name):
-            model = _of_one_width(dense, dense.width if isinstance(dense, DenseResNet) else config[WIDTH], config)
+            model = _of_one_width(dense, dense.width if isinstance(dense, DenseResNet) else config[WIDTH], config, drop)
         if asked is not None:
             check_width(asked, model.widths)
         return model
@@ -173,7 +173,7 @@ def _check_extracted(config: dict[str, Any]) -> None:
     check_sizes((3, 8, 36, 3)[: len(channels)], channels, (1.0,), arguments.get('in_chans', 3), classes)
 
 
-def _of_one_width(dense: Any, width: float, config: dict[str, Any]) -> SlimmableResNet:
+def _of_one_width(dense: Any, width: float, config: dict[str, Any], drop_path_rate: float) -> SlimmableResNet:
     """Build a slimmable network that holds the tensors of a dense one, without channels of zeros, as its only width."""
     tensors = dense.state_dict()
     layout = layout_of({name: tensor.shape for name, tensor in tensors.items()})
@@ -188,6 +188,7 @@ def _of_one_width(dense: Any, width: float, config: dict[str, Any]) -> Slimmable
         in_chans=layout.in_chans,
         global_pool=dense.global_pool.pool_type,
         output_stride=config.get('model_args', {}).get('output_stride', 32),
+        drop_path_rate=drop_path_rate,
         device='meta',
     )
     assert isinstance(model, SlimmableResNet)

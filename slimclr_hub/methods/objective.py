@@ -69,7 +69,7 @@ class Objective:
 
         Args:
             logits: Width -> logits [B, C] that distillation compares, in descending order of width.
-            target_B: Column of each row's positive, or its class.
+            target_B: Column of each row's positive, or its class; or the shares [B, C] of all classes in its label.
             temperature: tau_1, which divides the logits of the contrastive loss alone.
             scale: Factor of the contrastive losses.
 
@@ -83,6 +83,7 @@ class Objective:
         # A list names a weight for each width; while only some are trained, and that is the full one, it counts once.
         weights = self.weights if widths == self.widths or isinstance(self.weights, str) else 'none'
         teacher = logits[widths[0]].detach()
+        highest = target_B.argmax(1) if target_B.ndim == 2 else target_B
         total, log = torch.zeros((), device=teacher.device), {}
         for width, weight in zip(widths, loss_weights(weights, widths), strict=True):
             contrastive = info_nce(logits[width], temperature, target_B)
@@ -90,11 +91,11 @@ class Objective:
             if width != widths[0]:
                 log[f'kl/{width:g}'] = kl_divergence(logits[width].detach(), teacher, self.temperature)
                 if self._distill is not None:
-                    distillation = self._distill(logits[width], teacher, target_B)
+                    distillation = self._distill(logits[width], teacher, highest)
                     log[f'distillation/{width:g}'] = distillation.detach()
                     loss = (loss + distillation) / 2
             total = total + weight * loss
             log[f'loss/{width:g}'] = weight * loss.detach()
             log[f'{self.name}/{width:g}'] = contrastive.detach()
-            log[f'accuracy/{width:g}'] = accuracy(logits[width].detach(), target_B)
+            log[f'accuracy/{width:g}'] = accuracy(logits[width].detach(), highest)
         return {'loss': total, **log}

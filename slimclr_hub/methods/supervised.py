@@ -61,7 +61,8 @@ class Supervised(nn.Module):
     ) -> Losses:
         """One step: losses of `widths`, the full one among them, on images [B, C, H, W] with classes `labels` [B].
 
-        The images are the first of `views`; others are ignored. `momentum` is not used.
+        Labels may also be shares [B, classes], as mixing and smoothing make them. The images are the first of `views`;
+        others are ignored. `momentum` is not used.
 
         Returns:
             As `Objective` returns, with `cross_entropy` in the place of `info_nce`.

@@ -67,6 +67,7 @@ class Protocol:
         epochs: Epochs of the classifier.
         while_training: True if measured in the course of pre-training.
         source: Publication that reports the accuracy; None if it was measured here.
+        choice: Words for the labelled images that were chosen, such as `1 % of the labels`; None for all.
     """
 
     kind: Kind
@@ -81,6 +82,7 @@ class Protocol:
     epochs: int | None = None
     while_training: bool = False
     source: str | None = None
+    choice: str | None = None
 
     def __str__(self) -> str:
         words = [_WORDS[self.kind], *filter(None, (self.head, self.features))]
@@ -89,6 +91,7 @@ class Protocol:
             words += by_class if self.k is None else [f'k={self.k}']
             words.append('unweighted' if self.temperature is None else f'tau={self.temperature:g}')
         words += ['without distillation'] if self.distillation is False else []
+        words += [] if self.choice is None else [self.choice]
         words += [] if self.train_images is None else [f'at most {self.train_images} training images']
         words += ['not standardised'] if self.standardised is False and self.features == 'cached' else []
         words += [] if self.epochs is None else [f'{self.epochs} epoch{"" if self.epochs == 1 else "s"}']

@@ -47,13 +47,12 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimizerConfig:
     """Optimizer and learning rate, which rises linearly in the warm-up and falls to zero by a cosine.
 
     Args:
         name: An optimizer of timm's; momentum is plain SGD with momentum (timm's sgd is Nesterov's).
         lr: Highest learning rate.
-        lr_after_slow_start: What replaces it from epoch S on, on the same curve; the same where null.
         weight_decay: Weight decay, on every parameter.
         filter_bias_and_bn: Leave parameters of one dimension out of weight decay, and with lars out of its adaptation.
         momentum: Momentum of the optimizer.
@@ -66,7 +65,6 @@ class OptimConfig:
 
     name: str = 'momentum'
     lr: float = 0.06
-    lr_after_slow_start: float | None = None
     weight_decay: float = 1e-4
     filter_bias_and_bn: bool = False
     momentum: float = 0.9
@@ -77,13 +75,27 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         above('optim.lr', self.lr, 0)
-        if self.lr_after_slow_start is not None:
-            above('optim.lr_after_slow_start', self.lr_after_slow_start, 0)
         at_least('optim.weight_decay', self.weight_decay, 0)
         check_fraction('optim.momentum', self.momentum)
         at_least('optim.epochs', self.epochs, 1)
         at_least('optim.warmup_epochs', self.warmup_epochs, 0)
         at_least('optim.accumulation_steps', self.accumulation_steps, 1)
+
+
+@dataclass(frozen=True)
+class OptimConfig(OptimizerConfig):
+    """Those of pre-training; other arguments are `OptimizerConfig`'s.
+
+    Args:
+        lr_after_slow_start: What replaces the learning rate from epoch S on, on the same curve; the same where null.
+    """
+
+    lr_after_slow_start: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lr_after_slow_start is not None:
+            above('optim.lr_after_slow_start', self.lr_after_slow_start, 0)
 
 
 class MethodConfig:
@@ -231,8 +243,24 @@ class NumericsConfig:
 
 
 @dataclass(frozen=True)
-class OutputConfig(Incidental):
-    """Files and logs of a run.
+class TrackerConfig(Incidental):
+    """The tracker.
+
+    Args:
+        tracker: none, or a tracker of accelerate's: tensorboard, wandb, trackio, ...
+        project: Name of the project at the tracker.
+    """
+
+    tracker: str = 'none'
+    project: str = 'slimclr'
+
+    def __post_init__(self) -> None:
+        one_of('run.tracker', self.tracker, TRACKERS)
+
+
+@dataclass(frozen=True)
+class FilesConfig(Incidental):
+    """Files and log of a run.
 
     Args:
         output: Folder of the runs.
@@ -241,8 +269,6 @@ class OutputConfig(Incidental):
         checkpoint_steps: Optimizer steps from one checkpoint to the next, besides those after epochs; none where null.
         keep_checkpoints: Checkpoints kept; older ones are removed after a newer one is complete.
         log_every: Steps from one line of the log to the next.
-        tracker: none, or a tracker of accelerate's: tensorboard, wandb, trackio, ...
-        project: Name of the project at the tracker.
     """
 
     output: str = 'runs'
@@ -251,11 +277,8 @@ class OutputConfig(Incidental):
     checkpoint_steps: int | None = None
     keep_checkpoints: int = 2
     log_every: int = 10
-    tracker: str = 'none'
-    project: str = 'slimclr'
 
     def __post_init__(self) -> None:
-        one_of('run.tracker', self.tracker, TRACKERS)
         for name in 'checkpoint_every', 'keep_checkpoints', 'log_every':
             at_least(f'run.{name}', getattr(self, name), 1)
         if self.checkpoint_steps is not None:
@@ -265,12 +288,13 @@ class OutputConfig(Incidental):
 
 
 @dataclass(frozen=True)
-class RunConfig(NumericsConfig, OutputConfig):
-    """Numerics, files and logs of a run; the arguments are those of `NumericsConfig` and `OutputConfig`."""
+class RunConfig(NumericsConfig, FilesConfig, TrackerConfig):
+    """Numerics, files and tracker of a run; the arguments are those of its bases."""
 
     def __post_init__(self) -> None:
         NumericsConfig.__post_init__(self)
-        OutputConfig.__post_init__(self)
+        FilesConfig.__post_init__(self)
+        TrackerConfig.__post_init__(self)
 
 
 @dataclass(frozen=True)

@@ -44,10 +44,17 @@ def pretrain(command: Command) -> Path:
         DivergedError: The loss is not finite; the optimizer has not moved, and the state is kept.
         PreemptedError: A signal asked to stop; the state is kept.
     """
-    accelerator = make_accelerator(command.config)
+    started = command.config
+    accelerator = make_accelerator(
+        started.run.precision,
+        started.run,
+        started.run.output,
+        # During slow start sub-networks have no gradient, and DDP has to be told to expect it.
+        find_unused_parameters=started.slow_start > 0 and len(started.model.widths) > 1,
+    )
     # The recipe records the precision that accelerate was launched with.
-    run = replace(command.config.run, precision=accelerator.mixed_precision)
-    command = replace(command, config=replace(command.config, run=run))
+    run = replace(started.run, precision=accelerator.mixed_precision)
+    command = replace(command, config=replace(started, run=run))
     config, resume = command.config, command.resume
     if resume == AUTO:
         resume = find_run(config, accelerator)

@@ -5,7 +5,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_class
+from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_layer_decay
 from torch import nn
 
 from slimclr_hub.errors import InputError
@@ -14,7 +14,7 @@ from slimclr_hub.methods.registry import training_of
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.registry import slimmable_models
 from slimclr_hub.runs.schedule import Schedule
-from slimclr_hub.train.config import ModelConfig, OptimConfig, PretrainConfig
+from slimclr_hub.train.config import ModelConfig, OptimizerConfig, PretrainConfig
 
 
 def make_backbone(
@@ -91,18 +91,24 @@ def make_schedule(config: PretrainConfig, steps_per_epoch: int) -> Schedule:
     )
 
 
-def make_optimizer(config: OptimConfig, method: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: OptimizerConfig, method: nn.Module, fused: bool = True, layer_decay: float | None = None
+) -> torch.optim.Optimizer:
     """Optimizer over all parameters that have a gradient.
 
     Weight decay is on every one of them, which is MoCo v2's choice, or with `filter_bias_and_bn` on none of one
-    dimension, which is MoCo v3's. `fused` steps by one kernel, where the optimizer is PyTorch's and has one.
+    dimension, which is MoCo v3's. With `layer_decay`, `lr_scale` of a group is that to the power of the number of
+    layers after it, as timm counts them in a network (BEiT; Bao et al. 2021). `fused` steps by one kernel, where the optimizer is PyTorch's
+    and has one.
 
     Raises:
         InputError: timm has no such optimizer, or it does not take an argument.
     """
     parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
     groups: list[Any] = parameters
-    if config.filter_bias_and_bn:
+    if layer_decay is not None:
+        groups = param_groups_layer_decay(method, config.weight_decay, layer_decay=layer_decay)
+    elif config.filter_bias_and_bn:
         groups = [
             {'params': [p for p in parameters if p.ndim > 1]},
             {'params': [p for p in parameters if p.ndim <= 1], 'weight_decay': 0.0},

@@ -11,24 +11,25 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.files import write_text
 from slimclr_hub.settings import flatten
 from slimclr_hub.text import first_line
-from slimclr_hub.train.config import PretrainConfig
+from slimclr_hub.train.config import TrackerConfig
 
 _IDENTITY = 'tracker.json'
 
 
-def start_tracker(config: PretrainConfig, accelerator: Accelerator, folder: Path, step: int) -> None:
+def start_tracker(config: Any, tracking: TrackerConfig, accelerator: Accelerator, folder: Path, step: int) -> None:
     """Start the run at the tracker, or go on with it where this folder has begun one.
 
-    `accelerator` was made with `log_with`. File-based trackers write to `folder`. Values after `step` are logged again.
+    `config` is the configuration that the tracker records, and `accelerator` was made with `log_with`. File-based
+    trackers write to `folder`. Values after `step` are logged again.
     """
-    tracker = config.run.tracker
+    tracker = tracking.tracker
     if tracker == 'none':
         return
     folders = accelerator.project_configuration
     folders.project_dir = folders.logging_dir = str(folder)
     values = {key: str(value) for key, value in flatten(config).items()}
     options = {tracker: _options(tracker, folder, step, accelerator)}
-    accelerator.init_trackers(config.run.project, config=values, init_kwargs=options)
+    accelerator.init_trackers(tracking.project, config=values, init_kwargs=options)
 
 
 def _options(tracker: str, folder: Path, step: int, accelerator: Accelerator) -> dict[str, Any]:

@@ -1,42 +1,38 @@
 """The pre-training of a slimmable network: one optimizer step, and what lies between steps."""
 
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
-from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
 from slimclr_hub.data.batches import Batch
 from slimclr_hub.data.training import TrainData
-from slimclr_hub.errors import DivergedError, InputError
+from slimclr_hub.errors import InputError
 from slimclr_hub.methods.batchnorm import sync_batchnorm
 from slimclr_hub.methods.objective import Objective
 from slimclr_hub.methods.registry import training_of
 from slimclr_hub.runs.checkpoints import Checkpoints, Found
-from slimclr_hub.runs.job import Job, StopSignals
+from slimclr_hub.runs.job import StopSignals
 from slimclr_hub.runs.launcher import launched
-from slimclr_hub.runs.memory import keep_freed_memory, peak_memory
+from slimclr_hub.runs.memory import peak_memory
 from slimclr_hub.settings import RECIPE, differences, relevant
 from slimclr_hub.train.collapse import CollapseWatch
-from slimclr_hub.train.config import PretrainConfig
+from slimclr_hub.train.config import PretrainConfig, TrackerConfig
 from slimclr_hub.train.diagnostics import GradientObserver, observe
+from slimclr_hub.train.network_job import NetworkJob
 from slimclr_hub.train.online import TITLES, Qualities, online_evaluation
 from slimclr_hub.train.run_folder import RunFolder
 from slimclr_hub.train.setup import arrange, make_method, make_optimizer, make_schedule
-from slimclr_hub.train.step import FiniteLoss, forward_backward
 from slimclr_hub.train.tracking import start_tracker
 
 
-class Trainer(Job[list[Batch]]):
-    """Pre-trains a network as configured; a batch of it is the list of microbatches of one optimizer step.
+class Trainer(NetworkJob):
+    """Pre-trains a network as configured.
 
     Attributes:
-        inner: The method, without what distributes it.
         folder: Folder of the run, once `run` has begun.
 
     Raises:
@@ -47,7 +43,7 @@ class Trainer(Job[list[Batch]]):
 
     def __init__(self, config: PretrainConfig, accelerator: Accelerator, signals: StopSignals) -> None:
         self.config = config
-        self.data = TrainData(
+        data = TrainData(
             config.data,
             config.views,
             config.second_views,
@@ -62,8 +58,9 @@ class Trainer(Job[list[Batch]]):
         super().__init__(
             accelerator,
             signals,
+            data,
+            channels_last=config.run.channels_last,
             epochs=config.optim.epochs,
-            steps_per_epoch=self.data.steps_per_epoch,
             batch_size=config.data.batch_size,
             title='pre-training',
             timeout=config.data.timeout,
@@ -75,13 +72,7 @@ class Trainer(Job[list[Batch]]):
         if config.method.sync_bn and accelerator.num_processes > 1:
             method = sync_batchnorm(method, accelerator.device)
         arrange(config, method)
-        if accelerator.device.type == 'cpu':
-            keep_freed_memory()
-        optimizer = make_optimizer(config.optim, method, fused=accelerator.scaler is None)
-        self.method: Any
-        self.method, self.optimizer = accelerator.prepare(method, optimizer)
-        self.inner: Any = accelerator.unwrap_model(self.method)
-        self.trained = [parameter for parameter in self.inner.parameters() if parameter.requires_grad]
+        self.prepare(method, make_optimizer(config.optim, method, fused=accelerator.scaler is None))
         self.online = online_evaluation(config, accelerator)
         # A method of one's own may have no objective of ours; its ranks are watched all the same.
         self.objective: Objective | None = getattr(self.inner, 'objective', None)
@@ -90,7 +81,6 @@ class Trainer(Job[list[Batch]]):
         self._next_recipe: PretrainConfig | None = None
         self._resumed_step = 0
         self._settings: dict[str, Any] = {}
-        self.finite = FiniteLoss()
         self._own_losses = [f'{name}/{max(config.model.widths):g}' for name in ('info_nce', 'cross_entropy')]
 
     def run(self, folder: RunFolder, resumed: bool, recipe: PretrainConfig, allow_changes: bool = False) -> None:
@@ -116,7 +106,7 @@ class Trainer(Job[list[Batch]]):
             accelerator.print(f'Run: {folder.path}')
         for note in self._notes():
             accelerator.print(note)
-        start_tracker(config, accelerator, folder.path, self.step)
+        start_tracker(config, config.run, accelerator, folder.path, self.step)
         if accelerator.is_main_process:
             self.observer = observe(config.diagnostics, self.inner, folder.path, self.step)
         if resumed:
@@ -166,48 +156,24 @@ class Trainer(Job[list[Batch]]):
 
     # Steps
 
-    def batches(self, epoch: int, start: int, position: dict[str, Any] | None) -> Iterator[list[Batch]]:
-        """Microbatches of each optimizer step of an epoch, from step `start` on."""
-        self.method.train()
-        batches = self.data.epoch(epoch, start, position)
-        for _ in range(start, self.steps_per_epoch):
-            microbatches = list(islice(batches, self.config.optim.accumulation_steps))
-            if len(microbatches) < self.config.optim.accumulation_steps:
-                return
-            yield microbatches
-
     def train_step(self, batch: list[Batch]) -> dict[str, Any] | None:
         """Take one optimizer step on the microbatches of a batch."""
-        lr, momentum = self.schedule.lr_at(self.step), self.schedule.momentum_at(self.step)
-        widths = self.schedule.widths_at(self.step)
+        lr, widths = self.schedule.lr_at(self.step), self.schedule.widths_at(self.step)
         for group in self.optimizer.param_groups:
             group['lr'] = lr
-        outputs = forward_backward(
-            self.method,
-            batch,
-            widths,
-            momentum,
-            self._backward,
-            channels_last=self.config.run.channels_last,
-            no_sync=lambda: self.accelerator.no_sync(self.method),
-        )
-        for output in outputs:
-            self.meter.add(output)
-        if self.look_ahead(lambda: not self.finite.holds()):
-            self._keep_divergence(batch, outputs[-1], lr)
-        self.accelerator.unscale_gradients(self.optimizer)
-        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
-        self.meter.add({'grad_norm': torch.nn.utils.get_total_norm(gradients)})
+        self.gradients(batch, widths, self.schedule.momentum_at(self.step), {'lr': lr})
         if self.observer is not None:
             self.observer(self.inner, self.step, widths)
-        self.optimizer.step()
-        # To none rather than to zero: widths that do not train must stay untouched by weight decay and momentum.
-        self.optimizer.zero_grad(set_to_none=True)
+        self.take_step()
         return batch[-1].position
 
-    def _backward(self, loss: torch.Tensor) -> None:
-        self.finite.watch(loss)
-        self.accelerator.backward(loss)
+    @property
+    def after_divergence(self) -> str:
+        """Sentences that say what may help, after a loss that was not finite."""
+        return (
+            f'Lower optim.lr {self.config.optim.lr:g} or, with fp16, use --run.precision bf16, and go on from the last '
+            f'checkpoint: --resume {self.folder.path} --allow_changes true --optim.lr ...'
+        )
 
     # Checkpoints
 
@@ -226,20 +192,6 @@ class Trainer(Job[list[Batch]]):
         """The settings that have led to it."""
         return {'settings': self._settings}
 
-    def own(self) -> dict[str, Any]:
-        """The running statistics, as each process normalises by its own."""
-        statistics = {
-            f'{name}.{key}': buffer
-            for name, layer in self.inner.named_modules()
-            if isinstance(layer, _BatchNorm)
-            for key, buffer in layer.named_buffers(recurse=False)
-        }
-        return {'statistics': statistics}
-
-    def restore(self, state: dict[str, Any], own: dict[str, Any]) -> None:
-        """Load the running statistics."""
-        self.inner.load_state_dict(own['statistics'], strict=False)
-
     def checkpoint_is_due(self, epoch: int | None) -> bool:
         """True every run.checkpoint_every epochs, every run.checkpoint_steps steps, and after the last epoch."""
         run = self.config.run
@@ -253,22 +205,6 @@ class Trainer(Job[list[Batch]]):
             self.folder.keep_recipe(self._next_recipe, self._resumed_step)
             self._next_recipe = None
         return super().save(evaluated)
-
-    def _keep_divergence(self, batch: list[Batch], output: dict[str, torch.Tensor], lr: float) -> None:
-        own = {
-            **self.all_own(),
-            'views': [list(microbatch.views) for microbatch in batch],
-            'labels': [microbatch.labels for microbatch in batch],
-            'output': output,
-        }
-        state = {'step': self.step, 'lr': lr, 'widths': self.schedule.widths_at(self.step)}
-        path = self.checkpoints.save_aside(f'diverged-at-step-{self.step:08d}', state, own)
-        raise DivergedError(
-            f'the loss of step {self.step + 1} is not finite ({output["loss"].item():g} on the first process); the '
-            f'optimizer has not moved. {path} holds the state and the batch that led to it. Lower optim.lr '
-            f'{self.config.optim.lr:g} or, with fp16, use --run.precision bf16, and go on from the last checkpoint: '
-            f'--resume {self.folder.path} --allow_changes true --optim.lr ...'
-        )
 
     # Between steps
 
@@ -326,22 +262,29 @@ class Trainer(Job[list[Batch]]):
                 tqdm.write(f'epoch {epoch}: {TITLES[kind]} by width {listed}')
 
 
-def make_accelerator(config: PretrainConfig) -> Accelerator:
-    """The processes, devices and precision that a run is to train on.
+def make_accelerator(
+    precision: str | None, tracking: TrackerConfig, folder: str | None, *, find_unused_parameters: bool
+) -> Accelerator:
+    """The processes, devices and precision that a network is to train on.
+
+    Args:
+        precision: As of `launched`.
+        tracking: The tracker.
+        folder: Where it writes.
+        find_unused_parameters: True if some parameters have no gradient in some steps.
 
     Raises:
         InputError: The launcher or the device does not fit, as of `launched`, or the tracker is not installed.
     """
-    tracker = config.run.tracker
+    tracker = tracking.tracker
     accelerator = launched(
-        config.run.precision,
+        precision,
         log_with=None if tracker == 'none' else tracker,
-        project_dir=config.run.output,
+        project_dir=folder,
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
         kwargs_handlers=[
             DistributedDataParallelKwargs(
-                # During slow start sub-networks have no gradient, and DDP has to be told to expect it.
-                find_unused_parameters=config.slow_start > 0 and len(config.model.widths) > 1,
+                find_unused_parameters=find_unused_parameters,
                 # Each process normalises by its own statistics; they are averaged before they are used.
                 broadcast_buffers=False,
             )

@@ -4,7 +4,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 
-from slimclr_hub.data import DataConfig, ViewConfig
+from slimclr_hub.data import ViewConfig
+from slimclr_hub.data.config import LabelledDataConfig
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.network import data_defaults
 from slimclr_hub.runs.command_line import make_parser, parse
@@ -197,7 +198,7 @@ class LinearEvalConfig(LinearNetworkConfig):
         run: Seed, precision and output.
     """
 
-    data: DataConfig = field(default_factory=lambda: DataConfig(batch_size=BATCH_SIZE))
+    data: LabelledDataConfig = field(default_factory=lambda: LabelledDataConfig(batch_size=BATCH_SIZE))
     views: ViewConfig = field(
         default_factory=lambda: ViewConfig(crop_min=0.08, jitter_prob=0, gray_prob=0, blur_prob=0)
     )
@@ -222,6 +223,7 @@ class LinearEvalConfig(LinearNetworkConfig):
             distillation=self.probe.distillation,
             standardised=self.features.standardised,
             epochs=self.optim.epochs,
+            choice=self.data.choice,
         )
 
 

@@ -8,13 +8,10 @@ FOLDER/settings.json        the settings that decide the result, and a hash of t
        result.json          the accuracies; its presence says that the evaluation is finished
 """
 
-import json
 import os
 import shutil
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -37,7 +34,6 @@ from slimclr_hub.evaluate.linear_eval.report import (
 )
 from slimclr_hub.evaluate.linear_eval.training import AugmentedBatches, CachedBatches, FeatureBatches, ProbeTraining
 from slimclr_hub.evaluate.network import (
-    changes,
     check_channels,
     check_images,
     check_network,
@@ -47,7 +43,8 @@ from slimclr_hub.evaluate.network import (
     published_network,
 )
 from slimclr_hub.evaluate.reported import reported_probe
-from slimclr_hub.files import write_json_lines, write_text
+from slimclr_hub.evaluate.settings_folder import SETTINGS, find_folder
+from slimclr_hub.files import write_json_lines
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import run_script
 from slimclr_hub.runs.figures import save_figure
@@ -59,7 +56,6 @@ from slimclr_hub.settings import plain, relevant
 from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
 
 PROBE = 'probe.safetensors'
-SETTINGS = 'settings.json'
 
 
 def main() -> None:
@@ -256,29 +252,4 @@ def _find_folder(config: LinearEvalConfig, weights: str) -> Path:
     """Find or make the folder of these settings."""
     settings = {**relevant(config), **relevant({'data': config.data.fingerprint()})}
     settings |= {'optim.lr': plain(config.optim.rates), 'weights': weights}
-    first = Path(config.run.output or default_output(config.network, 'linear_eval'))
-    folder = first
-    for number in count(2):
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / SETTINGS, json.dumps(settings, indent=2) + '\n')
-            break
-        differing = _changes(folder, settings)
-        if not differing:
-            break
-        if config.run.output is not None:
-            raise InputError(
-                f'run.output {folder} has {"; ".join(differing)}; give another run.output, or these values'
-            )
-        folder = first.with_name(f'{first.name}-{number}')
-    return folder
-
-
-def _changes(folder: Path, settings: dict[str, Any]) -> list[str]:
-    try:
-        recorded = relevant(json.loads((folder / SETTINGS).read_text(encoding='utf-8')))
-    except (OSError, ValueError, TypeError):
-        return ['no linear evaluation, but other files']
-    if recorded.get('run.precision') is None:  # one of before it was recorded where accelerate chose it
-        recorded.pop('run.precision', None)
-    return changes(recorded, settings)
+    return find_folder(settings, default_output(config.network, 'linear_eval'), config.run.output, 'linear evaluation')

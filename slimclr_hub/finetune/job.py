@@ -1,0 +1,243 @@
+"""Fine-tuning of a network on images with classes: `recipes/finetune.py`.
+
+FOLDER/settings.json        the settings that decide the result, and a hash of the weights that it began with
+       metrics.jsonl        losses every few steps, and the accuracies of each epoch
+       checkpoints/         while it runs
+       config.json, model.safetensors, README.md       the network with its classifier, which timm opens
+       training.png, .pdf   the figure
+       result.json          the accuracies; its presence says that the fine-tuning is finished
+"""
+
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from slimclr_hub.data.loaders import eval_loader
+from slimclr_hub.data.sources import known_classes, labels_of, make_dataset
+from slimclr_hub.distributed import from_main_process
+from slimclr_hub.errors import InputError, shorten
+from slimclr_hub.evaluate.features import state_hash
+from slimclr_hub.evaluate.network import check_channels, check_images, default_output
+from slimclr_hub.evaluate.settings_folder import SETTINGS, find_folder
+from slimclr_hub.finetune.config import BATCH_SIZE, FinetuneConfig, parse_finetune
+from slimclr_hub.finetune.network import give_classes, open_start
+from slimclr_hub.finetune.training import FineTuning, accuracies
+from slimclr_hub.hub.card import finetuned_card
+from slimclr_hub.hub.folder import save_folder
+from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.cost import width_facts
+from slimclr_hub.runs.command_line import run_script
+from slimclr_hub.runs.job import StopSignals
+from slimclr_hub.runs.lock import folder_lock
+from slimclr_hub.runs.result import RESULT, Result, environment, load, save
+from slimclr_hub.runs.tables import TextTable
+from slimclr_hub.settings import plain, relevant
+from slimclr_hub.train.report import draw_figure
+from slimclr_hub.train.run_folder import RunFolder
+from slimclr_hub.train.trainer import make_accelerator
+
+_STEPS = 4  # of an epoch, at least, by the default batch
+_LEAST_BATCH = 8
+
+
+def main() -> None:
+    """Read the command line, fine-tune, print a table and draw a figure."""
+
+    def work() -> None:
+        config = parse_finetune()
+        results = [finetune(each) for each in repetitions(config)]
+        if len(results) > 1:
+            print_spread(results)
+
+    run_script(work)
+
+
+def repetitions(config: FinetuneConfig) -> list[FinetuneConfig]:
+    """The configuration with each of its seeds, which draw views, new weights and the choice of images."""
+    if config.seeds == 1:
+        return [config]
+    found = []
+    for seed in range(config.run.seed, config.run.seed + config.seeds):
+        output = config.run.output and f'{config.run.output}/seed-{seed}'
+        data = replace(config.data, choice_seed=config.data.choice_seed + seed - config.run.seed)
+        found.append(replace(config, data=data, run=replace(config.run, seed=seed, output=output), seeds=1))
+    return found
+
+
+def finetune(config: FinetuneConfig) -> Result:
+    """Fine-tune a network, on the processes that accelerate was launched with.
+
+    A fine-tuning of the same settings that was interrupted is resumed, and the result of a finished one is shown.
+
+    Raises:
+        InputError: Something in the configuration does not fit; nothing is left behind.
+        DivergedError: The loss is not finite.
+        PreemptedError: A signal asked to stop; the state is kept.
+    """
+    check_images(config.data)
+    run = config.run
+    accelerator = make_accelerator(run.precision, run, run.output, find_unused_parameters=False)
+    # The settings record the precision that accelerate was launched with.
+    config = replace(config, run=replace(run, precision=accelerator.mixed_precision))
+    classes, names, images = _classes(config, accelerator)
+    config = _with_fitting_batch(config, accelerator, images)
+    set_seed(config.run.seed)
+    network = open_start(config.network, config.model)
+    check_channels(config.network, network, config.data)
+    kept = give_classes(network, classes, names)
+    network.to(accelerator.device)
+    settings = {**relevant(config), **relevant({'data': config.data.fingerprint()}), 'weights': state_hash(network)}
+    default = default_output(config.network, 'finetune')
+    folder = from_main_process(lambda: find_folder(settings, default, config.run.output, 'fine-tuning'))
+    if (folder / RESULT).is_file():
+        accelerator.print(f'{folder} is finished already; remove it to begin anew')
+    else:
+        accelerator.print(f'{folder}: {"the classifier is kept" if kept else f"a new classifier of {classes} classes"}')
+        try:
+            with folder_lock(folder, accelerator):
+                _train(config, accelerator, network, folder, names)
+        except InputError:
+            if accelerator.is_main_process and {path.name for path in folder.iterdir()} == {SETTINGS}:
+                shutil.rmtree(folder)
+            raise
+    (result,) = load(folder / RESULT)
+    if accelerator.is_main_process:
+        print_result(result)
+        print(
+            f'Result: {folder / RESULT}\nFigure: {folder / "training.png"}\n'
+            f'Try it: slimclr-hub predict {folder} IMAGE ...'
+        )
+    accelerator.wait_for_everyone()
+    return result
+
+
+def _classes(config: FinetuneConfig, accelerator: Accelerator) -> tuple[int, list[str] | None, int | None]:
+    """Number and names of the classes, and number of the training images, as far as they are known before training."""
+    data = config.data
+    if data.streams:
+        if config.model.num_classes is None:
+            raise InputError(f'data.name {data.name} is a stream, which tells no classes; give --model.num_classes')
+        return config.model.num_classes, None, None
+    train = make_dataset(data, data.train_split)
+    labels = labels_of(train)
+    names = list(train.class_names) if train.class_names else None
+    classes = config.model.num_classes or (len(names) if names else known_classes(train))
+    where = f'data.name {data.name}, data.root {data.root}'
+    if labels is not None and labels.min() >= 0:
+        if len(np.unique(labels)) == 1:
+            raise InputError(f'{where}: all training images are of one class; there is nothing to tell apart')
+        _note_missing(config, labels, names, accelerator)
+    if classes is None:
+        raise InputError(f'{where} does not tell how many classes there are; give --model.num_classes')
+    if classes == 0:
+        raise InputError(f'{where}: the images have no classes; let each class have a folder')
+    return classes, names if names and len(names) == classes else None, len(train)
+
+
+def _note_missing(
+    config: FinetuneConfig, labels: np.ndarray, names: list[str] | None, accelerator: Accelerator
+) -> None:
+    assert config.data.val_split is not None
+    tested = labels_of(make_dataset(config.data, config.data.val_split))
+    if tested is None:
+        return
+    for split, missing in (
+        (config.data.val_split, np.setdiff1d(labels, tested)),
+        (config.data.train_split, np.setdiff1d(tested, labels)),
+    ):
+        if len(missing):
+            listed = shorten([names[label] if names else str(label) for label in missing.tolist()])
+            accelerator.print(f'Note: the split {split} has no image of the classes {listed}')
+
+
+def _with_fitting_batch(config: FinetuneConfig, accelerator: Accelerator, images: int | None) -> FinetuneConfig:
+    """Lower the default batch so that an epoch of few images has several steps."""
+    data, shares = config.data, accelerator.num_processes * config.optim.accumulation_steps
+    if images is None or data.batch_size != BATCH_SIZE or images >= _STEPS * BATCH_SIZE:
+        return config
+    fitting = BATCH_SIZE
+    while fitting > max(_LEAST_BATCH, 2 * shares) and fitting * _STEPS > images:
+        fitting //= 2
+    accelerator.print(f'data.batch_size is {fitting} instead of {BATCH_SIZE}: there are {images} training images')
+    return replace(config, data=replace(data, batch_size=fitting))
+
+
+def _train(
+    config: FinetuneConfig,
+    accelerator: Accelerator,
+    network: SlimmableResNet,
+    path: Path,
+    names: list[str] | None,
+) -> None:
+    """Train, and write the network and its result into the folder, `result.json` last."""
+    data = config.data
+    assert data.val_split is not None
+    validation = eval_loader(data, data.val_split, None, config.run.seed, accelerator.num_processes)
+    folder = RunFolder(path, accelerator)
+    with StopSignals() as signals:
+        training = FineTuning(config, accelerator, signals, network, validation, folder)
+        training.run()
+    if accelerator.is_main_process:
+        metrics, trained = folder.read_metrics(), training.network.eval()
+        result = Result(
+            str(path),
+            config.protocol,
+            accuracies(metrics, 'top1'),
+            accuracies(metrics, 'top5'),
+            images=metrics[-1]['images'],
+            settings={**plain(asdict(config)), 'classes': trained.num_classes, 'class_names': names},
+            environment=environment(),
+        )
+        card = finetuned_card(width_facts(trained, data.size), _about(config, path), result)
+        look: dict[str, Any] = {'size': data.size, 'mean': data.mean, 'std': data.std, 'crop_pct': data.crop_pct}
+        save_folder(trained, path, **look, card=card, label_names=names)
+        draw_figure(metrics, trained.widths, path / 'training')
+        save([result], path)
+        shutil.rmtree(path / 'checkpoints', ignore_errors=True)
+    accelerator.end_training()
+    accelerator.wait_for_everyone()
+
+
+def _about(config: FinetuneConfig, path: Path) -> dict[str, str]:
+    data = config.data
+    return {
+        'name': path.name,
+        'folder': str(path),
+        'network': config.network,
+        'data': data.name if data.root is None else f'{data.name} {data.root}',
+        'split': str(data.val_split),
+        'epochs': str(config.optim.epochs),
+        'size': str(data.size),
+    }
+
+
+# The end
+
+
+def print_result(result: Result) -> None:
+    """Print the accuracies of each width, and how they were measured."""
+    measured = {'top-1': result.top1, **({'top-5': result.top5} if result.top5 else {})}
+    rows = [
+        [f'{width:g}', *(f'{values[width]:.1f}' for values in measured.values()), f'{result.standard_error(width):.1f}']
+        for width in result.top1
+    ]
+    start = result.settings['network']
+    notes = [f'{result.protocol.epochs} epochs from {start}; {result.images} test images.']
+    TextTable('fine-tuning (%)', ['width', *measured, 'standard error'], rows, notes, names=0).print()
+
+
+def print_spread(results: list[Result]) -> None:
+    """Print mean and standard deviation of the accuracies of each width over repetitions."""
+    rows = []
+    for width in results[0].top1:
+        values = [result.top1[width] for result in results]
+        rows.append([f'{width:g}', f'{mean(values):.1f} ± {stdev(values):.1f}', *(f'{value:.1f}' for value in values)])
+    seeds = [f'seed {result.settings["run"]["seed"]}' for result in results]
+    note = f'Mean and standard deviation of {len(results)} repetitions; each draws images, views and new weights anew.'
+    TextTable('top-1 accuracy (%) by width', ['width', 'top-1', *seeds], rows, [note], names=0).print()

@@ -1,0 +1,117 @@
+"""The network that a fine-tuning starts from: any of this package's, a plain ResNet, or random weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.network import check_network, drawn_anew, folder_of
+from slimclr_hub.finetune.config import StartConfig
+from slimclr_hub.hub.open import open_network
+from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
+from slimclr_hub.models.convert import convert
+from slimclr_hub.text import first_line
+from slimclr_hub.weights.checkpoint import read_checkpoint
+from slimclr_hub.weights.layouts import layout_of
+
+
+def open_start(network: str, config: StartConfig) -> SlimmableResNet:
+    """Open the network to start from, without what a training moves; random weights are drawn by torch's generator.
+
+    A plain ResNet, as a name of timm's or a checkpoint's file, becomes a slimmable one whose narrower widths have the
+    leading channels of its weights, and have seen no image.
+
+    Raises:
+        InputError: There is no such network, it does not have these widths, or frozen normalisation has no statistics.
+    """
+    like = drawn_anew(network)
+    model = _open(like or network, config)
+    if like is not None:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_parameters()
+        model.init_weights()
+    if config.frozen_norm or config.frozen:
+        counts = [layer.num_batches_tracked for layer in model.modules() if isinstance(layer, _BatchNorm)]
+        if not all(counts):  # of a width that has seen no image, or all of them
+            key = 'model.frozen_norm' if config.frozen_norm else f'model.frozen {config.frozen}'
+            raise InputError(
+                f'{key}: {network} has no statistics of normalisation to keep at every width, as it was not trained at '
+                'each; train it whole'
+            )
+    return model
+
+
+def _open(network: str, config: StartConfig) -> SlimmableResNet:
+    tensors = _plain(network)
+    if tensors is None:
+        check_network(network)
+        widths = {} if config.widths is None else {'widths': config.widths}
+        return open_network(network, drop_path_rate=config.drop_path_rate, **widths)
+    try:
+        converted = convert(tensors, widths=config.widths or DEFAULT_WIDTHS)
+    except InputError as error:
+        raise InputError(f'{network}: {error}') from error
+    layout = layout_of({name: tensor.shape for name, tensor in converted.items()})
+    assert layout.architecture is not None  # or converting had failed
+    if config.widths is not None and not set(config.widths) <= set(layout.widths):
+        raise InputError(f'{network} has widths {layout.widths}, and model.widths is {config.widths}')
+    model = timm.create_model(
+        layout.architecture,
+        widths=layout.widths,
+        num_classes=layout.num_classes,
+        in_chans=layout.in_chans,
+        drop_path_rate=config.drop_path_rate,
+        head=layout.head if layout.num_classes else 'switchable',
+    )
+    assert isinstance(model, SlimmableResNet)
+    model.load_state_dict(converted)
+    return model
+
+
+def _plain(network: str) -> dict[str, torch.Tensor] | None:
+    """Tensors of a ResNet of timm's, or of a checkpoint that is no safetensors file; None for other names."""
+    path = folder_of(network)
+    if path.is_file() and path.suffix != '.safetensors':
+        return read_checkpoint(path)
+    name = network.partition('.')[0]
+    if Path(network).exists() or not timm.is_model(name) or name.startswith('slimclr_'):
+        return None
+    try:
+        return timm.create_model(network, pretrained=True).state_dict()
+    except Exception as error:  # of timm, the Hub's client and whatever lies between
+        raise InputError(f'{network} of timm cannot be had: {first_line(error)}') from error
+
+
+def give_classes(network: SlimmableResNet, classes: int, names: Sequence[str] | None) -> bool:
+    """Give a network a new head for these classes, unless it has one for classes of the same names.
+
+    Returns:
+        True if it keeps its head.
+    """
+    known = getattr(network, 'pretrained_cfg', {}).get('label_names')
+    if network.num_classes == classes and names is not None and known and list(known) == list(names):
+        return True
+    network.reset_classifier(classes)
+    return False
+
+
+def frozen_parts(network: SlimmableResNet, count: int) -> list[nn.Module]:
+    """The first `count` of the stem and the stages."""
+    stages = [stage for name, stage in network.named_children() if name.startswith('layer')]
+    parts: list[list[nn.Module]] = [[network.conv1, network.bn1], *([stage] for stage in stages)]
+    return [module for part in parts[:count] for module in part]
+
+
+def keep_frozen(network: SlimmableResNet, config: StartConfig) -> None:
+    """Put what does not train into eval mode, and leave its parameters without gradients."""
+    for part in frozen_parts(network, config.frozen):
+        part.eval().requires_grad_(False)
+    if config.frozen_norm:
+        for layer in network.modules():
+            if isinstance(layer, _BatchNorm):
+                layer.eval()

@@ -1,0 +1,152 @@
+"""What pre-training and fine-tuning share: a job whose steps train a network on microbatches of images."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from slimclr_hub.data.batches import Batch
+from slimclr_hub.data.training import TrainData
+from slimclr_hub.errors import DivergedError
+from slimclr_hub.runs.job import Job, StopSignals
+from slimclr_hub.runs.memory import keep_freed_memory
+from slimclr_hub.train.step import FiniteLoss, Losses, forward_backward
+
+
+class NetworkJob(Job[list[Batch]]):
+    """A job whose batch is the list of microbatches of one optimizer step, and that stops before a loss is not finite.
+
+    A subclass calls `prepare` on construction.
+
+    Args:
+        accelerator: Accelerator of the processes.
+        signals: Signals that ask to stop.
+        data: The training images.
+        channels_last: Bring images into the channels-last memory layout.
+        job: Further arguments of `Job`.
+
+    Attributes:
+        method: What is called in a step.
+        inner: The same without what distributes it.
+        optimizer: The optimizer.
+        trained: Parameters that have a gradient.
+    """
+
+    method: Any
+    inner: Any
+    optimizer: Any
+    trained: list[nn.Parameter]
+
+    def __init__(
+        self, accelerator: Accelerator, signals: StopSignals, data: TrainData, *, channels_last: bool, **job: Any
+    ) -> None:
+        super().__init__(accelerator, signals, steps_per_epoch=data.steps_per_epoch, **job)
+        self.data = data
+        self.channels_last = channels_last
+        self.finite = FiniteLoss()
+
+    def prepare(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Distribute a method and its optimizer over the processes."""
+        if self.accelerator.device.type == 'cpu':
+            keep_freed_memory()
+        self.method, self.optimizer = self.accelerator.prepare(method, optimizer)
+        self.inner = self.accelerator.unwrap_model(self.method)
+        self.trained = [parameter for parameter in self.inner.parameters() if parameter.requires_grad]
+
+    # For subclasses
+
+    @property
+    def after_divergence(self) -> str:
+        """Sentences that say what may help, after a loss that was not finite."""
+        raise NotImplementedError
+
+    # Steps
+
+    def set_training(self) -> None:
+        """Put what trains into training mode."""
+        self.method.train()
+
+    def batches(self, epoch: int, start: int, position: dict[str, Any] | None) -> Iterator[list[Batch]]:
+        """Microbatches of each optimizer step of an epoch, from step `start` on."""
+        self.set_training()
+        batches = self.data.epoch(epoch, start, position)
+        for _ in range(start, self.steps_per_epoch):
+            microbatches = list(islice(batches, self.data.microbatches))
+            if len(microbatches) < self.data.microbatches:
+                return
+            yield microbatches
+
+    def gradients(
+        self, batch: list[Batch], widths: Sequence[float], momentum: float | None, facts: dict[str, Any]
+    ) -> list[torch.Tensor]:
+        """Compute and return the gradients of a step, after the next batch has been asked for.
+
+        Args:
+            batch: Microbatches.
+            widths: Widths to train.
+            momentum: Momentum of the key encoder.
+            facts: What the record of a divergence tells besides the step.
+
+        Raises:
+            DivergedError: A loss is not finite on any process; the state is kept.
+        """
+        outputs = forward_backward(
+            self.method,
+            batch,
+            widths,
+            momentum,
+            self._backward,
+            channels_last=self.channels_last,
+            no_sync=lambda: self.accelerator.no_sync(self.method),
+        )
+        for output in outputs:
+            self.meter.add(output)
+        if self.look_ahead(lambda: not self.finite.holds()):
+            self._keep_divergence(batch, outputs[-1], {**facts, 'widths': widths})
+        self.accelerator.unscale_gradients(self.optimizer)
+        found = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        self.meter.add({'grad_norm': torch.nn.utils.get_total_norm(found)})
+        return found
+
+    def take_step(self) -> None:
+        """Move the parameters."""
+        self.optimizer.step()
+        # To none rather than to zero: widths that do not train must stay untouched by weight decay and momentum.
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        self.finite.watch(loss)
+        self.accelerator.backward(loss)
+
+    def _keep_divergence(self, batch: list[Batch], output: Losses, facts: dict[str, Any]) -> None:
+        own = {
+            **self.all_own(),
+            'views': [list(microbatch.views) for microbatch in batch],
+            'labels': [microbatch.labels for microbatch in batch],
+            'output': output,
+        }
+        path = self.checkpoints.save_aside(f'diverged-at-step-{self.step:08d}', {'step': self.step, **facts}, own)
+        raise DivergedError(
+            f'the loss of step {self.step + 1} is not finite ({output["loss"].item():g} on the first process); the '
+            f'optimizer has not moved. {path} holds the state and the batch that led to it. {self.after_divergence}'
+        )
+
+    # Checkpoints
+
+    def own(self) -> dict[str, Any]:
+        """The running statistics, as each process normalises by its own."""
+        statistics = {
+            f'{name}.{key}': buffer
+            for name, layer in self.inner.named_modules()
+            if isinstance(layer, _BatchNorm)
+            for key, buffer in layer.named_buffers(recurse=False)
+        }
+        return {'statistics': statistics}
+
+    def restore(self, state: dict[str, Any], own: dict[str, Any]) -> None:
+        """Load the running statistics."""
+        self.inner.load_state_dict(own['statistics'], strict=False)
