@@ -29,6 +29,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from slimclr_hub.data import DataConfig
+from slimclr_hub.data.config import LabelledDataConfig
 from slimclr_hub.data.loaders import EvalLoader, eval_loader
 from slimclr_hub.evaluate.features import SplitFeatures, extract_features
 from slimclr_hub.evaluate.knn import knn_predict, vote
@@ -142,7 +143,7 @@ def probes(
         return regression.predict(scaler.transform(queries.cpu().numpy()))
 
     def linear_eval() -> torch.Tensor:
-        batch = DataConfig(batch_size=min(LinearEvalConfig(' ').data.batch_size, len(train.labels)))
+        batch = LabelledDataConfig(batch_size=min(LinearEvalConfig(' ').data.batch_size, len(train.labels)))
         config = LinearEvalConfig(' ', data=batch, optim=SweepConfig(epochs=epochs))
         head = make_head(backbone, config.probe.head, classes, config.run.seed).to(accelerator.device)
         scaling = standardisation(head, train.by_width)

@@ -61,25 +61,39 @@ def by_count(labels: np.ndarray, count: int, seed: int, names: Sequence[str] | N
 
 
 def by_names(files: Sequence[str], listed: Path) -> np.ndarray:
-    """Indices, ascending, of the images whose file names, with or without their endings, `listed` has, one a line.
+    """Indices, ascending, of the images that the file `listed` names, one a line, as `NAME` or `CLASS/NAME`.
+
+    The ending of a name may be left out.
 
     Raises:
-        InputError: The list cannot be read, or names images that are not there.
+        InputError: The list cannot be read, or a name is that of no image, or of several.
     """
     try:
         lines = listed.read_text(encoding='utf-8').split('\n')
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f'data.train_list {listed} cannot be read: {error}') from error
-    wanted = {Path(line.strip()).stem for line in lines if line.strip()}
-    stems = [Path(file).stem for file in files]
+    wanted = {_parts(line.strip()) for line in lines if line.strip()}
     if not wanted:
         raise InputError(f'data.train_list {listed} names no image; give the name of a training image in each line')
-    if missing := sorted(wanted - set(stems)):
-        raise InputError(
-            f'data.train_list {listed}: {len(missing)} of {len(wanted)} images are not among the training images, '
-            f'{shorten(missing)}; give the list of this data set'
-        )
-    return np.array([index for index, stem in enumerate(stems) if stem in wanted])
+    found: dict[tuple[str, ...], list[int]] = {}
+    lengths = {len(parts) for parts in wanted}
+    for index, file in enumerate(files):
+        parts = _parts(file)
+        for end in {parts[-length:] for length in lengths} & wanted:
+            found.setdefault(end, []).append(index)
+    for problem, names in (
+        ('are not among the training images', wanted - found.keys()),
+        ('are names of several training images; write CLASS/NAME', {end for end, of in found.items() if len(of) > 1}),
+    ):
+        if names:
+            shown = shorten(sorted(map('/'.join, names)))
+            raise InputError(f'data.train_list {listed}: {len(names)} of {len(wanted)} {problem}, {shown}')
+    return np.unique([index for of in found.values() for index in of])
+
+
+def _parts(file: str) -> tuple[str, ...]:
+    path = Path(file)
+    return (*path.parts[:-1], path.stem)
 
 
 def held_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -92,8 +106,8 @@ def held_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     def count(there: int, label: int) -> int:
         if there < 2:
             raise InputError(
-                f'class {label} has a single image, and data.hold_out {share} is to hold one out; add images, or give a '
-                'folder for validation'
+                f'class {label} has a single image, and data.hold_out {share} is to hold one out; add images, or give '
+                'a folder for validation'
             )
         return min(max(1, round(share * there)), there - 1)
 

@@ -1,7 +1,7 @@
 """The network under test, and the images to test it on."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ import timm
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.sources import has_validation
 from slimclr_hub.errors import InputError
-from slimclr_hub.hub.open import open_network
+from slimclr_hub.hub.open import open_network, read_config
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import early
 from slimclr_hub.runs.result import RANDOM_WEIGHTS, RAW_PIXELS
@@ -114,7 +114,8 @@ def data_defaults(argv: Sequence[str]) -> dict[str, Any]:
     """Default images for the network that a command line names, as `data.key` -> value.
 
     They are those that a run was trained on, for a network of the package those that the package has, and ImageNet for
-    others. `--network`, or `network` in the recipe of `--config`, names the network.
+    others, in the look that the folder of a network tells. `--network`, or `network` in the recipe of `--config`, names
+    the network.
 
     Raises:
         InputError: The network is a run whose recipe cannot be read.
@@ -130,7 +131,7 @@ def data_defaults(argv: Sequence[str]) -> dict[str, Any]:
     elif network == RAW_PIXELS:
         data = DataConfig()
     else:
-        data = _IMAGENET
+        data = _IMAGENET if network is None else _in_look(_IMAGENET, folder_of(network) / 'config.json')
     return {f'data.{key}': value for key, value in asdict(data).items() if key not in _TRAINING_ALONE}
 
 
@@ -152,6 +153,23 @@ def changes(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> list[st
 def _images_of(shipped: Shipped) -> DataConfig:
     # Those of the package, as it shall work without any other file.
     return DataConfig(size=shipped.size, channels=3, mean=(shipped.mean,) * 3, std=(shipped.std,) * 3)
+
+
+def _in_look(data: DataConfig, config: Path) -> DataConfig:
+    """The images in the size and normalisation that a network's `config.json` names, where there is one."""
+    if not config.is_file():
+        return data
+    content = read_config(config, config.parent)
+    cfg = content.get('pretrained_cfg', content)
+    known: dict[str, Any] = {key: tuple(cfg[key]) for key in ('mean', 'std') if cfg.get(key)}
+    if size := cfg.get('input_size'):
+        known |= {'channels': size[0], 'size': size[1]}
+    if cfg.get('crop_pct'):
+        known['crop_pct'] = cfg['crop_pct']
+    try:
+        return replace(data, **known)
+    except InputError as error:
+        raise InputError(f'{config}: {error}') from error
 
 
 def _recorded_data(recipe: Path) -> DataConfig:

@@ -13,7 +13,7 @@ from slimclr_hub.methods.losses import DISTILLATIONS
 from slimclr_hub.models.widths import check_widths
 from slimclr_hub.runs.command_line import early, make_parser, parse
 from slimclr_hub.runs.result import Protocol, data_name
-from slimclr_hub.settings import Incidental, above, at_least, at_most, check_all, check_fraction, one_of
+from slimclr_hub.settings import Incidental, above, at_least, at_most, check_all, check_fraction, one_of, problem
 from slimclr_hub.train.config import NumericsConfig, OptimizerConfig, TrackerConfig
 
 BATCH_SIZE = 64
@@ -65,10 +65,10 @@ class FinetuneOptimConfig(OptimizerConfig):
     """
 
     name: str = 'adamw'
-    lr: float = 1e-3
+    lr: float = 2e-3
     weight_decay: float = 0.05
     filter_bias_and_bn: bool = True
-    epochs: int = 20
+    epochs: int = 30
     warmup_epochs: float = 1.0
     layer_decay: float | None = None
     clip_grad: float | None = None
@@ -156,8 +156,7 @@ class FinetuneConfig(FinetuneNetworkConfig):
     def _problems(self) -> Iterator[str]:
         if not self.network:
             yield 'no network to start from; give --network with a folder, or a tag'
-        if self.seeds < 1:
-            yield f'seeds is {self.seeds}; give 1 or more'
+        yield from problem(at_least, 'seeds', self.seeds, 1)
         if self.data.batch_size % self.optim.accumulation_steps:
             yield (
                 f'data.batch_size {self.data.batch_size} does not divide into optim.accumulation_steps '

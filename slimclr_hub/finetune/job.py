@@ -11,11 +11,10 @@ FOLDER/settings.json        the settings that decide the result, and a hash of t
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
 from slimclr_hub.data.loaders import eval_loader
@@ -24,6 +23,7 @@ from slimclr_hub.distributed import from_main_process
 from slimclr_hub.errors import InputError, shorten
 from slimclr_hub.evaluate.features import state_hash
 from slimclr_hub.evaluate.network import check_channels, check_images, default_output
+from slimclr_hub.evaluate.repetitions import print_spread, repetitions
 from slimclr_hub.evaluate.settings_folder import SETTINGS, find_folder
 from slimclr_hub.finetune.config import BATCH_SIZE, FinetuneConfig, parse_finetune
 from slimclr_hub.finetune.network import give_classes, open_start
@@ -52,22 +52,11 @@ def main() -> None:
     def work() -> None:
         config = parse_finetune()
         results = [finetune(each) for each in repetitions(config)]
-        if len(results) > 1:
+        if PartialState().is_main_process:
             print_spread(results)
+        PartialState().destroy_process_group()
 
     run_script(work)
-
-
-def repetitions(config: FinetuneConfig) -> list[FinetuneConfig]:
-    """The configuration with each of its seeds, which draw views, new weights and the choice of images."""
-    if config.seeds == 1:
-        return [config]
-    found = []
-    for seed in range(config.run.seed, config.run.seed + config.seeds):
-        output = config.run.output and f'{config.run.output}/seed-{seed}'
-        data = replace(config.data, choice_seed=config.data.choice_seed + seed - config.run.seed)
-        found.append(replace(config, data=data, run=replace(config.run, seed=seed, output=output), seeds=1))
-    return found
 
 
 def finetune(config: FinetuneConfig) -> Result:
@@ -200,7 +189,8 @@ def _train(
         draw_figure(metrics, trained.widths, path / 'training')
         save([result], path)
         shutil.rmtree(path / 'checkpoints', ignore_errors=True)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()  # the processes go on: there may be another repetition
     accelerator.wait_for_everyone()
 
 
@@ -230,14 +220,3 @@ def print_result(result: Result) -> None:
     start = result.settings['network']
     notes = [f'{result.protocol.epochs} epochs from {start}; {result.images} test images.']
     TextTable('fine-tuning (%)', ['width', *measured, 'standard error'], rows, notes, names=0).print()
-
-
-def print_spread(results: list[Result]) -> None:
-    """Print mean and standard deviation of the accuracies of each width over repetitions."""
-    rows = []
-    for width in results[0].top1:
-        values = [result.top1[width] for result in results]
-        rows.append([f'{width:g}', f'{mean(values):.1f} ± {stdev(values):.1f}', *(f'{value:.1f}' for value in values)])
-    seeds = [f'seed {result.settings["run"]["seed"]}' for result in results]
-    note = f'Mean and standard deviation of {len(results)} repetitions; each draws images, views and new weights anew.'
-    TextTable('top-1 accuracy (%) by width', ['width', 'top-1', *seeds], rows, [note], names=0).print()

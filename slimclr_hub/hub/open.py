@@ -104,13 +104,13 @@ def _resolve(name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any], di
     if path.is_dir():
         if not (path / 'config.json').is_file():
             raise InputError(f'{path} has no config.json; it is not a folder that timm opens')
-        return f'local-dir:{path}', kwargs, _read_config(path / 'config.json', path)
+        return f'local-dir:{path}', kwargs, read_config(path / 'config.json', path)
     try:
         source, rest = parse_model_name(name)
     except ValueError as error:
         raise InputError(f'{name!r} is not {_KINDS}') from error
     if source == 'hf-hub':
-        return name, kwargs, _read_config(from_hub(rest, 'config.json'), name)
+        return name, kwargs, read_config(from_hub(rest, 'config.json'), name)
     if source == 'local-dir':
         raise InputError(f'{rest} does not exist')
     architecture = rest.partition('.')[0]
@@ -134,7 +134,8 @@ def _from_file(path: Path, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any],
     return layout.architecture, arguments, {'architecture': layout.architecture}
 
 
-def _read_config(file: Path, name: object) -> dict[str, Any]:
+def read_config(file: Path, name: object) -> dict[str, Any]:
+    """The configuration of a network in timm's `config.json`; an InputError says what no such file has."""
     # timm's own errors about a wrong one are Python's, and come after the download of the weights.
     if file.stat().st_size > LARGEST_CONFIG:
         raise InputError(f'{name}: its config.json has {file.stat().st_size} bytes, more than {LARGEST_CONFIG}')

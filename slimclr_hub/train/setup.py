@@ -98,8 +98,8 @@ def make_optimizer(
 
     Weight decay is on every one of them, which is MoCo v2's choice, or with `filter_bias_and_bn` on none of one
     dimension, which is MoCo v3's. With `layer_decay`, `lr_scale` of a group is that to the power of the number of
-    layers after it, as timm counts them in a network (BEiT; Bao et al. 2021). `fused` steps by one kernel, where the optimizer is PyTorch's
-    and has one.
+    layers after it, as timm counts them in a network (BEiT; Bao et al. 2021). `fused` steps by one kernel, where the
+    optimizer is PyTorch's and has one.
 
     Raises:
         InputError: timm has no such optimizer, or it does not take an argument.

@@ -24,7 +24,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from slimclr_hub.data import DataConfig
+from slimclr_hub.data.config import LabelledDataConfig
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import EMBEDDED, read_embedded
 from slimclr_hub.data.training import TrainData
@@ -70,7 +70,7 @@ def place(tmp_path_factory) -> Path:
     write_idx_set(place / 'idx', TRAIN, VALIDATION)
     torch.manual_seed(0)
     model: Any = timm.create_model('slimclr_resnet20', num_classes=0, in_chans=1, widths=WIDTHS, zero_init_last=False)
-    data = DataConfig(size=8, num_workers=0)
+    data = LabelledDataConfig(size=8, num_workers=0)
     images = next(iter(eval_loader(data, 'train', 128, 0)))[0]
     for width in WIDTHS:
         calibrate_batchnorm(model, width, [images])
@@ -95,7 +95,7 @@ def configured(place: Path, network: Path, *more: str) -> LinearEvalConfig:
 
 
 def test_raw_pixels_reach_what_they_do_in_scikit_learn(place, tmp_path):
-    data = DataConfig(size=8, batch_size=256, num_workers=0)
+    data = LabelledDataConfig(size=8, batch_size=256, num_workers=0)
     output = tmp_path / 'pixels'
     more = (f'--run.output={output}', f'--features.cache={tmp_path}', '--optim.epochs=30', '--optim.lr=0.1')
     result = linear_eval(replace(configured(place, Path('raw pixels'), *more), data=data))

@@ -178,10 +178,12 @@ class LinearNetworkConfig(Incidental):
             hf-hub:USER/NAME, or a file; `raw pixels` for what the images themselves reach, and `random weights of
             NETWORK` for what a network does before training.
         save_to: Folder to write the network to with the probe as its head, for `slimclr-hub predict` and timm.
+        seeds: Repetitions, with seeds from run.seed on; their mean and spread are told at the end.
     """
 
     network: str = ''
     save_to: str | None = None
+    seeds: int = 1
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,9 @@ class LinearEvalConfig(LinearNetworkConfig):
     def __post_init__(self) -> None:
         if not self.network:
             raise InputError('no network to test; give --network with the folder of a run, or a tag')
+        at_least('seeds', self.seeds, 1)
+        if self.seeds > 1 and self.save_to is not None:
+            raise InputError(f'save_to {self.save_to} is for one network, and seeds is {self.seeds}; leave one out')
 
     @property
     def protocol(self) -> Protocol:

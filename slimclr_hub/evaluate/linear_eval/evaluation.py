@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration
 
 from slimclr_hub.data.loaders import eval_loader
@@ -42,6 +42,7 @@ from slimclr_hub.evaluate.network import (
     open_for_test,
     published_network,
 )
+from slimclr_hub.evaluate.repetitions import print_spread, repetitions
 from slimclr_hub.evaluate.reported import reported_probe
 from slimclr_hub.evaluate.settings_folder import SETTINGS, find_folder
 from slimclr_hub.files import write_json_lines
@@ -62,7 +63,9 @@ def main() -> None:
     """Read the command line, evaluate, print a table and draw a figure."""
 
     def work() -> None:
-        linear_eval(parse_linear_eval())
+        results = [linear_eval(each) for each in repetitions(parse_linear_eval())]
+        if PartialState().is_main_process:
+            print_spread(results)
 
     run_script(work)
 
