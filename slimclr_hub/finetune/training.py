@@ -227,7 +227,10 @@ class FineTuning(NetworkJob):
         self.accelerator.log({f'train/{name}': value for name, value in values.items()}, step=self.step)
 
     def evaluate(self, epoch: int) -> None:
-        """Measure the accuracies of every width after `epoch` epochs."""
+        """Measure the accuracies of every width, where as many images were trained on as are tested, and at the end."""
+        trained, tested = self.steps_per_epoch * self.batch_size, self.validation.total
+        if epoch < self.epochs and epoch * trained // tested == (epoch - 1) * trained // tested:
+            return
         network = self.network.eval()
         logits, labels = extract_features(self.accelerator, network, self.validation, network.widths)
         _check_classes(labels, network.num_classes, str(self.config.data.val_split))
