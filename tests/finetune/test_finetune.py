@@ -130,7 +130,7 @@ def test_finished_one_is_shown_and_nothing_changes(place, whole, capsys):
     tuned(place, whole)
     assert 'is finished already' in capsys.readouterr().out
     assert contents(whole) == before
-    with pytest.raises(InputError, match=r'run.output .* has optim.lr 0.001, not 0.5; give another'):
+    with pytest.raises(InputError, match=r'run.output .* has optim.lr 0.002, not 0.5; give another'):
         tuned(place, whole, '--optim.lr', '0.5')
 
 
