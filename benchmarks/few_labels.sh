@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The table "Few labels" of RESULTS.md: the network in the package by a linear classifier and fine-tuned, and the same
+# fine-tuning from random weights, with 1 % and 10 % of the labels and three seeds. Results go to the folder that is given.
+#   bash benchmarks/few_labels.sh FOLDER
+set -euo pipefail
+folder=${1:?give a folder for the results}
+network=slimclr_resnet20.mocov3_fashionmnist
+for share in 0.01 0.1; do
+    epochs=$([ "$share" = 0.01 ] && echo 50 || echo 20)
+    python recipes/linear_eval.py --network "$network" --data.train_share "$share" --features.cache "$folder/cache" \
+        --seeds 3 --run.output "$folder/linear-$share"
+    for start in "$network" "random weights of $network"; do
+        python recipes/finetune.py --network "$start" --data.train_share "$share" --optim.lr 0.003 \
+            --optim.epochs "$epochs" --seeds 3 --run.output "$folder/${start%% *}-$share"
+    done
+done
