@@ -67,6 +67,17 @@ def readable(
     return {width: x[kept] for width, x in features.items()}, labels[kept]
 
 
+def check_labels(labels: torch.Tensor, num_classes: int, split: str, key: str) -> None:
+    """Raise an InputError if an image has no label, or one beyond the classes, whose number the setting `key` gives."""
+    least, most = labels.min().item(), labels.max().item()
+    if least < 0:
+        raise InputError(f'split {split} has images without a label; a classifier needs one for each')
+    if most >= num_classes:
+        raise InputError(
+            f'split {split} has class {most}, and there are {num_classes}; give --{key} {most + 1} or more'
+        )
+
+
 def with_progress(accelerator: Accelerator, loader: Iterable, total: int, title: str) -> Iterator[Any]:
     """Batches of a loader, with a bar over the images of all processes; the others are about as far as this one."""
     with progress_bar(total, title, accelerator.is_main_process) as bar:

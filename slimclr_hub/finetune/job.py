@@ -27,7 +27,7 @@ from slimclr_hub.evaluate.repetitions import print_spread, repetitions
 from slimclr_hub.evaluate.settings_folder import SETTINGS, find_folder
 from slimclr_hub.finetune.config import BATCH_SIZE, FinetuneConfig, parse_finetune
 from slimclr_hub.finetune.network import give_classes, open_start
-from slimclr_hub.finetune.training import FineTuning, accuracies
+from slimclr_hub.finetune.training import FineTuning, last_accuracies
 from slimclr_hub.hub.card import finetuned_card
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models import SlimmableResNet
@@ -177,8 +177,8 @@ def _train(
         result = Result(
             str(path),
             config.protocol,
-            accuracies(metrics, 'top1'),
-            accuracies(metrics, 'top5'),
+            last_accuracies(metrics, 'top1'),
+            last_accuracies(metrics, 'top5'),
             images=metrics[-1]['images'],
             settings={**plain(asdict(config)), 'classes': trained.num_classes, 'class_names': names},
             environment=environment(),

@@ -16,7 +16,8 @@ from slimclr_hub.data.batches import Batch
 from slimclr_hub.data.loaders import EvalLoader
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.features import extract_features
+from slimclr_hub.evaluate.features import check_labels, extract_features
+from slimclr_hub.evaluate.linear_eval.probe import accuracies
 from slimclr_hub.finetune.config import FinetuneConfig
 from slimclr_hub.finetune.network import keep_frozen
 from slimclr_hub.methods import METHODS
@@ -233,36 +234,18 @@ class FineTuning(NetworkJob):
             return
         network = self.network.eval()
         logits, labels = extract_features(self.accelerator, network, self.validation, network.widths)
-        _check_classes(labels, network.num_classes, str(self.config.data.val_split))
+        check_labels(labels, network.num_classes, str(self.config.data.val_split), 'model.num_classes')
         self.images = len(labels)
         values = {
             f'{name}/{width:g}': accuracy
             for name, k in (('top1', 1), *((('top5', _TOP),) if network.num_classes > _TOP else ()))
-            for width, accuracy in top_k(logits, labels, k).items()
+            for width, accuracy in accuracies(lambda x, _: x, logits, labels, k).items()
         }
         self.folder.write_metrics({'kind': 'eval', 'epoch': epoch, 'step': self.step, **values, 'images': self.images})
         self.accelerator.log({f'eval/{name}': value for name, value in values.items()}, step=self.step)
 
 
-def top_k(logits: Mapping[float, torch.Tensor], labels: torch.Tensor, k: int) -> dict[float, float]:
-    """Percentage of images whose class is among the k highest of logits [N, classes], by width."""
-    return {
-        width: 100 * (x.topk(k, 1).indices == labels[:, None]).any(1).double().mean().item()
-        for width, x in logits.items()
-    }
-
-
-def _check_classes(labels: torch.Tensor, num_classes: int, split: str) -> None:
-    least, most = labels.min().item(), labels.max().item()
-    if least < 0:
-        raise InputError(f'split {split} has images without a class; the network cannot be tested on them')
-    if most >= num_classes:
-        raise InputError(
-            f'split {split} has class {most}, and there are {num_classes}; name the classes as in training'
-        )
-
-
-def accuracies(metrics: Sequence[Mapping[str, Any]], name: str) -> dict[float, float]:
+def last_accuracies(metrics: Sequence[Mapping[str, Any]], name: str) -> dict[float, float]:
     """The last accuracies by width in lines of metrics.jsonl, under `name/WIDTH`."""
     last: Mapping[str, Any] = next((record for record in reversed(metrics) if record['kind'] == 'eval'), {})
     return {float(key.partition('/')[2]): value for key, value in last.items() if key.startswith(f'{name}/')}

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.features import FeatureCache, state_hash
-from slimclr_hub.evaluate.linear_eval.evaluation import check_labels
+from slimclr_hub.evaluate.features import FeatureCache, check_labels, state_hash
 from slimclr_hub.text import GARMENTS
 from tests.data_room.files import some_images, write_classes, write_idx, write_idx_set
 from tests.networks import randomise_batchnorm
@@ -199,8 +198,8 @@ def test_names_of_classes(tmp_path):
 
 
 def test_labels_are_checked():
-    check_labels(torch.tensor([0, 9]), 10, 'train')
+    check_labels(torch.tensor([0, 9]), 10, 'train', 'probe.num_classes')
     with pytest.raises(InputError, match='split train has images without a label'):
-        check_labels(torch.tensor([0, -1]), 10, 'train')
+        check_labels(torch.tensor([0, -1]), 10, 'train', 'probe.num_classes')
     with pytest.raises(InputError, match=r'split val has class 10, and there are 10; give --probe\.num_classes 11'):
-        check_labels(torch.tensor([0, 10]), 10, 'val')
+        check_labels(torch.tensor([0, 10]), 10, 'val', 'probe.num_classes')

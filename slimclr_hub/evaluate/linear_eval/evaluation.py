@@ -22,7 +22,7 @@ from slimclr_hub.data.training import TrainData
 from slimclr_hub.distributed import from_main_process
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.baselines import Encoder, RawPixels, random_weights
-from slimclr_hub.evaluate.features import FeatureCache, state_hash
+from slimclr_hub.evaluate.features import FeatureCache, check_labels, state_hash
 from slimclr_hub.evaluate.linear_eval.config import BATCH_SIZE, LinearEvalConfig, parse_linear_eval
 from slimclr_hub.evaluate.linear_eval.probe import make_head, standardisation
 from slimclr_hub.evaluate.linear_eval.report import (
@@ -57,6 +57,7 @@ from slimclr_hub.settings import plain, relevant
 from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
 
 PROBE = 'probe.safetensors'
+_CLASSES = 'probe.num_classes'
 
 
 def main() -> None:
@@ -139,17 +140,6 @@ def _open(config: LinearEvalConfig) -> Encoder:
     return random_weights(backbone, images, config.run.seed)
 
 
-def check_labels(labels: torch.Tensor, num_classes: int, split: str) -> None:
-    """Raise an InputError if an image has no label, or one beyond the classes."""
-    least, most = labels.min().item(), labels.max().item()
-    if least < 0:
-        raise InputError(f'split {split} has images without a label; a linear evaluation needs one for each')
-    if most >= num_classes:
-        raise InputError(
-            f'split {split} has class {most}, and there are {num_classes}; give --probe.num_classes {most + 1} or more'
-        )
-
-
 def check_frozen(backbone: Encoder, before: str) -> None:
     """Raise a RuntimeError if a network has another `state_hash` than before: its accuracies are not its own."""
     if state_hash(backbone) != before:
@@ -174,7 +164,7 @@ def _train(
     if features.mode == 'cached':
         train = cache.features(data.train_split, features.train_images)
         classes = classes or int(train.labels.max()) + 1
-        check_labels(train.labels, classes, data.train_split)
+        check_labels(train.labels, classes, data.train_split, _CLASSES)
         if len(train.labels) < data.batch_size:
             raise InputError(
                 f'data.batch_size {data.batch_size} is larger than the {len(train.labels)} training images that can be '
@@ -182,7 +172,7 @@ def _train(
             )
     if classes is None:
         raise InputError(f'data.name {data.name} does not tell how many classes there are; give --probe.num_classes')
-    check_labels(validation.labels, classes, data.val_split)
+    check_labels(validation.labels, classes, data.val_split, _CLASSES)
     head = make_head(backbone, config.probe.head, classes, config.run.seed)
     scaling = standardisation(head, train.by_width) if train is not None and features.standardised else None
     shared = {'seed': config.run.seed, 'processes': accelerator.num_processes, 'rank': accelerator.process_index}
@@ -198,7 +188,7 @@ def _train(
             view_count=1,
             device=accelerator.device,
             num_classes=classes,
-            classes_key='probe.num_classes',
+            classes_key=_CLASSES,
             **shared,
         )
         batches = AugmentedBatches(views, backbone, accelerator)

@@ -1,7 +1,7 @@
 """The linear probe (paper, section 4.1): a layer for each width or one for all, at several learning rates at once."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -138,9 +138,13 @@ def folded(head: Head, scaling: Scaling | None) -> Head:
 
 @torch.no_grad()
 def accuracies(
-    head: Head, features: Mapping[float, torch.Tensor], labels: torch.Tensor, k: int, chunk: int = 8192
+    head: Callable[[torch.Tensor, float], torch.Tensor],
+    features: Mapping[float, torch.Tensor],
+    labels: torch.Tensor,
+    k: int,
+    chunk: int = 8192,
 ) -> dict[float, float]:
-    """Top-k accuracy in percent by width, of features [N, D] and classes [N].
+    """Top-k accuracy in percent by width, of features [N, D], which `head(x, width)` makes logits of, and classes [N].
 
     Logits that are not finite count as wrong. `chunk` images at a time bound the memory by chunk x classes.
     """
