@@ -27,6 +27,8 @@ class StartConfig:
     Args:
         widths: Widths to train, all at once; those of the network where null. One of them alone is that dense network.
         num_classes: Number of classes; that of the data set where null.
+        fit_head: Begin with a classifier that is fitted to features of training images, by logistic regression at each
+            width (Kumar et al. 2022); else with a random one, as where a width has no statistics of normalisation.
         distillation: How narrower widths learn from the full one's outputs besides the labels, half each: kd, mse, dkd,
             atkd; none for the labels alone.
         frozen: Leading parts that stay as they are: 1 for the stem, 2 for the first stage, too, and so on.
@@ -36,6 +38,7 @@ class StartConfig:
 
     widths: tuple[float, ...] | None = None
     num_classes: int | None = None
+    fit_head: bool = True
     distillation: str = 'none'
     frozen: int = 0
     frozen_norm: bool = False

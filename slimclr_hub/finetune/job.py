@@ -26,7 +26,7 @@ from slimclr_hub.evaluate.network import check_channels, check_images, default_o
 from slimclr_hub.evaluate.repetitions import print_spread, repetitions
 from slimclr_hub.evaluate.settings_folder import SETTINGS, find_folder
 from slimclr_hub.finetune.config import BATCH_SIZE, FinetuneConfig, parse_finetune
-from slimclr_hub.finetune.network import give_classes, open_start
+from slimclr_hub.finetune.network import fit_head, give_classes, has_statistics, open_start
 from slimclr_hub.finetune.training import FineTuning, last_accuracies
 from slimclr_hub.hub.card import finetuned_card
 from slimclr_hub.hub.folder import save_folder
@@ -44,6 +44,7 @@ from slimclr_hub.train.trainer import make_accelerator
 
 _STEPS = 4  # of an epoch, at least, by the default batch
 _LEAST_BATCH = 8
+_FITTED = 10_000  # images, at most, that a classifier is fitted to
 
 
 def main() -> None:
@@ -90,7 +91,7 @@ def finetune(config: FinetuneConfig) -> Result:
         accelerator.print(f'{folder}: {"the classifier is kept" if kept else f"a new classifier of {classes} classes"}')
         try:
             with folder_lock(folder, accelerator):
-                _train(config, accelerator, network, folder, names)
+                _train(config, accelerator, network, folder, names, kept)
         except InputError:
             if accelerator.is_main_process and {path.name for path in folder.iterdir()} == {SETTINGS}:
                 shutil.rmtree(folder)
@@ -163,12 +164,17 @@ def _train(
     network: SlimmableResNet,
     path: Path,
     names: list[str] | None,
+    kept: bool,
 ) -> None:
     """Train, and write the network and its result into the folder, `result.json` last."""
     data = config.data
     assert data.val_split is not None
     validation = eval_loader(data, data.val_split, None, config.run.seed, accelerator.num_processes)
     folder = RunFolder(path, accelerator)
+    begins = from_main_process(lambda: not (path / 'checkpoints').exists())
+    if begins and config.model.fit_head and not kept and has_statistics(network):
+        images = eval_loader(data, data.train_split, _FITTED, config.run.seed, accelerator.num_processes)
+        fit_head(network, images, accelerator)
     with StopSignals() as signals:
         training = FineTuning(config, accelerator, signals, network, validation, folder)
         training.run()

@@ -5,15 +5,21 @@ from pathlib import Path
 
 import timm
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from slimclr_hub.data.loaders import EvalLoader
 from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.features import extract_features
+from slimclr_hub.evaluate.logistic import fit_linear
 from slimclr_hub.evaluate.network import check_network, drawn_anew, folder_of
 from slimclr_hub.finetune.config import StartConfig
 from slimclr_hub.hub.open import open_network
 from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
 from slimclr_hub.models.convert import convert
+from slimclr_hub.models.layers import SwitchableLinear
+from slimclr_hub.models.widths import width_key
 from slimclr_hub.text import first_line
 from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.layouts import layout_of
@@ -35,14 +41,12 @@ def open_start(network: str, config: StartConfig) -> SlimmableResNet:
             if isinstance(module, nn.BatchNorm2d):
                 module.reset_parameters()
         model.init_weights()
-    if config.frozen_norm or config.frozen:
-        counts = [layer.num_batches_tracked for layer in model.modules() if isinstance(layer, _BatchNorm)]
-        if not all(counts):  # of a width that has seen no image, or all of them
-            key = 'model.frozen_norm' if config.frozen_norm else f'model.frozen {config.frozen}'
-            raise InputError(
-                f'{key}: {network} has no statistics of normalisation to keep at every width, as it was not trained at '
-                'each; train it whole'
-            )
+    if (config.frozen_norm or config.frozen) and not has_statistics(model):
+        key = 'model.frozen_norm' if config.frozen_norm else f'model.frozen {config.frozen}'
+        raise InputError(
+            f'{key}: {network} has no statistics of normalisation to keep at every width, as it was not trained at '
+            'each; train it whole'
+        )
     return model
 
 
@@ -85,6 +89,35 @@ def _plain(network: str) -> dict[str, torch.Tensor] | None:
         return timm.create_model(network, pretrained=True).state_dict()
     except Exception as error:  # of timm, the Hub's client and whatever lies between
         raise InputError(f'{network} of timm cannot be had: {first_line(error)}') from error
+
+
+def has_statistics(network: nn.Module) -> bool:
+    """True if the normalisation of every width has seen images."""
+    return all(layer.num_batches_tracked for layer in network.modules() if isinstance(layer, _BatchNorm))
+
+
+def fit_head(network: SlimmableResNet, loader: EvalLoader, accelerator: Accelerator) -> None:
+    """Fit the classifier of each width to the features of images, by logistic regression.
+
+    So Kumar et al. 2022 (https://arxiv.org/abs/2202.10054) begin: from a random classifier the first steps would move
+    the features away from what was pre-trained. A slimmable head, which has no classifier of each width's own, is left
+    as it is.
+    """
+    head = network.fc
+    if not isinstance(head, SwitchableLinear):
+        return
+    network.eval().fc = nn.Identity()
+    try:
+        features, labels = extract_features(accelerator, network, loader.prepared(accelerator), network.widths)
+    finally:
+        network.fc = head
+    for width, x in features.items():
+        linear, mean, scale = fit_linear(x, labels, classes=network.num_classes)
+        layer = head[width_key(width)]
+        assert isinstance(layer, nn.Linear)
+        with torch.no_grad():
+            layer.weight.copy_(linear.weight * scale)
+            layer.bias.copy_(linear.bias - layer.weight @ mean)
 
 
 def give_classes(network: SlimmableResNet, classes: int, names: Sequence[str] | None) -> bool:

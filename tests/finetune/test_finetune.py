@@ -17,8 +17,10 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.compare.entries import read_entries
+from slimclr_hub.evaluate.logistic import linear_predict
 from slimclr_hub.evaluate.repetitions import print_spread, repetitions
 from slimclr_hub.finetune.config import StartConfig, parse_finetune
 from slimclr_hub.finetune.job import finetune
@@ -28,6 +30,7 @@ from slimclr_hub.inference.predict import predict
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.calibrate import calibrate_batchnorm
 from slimclr_hub.runs.result import load
+from slimclr_hub.train.setup import make_optimizer
 from tests.data_room.files import some_images, write_classes, write_pngs
 from tests.train.runs import TIMEOUT, contents, environment, read_metrics
 
@@ -104,8 +107,6 @@ def test_folder_is_opened_by_all_who_open_networks(place, whole):
 def test_accuracies_are_those_of_the_saved_network(place, whole):
     """By another way: each held-out image through the network that the folder gives."""
     config = parse_finetune(arguments(place, 'x'))
-    from slimclr_hub.data.loaders import eval_loader
-
     (result,) = load(whole / 'result.json')
     loader = eval_loader(config.data, 'validation', None, 0)
     assert result.images == loader.total
@@ -168,8 +169,6 @@ def test_moving_average_covers_all_widths_and_is_what_is_saved(place, tmp_path):
 
 def test_every_parameter_is_in_one_group(place, tmp_path):
     """Of layer decay, too, whose learning rates fall towards the stem."""
-    from slimclr_hub.train.setup import make_optimizer
-
     config = parse_finetune(arguments(place, 'x', '--optim.layer_decay', '0.5')).optim
     model = open_start(str(place / 'network'), StartConfig())
     model.reset_classifier(3)
@@ -254,6 +253,24 @@ def test_classifier_of_the_same_classes_is_kept(place, whole, tmp_path, capsys):
     )
     finetune(config)
     assert 'a new classifier of 3 classes' in capsys.readouterr().out
+
+
+def test_classifier_is_fitted_first(place, tmp_path):
+    """Where nothing else moves, accuracies are those of logistic regression on the network's features."""
+    still = ['--optim.lr', '1e-12', '--model.frozen', '5', '--optim.epochs', '1']
+    result = tuned(place, tmp_path / 'out', *still)
+    config = parse_finetune(arguments(place, 'x'))
+    model = open_start(str(place / 'network'), StartConfig()).eval()
+    splits = [eval_loader(config.data, split, None, 0) for split in ('train', 'validation')]
+    with torch.inference_mode():
+        (bank, labels), (queries, truth) = (
+            (torch.cat([model.forward_at(images, 0.5) for images, _ in loader]), torch.cat([of for _, of in loader]))
+            for loader in splits
+        )
+    right = (linear_predict(queries, bank, labels) == truth).double().mean().item()
+    assert result.top1[0.5] == pytest.approx(100 * right)
+    random = tuned(place, tmp_path / 'random', *still, '--model.fit_head', 'false')
+    assert random.top1 != result.top1
 
 
 # Few labels
