@@ -13,7 +13,7 @@ from slimclr_hub.errors import InputError, shorten
 from slimclr_hub.files import atomic_files
 from slimclr_hub.hub.folder import check_file
 from slimclr_hub.models.convert import convert
-from slimclr_hub.weights.checkpoint import read_checkpoint
+from slimclr_hub.weights.checkpoint import check_values, read_checkpoint
 from slimclr_hub.weights.layouts import Layout, layout_of, mismatches
 from slimclr_hub.weights.tensor_file import save_pickle
 
@@ -60,7 +60,8 @@ def convert_detector(tensors: Tensors) -> dict[str, torch.Tensor]:
     Names may begin with `module.`.
 
     Raises:
-        InputError: A tensor is missing, unexpected or misshapen, and is named, or this is no such detector.
+        InputError: A tensor is missing, unexpected, misshapen or not of finite real numbers, and is named, or this is
+            no such detector.
     """
     names = {name.removeprefix('module.'): tensor for name, tensor in tensors.items()}
     if any(name.startswith('roi_head.') for name in names):
@@ -80,6 +81,8 @@ def convert_detector(tensors: Tensors) -> dict[str, torch.Tensor]:
     problems += [f'backbone.{name} is not expected' for name in network if name.startswith('fc.')]
     if problems:
         raise InputError(f"not the authors' detector of MMDetection 0.6: {shorten(problems)}")
+    for name, tensor in parts.items():
+        check_values(name, tensor)
     return {
         **{NETWORK + name: tensor for name, tensor in network.items()},
         **{f'roi_head.{n}' if n.startswith(_ROI_HEADS) else n: _reordered(n, parts[n]) for n in expected},

@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from slimclr_hub.detection.coco import FILES, coco_root
+from slimclr_hub.text import first_line
 
 CONFIG = Path('transfer/mask_rcnn_slim.py')
 EXTRA = 'pip install "slimclr-hub[transfer]"'
@@ -159,7 +160,7 @@ def _requirements() -> list[Requirement]:
 
 
 def _first_line(error: BaseException) -> str:
-    return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
+    return f'{type(error).__name__}: {first_line(error)}'
 
 
 def _add_devices(package: Package) -> int:
@@ -201,7 +202,7 @@ def _files(config: Path | None) -> dict[Path, int]:
 
         cfg, required = run_config(config), []
         for loader in ('train_dataloader', 'val_dataloader'):
-            dataset = cfg.get(loader, {}).get('dataset', {})
+            dataset = (cfg.get(loader) or {}).get('dataset', {})  # None where nothing is validated
             while 'dataset' in dataset:  # repeated, or wrapped otherwise
                 dataset = dataset['dataset']
             if dataset.get('type') != 'CoinsFolder':  # written when training starts

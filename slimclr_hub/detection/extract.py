@@ -1,5 +1,6 @@
 """Extract one width of a slimmable detector: a checkpoint and a config of MMDetection that need no slimclr_hub."""
 
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ from slimclr_hub.hub.formats import mmdet_config, mmdet_state_dict
 from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
 from slimclr_hub.models.widths import scale_channels
 from slimclr_hub.text import last_part
-from slimclr_hub.weights.checkpoint import read_checkpoint
+from slimclr_hub.weights.checkpoint import check_values, load_pickle, read_checkpoint
 from slimclr_hub.weights.layouts import mismatches
 from slimclr_hub.weights.tensor_file import save_pickle
 
@@ -56,7 +57,7 @@ def dense_state_dict(cfg: 'Config', tensors: Tensors, width: float) -> dict[str,
     else is the same at every width.
 
     Raises:
-        InputError: The tensors are not those of the config, or as in `dense_config`.
+        InputError: The tensors are not those of the config, or not of finite real numbers, or as in `dense_config`.
     """
     if not is_slimmable_detector(tensors):
         raise InputError(f'not a slimmable detector: its tensors are {shorten([*tensors], 3)}, none {NETWORK}conv1')
@@ -72,6 +73,9 @@ def dense_state_dict(cfg: 'Config', tensors: Tensors, width: float) -> dict[str,
             # A copy, since saving a view would save all that it looks into.
             dense[name] = tensor[:, : expected[name].shape[1]].clone() if slices else tensor
     _check_same(expected, dense)
+    for name, tensor in dense.items():
+        if expected[name].is_floating_point():
+            check_values(name, tensor)
     return dense
 
 
@@ -91,23 +95,23 @@ def dense_config(cfg: 'Config', width: float) -> 'Config':
     # Registers the types, and lets MMDetection be imported where mmcv has no compiled operators.
     import slimclr_hub.detection.mmdetection  # noqa: F401
 
-    plain = cfg.to_dict()
+    plain: dict[str, Any] = cfg.to_dict()
     for key in ('work_dir', 'load_from', 'resume'):
         plain.pop(key, None)
     own = _own_types()
-    model = plain.get('model', {})
-    backbone = model.get('backbone', {}) if isinstance(model, dict) else {}
+    model = _section(plain, 'model')
+    backbone = _section(model, 'backbone')
     if last_part(backbone.get('type')) != 'SlimmableResNet':
         raise InputError(f'model.backbone of the config has the type {backbone.get("type")}, not SlimmableResNet')
     model['backbone'] = _dense_backbone(backbone, width)
     necks = model.get('neck')
     for neck in necks if isinstance(necks, list) else [necks]:
-        if neck and last_part(neck.get('type')) in own and 'in_channels' in neck:
-            stages = backbone.get('out_indices', range(len(_MAPS)))
-            neck['in_channels'] = [scale_channels(_MAPS[stage], width) for stage in stages]
-    if last_part(plain.get('model_wrapper_cfg', {}).get('type')) in own:
+        if isinstance(neck, dict) and last_part(neck.get('type')) in own and 'in_channels' in neck:
+            neck['in_channels'] = [scale_channels(channels, width) for channels in _maps(backbone)]
+    if last_part(_section(plain, 'model_wrapper_cfg').get('type')) in own:
         del plain['model_wrapper_cfg']
-    imports = plain.pop('custom_imports', {})
+    imports = _section(plain, 'custom_imports')
+    plain.pop('custom_imports', None)
     modules = imports.get('imports', [])
     modules = [modules] if isinstance(modules, str) else modules
     if others := [module for module in modules if not _is_own(module)]:
@@ -129,7 +133,7 @@ def read_detector(path: Path) -> SlimmableDetectorFile | None:
         raise InputError(message) from error
     if not is_slimmable_detector(tensors):
         return None
-    meta = torch.load(path, map_location='cpu', weights_only=True, mmap=True).get('meta')
+    meta = load_pickle(path).get('meta')
     return SlimmableDetectorFile(path, tensors, meta if isinstance(meta, Mapping) else {})
 
 
@@ -173,6 +177,21 @@ def extract_detector(
         text = f'# {target.name!r}: width {width:g} of {detector.path.name!r}\n{text}'
         (partial / written.name).write_bytes(encoded(text))
     return written, 'test_dataloader' in dense
+
+
+def _section(cfg: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A part of a config that is a dictionary; an empty one where it is none."""
+    part = cfg.get(key)
+    return part if isinstance(part, dict) else {}
+
+
+def _maps(backbone: Mapping[str, Any]) -> list[int]:
+    """Channels at width 1.0 of the maps that a config's backbone returns."""
+    stages = backbone.get('out_indices', range(len(_MAPS)))
+    try:
+        return [dict(enumerate(_MAPS))[stage] for stage in stages]
+    except (TypeError, KeyError):
+        raise InputError(f'model.backbone.out_indices {reprlib.repr(stages)} are no stages, from 0 on') from None
 
 
 def _network(backbone: Mapping[str, Any]) -> SlimmableResNet:
@@ -246,7 +265,7 @@ def _build(cfg: 'Config') -> Tensors:
         with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmdet'), torch.device('meta'):
             return MODELS.build(cfg.model).state_dict()
     except Exception as error:  # whatever a part of it raises
-        raise InputError(f'the config at this width builds no detector: {error}') from error
+        raise InputError(f'the config at this width builds no detector: {" ".join(str(error).split())}') from error
 
 
 def _check_same(expected: Tensors, found: Tensors) -> None:

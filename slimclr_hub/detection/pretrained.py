@@ -27,7 +27,7 @@ def create_backbone(name: str, widths: Sequence[float] = DEFAULT_WIDTHS, **kwarg
     """Create a slimmable network without a head by its timm name without a tag; an InputError if there is none."""
     if name not in slimmable_models():
         raise InputError(f'name {name!r} is none of {", ".join(slimmable_models())}; a tag goes into `weights`')
-    network = timm.create_model(name, num_classes=0, widths=tuple(widths), **kwargs)
+    network = timm.create_model(name, num_classes=0, widths=widths, **kwargs)
     assert isinstance(network, SlimmableResNet)
     return network
 

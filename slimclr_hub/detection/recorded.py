@@ -54,7 +54,8 @@ _META_KEYS = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
 def recorded_config(meta: Mapping[str, Any], tensors: int) -> 'Config':
     """Make the config of a slimmable detector from a checkpoint's `meta`: its network, and evaluation on its data.
 
-    Evaluation is written here, for data in COCO's format; without such data in the config it is left out.
+    Evaluation is written here, for data in COCO's format; without such data in the config it is left out, and without
+    names of the classes that a config can hold, since MMDetection would take those of COCO.
 
     Args:
         meta: Record of a run of mmengine, in which `cfg` is the text of the config.
@@ -70,17 +71,17 @@ def recorded_config(meta: Mapping[str, Any], tensors: int) -> 'Config':
     if not isinstance(model, dict):
         raise InputError('the config in its meta has no model; add --config')
     network = {**_part(model, 'model', tensors), 'train_cfg': None}
-    evaluation = _evaluation(
-        values.get('test_dataloader'), classes_of(meta), 'mask_head' in network.get('roi_head', {})
-    )
+    heads = network.get('roi_head')
+    masks = isinstance(heads, dict) and heads.get('mask_head') is not None
+    evaluation = _evaluation(values.get('test_dataloader'), classes_of(meta), masks)
     return Config({'default_scope': 'mmdet', 'model': network, **evaluation})
 
 
 def classes_of(meta: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the classes in a checkpoint's `meta`; none if they are not there or no names."""
+    """Names of the classes in a checkpoint's `meta`; none if they are not there or no printable names."""
     about = meta.get('dataset_meta')
     names = about.get('classes') if isinstance(about, Mapping) else None
-    if not isinstance(names, list | tuple) or not all(isinstance(n, str) and _PATH.fullmatch(n) for n in names):
+    if not isinstance(names, list | tuple) or not all(isinstance(n, str) and n.isprintable() for n in names):
         return ()
     return tuple(names)
 
@@ -137,13 +138,14 @@ def _evaluation(loader: Any, classes: tuple[str, ...], masks: bool) -> dict[str,
     if not all(isinstance(path, str) and _PATH.fullmatch(path) and '://' not in path for path in paths):
         return {}
     root, annotations, images = map(str, paths)
-    if not annotations.endswith('.json'):
+    if not annotations.endswith('.json') or not classes or not all(map(_PATH.fullmatch, classes)):
         return {}
     data = {
         'type': 'CocoDataset',
         'data_root': root,
         'ann_file': annotations,
         'data_prefix': {'img': images},
+        'metainfo': {'classes': classes},
         'test_mode': True,
         'pipeline': [
             {'type': 'LoadImageFromFile'},
@@ -152,8 +154,6 @@ def _evaluation(loader: Any, classes: tuple[str, ...], masks: bool) -> dict[str,
             {'type': 'PackDetInputs', 'meta_keys': _META_KEYS},
         ],
     }
-    if classes:
-        data['metainfo'] = {'classes': classes}
     evaluator = {
         'type': 'CocoMetric',
         'ann_file': str(PurePosixPath(root) / annotations),

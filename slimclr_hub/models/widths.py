@@ -1,5 +1,6 @@
 """Widths, the fraction of channels that a sub-network uses: their checks, and their names in parameter keys."""
 
+import reprlib
 from collections.abc import Iterable
 from math import isfinite
 
@@ -19,9 +20,13 @@ def check_widths(widths: Iterable[float]) -> tuple[float, ...]:
     """Sort widths in descending order and check them.
 
     Raises:
-        InputError: No width at all, a width twice, or one that is outside (0, 1] or has more than four decimals.
+        InputError: No width at all, a width twice, or one that is no number, is outside (0, 1] or has more than four
+            decimals.
     """
-    widths = tuple(sorted((_rounded(float(width)) for width in widths), reverse=True))
+    try:
+        widths = tuple(sorted((_rounded(float(width)) for width in widths), reverse=True))
+    except (TypeError, ValueError):
+        raise InputError(f'widths {reprlib.repr(widths)} are no numbers; give for example widths=(1.0, 0.5)') from None
     if len(widths) > _MOST_WIDTHS:
         raise InputError(f'widths names {len(widths)} widths; give at most {_MOST_WIDTHS}')
     if not widths:

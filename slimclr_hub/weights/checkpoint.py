@@ -44,10 +44,11 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         with TensorFile(path):
             pass  # its checks
         return load_file(path)
-    return _state_dict(_load(path), path)
+    return _state_dict(load_pickle(path), path)
 
 
-def _load(path: Path) -> Any:
+def load_pickle(path: Path) -> Any:
+    """Read what `torch.save` wrote to the CPU, with the tensors still in the file; for errors see `read_checkpoint`."""
     try:
         if not path.is_file():
             raise InputError(f'{path} does not exist or is not a file')

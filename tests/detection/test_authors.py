@@ -153,6 +153,13 @@ def test_missing_and_misshapen_tensors_are_named(theirs, name, shown):
         convert_detector({**theirs, f'module.{name}': torch.zeros(7)})
 
 
+def test_numbers_that_are_none(theirs):
+    for name, value in {'bbox_head.fc_cls.bias': float('nan'), 'neck.fpn_convs.0.conv.bias': float('inf')}.items():
+        hostile = torch.full_like(theirs[f'module.{name}'], value)
+        with pytest.raises(InputError, match=f'^{name} holds NaN or infinite values'):
+            convert_detector({**theirs, f'module.{name}': hostile})
+
+
 def test_all_that_is_wrong_is_said_at_once(theirs):
     wrong = {
         **theirs,

@@ -203,6 +203,8 @@ def test_files_are_those_of_the_config(command, monkeypatch, tmp_path):
     ended = command('--config', own)
     assert ended.status == 1
     assert ended.out.endswith('\nmine/a.json: missing\nmine/images: missing\n')
+    own.write_text(f'train_dataloader = {data}\nval_dataloader = None\n')  # as without validation
+    assert command('--config', own).out.endswith('\nmine/a.json: missing\nmine/images: missing\n')
 
 
 def test_linking_operators_needs_no_data(monkeypatch, tmp_path, command):

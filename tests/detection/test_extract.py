@@ -1,9 +1,11 @@
 """One width of a trained detector, extracted by the command and opened by MMDetection alone: equal predictions."""
 
+import ast
 import copy
 import re
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from slimclr_hub.detection.extract import (
     extract_detector,
     read_detector,
 )
+from slimclr_hub.detection.mmengine_files import parse_values
 from slimclr_hub.detection.ops import install_ops, linked_ops
 from slimclr_hub.errors import InputError
 from tests.hub.files import ROOT
@@ -131,6 +134,7 @@ def predict(model, images):
 """
 
 ALONE = f"""
+from slimclr_hub.detection.mmengine_files import parse_values
 from slimclr_hub.detection.ops import install_ops  # mmcv-lite has none
 install_ops()
 {PREDICT}
@@ -290,6 +294,43 @@ def test_tensors_that_do_not_fit(mask_rcnn):
         dense_state_dict(cfg, {k: v for k, v in tensors.items() if k.startswith('backbone.')}, 0.5)
 
 
+def test_tensors_that_are_no_numbers(mask_rcnn):
+    """At the width that is taken; what it has no part in does not matter."""
+    cfg, tensors = mask_rcnn[0], mask_rcnn[1].state_dict()
+    for name in 'neck.fpn_convs.0.conv.bias', 'backbone.network.bn1.w050.running_mean':
+        hostile = {**tensors, name: torch.full_like(tensors[name], torch.nan)}
+        with pytest.raises(InputError, match=r'(fpn_convs\.0\.conv\.bias|bn1\.running_mean) holds NaN or infinite'):
+            dense_state_dict(cfg, hostile, 0.5)
+    assert all(tensor.isfinite().all() for tensor in dense_state_dict(cfg, hostile, 0.25).values())
+    name = 'roi_head.bbox_head.fc_cls.weight'
+    with pytest.raises(InputError, match=r'fc_cls\.weight is of torch\.int32'):
+        dense_state_dict(cfg, {**tensors, name: tensors[name].int()}, 0.5)
+
+
+def test_classes_that_a_config_cannot_hold(mask_rcnn, text, tmp_path):
+    """The checkpoint names them; without them MMDetection would evaluate on the classes of COCO."""
+    tensors = mask_rcnn[1].state_dict()
+    for classes, kept in ((("driver's licence", 'b', 'c'), True), (None, False), (('\x1b[2J', 'b', 'c'), False)):
+        meta = {'cfg': text, 'dataset_meta': {'classes': classes}}
+        detector = SlimmableDetectorFile(tmp_path / 'epoch_12.pth', tensors, meta)
+        written, evaluated = extract_detector(detector, tmp_path / 'half.pth', 0.5, overwrite=True)
+        assert not evaluated
+        assert 'dataloader' not in written.read_text()
+        found = torch.load(tmp_path / 'half.pth')['meta']
+        assert found.get('dataset_meta') == ({'classes': classes} if kept else None)
+
+
+def test_checkpoint_of_the_format_before_archives(mask_rcnn, text, tmp_path):
+    meta = {'cfg': text, 'options': Namespace(seed=1)}  # which `convert` reads, too
+    torch.save({'meta': meta, 'state_dict': mask_rcnn[1].state_dict()}, path := tmp_path / 'new.pth')
+    old = tmp_path / 'old.pth'
+    torch.save(
+        {'meta': {'cfg': text}, 'state_dict': mask_rcnn[1].state_dict()}, old, _use_new_zipfile_serialization=False
+    )
+    for file in path, old:
+        assert read_detector(file).meta['cfg'] == text
+
+
 def test_both_files_or_none(checkpoint, tmp_path):
     arguments = ['--width', 0.5, '--format', 'mmdet']
     for there in 'half.pth', 'half.py':
@@ -317,6 +358,15 @@ def test_extraction_that_cannot_be(checkpoint, tmp_path, target, options, words)
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize('value', ['None', '5', "'x'", '[]', '[5]', '{}'])
+@pytest.mark.parametrize('part', ['backbone', 'neck', 'roi_head'])
+def test_parts_of_another_kind(mask_rcnn, text, tmp_path, part, value):
+    values = {**parse_values(text)['model'], part: ast.literal_eval(value)}
+    detector = SlimmableDetectorFile(tmp_path / 'run.pth', mask_rcnn[1].state_dict(), {'cfg': f'model = {values!r}'})
+    with pytest.raises(InputError, match=f'^{tmp_path}/run.pth: '):
+        extract_detector(detector, tmp_path / 'half.pth', 0.5)
+
+
 @pytest.mark.parametrize(
     ('old', 'new', 'words'),
     [
@@ -341,6 +391,9 @@ def test_extraction_that_cannot_be(checkpoint, tmp_path, target, options, words)
         ('', 'x = ' + '-' * 99999 + '1\n', 'holds more than values, and was not run'),
         ('fc_out_channels=256', 'fc_out_channels=9', 'roi_head.bbox_head.fc_cls.weight has shape [4, 256], not [4, 9]'),
         ('num_convs=2', 'num_convs=3', 'roi_head.mask_head.convs.2.conv.weight is missing'),
+        ('widths=(', "widths=('x', ", "widths ('x', 1.0, 0.75, 0.5, 0.25) are no numbers"),
+        ("name='slimclr_resnet50'", "name='slimclr_resnet50', out_indices=(0, 9)", 'out_indices (0, 9) are no stages'),
+        ("name='slimclr_resnet50'", "name='slimclr_resnet50', out_indices=None", 'out_indices None are no stages'),
     ],
 )
 def test_configs_that_do_not_fit(mask_rcnn, text, tmp_path, capfd, old, new, words):

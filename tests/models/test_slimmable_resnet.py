@@ -295,6 +295,12 @@ def test_widths_of_linspace():
         model.set_width(0.60001)
 
 
+@pytest.mark.parametrize('widths', ['ab', 5, (1.0, None), ('x',), [[1.0]]])
+def test_widths_that_are_no_numbers(widths):
+    with pytest.raises(InputError, match=r'are no numbers; give for example widths=\(1\.0, 0\.5\)'):
+        timm.create_model('slimclr_resnet20', widths=widths)
+
+
 def test_head_that_is_taken_away():
     model, x = small().eval(), images()
     other = copy.deepcopy(model)
