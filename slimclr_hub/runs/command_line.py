@@ -18,7 +18,7 @@ import yaml
 from accelerate import PartialState
 from jsonargparse import ArgumentParser, Namespace
 
-from slimclr_hub.errors import DataError, DivergedError, InputError, PreemptedError, StorageError
+from slimclr_hub.errors import DataError, DivergedError, InputError, PreemptedError, StorageError, shorten
 from slimclr_hub.files import file_hash
 from slimclr_hub.settings import RECIPE, read_yaml, to_dict
 from slimclr_hub.text import print_anything, printable
@@ -84,13 +84,25 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
             )
     try:
         rest = [*_with_lists(parser, rest)]
-        return parser.instantiate(parser.parse_args([f'--config={json.dumps(recipe)}', *rest] if recipe else rest))
+        values = parser.parse_args([f'--config={json.dumps(recipe)}', *rest] if recipe else rest)
+        _check_nulls(parser, values)
+        return parser.instantiate(values)
     except argparse.ArgumentError as error:
         files = ', '.join(_values(argv, '--config')[0])
         message = ' '.join(str(error).split())
         if message.startswith('Problems parsing config') and files:
             message = f'{files}: {message}'
         raise InputError(_shortened(message)) from error
+
+
+def _check_nulls(parser: ArgumentParser, values: Namespace) -> None:
+    # Of jsonargparse any value may be null, as one is in YAML that is forgotten.
+    hints = {action.dest: getattr(action, '_typehint', None) for action in parser._actions}
+    nulls = [
+        key for key, hint in hints.items() if hint and type(None) not in get_args(hint) and values.get(key) is None
+    ]
+    if nulls:
+        raise InputError(f'{shorten(nulls)}: null is no value; give one, or leave the key out')
 
 
 def _shortened(message: str) -> str:

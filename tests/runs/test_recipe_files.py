@@ -45,6 +45,20 @@ def test_a_long_key_is_shortened(tmp_path):
     assert len(str(refused.value)) < 1500
 
 
+@pytest.mark.parametrize('key', ['knn.every', 'data.size', 'data.mean', 'model.widths', 'data.name', 'run.compile'])
+def test_a_value_that_was_forgotten(tmp_path, key):
+    section, name = key.split('.')
+    (tmp_path / 'mine.yaml').write_text(f'{section}:\n  {name}:\n')
+    with pytest.raises(InputError, match=f'^{key}: null is no value; give one, or leave the key out$'):
+        load_recipe(tmp_path / 'mine.yaml')
+
+
+def test_null_where_it_is_a_value(tmp_path):
+    (tmp_path / 'mine.yaml').write_text('knn: {k: null}\ndata: {val_split: null}\n')
+    config = load_recipe(tmp_path / 'mine.yaml')
+    assert (config.knn.k, config.data.val_split) == (None, None)
+
+
 def test_anchors_are_values(tmp_path):
     (tmp_path / 'mine.yaml').write_text('views: &v {crop_min: 0.2}\nsecond_views: *v\n')
     assert read_recipe(tmp_path / 'mine.yaml') == {'views': {'crop_min': 0.2}, 'second_views': {'crop_min': 0.2}}
