@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_transform
+from timm.data.transforms import MaybeToTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from slimclr_hub.data.batches import CorruptImages, on_one_line
@@ -116,6 +118,7 @@ def eval_loader(
     processes: int = 1,
     share: tuple[int, int] = (0, 1),
     corrupt: CorruptImages | None = None,
+    alter: Callable[[Image.Image], Image.Image] | None = None,
 ) -> EvalLoader:
     """Load (centre crop, label) in batches of all processes; of more images than `at_most`, a fixed random choice.
 
@@ -127,19 +130,22 @@ def eval_loader(
         processes: Processes over which a batch will be divided.
         share: (r, P) for the r-th of P shares of the images, for batches that will not be.
         corrupt: Counts the images that cannot be read; a count of its own unless given.
+        alter: Changes the crops before they are normalised.
 
     Raises:
         InputError: There is no such source or split, or it is a stream and is to be divided.
     """
-    transform = CentreFirst(
-        create_transform(
-            (config.channels, config.size, config.size),
-            mean=config.mean,
-            std=config.std,
-            crop_pct=config.crop_pct,
-            interpolation='bilinear',
-        )
+    steps = create_transform(
+        (config.channels, config.size, config.size),
+        mean=config.mean,
+        std=config.std,
+        crop_pct=config.crop_pct,
+        interpolation='bilinear',
     )
+    if alter is not None:
+        tensors = next(i for i, step in enumerate(steps.transforms) if isinstance(step, MaybeToTensor))
+        steps.transforms.insert(tensors, alter)
+    transform = CentreFirst(steps)
     source: Images | EvalStream
     dataset: Dataset[_Item]
     if config.streams:

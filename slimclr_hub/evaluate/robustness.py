@@ -1,0 +1,196 @@
+"""Accuracy of a network's classifier at every width on corrupted images: `recipes/robustness.py`.
+
+FOLDER/robustness.json      accuracies of every corruption, severity and width
+       robustness.png, .pdf mean over corruptions, by severity
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from accelerate import Accelerator
+
+from slimclr_hub.data import DataConfig
+from slimclr_hub.data.corruptions import CORRUPTIONS, SEVERITIES, Corruption
+from slimclr_hub.data.loaders import eval_loader
+from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.features import extract_features, state_hash, with_progress
+from slimclr_hub.evaluate.linear_eval.probe import accuracies
+from slimclr_hub.evaluate.network import check_channels, check_images, data_defaults, default_output, open_for_test
+from slimclr_hub.files import write_text
+from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.runs.command_line import make_parser, parse, run_script
+from slimclr_hub.runs.figures import line_style, marker, new_figure, save_figure
+from slimclr_hub.runs.launcher import launched
+from slimclr_hub.runs.result import environment
+from slimclr_hub.runs.tables import TextTable
+from slimclr_hub.settings import PRECISIONS, at_least, one_of, plain
+
+RESULT = 'robustness.json'
+CLEAN = 'clean'
+
+Found = dict[str, dict[int, dict[float, float]]]
+"""Corruption -> severity -> width -> top-1 accuracy in percent; `clean` has the severity 0 alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustnessConfig:
+    """Accuracy of the network's own classifier on corrupted validation images.
+
+    Args:
+        network: Folder, tag or hf-hub:USER/NAME of a network with a classifier, as fine-tuning and a linear evaluation
+            with --save_to leave it.
+        data: The images; those of the run unless given, else ImageNet. Classes have to be those of the classifier.
+        corruptions: Corruptions to try; all where null.
+        severities: Severities to try, of 1 to 5.
+        images: Images to test on, a fixed random choice; all where null.
+        seed: Seed of that choice, and of the corruptions.
+        precision: no for float32, bf16 or fp16; what accelerate was told where null.
+        output: Folder of the result; `robustness` in the folder of the network where null.
+    """
+
+    network: str
+    data: DataConfig = field(default_factory=DataConfig)
+    corruptions: tuple[str, ...] | None = None
+    severities: tuple[int, ...] = SEVERITIES
+    images: int | None = None
+    seed: int = 0
+    precision: str | None = None
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.corruptions or ():
+            one_of('corruptions', name, CORRUPTIONS)
+        for severity in self.severities:
+            one_of('severities', severity, SEVERITIES)
+        if not self.severities or len(set(self.severities)) < len(self.severities):
+            raise InputError(f'severities is {list(self.severities)}; give one or several different ones')
+        if self.images is not None:
+            at_least('images', self.images, 1)
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f'seed is {self.seed}; give 0 to 2**32 - 1')
+        if self.precision is not None:
+            one_of('precision', self.precision, PRECISIONS)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The corruptions."""
+        return tuple(CORRUPTIONS) if self.corruptions is None else self.corruptions
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the result."""
+        return Path(self.output) if self.output is not None else default_output(self.network, 'robustness')
+
+
+def main() -> None:
+    """Read the command line, evaluate, print a table and draw a figure."""
+    run_script(lambda: _robustness(sys.argv[1:]))
+
+
+def _robustness(argv: Sequence[str]) -> None:
+    parser = make_parser(
+        RobustnessConfig, 'robustness.py', '--network NETWORK', 'Accuracy on corrupted images at every width.'
+    )
+    parser.set_defaults(data_defaults(argv))
+    built = parse(parser, argv)
+    config = RobustnessConfig(**{name: built[name] for name in RobustnessConfig.__dataclass_fields__})
+    check_images(config.data)
+    accelerator = launched(config.precision, 'precision', trains=False)
+    model = open_for_test(config.network)
+    found, tested = evaluate(config, accelerator, model)
+    if accelerator.is_main_process:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        record = {
+            'settings': {**plain(asdict(config)), 'weights': state_hash(model)},
+            'images': tested,
+            'top1': found,
+            'environment': environment(),
+        }
+        write_text(config.folder / RESULT, json.dumps(record, indent=2) + '\n')
+        _draw(found, config.folder / 'robustness')
+        print_table(config.network, found, tested)
+        print(f'Result: {config.folder / RESULT}\nFigure: {config.folder / "robustness.png"}')
+    accelerator.end_training()
+
+
+def evaluate(config: RobustnessConfig, accelerator: Accelerator, model: SlimmableResNet) -> tuple[Found, int]:
+    """Measure accuracies on clean images and on each corruption at each severity; and the number of images.
+
+    Raises:
+        InputError: The network has no classifier, or the images do not suit it.
+    """
+    if not model.num_classes:
+        raise InputError(
+            f'{config.network} has no classifier; `recipes/finetune.py`, or `recipes/linear_eval.py` with --save_to, '
+            'gives it one'
+        )
+    check_channels(config.network, model, config.data)
+    assert config.data.val_split is not None
+    model.to(accelerator.device)
+    found: Found = {}
+    tested = 0
+    cases = [Corruption(name, severity, config.seed) for name in config.names for severity in config.severities]
+    for case in (None, *cases):
+        loader = eval_loader(
+            config.data, config.data.val_split, config.images, config.seed, accelerator.num_processes, alter=case
+        )
+        title = CLEAN if case is None else f'{case.name} {case.severity}'
+        batches = with_progress(accelerator, loader.prepared(accelerator), loader.total, title)
+        logits, labels = extract_features(accelerator, model, batches, model.widths)
+        least, most = labels.min().item(), labels.max().item()
+        if least < 0 or most >= model.num_classes:
+            raise InputError(
+                f'data.name {config.data.name}, split {config.data.val_split}: there are images of class {most} or of '
+                f'none, and the classifier of {config.network} has {model.num_classes} classes; give images of these'
+            )
+        name, severity = (CLEAN, 0) if case is None else (case.name, case.severity)
+        found.setdefault(name, {})[severity] = accuracies(lambda x, _: x, logits, labels, 1)
+        tested = len(labels)
+    return found, tested
+
+
+def print_table(network: str, found: Found, tested: int) -> None:
+    """Print accuracies by width: clean, of each corruption in the mean over severities, and relative to clean."""
+    clean = found[CLEAN][0]
+    rows = [[CLEAN, *(f'{value:.1f}' for value in clean.values())]]
+    means: dict[float, list[float]] = {width: [] for width in clean}
+    for name, by_severity in found.items():
+        if name == CLEAN:
+            continue
+        cells = []
+        for width in clean:
+            value = mean(of[width] for of in by_severity.values())
+            means[width].append(value)
+            cells.append(f'{value:.1f}')
+        rows.append([name.replace('_', ' '), *cells])
+    rows.append(['mean', *(f'{mean(values):.1f}' for values in means.values())])
+    relative = (mean(values) / clean[width] if clean[width] else 0.0 for width, values in means.items())
+    rows.append(['relative to clean', *(f'{value:.2f}' for value in relative)])
+    severities = ', '.join(str(severity) for severity in next(of for name, of in found.items() if name != CLEAN))
+    notes = [
+        f'{tested} images; each corruption in the mean over the severities {severities}.',
+        'Kinds and strengths after Hendrycks & Dietterich 2019; the draws are our own, so none of it compares with '
+        'ImageNet-C.',
+    ]
+    headers = ['', *(f'width {width:g}' for width in clean)]
+    TextTable(f'{network}: top-1 accuracy (%) on corrupted images', headers, rows, notes).print()
+
+
+def _draw(found: Found, path: Path) -> None:
+    clean = found[CLEAN][0]
+    figure, (axis,) = new_figure()
+    severities: list[Any] = sorted(next(of for name, of in found.items() if name != CLEAN))
+    for i, width in enumerate(clean):
+        values = [mean(of[severity][width] for name, of in found.items() if name != CLEAN) for severity in severities]
+        axis.plot(
+            [0, *severities], [clean[width], *values], label=f'width {width:g}', marker=marker(i), **line_style(i)
+        )
+    axis.set_xlabel('severity')
+    axis.set_ylabel('top-1 accuracy (%), mean over corruptions')
+    axis.legend()
+    save_figure(figure, path)
