@@ -155,7 +155,9 @@ def damage_checkpoint(path: Path, rng: random.Random) -> None:
             case 0:
                 del tensors[name]
             case 1:
-                tensors[name] = rng.choice(hostile_tensors(tensors[name]))() if torch.is_tensor(tensors[name]) else 0
+                kept = tensors[name]  # one that is expanded to terabytes stays as it is
+                whole = torch.is_tensor(kept) and kept.layout == torch.strided and kept.numel() < 2**30
+                tensors[name] = rng.choice(hostile_tensors(kept))() if whole else kept
             case 2:
                 wrong = ('', 'x', 3, None, True, 'layer1.999999999.conv1.weight', f'layer1.{"9" * 5000}.conv1.weight')
                 more = ('\x1b[2J', 'bn1.bn.9999.weight', 'features.9.bn1.bn.0.weight', 'fc.weight', 'fc.linears.7.bias')
