@@ -7,10 +7,12 @@ folder=${1:?give a folder for the results}
 network=slimclr_resnet20.mocov3_fashionmnist
 for share in 0.01 0.1; do
     epochs=$([ "$share" = 0.01 ] && echo 50 || echo 20)
-    python recipes/linear_eval.py --network "$network" --data.train_share "$share" --features.cache "$folder/cache" \
-        --seeds 3 --run.output "$folder/linear-$share"
+    common=(--data.train_share "$share" --seeds 3)
+    tune=(python recipes/finetune.py "${common[@]}" --optim.epochs "$epochs")
+    python recipes/linear_eval.py --network "$network" "${common[@]}" --features.cache "$folder/cache" \
+        --run.output "$folder/linear-$share"
+    "${tune[@]}" --network "$network" --optim.lr 0.001 --run.output "$folder/fitted-$share"
     for start in "$network" "random weights of $network"; do
-        python recipes/finetune.py --network "$start" --data.train_share "$share" --optim.lr 0.003 \
-            --optim.epochs "$epochs" --seeds 3 --run.output "$folder/${start%% *}-$share"
+        "${tune[@]}" --network "$start" --optim.lr 0.003 --model.fit_head false --run.output "$folder/${start%% *}-$share"
     done
 done
