@@ -23,11 +23,17 @@ def linear_predict(
 
 
 def fit_linear(
-    bank: torch.Tensor, labels: torch.Tensor, weight_decay: float = 1e-3, iterations: int = 100, classes: int = 0
+    bank: torch.Tensor,
+    labels: torch.Tensor,
+    weight_decay: float = 1e-3,
+    iterations: int = 100,
+    classes: int = 0,
+    floor: float = 0.0,
 ) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
     """Fit a multinomial logistic regression to features [N, D] and classes [N]; there are at least `classes`.
 
-    Features are standardised by the bank's mean and deviation; the regression starts from zero and is fitted to the
+    Features are standardised by the bank's mean and deviation, or `floor` times the mean of all deviations where that
+    is more; the regression starts from zero and is fitted to the
     whole bank by at most `iterations` of L-BFGS, so the result is a function of the features alone. The loss is the
     mean cross-entropy plus `weight_decay` times half the squared norm of the weights.
 
@@ -42,6 +48,7 @@ def fit_linear(
     if labels.min() < 0:
         raise InputError('the linear probe needs a label for every training image; set probe.every to 0 without them')
     mean, std = bank.mean(0), bank.std(0, correction=0)
+    std = std.clamp(min=floor * std.mean())
     # A constant feature would be divided by zero; it carries no information.
     scale = torch.where(std > 0, 1 / std, torch.zeros_like(std))
     bank = (bank - mean) * scale

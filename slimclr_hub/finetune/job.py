@@ -174,7 +174,7 @@ def _train(
     begins = from_main_process(lambda: not (path / 'checkpoints').exists())
     if begins and config.model.fit_head and not kept and has_statistics(network):
         images = eval_loader(data, data.train_split, _FITTED, config.run.seed, accelerator.num_processes)
-        fit_head(network, images, accelerator)
+        fit_head(network, images, data.train_split, accelerator)
     with StopSignals() as signals:
         training = FineTuning(config, accelerator, signals, network, validation, folder)
         training.run()

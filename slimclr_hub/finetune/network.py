@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimclr_hub.data.loaders import EvalLoader
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.features import extract_features
+from slimclr_hub.evaluate.features import check_labels, extract_features
 from slimclr_hub.evaluate.logistic import fit_linear
 from slimclr_hub.evaluate.network import check_network, drawn_anew, folder_of
 from slimclr_hub.finetune.config import StartConfig
@@ -23,6 +23,8 @@ from slimclr_hub.models.widths import width_key
 from slimclr_hub.text import first_line
 from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.layouts import layout_of
+
+_FLOOR = 0.1
 
 
 def open_start(network: str, config: StartConfig) -> SlimmableResNet:
@@ -96,12 +98,15 @@ def has_statistics(network: nn.Module) -> bool:
     return all(layer.num_batches_tracked for layer in network.modules() if isinstance(layer, _BatchNorm))
 
 
-def fit_head(network: SlimmableResNet, loader: EvalLoader, accelerator: Accelerator) -> None:
-    """Fit the classifier of each width to the features of images, by logistic regression.
+def fit_head(network: SlimmableResNet, loader: EvalLoader, split: str, accelerator: Accelerator) -> None:
+    """Fit the classifier of each width to the features of images of a split, by logistic regression.
 
     So Kumar et al. 2022 (https://arxiv.org/abs/2202.10054) begin: from a random classifier the first steps would move
     the features away from what was pre-trained. A slimmable head, which has no classifier of each width's own, is left
     as it is.
+
+    Raises:
+        InputError: An image has no class, or one that the network does not have.
     """
     head = network.fc
     if not isinstance(head, SwitchableLinear):
@@ -111,8 +116,10 @@ def fit_head(network: SlimmableResNet, loader: EvalLoader, accelerator: Accelera
         features, labels = extract_features(accelerator, network, loader.prepared(accelerator), network.widths)
     finally:
         network.fc = head
+    check_labels(labels, network.num_classes, split, 'model.num_classes')
     for width, x in features.items():
-        linear, mean, scale = fit_linear(x, labels, classes=network.num_classes)
+        # A feature that hardly varies would get a weight that is out of proportion once the network moves.
+        linear, mean, scale = fit_linear(x, labels, classes=network.num_classes, floor=_FLOOR)
         layer = head[width_key(width)]
         assert isinstance(layer, nn.Linear)
         with torch.no_grad():

@@ -131,7 +131,7 @@ def test_a_value_of_thousands_of_characters_leaves_the_remedy_in_sight(shown, tm
     (tmp_path / 'config.json').write_text(json.dumps({'architecture': 'x' * 5000}))
     status, _, line = shown('info', tmp_path)
     assert status == 1
-    assert re.fullmatch(rf'{tmp_path} is a x+ \.\.\. x+, not a slimmable network', line)
+    assert re.search(rf'{re.escape(str(tmp_path))} is a x+ \.\.\. x+, not a slimmable network$', line)
     assert len(line) < 4000
 
 
