@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The table "Few labels" of RESULTS.md: the network in the package by a linear classifier and fine-tuned, and the same
-# fine-tuning from random weights, with 1 % and 10 % of the labels and three seeds. Results go to the folder that is given.
+# fine-tuning from random weights, with 1 % and 10 % of the labels and three seeds; and once with all labels. Results go to the folder that is given.
 #   bash benchmarks/few_labels.sh FOLDER
 set -euo pipefail
 folder=${1:?give a folder for the results}
@@ -16,3 +16,5 @@ for share in 0.01 0.1; do
         "${tune[@]}" --network "$start" --optim.lr 0.003 --model.fit_head false --run.output "$folder/${start%% *}-$share"
     done
 done
+python recipes/linear_eval.py --network "$network" --features.cache "$folder/cache" --run.output "$folder/linear-all"
+python recipes/finetune.py --network "$network" --optim.epochs 8 --optim.lr 0.001 --run.output "$folder/fitted-all"
