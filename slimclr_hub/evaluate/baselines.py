@@ -55,6 +55,14 @@ def is_small(data: DataConfig) -> bool:
     return data.size <= _LARGEST_SIZE
 
 
+def draw_weights(network: SlimmableResNet, zero_init_last: bool = True) -> None:
+    """Draw the weights of a network anew by torch's generator, and forget the statistics of its normalisations."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+    network.init_weights(zero_init_last=zero_init_last)
+
+
 def random_weights(network: SlimmableResNet, images: Iterable[torch.Tensor], seed: int) -> SlimmableResNet:
     """Copy a network in eval mode and draw its weights anew, as before training.
 
@@ -64,10 +72,7 @@ def random_weights(network: SlimmableResNet, images: Iterable[torch.Tensor], see
     network = copy.deepcopy(network)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.reset_parameters()
-        network.init_weights(zero_init_last=False)
+        draw_weights(network, zero_init_last=False)
     device = next(network.parameters()).device
     batches = [batch.to(device) for batch in islice(images, CALIBRATION_BATCHES)]
     for width in network.widths:

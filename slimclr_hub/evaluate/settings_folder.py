@@ -1,14 +1,19 @@
 """The folder of a job's results, found again by its settings: the same command goes on, other settings begin anew."""
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.network import changes
 from slimclr_hub.files import write_text
+from slimclr_hub.runs.lock import folder_lock
 from slimclr_hub.settings import relevant
 
 SETTINGS = 'settings.json'
@@ -42,6 +47,18 @@ def find_folder(settings: Mapping[str, Any], default: Path, output: str | None, 
             )
         folder = first.with_name(f'{first.name}-{number}')
     return folder
+
+
+@contextmanager
+def working_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the folder of a job's results; an InputError that leaves nothing but its settings removes it."""
+    try:
+        with folder_lock(folder, accelerator):
+            yield
+    except InputError:
+        if accelerator.is_main_process and {path.name for path in folder.iterdir()} == {SETTINGS}:
+            shutil.rmtree(folder)
+        raise
 
 
 def _changes(folder: Path, settings: Mapping[str, Any], job: str) -> list[str]:

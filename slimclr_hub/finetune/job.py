@@ -24,7 +24,7 @@ from slimclr_hub.errors import InputError, shorten
 from slimclr_hub.evaluate.features import state_hash
 from slimclr_hub.evaluate.network import check_channels, check_images, default_output
 from slimclr_hub.evaluate.repetitions import print_spread, repetitions
-from slimclr_hub.evaluate.settings_folder import SETTINGS, find_folder
+from slimclr_hub.evaluate.settings_folder import find_folder, working_in
 from slimclr_hub.finetune.config import BATCH_SIZE, FinetuneConfig, parse_finetune
 from slimclr_hub.finetune.network import fit_head, give_classes, has_statistics, open_start
 from slimclr_hub.finetune.training import FineTuning, last_accuracies
@@ -34,7 +34,6 @@ from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cost import width_facts
 from slimclr_hub.runs.command_line import run_script
 from slimclr_hub.runs.job import StopSignals
-from slimclr_hub.runs.lock import folder_lock
 from slimclr_hub.runs.result import RESULT, Result, environment, load, save
 from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.settings import plain, relevant
@@ -89,13 +88,8 @@ def finetune(config: FinetuneConfig) -> Result:
         accelerator.print(f'{folder} is finished already; remove it to begin anew')
     else:
         accelerator.print(f'{folder}: {"the classifier is kept" if kept else f"a new classifier of {classes} classes"}')
-        try:
-            with folder_lock(folder, accelerator):
-                _train(config, accelerator, network, folder, names, kept)
-        except InputError:
-            if accelerator.is_main_process and {path.name for path in folder.iterdir()} == {SETTINGS}:
-                shutil.rmtree(folder)
-            raise
+        with working_in(folder, accelerator):
+            _train(config, accelerator, network, folder, names, kept)
     (result,) = load(folder / RESULT)
     if accelerator.is_main_process:
         print_result(result)

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimclr_hub.data.loaders import EvalLoader
 from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.baselines import draw_weights
 from slimclr_hub.evaluate.features import check_labels, extract_features
 from slimclr_hub.evaluate.logistic import fit_linear
 from slimclr_hub.evaluate.network import check_network, drawn_anew, folder_of
@@ -39,10 +40,7 @@ def open_start(network: str, config: StartConfig) -> SlimmableResNet:
     like = drawn_anew(network)
     model = _open(like or network, config)
     if like is not None:
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.reset_parameters()
-        model.init_weights()
+        draw_weights(model)
     if (config.frozen_norm or config.frozen) and not has_statistics(model):
         key = 'model.frozen_norm' if config.frozen_norm else f'model.frozen {config.frozen}'
         raise InputError(

@@ -49,7 +49,6 @@ class FineTuning(NetworkJob):
 
     Attributes:
         ema: Moving average of the network, where the configuration asks for one.
-        images: Number of the images of the last test.
 
     Raises:
         InputError: The configuration does not fit the images, the network or the processes.
@@ -87,11 +86,10 @@ class FineTuning(NetworkJob):
             accelerator,
             signals,
             data,
+            shape,
             channels_last=run.channels_last,
             epochs=optim.epochs,
-            batch_size=shape.batch_size,
             title='fine-tuning',
-            timeout=shape.timeout,
             log_every=run.log_every,
         )
         self.schedule = Schedule(
@@ -116,7 +114,6 @@ class FineTuning(NetworkJob):
         self.prepare(method, make_optimizer(optim, network, accelerator.scaler is None, optim.layer_decay))
         self.ema = ModelEmaV3(self.inner.backbone, optim.ema) if optim.ema is not None else None
         self.validation = validation.prepared(accelerator)
-        self.images = 0
         self.folder = folder
         self.checkpoints = Checkpoints(folder.path, accelerator, keep=1)
         self.saved_at = time.monotonic()
@@ -162,9 +159,9 @@ class FineTuning(NetworkJob):
         for i, part in enumerate(batch):
             images, labels = self.augment(part.views[0], part.labels, self.config.run.seed, self.step, i, rank)
             augmented.append(replace(part, views=(images,), labels=labels))
-        gradients = self.gradients(augmented, self.schedule.widths, None, {'lr': lr})
-        if self.config.optim.clip_grad is not None and gradients:
-            torch.nn.utils.clip_grad_norm_(self.trained, self.config.optim.clip_grad)
+        norm = self.gradients(augmented, self.schedule.widths, None, {'lr': lr})
+        if self.config.optim.clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.trained, self.config.optim.clip_grad, norm)
         self.take_step()
         if self.ema is not None:
             self.ema.update(self.inner.backbone)
@@ -176,12 +173,6 @@ class FineTuning(NetworkJob):
         return f'Lower optim.lr {self.config.optim.lr:g} or, with fp16, use --run.precision bf16, and begin anew'
 
     # Checkpoints
-
-    @property
-    def source(self) -> str:
-        """Words for the source of the batches, with its settings."""
-        data = self.config.data
-        return f'data.name {data.name}, data.root {data.root}, data.num_workers {data.num_workers}'
 
     def checkpoint_is_due(self, epoch: int | None) -> bool:
         """True every run.checkpoint_steps steps, and after an epoch that ends a minute after the last checkpoint."""
@@ -235,13 +226,12 @@ class FineTuning(NetworkJob):
         network = self.network.eval()
         logits, labels = extract_features(self.accelerator, network, self.validation, network.widths)
         check_labels(labels, network.num_classes, str(self.config.data.val_split), 'model.num_classes')
-        self.images = len(labels)
         values = {
             f'{name}/{width:g}': accuracy
             for name, k in (('top1', 1), *((('top5', _TOP),) if network.num_classes > _TOP else ()))
             for width, accuracy in accuracies(lambda x, _: x, logits, labels, k).items()
         }
-        self.folder.write_metrics({'kind': 'eval', 'epoch': epoch, 'step': self.step, **values, 'images': self.images})
+        self.folder.write_metrics({'kind': 'eval', 'epoch': epoch, 'step': self.step, **values, 'images': len(labels)})
         self.accelerator.log({f'eval/{name}': value for name, value in values.items()}, step=self.step)
 
 

@@ -1,5 +1,6 @@
 """What pre-training and fine-tuning share: a job whose steps train a network on microbatches of images."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimclr_hub.data.batches import Batch
+from slimclr_hub.data.config import DataConfig
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import DivergedError
 from slimclr_hub.runs.job import Job, StopSignals
@@ -26,6 +28,7 @@ class NetworkJob(Job[list[Batch]]):
         accelerator: Accelerator of the processes.
         signals: Signals that ask to stop.
         data: The training images.
+        images: Their configuration.
         channels_last: Bring images into the channels-last memory layout.
         job: Further arguments of `Job`.
 
@@ -42,9 +45,24 @@ class NetworkJob(Job[list[Batch]]):
     trained: list[nn.Parameter]
 
     def __init__(
-        self, accelerator: Accelerator, signals: StopSignals, data: TrainData, *, channels_last: bool, **job: Any
+        self,
+        accelerator: Accelerator,
+        signals: StopSignals,
+        data: TrainData,
+        images: DataConfig,
+        *,
+        channels_last: bool,
+        **job: Any,
     ) -> None:
-        super().__init__(accelerator, signals, steps_per_epoch=data.steps_per_epoch, **job)
+        super().__init__(
+            accelerator,
+            signals,
+            steps_per_epoch=data.steps_per_epoch,
+            batch_size=images.batch_size,
+            timeout=images.timeout,
+            **job,
+        )
+        self._images = images
         self.data = data
         self.channels_last = channels_last
         self.finite = FiniteLoss()
@@ -60,9 +78,9 @@ class NetworkJob(Job[list[Batch]]):
     # For subclasses
 
     @property
+    @abstractmethod
     def after_divergence(self) -> str:
         """Sentences that say what may help, after a loss that was not finite."""
-        raise NotImplementedError
 
     # Steps
 
@@ -82,8 +100,8 @@ class NetworkJob(Job[list[Batch]]):
 
     def gradients(
         self, batch: list[Batch], widths: Sequence[float], momentum: float | None, facts: dict[str, Any]
-    ) -> list[torch.Tensor]:
-        """Compute and return the gradients of a step, after the next batch has been asked for.
+    ) -> torch.Tensor:
+        """Compute the gradients of a step, after the next batch has been asked for, and return their norm.
 
         Args:
             batch: Microbatches.
@@ -109,8 +127,9 @@ class NetworkJob(Job[list[Batch]]):
             self._keep_divergence(batch, outputs[-1], {**facts, 'widths': widths})
         self.accelerator.unscale_gradients(self.optimizer)
         found = [parameter.grad for parameter in self.trained if parameter.grad is not None]
-        self.meter.add({'grad_norm': torch.nn.utils.get_total_norm(found)})
-        return found
+        norm = torch.nn.utils.get_total_norm(found)
+        self.meter.add({'grad_norm': norm})
+        return norm
 
     def take_step(self) -> None:
         """Move the parameters."""
@@ -134,6 +153,12 @@ class NetworkJob(Job[list[Batch]]):
             f'the loss of step {self.step + 1} is not finite ({output["loss"].item():g} on the first process); the '
             f'optimizer has not moved. {path} holds the state and the batch that led to it. {self.after_divergence}'
         )
+
+    @property
+    def source(self) -> str:
+        """Words for the source of the batches, with its settings."""
+        images = self._images
+        return f'data.name {images.name}, data.root {images.root}, data.num_workers {images.num_workers}'
 
     # Checkpoints
 

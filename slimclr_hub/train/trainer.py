@@ -59,11 +59,10 @@ class Trainer(NetworkJob):
             accelerator,
             signals,
             data,
+            config.data,
             channels_last=config.run.channels_last,
             epochs=config.optim.epochs,
-            batch_size=config.data.batch_size,
             title='pre-training',
-            timeout=config.data.timeout,
             log_every=config.run.log_every,
         )
         self.schedule = make_schedule(config, self.steps_per_epoch)
@@ -181,12 +180,6 @@ class Trainer(NetworkJob):
     def how_to_resume(self) -> str:
         """The option that goes on with the run."""
         return f'--resume {self.folder.path}'
-
-    @property
-    def source(self) -> str:
-        """Words for the source of the batches, with its settings."""
-        data = self.config.data
-        return f'data.name {data.name}, data.root {data.root}, data.num_workers {data.num_workers}'
 
     def state(self) -> dict[str, Any]:
         """The settings that have led to it."""

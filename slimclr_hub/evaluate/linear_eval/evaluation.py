@@ -44,14 +44,13 @@ from slimclr_hub.evaluate.network import (
 )
 from slimclr_hub.evaluate.repetitions import print_spread, repetitions
 from slimclr_hub.evaluate.reported import reported_probe
-from slimclr_hub.evaluate.settings_folder import SETTINGS, find_folder
+from slimclr_hub.evaluate.settings_folder import find_folder, working_in
 from slimclr_hub.files import write_json_lines
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import run_script
 from slimclr_hub.runs.figures import save_figure
 from slimclr_hub.runs.job import StopSignals
 from slimclr_hub.runs.launcher import launched
-from slimclr_hub.runs.lock import folder_lock
 from slimclr_hub.runs.result import RAW_PIXELS, RESULT, Result, load, save
 from slimclr_hub.settings import plain, relevant
 from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
@@ -103,13 +102,8 @@ def linear_eval(config: LinearEvalConfig) -> Result:
         accelerator.print(f'{folder} is finished already; remove it to begin anew')
     else:
         accelerator.print(f'{folder}: {config.protocol}')
-        try:
-            with folder_lock(folder, accelerator):
-                _train(config, accelerator, backbone, folder, weights)
-        except InputError:
-            if accelerator.is_main_process and {path.name for path in folder.iterdir()} == {SETTINGS}:
-                shutil.rmtree(folder)
-            raise
+        with working_in(folder, accelerator):
+            _train(config, accelerator, backbone, folder, weights)
     (result,) = load(folder / RESULT)
     if accelerator.is_main_process:
         if config.save_to is not None:
