@@ -119,6 +119,7 @@ def eval_loader(
     share: tuple[int, int] = (0, 1),
     corrupt: CorruptImages | None = None,
     alter: Callable[[Image.Image], Image.Image] | None = None,
+    images: Images | None = None,
 ) -> EvalLoader:
     """Load (centre crop, label) in batches of all processes; of more images than `at_most`, a fixed random choice.
 
@@ -131,6 +132,7 @@ def eval_loader(
         share: (r, P) for the r-th of P shares of the images, for batches that will not be.
         corrupt: Counts the images that cannot be read; a count of its own unless given.
         alter: Changes the crops before they are normalised.
+        images: The images of the split, where they are open already.
 
     Raises:
         InputError: There is no such source or split, or it is a stream and is to be divided.
@@ -154,7 +156,7 @@ def eval_loader(
         dataset = source = EvalStream(config, split, transform)
         total = source.total
     else:
-        source = make_dataset(config, split)
+        source = make_dataset(config, split) if images is None else images
         total = len(source)
         chosen = np.arange(total)
         if at_most is not None and total > at_most:

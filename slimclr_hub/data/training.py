@@ -10,7 +10,7 @@ from slimclr_hub.data.batches import Batch, CorruptImages
 from slimclr_hub.data.config import DataConfig
 from slimclr_hub.data.indexed import EpochBatches, IndexedFeed, IndexedImages
 from slimclr_hub.data.loaders import ToDevice, loader_options
-from slimclr_hub.data.sources import known_classes, make_dataset, open_by_timm
+from slimclr_hub.data.sources import Images, known_classes, make_dataset, open_by_timm
 from slimclr_hub.data.streams.shards import Shards, open_shards
 from slimclr_hub.data.streams.stream import Layout, OneWayFeed, Order, ShardOrder, StreamedChunks, StreamFeed, TimmOrder
 from slimclr_hub.data.views import Normalize, SingleImageTransform, ViewConfig, Views, make_crop, make_view
@@ -30,7 +30,8 @@ class TrainData:
     entered at any step. Each image has `view_count` views, 1 or 2; the second is drawn from `second_views`, or from
     `views` where that is None. With a transform in the place of `views`, which makes uint8 tensors [C, H, W] of PIL
     images and draws from torch's global generator, there is one. Batches lie on `device`. With `num_classes`, which
-    messages call `classes_key`, every image has a label below it.
+    messages call `classes_key`, every image has a label below it. `images` are those of the split, where they are open
+    already.
 
     Raises:
         InputError: There is no such source, or the batch does not fit the data, the processes or the microbatches; or
@@ -51,6 +52,7 @@ class TrainData:
         device: torch.device | str = 'cpu',
         num_classes: int | None = None,
         classes_key: str = 'method.num_classes',
+        images: Images | None = None,
     ) -> None:
         _check_batch(config.batch_size, processes, microbatches)
         if view_count not in (1, 2):
@@ -72,8 +74,11 @@ class TrainData:
             transform = Views(*(self._transform(each, each.size or config.size) for each in self.distributions))
         else:
             transform = Views(views)
-        make_feed = self._stream_feed if config.streams else self._indexed_feed
-        self.feed, length = make_feed(config, transform)
+        if config.streams:
+            self.feed, length = self._stream_feed(config, transform)
+        else:
+            dataset = make_dataset(config, config.train_split) if images is None else images
+            self.feed, length = self._indexed_feed(config, dataset, transform)
         self.notes: tuple[str, ...] = self.feed.notes  # sentences that a user must read before training starts
         self.steps_per_epoch = length // config.batch_size
 
@@ -141,8 +146,7 @@ class TrainData:
         batches = length // config.batch_size * self.microbatches
         return Layout(self.processes, self.workers, self.size, batches)
 
-    def _indexed_feed(self, config: DataConfig, transform: Views) -> tuple[Feed, int]:
-        dataset = make_dataset(config, config.train_split)
+    def _indexed_feed(self, config: DataConfig, dataset: Images, transform: Views) -> tuple[Feed, int]:
         length, classes = len(dataset), known_classes(dataset)
         if self.num_classes is not None and classes == 0:
             raise InputError(

@@ -9,7 +9,8 @@ FOLDER/settings.json        the settings that decide the result, and a hash of t
 """
 
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
 from slimclr_hub.data.loaders import eval_loader
-from slimclr_hub.data.sources import known_classes, labels_of, make_dataset
+from slimclr_hub.data.sources import Images, known_classes, labels_of, make_dataset
 from slimclr_hub.distributed import from_main_process
 from slimclr_hub.errors import InputError, shorten
 from slimclr_hub.evaluate.features import state_hash
@@ -74,7 +75,8 @@ def finetune(config: FinetuneConfig) -> Result:
     accelerator = make_accelerator(run.precision, run, run.output, find_unused_parameters=False)
     # The settings record the precision that accelerate was launched with.
     config = replace(config, run=replace(run, precision=accelerator.mixed_precision))
-    classes, names, images = _classes(config, accelerator)
+    images = _Splits.of(config)
+    classes, names = _classes(config, images, accelerator)
     config = _with_fitting_batch(config, accelerator, images)
     set_seed(config.run.seed)
     network = open_start(config.network, config.model)
@@ -89,7 +91,7 @@ def finetune(config: FinetuneConfig) -> Result:
     else:
         accelerator.print(f'{folder}: {"the classifier is kept" if kept else f"a new classifier of {classes} classes"}')
         with working_in(folder, accelerator):
-            _train(config, accelerator, network, folder, names, kept)
+            _train(config, accelerator, network, images, folder, names, kept)
     (result,) = load(folder / RESULT)
     if accelerator.is_main_process:
         print_result(result)
@@ -101,14 +103,29 @@ def finetune(config: FinetuneConfig) -> Result:
     return result
 
 
-def _classes(config: FinetuneConfig, accelerator: Accelerator) -> tuple[int, list[str] | None, int | None]:
-    """Number and names of the classes, and number of the training images, as far as they are known before training."""
-    data = config.data
-    if data.streams:
+@dataclass(frozen=True)
+class _Splits:
+    """The images to train and to test on, opened once: listing large folders takes minutes. None of a stream."""
+
+    train: Images | None
+    test: Images | None
+
+    @classmethod
+    def of(cls, config: FinetuneConfig) -> '_Splits':
+        data = config.data
+        assert data.val_split is not None
+        if data.streams:
+            return cls(None, None)
+        return cls(make_dataset(data, data.train_split), make_dataset(data, data.val_split))
+
+
+def _classes(config: FinetuneConfig, images: _Splits, accelerator: Accelerator) -> tuple[int, list[str] | None]:
+    """Number and names of the classes, as far as they are known before training."""
+    data, train = config.data, images.train
+    if train is None:
         if config.model.num_classes is None:
             raise InputError(f'data.name {data.name} is a stream, which tells no classes; give --model.num_classes')
-        return config.model.num_classes, None, None
-    train = make_dataset(data, data.train_split)
+        return config.model.num_classes, None
     labels = labels_of(train)
     names = list(train.class_names) if train.class_names else None
     classes = config.model.num_classes or (len(names) if names else known_classes(train))
@@ -116,19 +133,19 @@ def _classes(config: FinetuneConfig, accelerator: Accelerator) -> tuple[int, lis
     if labels is not None and labels.min() >= 0:
         if len(np.unique(labels)) == 1:
             raise InputError(f'{where}: all training images are of one class; there is nothing to tell apart')
-        _note_missing(config, labels, names, accelerator)
+        _note_missing(config, labels, images, names, accelerator)
     if classes is None:
         raise InputError(f'{where} does not tell how many classes there are; give --model.num_classes')
     if classes == 0:
         raise InputError(f'{where}: the images have no classes; let each class have a folder')
-    return classes, names if names and len(names) == classes else None, len(train)
+    return classes, names if names and len(names) == classes else None
 
 
 def _note_missing(
-    config: FinetuneConfig, labels: np.ndarray, names: list[str] | None, accelerator: Accelerator
+    config: FinetuneConfig, labels: np.ndarray, images: _Splits, names: list[str] | None, accelerator: Accelerator
 ) -> None:
-    assert config.data.val_split is not None
-    tested = labels_of(make_dataset(config.data, config.data.val_split))
+    assert images.test is not None
+    tested = labels_of(images.test)
     if tested is None:
         return
     for split, missing in (
@@ -140,15 +157,15 @@ def _note_missing(
             accelerator.print(f'Note: the split {split} has no image of the classes {listed}')
 
 
-def _with_fitting_batch(config: FinetuneConfig, accelerator: Accelerator, images: int | None) -> FinetuneConfig:
+def _with_fitting_batch(config: FinetuneConfig, accelerator: Accelerator, images: _Splits) -> FinetuneConfig:
     """Lower the default batch so that an epoch of few images has several steps."""
     data, shares = config.data, accelerator.num_processes * config.optim.accumulation_steps
-    if images is None or data.batch_size != BATCH_SIZE or images >= _STEPS * BATCH_SIZE:
+    if images.train is None or data.batch_size != BATCH_SIZE or len(images.train) >= _STEPS * BATCH_SIZE:
         return config
-    fitting = BATCH_SIZE
-    while fitting > max(_LEAST_BATCH, 2 * shares) and fitting * _STEPS > images:
+    count, fitting = len(images.train), BATCH_SIZE
+    while fitting > max(_LEAST_BATCH, 2 * shares) and fitting * _STEPS > count:
         fitting //= 2
-    accelerator.print(f'data.batch_size is {fitting} instead of {BATCH_SIZE}: there are {images} training images')
+    accelerator.print(f'data.batch_size is {fitting} instead of {BATCH_SIZE}: there are {count} training images')
     return replace(config, data=replace(data, batch_size=fitting))
 
 
@@ -156,6 +173,7 @@ def _train(
     config: FinetuneConfig,
     accelerator: Accelerator,
     network: SlimmableResNet,
+    images: _Splits,
     path: Path,
     names: list[str] | None,
     kept: bool,
@@ -163,14 +181,14 @@ def _train(
     """Train, and write the network and its result into the folder, `result.json` last."""
     data = config.data
     assert data.val_split is not None
-    validation = eval_loader(data, data.val_split, None, config.run.seed, accelerator.num_processes)
+    load = partial(eval_loader, data, seed=config.run.seed, processes=accelerator.num_processes)
+    validation = load(data.val_split, None, images=images.test)
     folder = RunFolder(path, accelerator)
     begins = from_main_process(lambda: not (path / 'checkpoints').exists())
     if begins and config.model.fit_head and not kept and has_statistics(network):
-        images = eval_loader(data, data.train_split, _FITTED, config.run.seed, accelerator.num_processes)
-        fit_head(network, images, data.train_split, accelerator)
+        fit_head(network, load(data.train_split, _FITTED, images=images.train), data.train_split, accelerator)
     with StopSignals() as signals:
-        training = FineTuning(config, accelerator, signals, network, validation, folder)
+        training = FineTuning(config, accelerator, signals, network, images.train, validation, folder)
         training.run()
     if accelerator.is_main_process:
         metrics, trained = folder.read_metrics(), training.network.eval()

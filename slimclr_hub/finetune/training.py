@@ -14,6 +14,7 @@ from torch import nn
 from slimclr_hub.data.augment import BatchAugmentation, TimmTransform
 from slimclr_hub.data.batches import Batch
 from slimclr_hub.data.loaders import EvalLoader
+from slimclr_hub.data.sources import Images
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import check_labels, extract_features
@@ -44,6 +45,7 @@ class FineTuning(NetworkJob):
         accelerator: Accelerator of the processes.
         signals: Signals that ask to stop.
         network: The network, which is trained in place.
+        images: The images to train on, where they are open already.
         validation: The images to test on.
         folder: Folder of the result, the metrics and the checkpoints.
 
@@ -60,6 +62,7 @@ class FineTuning(NetworkJob):
         accelerator: Accelerator,
         signals: StopSignals,
         network: SlimmableResNet,
+        images: Images | None,
         validation: EvalLoader,
         folder: RunFolder,
     ) -> None:
@@ -76,6 +79,7 @@ class FineTuning(NetworkJob):
             device=accelerator.device,
             num_classes=network.num_classes,
             classes_key='model.num_classes',
+            images=images,
         )
         if config.augment.mixes and data.size % 2:
             raise InputError(
