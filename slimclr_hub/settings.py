@@ -158,6 +158,12 @@ def check_fraction(name: str, value: float) -> None:
         raise InputError(f'{name} is {value}; give 0 or more and less than 1')
 
 
+def check_seed(name: str, value: int) -> None:
+    """Raise an InputError unless `value` is a seed for NumPy and torch."""
+    if not 0 <= value < 2**32:
+        raise InputError(f'{name} is {value}; give 0 to 2**32 - 1')
+
+
 def problem(check: Callable[..., object], *arguments: Any) -> Iterator[str]:
     """The message of the InputError that a check raises, if it does."""
     try:

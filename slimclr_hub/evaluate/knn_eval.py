@@ -51,7 +51,7 @@ from slimclr_hub.runs.result import (
     save,
 )
 from slimclr_hub.runs.tables import TextTable
-from slimclr_hub.settings import PRECISIONS, Incidental, above, at_least, one_of, plain, relevant
+from slimclr_hub.settings import PRECISIONS, Incidental, above, at_least, check_seed, one_of, plain, relevant
 
 _TOP = 5
 
@@ -112,8 +112,7 @@ class KNNEvalConfig(OutputConfig):
         if self.bank is not None:
             at_least('bank', self.bank, 1)
         at_least('chunk', self.chunk, 1)
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f'seed is {self.seed}; give 0 to 2**32 - 1')
+        check_seed('seed', self.seed)
         if self.precision is not None:
             one_of('precision', self.precision, PRECISIONS)
 

@@ -28,7 +28,7 @@ from slimclr_hub.runs.figures import line_style, marker, new_figure, save_figure
 from slimclr_hub.runs.launcher import launched
 from slimclr_hub.runs.result import environment
 from slimclr_hub.runs.tables import TextTable
-from slimclr_hub.settings import PRECISIONS, at_least, one_of, plain
+from slimclr_hub.settings import PRECISIONS, at_least, check_seed, one_of, plain
 
 RESULT = 'robustness.json'
 CLEAN = 'clean'
@@ -71,8 +71,7 @@ class RobustnessConfig:
             raise InputError(f'severities is {list(self.severities)}; give one or several different ones')
         if self.images is not None:
             at_least('images', self.images, 1)
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f'seed is {self.seed}; give 0 to 2**32 - 1')
+        check_seed('seed', self.seed)
         if self.precision is not None:
             one_of('precision', self.precision, PRECISIONS)
 

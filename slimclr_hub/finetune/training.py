@@ -26,7 +26,6 @@ from slimclr_hub.methods.batchnorm import sync_batchnorm
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.checkpoints import Checkpoints
 from slimclr_hub.runs.job import StopSignals
-from slimclr_hub.runs.memory import peak_memory
 from slimclr_hub.runs.schedule import Schedule
 from slimclr_hub.train.network_job import NetworkJob
 from slimclr_hub.train.run_folder import RunFolder
@@ -207,20 +206,7 @@ class FineTuning(NetworkJob):
 
     def log(self, epoch: int) -> None:
         """Write the means since the last line of metrics.jsonl."""
-        values = self.meter.means(lambda totals: self.accelerator.reduce(totals, 'sum'))
-        self.meter.reset()
-        if not values:
-            return
-        values |= {
-            'lr': self.schedule.lr_at(self.step - 1),
-            **self.pace(),
-            'peak_memory_gib': peak_memory(self.accelerator.device) / 2**30,
-        }
-        own = f'cross_entropy/{self.schedule.widths[0]:g}'
-        shown = {'epoch': epoch + 1, own: f'{values[own]:.3f}', 'lr': f'{values["lr"]:.2g}'}
-        self.progress.set_postfix(shown, refresh=False)
-        self.folder.write_metrics({'kind': 'train', 'epoch': epoch + 1, 'step': self.step, **values})
-        self.accelerator.log({f'train/{name}': value for name, value in values.items()}, step=self.step)
+        self.write_means(epoch)
 
     def evaluate(self, epoch: int) -> None:
         """Measure the accuracies of every width, where as many images were trained on as are tested, and at the end."""

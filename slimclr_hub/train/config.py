@@ -13,7 +13,17 @@ from slimclr_hub.methods import METHODS
 from slimclr_hub.methods.losses import check_loss_weights
 from slimclr_hub.methods.registry import Setting, constructor_settings, settings_of, training_of
 from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_widths, disjoint_widths
-from slimclr_hub.settings import PRECISIONS, Incidental, above, at_least, check_all, check_fraction, one_of, problem
+from slimclr_hub.settings import (
+    PRECISIONS,
+    Incidental,
+    above,
+    at_least,
+    check_all,
+    check_fraction,
+    check_seed,
+    one_of,
+    problem,
+)
 from slimclr_hub.train.diagnostics import DiagnosticsConfig
 
 TRACKERS = ('none', 'tensorboard', 'wandb', 'trackio', 'mlflow', 'comet_ml', 'aim', 'clearml', 'swanlab')
@@ -238,8 +248,7 @@ class NumericsConfig:
     def __post_init__(self) -> None:
         if self.precision is not None:
             one_of('run.precision', self.precision, PRECISIONS)
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f'run.seed is {self.seed}; give 0 to 2**32 - 1')
+        check_seed('run.seed', self.seed)
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,16 @@ from slimclr_hub.data.config import DataConfig
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import DivergedError
 from slimclr_hub.runs.job import Job, StopSignals
-from slimclr_hub.runs.memory import keep_freed_memory
+from slimclr_hub.runs.memory import keep_freed_memory, peak_memory
+from slimclr_hub.runs.schedule import Schedule
+from slimclr_hub.train.run_folder import RunFolder
 from slimclr_hub.train.step import FiniteLoss, Losses, forward_backward
 
 
 class NetworkJob(Job[list[Batch]]):
     """A job whose batch is the list of microbatches of one optimizer step, and that stops before a loss is not finite.
 
-    A subclass calls `prepare` on construction.
+    A subclass sets `schedule` and `folder`, and calls `prepare`, on construction.
 
     Args:
         accelerator: Accelerator of the processes.
@@ -37,12 +39,16 @@ class NetworkJob(Job[list[Batch]]):
         inner: The same without what distributes it.
         optimizer: The optimizer.
         trained: Parameters that have a gradient.
+        schedule: Learning rate and widths of each step.
+        folder: Folder of the run, with its metrics.
     """
 
     method: Any
     inner: Any
     optimizer: Any
     trained: list[nn.Parameter]
+    schedule: Schedule
+    folder: RunFolder
 
     def __init__(
         self,
@@ -175,3 +181,24 @@ class NetworkJob(Job[list[Batch]]):
     def restore(self, state: dict[str, Any], own: dict[str, Any]) -> None:
         """Load the running statistics."""
         self.inner.load_state_dict(own['statistics'], strict=False)
+
+    # Between steps
+
+    def write_means(self, epoch: int, **facts: float) -> dict[str, float]:
+        """Write the means since the last line of metrics.jsonl, if any, with `facts`, and return both."""
+        values = self.meter.means(lambda totals: self.accelerator.reduce(totals, 'sum'))
+        self.meter.reset()
+        if not values:
+            return values
+        lr = self.schedule.lr_at(self.step - 1)
+        values |= {'lr': lr, **facts, **self.pace(), 'peak_memory_gib': peak_memory(self.accelerator.device) / 2**30}
+        if self.accelerator.scaler is not None:
+            values['grad_scale'] = self.accelerator.scaler.get_scale()
+        # Not the total: distillation adds a constant to it that is many times as large as the full width's loss.
+        own = (f'{name}/{self.schedule.widths[0]:g}' for name in ('info_nce', 'cross_entropy'))
+        shown = next((key for key in own if key in values), 'loss')
+        postfix = {'epoch': epoch + 1, shown: f'{values[shown]:.3f}', 'lr': f'{lr:.2g}'}
+        self.progress.set_postfix(postfix, refresh=False)
+        self.folder.write_metrics({'kind': 'train', 'epoch': epoch + 1, 'step': self.step, **values})
+        self.accelerator.log({f'train/{name}': value for name, value in values.items()}, step=self.step)
+        return values

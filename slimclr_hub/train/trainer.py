@@ -17,7 +17,6 @@ from slimclr_hub.methods.registry import training_of
 from slimclr_hub.runs.checkpoints import Checkpoints, Found
 from slimclr_hub.runs.job import StopSignals
 from slimclr_hub.runs.launcher import launched
-from slimclr_hub.runs.memory import peak_memory
 from slimclr_hub.settings import RECIPE, differences, relevant
 from slimclr_hub.train.collapse import CollapseWatch
 from slimclr_hub.train.config import PretrainConfig, TrackerConfig
@@ -80,7 +79,6 @@ class Trainer(NetworkJob):
         self._next_recipe: PretrainConfig | None = None
         self._resumed_step = 0
         self._settings: dict[str, Any] = {}
-        self._own_losses = [f'{name}/{max(config.model.widths):g}' for name in ('info_nce', 'cross_entropy')]
 
     def run(self, folder: RunFolder, resumed: bool, recipe: PretrainConfig, allow_changes: bool = False) -> None:
         """Train to the end; a run that is `resumed` goes on from the newest checkpoint of its folder, if there is one.
@@ -204,25 +202,8 @@ class Trainer(NetworkJob):
     def log(self, epoch: int) -> None:
         """Write the means since the last line of metrics.jsonl."""
         self._write_observed()
-        values = self.meter.means(lambda totals: self.accelerator.reduce(totals, 'sum'))
-        self.meter.reset()
-        if not values:
-            return
-        values |= {
-            'lr': self.schedule.lr_at(self.step - 1),
-            'momentum': self.schedule.momentum_at(self.step - 1),
-            **self.pace(),
-            'peak_memory_gib': peak_memory(self.accelerator.device) / 2**30,
-        }
-        if self.accelerator.scaler is not None:
-            values['grad_scale'] = self.accelerator.scaler.get_scale()
-        # Not the total: distillation adds a constant to it that is many times as large as the full width's loss.
-        own = next((key for key in self._own_losses if key in values), 'loss')
-        shown = {'epoch': epoch + 1, own: f'{values[own]:.3f}', 'lr': f'{values["lr"]:.2g}'}
-        self.progress.set_postfix(shown, refresh=False)
-        self.collapse.add(values)
-        self.folder.write_metrics({'kind': 'train', 'epoch': epoch + 1, 'step': self.step, **values})
-        self.accelerator.log({f'train/{name}': value for name, value in values.items()}, step=self.step)
+        if values := self.write_means(epoch, momentum=self.schedule.momentum_at(self.step - 1)):
+            self.collapse.add(values)
 
     def _write_observed(self, everything: bool = False) -> None:
         if self.observer is not None:
