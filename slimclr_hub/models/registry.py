@@ -277,13 +277,22 @@ def _locate(cfg: PretrainedCfg, variant: str, cache_dir: Path | None, overlap: b
     )
 
 
-def _slimmable(variant: str, pretrained: bool, lazy: bool = False, **kwargs: Any) -> SlimmableResNet:
+def _levels(arch: dict[str, Any]) -> tuple[int, ...]:
+    """Feature levels that differ in size, as decoders expect: the small stem has that of the first stage."""
+    return tuple(range(arch['small_stem'], len(arch['layers']) + 1))
+
+
+def _slimmable(
+    variant: str, pretrained: bool, lazy: bool = False, pad_channels: bool = False, **kwargs: Any
+) -> SlimmableResNet:
+    if pad_channels and not kwargs.get('features_only'):
+        raise InputError('pad_channels=True is for the maps of features_only=True; leave it out, or give both')
     if lazy and not pretrained:
         raise InputError('lazy=True reads widths from the weights when they are asked for; it needs pretrained=True')
     if lazy and not kwargs.get('overlap', True):
         raise InputError('lazy=True is for widths that overlap; with overlap=False leave lazy out')
     arch = _arch(variant)
-    features = {'out_indices': tuple(range(len(arch['layers']) + 1)), 'feature_cls': SlimmableFeatureGetter}
+    features = {'out_indices': _levels(arch), 'feature_cls': SlimmableFeatureGetter, 'pad_channels': pad_channels}
     cls = LazySlimmableResNet if lazy else SlimmableResNet
     return build(cls, variant, pretrained, feature_cfg=features, **{**arch, **kwargs})
 
@@ -291,7 +300,7 @@ def _slimmable(variant: str, pretrained: bool, lazy: bool = False, **kwargs: Any
 def _dense(variant: str, pretrained: bool, **kwargs: Any) -> DenseResNet:
     arch = _arch(variant.rpartition('_')[0])
     arguments = {**arch, 'block': arch['block'].dense, **kwargs}
-    features = {'feature_cls': 'getter', 'out_indices': tuple(range(len(arch['layers']) + 1))}
+    features = {'feature_cls': 'getter', 'out_indices': _levels(arch)}
     return build(DenseResNet, variant, pretrained, feature_cfg=features, **arguments)
 
 

@@ -642,10 +642,30 @@ class SlimmableResNet(PassesWidth):
 
 
 class SlimmableFeatureGetter(FeatureGetterNet):
-    """timm's wrapper for `features_only=True`, switchable like the network inside."""
+    """timm's wrapper for `features_only=True`, switchable like the network inside.
+
+    Args:
+        model: The network.
+        pad_channels: Pad the maps of narrower widths with zeros to the channels of the widest, for decoders that are
+            built for one number of channels. A convolution of such a map equals one by the leading slice of its weight.
+        kwargs: Further ones of timm's wrapper.
+    """
 
     model: SlimmableResNet
     feature_info: FeatureInfo
+
+    def __init__(self, model: SlimmableResNet, *, pad_channels: bool = False, **kwargs: Any) -> None:
+        super().__init__(model, **kwargs)
+        self.pad_channels = pad_channels
+        self._set_channels()
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """[N, C, H, W] -> a map of each level, [N, channels, H / reduction, W / reduction]."""
+        maps = super().forward(x)
+        if not self.pad_channels:
+            return maps
+        channels = self.feature_info.channels()
+        return [F.pad(x, (0, 0, 0, 0, 0, count - x.shape[1])) for x, count in zip(maps, channels, strict=True)]
 
     @property
     def widths(self) -> tuple[float, ...]:
@@ -658,10 +678,14 @@ class SlimmableFeatureGetter(FeatureGetterNet):
         return self.model.width
 
     def set_width(self, width: float) -> ExitStack:
-        """Switch the active width; `feature_info` follows. See `SlimmableResNet.set_width`."""
+        """Switch the active width; `feature_info` follows, unless padded. See `SlimmableResNet.set_width`."""
         back = ExitStack()
         back.callback(self.set_width, self.width)
         self.model.set_width(width)
-        for info, now in zip(self.feature_info.info, self.model.feature_info, strict=True):
-            info['num_chs'] = now['num_chs']
+        self._set_channels()
         return back
+
+    def _set_channels(self) -> None:
+        width = self.widths[0] if self.pad_channels else self.width
+        for info, full in zip(self.feature_info.info, self.model._feature_info, strict=True):
+            info['num_chs'] = scale_channels(full['num_chs'], width)

@@ -158,6 +158,87 @@ for maps in narrow(y).feature_maps, dense(y).feature_maps:
     del hub.repos['backbones/slimclr_resnet50.mocov2_200e_in1k']
 
 
+TASKS = """
+from transformers import (
+    DetrConfig, DetrForObjectDetection, RTDetrConfig, RTDetrForObjectDetection, UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
+
+y = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+masks = (y[:, 0] > 0).long()
+boxes = [{'class_labels': torch.tensor([1]), 'boxes': torch.tensor([[0.5, 0.5, 0.3, 0.4]])}] * 2
+small = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=5,
+             encoder_attention_heads=2, decoder_attention_heads=2, num_labels=2)
+
+def backbone_of(width, levels):
+    return TimmBackbone.from_pretrained(f'slimclr_resnet50_{width}.mocov2_200e_in1k', out_indices=levels).eval()
+
+def check(model, inside, backbone, labels):
+    torch.manual_seed(0)
+    model.eval()
+    maps = inside(y)
+    for ours, expected in zip(getattr(maps, 'feature_maps', maps), backbone(y).feature_maps, strict=True):
+        assert_close(ours, expected, rtol=1e-4, atol=1e-4)  # DETRs compute frozen normalisations in another order
+    model.save_pretrained('task')
+    opened = type(model).from_pretrained('task').eval()
+    assert_close(opened(y).logits, model(y).logits)
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    stem = next(inside.parameters()).clone()
+    with torch.enable_grad():
+        loss = model(y, labels=labels).loss
+        loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    optimizer.step()
+    assert (next(inside.parameters()) != stem).any()
+"""
+
+
+@pytest.fixture
+def tasks(hub, run, published):
+    """Run code beside TASKS with a published ResNet-50 on the Hub."""
+    files = {path.name: path.read_bytes() for path in published['mocov2_200e_in1k'].iterdir()}
+    hub.add_repo('tasks/slimclr_resnet50.mocov2_200e_in1k', files)
+    yield lambda code: run(TASKS + code, SLIMCLR_HUB_ORG='tasks')
+    del hub.repos['tasks/slimclr_resnet50.mocov2_200e_in1k']
+
+
+@pytest.mark.parametrize('width', ['050', '025'])
+def test_upernet(tasks, width):
+    tasks(f"""
+backbone = backbone_of('{width}', (1, 2, 3, 4))
+config = UperNetConfig(backbone_config=backbone.config, num_labels=2, hidden_size=16, auxiliary_channels=8)
+model = UperNetForSemanticSegmentation(config)
+model.backbone.load_state_dict(backbone.state_dict())
+check(model, model.backbone, backbone, masks)
+""")
+
+
+@pytest.mark.parametrize('width', ['050', '025'])
+def test_detr(tasks, width):
+    tasks(f"""
+backbone = backbone_of('{width}', (4,))
+model = DetrForObjectDetection(DetrConfig(backbone_config=backbone.config, **small))
+model.model.backbone.model.load_state_dict(backbone._backbone.state_dict())
+check(model, model.model.backbone.model, backbone, boxes)
+""")
+
+
+@pytest.mark.parametrize('width', ['050', '025'])
+def test_rt_detr(tasks, width):
+    tasks(f"""
+backbone = backbone_of('{width}', (2, 3, 4))
+narrow = dict(encoder_hidden_dim=32, decoder_in_channels=[32] * 3, num_denoising=4)
+config = RTDetrConfig(
+    backbone_config=backbone.config, encoder_in_channels=backbone.channels, **small, **narrow
+)
+model = RTDetrForObjectDetection(config)
+model.model.backbone.model.load_state_dict(backbone.state_dict())
+check(model, model.model.backbone.model, backbone, boxes)
+""")
+
+
 def test_images_of_datasets(run, where):
     run(f"""
 import datasets

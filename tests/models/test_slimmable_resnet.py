@@ -230,12 +230,12 @@ def test_features_only(width):
 
 def test_features_only_opens_at_a_width_and_switches_back():
     model = timm.create_model('slimclr_resnet20', features_only=True, width=0.5)
-    assert model.feature_info.channels() == [8, 8, 16, 32]
+    assert model.feature_info.channels() == [8, 16, 32]
     with model.set_width(0.25):
-        assert model.feature_info.channels() == [4, 4, 8, 16]
-        assert [f.shape[1] for f in model(images())] == [4, 4, 8, 16]
+        assert model.feature_info.channels() == [4, 8, 16]
+        assert [f.shape[1] for f in model(images())] == [4, 8, 16]
     assert model.width == 0.5
-    assert model.feature_info.channels() == [8, 8, 16, 32]
+    assert model.feature_info.channels() == [8, 16, 32]
 
 
 @pytest.mark.parametrize('width', WIDTHS)
