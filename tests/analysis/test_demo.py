@@ -48,10 +48,9 @@ def test_analysis(run, arguments, data, capsys):
         assert content['trajectories'][0]['none']['steps'] == [0, 93, 186, 192]
 
 
-def test_recipes_of_results_are_of_checkpoints_alone():
-    """RESULTS.md has gradients and trajectories of these; a record more would change them."""
-    for path in (CONFIGS / 'small_scale').glob('*.yaml'):
-        config = load_recipe(path)
-        assert not config.diagnostics.on
-        assert path.stem == 'collapse' or config.run.keep_checkpoints == 100
+def test_recipes_of_results_record_alike():
+    """RESULTS.md compares their gradients, whose directions depend on how far apart they lie, and their ways."""
+    recorded = {load_recipe(path).diagnostics for path in (CONFIGS / 'small_scale').glob('*.yaml')}
+    assert len(recorded) == 2  # collapse.yaml has no figure
+    assert sum(diagnostics.on for diagnostics in recorded) == 1
     assert load_recipe(CONFIGS / 'mocov3_resnet20_fashionmnist6k.yaml').diagnostics.on
