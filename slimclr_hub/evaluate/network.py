@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 import timm
 
 from slimclr_hub.data import DataConfig
+from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import has_validation
 from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.baselines import Encoder, RawPixels, random_weights
 from slimclr_hub.hub.open import open_network, read_config
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import early
@@ -39,6 +41,25 @@ def open_for_test(network: str) -> SlimmableResNet:
     """
     check_network(network)
     return open_network(network).eval()
+
+
+def open_encoder(network: str, data: DataConfig, seed: int) -> Encoder:
+    """Open what classifiers are trained on: a network in eval mode, `raw pixels`, or `random weights of NETWORK`.
+
+    Weights are drawn by the seed, and normalise by training images.
+
+    Raises:
+        InputError: There is no such network, or it takes images of another number of channels.
+    """
+    if network == RAW_PIXELS:
+        return RawPixels(data.channels * data.size**2)
+    like = drawn_anew(network)
+    model = open_for_test(like or network)
+    check_channels(network, model, data)
+    if like is None:
+        return model
+    images = (batch for batch, _ in eval_loader(data, data.train_split, None, seed).readable())
+    return random_weights(model, images, seed)
 
 
 def check_network(network: str) -> None:

@@ -13,7 +13,7 @@ from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.setup import make_method, make_optimizer, make_schedule
 
 CONFIGS = Path(__file__).parents[2] / 'recipes' / 'configs'
-RECIPES = sorted(path for path in CONFIGS.rglob('*.yaml') if path.parent.name != 'linear_eval')
+RECIPES = sorted(path for path in CONFIGS.rglob('*.yaml') if path.parent.name not in ('linear_eval', 'suite_eval'))
 BATCH, SIZE = 2, 64
 
 

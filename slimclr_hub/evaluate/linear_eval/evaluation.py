@@ -21,7 +21,7 @@ from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.distributed import from_main_process
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.baselines import Encoder, RawPixels, random_weights
+from slimclr_hub.evaluate.baselines import Encoder
 from slimclr_hub.evaluate.features import FeatureCache, check_labels, state_hash
 from slimclr_hub.evaluate.linear_eval.config import BATCH_SIZE, LinearEvalConfig, parse_linear_eval
 from slimclr_hub.evaluate.linear_eval.probe import make_head, standardisation
@@ -34,12 +34,11 @@ from slimclr_hub.evaluate.linear_eval.report import (
 )
 from slimclr_hub.evaluate.linear_eval.training import AugmentedBatches, CachedBatches, FeatureBatches, ProbeTraining
 from slimclr_hub.evaluate.network import (
-    check_channels,
     check_images,
     check_network,
     default_output,
     drawn_anew,
-    open_for_test,
+    open_encoder,
     published_network,
 )
 from slimclr_hub.evaluate.repetitions import print_spread, repetitions
@@ -91,7 +90,9 @@ def linear_eval(config: LinearEvalConfig) -> Result:
     # The settings record the precision that accelerate was launched with.
     config = replace(config, run=replace(config.run, precision=accelerator.mixed_precision))
     config = _with_fitting_batch(config, accelerator)
-    backbone = _open(config)
+    if config.network == RAW_PIXELS and config.save_to is not None:
+        raise InputError(f'save_to {config.save_to}: raw pixels have no network to save; leave it out')
+    backbone = open_encoder(config.network, config.data, config.run.seed)
     backbone.reset_classifier(0)
     backbone.eval().requires_grad_(False).to(accelerator.device)
     if config.run.channels_last:
@@ -117,21 +118,6 @@ def linear_eval(config: LinearEvalConfig) -> Result:
             print(f'Network with its head: slimclr-hub predict {config.save_to} IMAGE ...')
     accelerator.wait_for_everyone()
     return result
-
-
-def _open(config: LinearEvalConfig) -> Encoder:
-    if config.network == RAW_PIXELS:
-        if config.save_to is not None:
-            raise InputError(f'save_to {config.save_to}: raw pixels have no network to save; leave it out')
-        return RawPixels(config.data.channels * config.data.size**2)
-    like = drawn_anew(config.network)
-    backbone = open_for_test(like or config.network)
-    check_channels(config.network, backbone, config.data)
-    if like is None:
-        return backbone
-    loader = eval_loader(config.data, config.data.train_split, None, config.run.seed)
-    images = (batch for batch, _ in loader.readable())
-    return random_weights(backbone, images, config.run.seed)
 
 
 def check_frozen(backbone: Encoder, before: str) -> None:
