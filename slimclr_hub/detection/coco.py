@@ -1,8 +1,10 @@
-"""Files of COCO 2017."""
+"""Files of COCO 2017, and what has to be in files of its format."""
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from slimclr_hub.errors import InputError, shorten
 
@@ -13,6 +15,8 @@ FILES = (
     'val2017',
 )
 """Files of training and evaluation in the folder of COCO."""
+
+_LISTS = {'image': 'images', 'category': 'categories'}
 
 
 def coco_root() -> Path:
@@ -38,3 +42,41 @@ def check_classes(annotations: str, names: Sequence[str], classes: Sequence[str]
         problems.append(f'metainfo names them in another order, {shorten(classes)}, which would swap labels')
     if problems:
         raise InputError(f'{annotations} has the classes {shorten(names)} in this order: {"; ".join(problems)}')
+
+
+def class_names(root: str | Path, annotations: str = 'annotations/train.json') -> tuple[str, ...]:
+    """Names of the classes in annotations of COCO's format, in their order, which is that of labels.
+
+    Raises:
+        InputError: The file is missing, is not in COCO's format, or names no class or one twice.
+    """
+    path = Path(root) / annotations
+    check_files(Path(root), (annotations,), 'COCO_ROOT (environment) is the folder of your images and annotations')
+    try:
+        names = tuple(category['name'] for category in json.loads(path.read_bytes())['categories'])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not in COCO's format: {type(error).__name__} {error}") from error
+    if not names or len({*names}) != len(names):
+        raise InputError(f'{path} names {f"a class twice: {shorten(names)}" if names else "no class"}')
+    return names
+
+
+def check_annotations(annotations: str, content: dict[str, Any], images: Path, masks: bool) -> None:
+    """Raise an InputError for what would be left out without a word, or end a run in its middle.
+
+    That is an annotation without a key that training or evaluation reads, one of an image or category that the file
+    lacks, and an image that is not in its folder.
+    """
+    keys = ('image_id', 'category_id', 'bbox', 'area', 'iscrowd', *(['segmentation'] if masks else []))
+    known = {f'{kind}_id': {entry['id'] for entry in content[plural]} for kind, plural in _LISTS.items()}
+    for annotation in content.get('annotations', []):
+        name = f'{annotations}: annotation {annotation.get("id")}'
+        if lacking := [key for key in keys if annotation.get(key) in (None, [])]:
+            raise InputError(f'{name} has no {", ".join(lacking)}; each needs {", ".join(keys)}')
+        for key, ids in known.items():
+            if annotation[key] not in ids:
+                raise InputError(f'{name} has the {key} {annotation[key]}, which is not among those of the file')
+    there = {*os.listdir(images)}
+    names = [image['file_name'] for image in content['images']]
+    if lost := [name for name in names if name not in there and not (images / name).is_file()]:
+        raise InputError(f'{annotations}: {len(lost)} of {len(names)} images are not in {images}: {shorten(lost)}')

@@ -33,7 +33,7 @@ def read(name, **environment):
 
 def test_configurations_are_found():
     assert {'mask_rcnn_slim', 'mask_rcnn_slim_w050', 'faster_rcnn_slim', 'retinanet_slim'} < {*CONFIGS}
-    assert len(CONFIGS) == 8
+    assert len(CONFIGS) == 9
 
 
 # The other configs change a schedule or a source of weights; the coins train by the real command.

@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import timm
 import torch
 from mmdet.registry import DATASETS
+from mmengine.config import Config
 from mmengine.runner import Runner
 from PIL import Image
 
@@ -14,6 +16,7 @@ from slimclr_hub.detection.coins import write_coins
 from slimclr_hub.detection.precision import History, by_width, draw_history, precision_table
 from slimclr_hub.errors import InputError
 from tests.detection.small import MODELS, config, detector
+from tests.hub.files import ROOT
 
 PIPELINE = [
     dict(type='LoadImageFromFile'),
@@ -347,3 +350,114 @@ def test_figure(tmp_path):
         assert image.size == (1200, 480)  # two panels
     assert not draw_history({1: {'width_1.00/lvis/bbox_AP': 0.3}}, 'epoch', tmp_path / 'b.png')
     assert not (tmp_path / 'b.png').exists()
+
+
+# Images and classes of a user's own
+
+
+@pytest.fixture
+def own(coins, tmp_path):
+    """The coins as two classes whose ids have gaps, with a crowd and an image without annotations, and the content."""
+    folder = tmp_path / 'own'
+    shutil.copytree(coins, folder)
+    contents = {}
+    for split in 'train', 'val':
+        content = json.loads((folder / 'annotations' / f'{split}.json').read_text())
+        content['categories'] = [{'id': 7, 'name': 'large'}, {'id': 3, 'name': 'small'}]
+        for annotation in content['annotations']:
+            annotation['category_id'] = 7 if annotation['area'] > 1500 else 3
+        content['annotations'][0]['iscrowd'] = 1
+        if split == 'train':
+            content['annotations'] = [a for a in content['annotations'] if a['image_id'] != 2]
+        contents[split] = content
+        (folder / 'annotations' / f'{split}.json').write_text(json.dumps(content))
+    return folder, contents
+
+
+def own_config(folder, monkeypatch):
+    monkeypatch.setenv('COCO_ROOT', str(folder))
+    return Config.fromfile(ROOT / 'transfer' / 'mask_rcnn_slim_own.py')
+
+
+def test_own_classes_are_read_from_the_annotations(own, monkeypatch):
+    folder, contents = own
+    settings = own_config(folder, monkeypatch)
+    assert settings.model.roi_head.bbox_head.num_classes == settings.model.roi_head.mask_head.num_classes == 2
+    train, val = (DATASETS.build(settings[f'{split}_dataloader'].dataset) for split in contents)
+    assert train.metainfo['classes'] == val.metainfo['classes'] == ('large', 'small')
+    assert (len(train), len(val)) == (11, 2)  # training leaves the image without annotations out
+    settings.train_dataloader.dataset.filter_cfg.filter_empty_gt = False
+    assert len(DATASETS.build(settings.train_dataloader.dataset)) == 12
+    instances = [instance for i in range(len(train)) for instance in train.get_data_info(i)['instances']]
+    expected = [
+        (annotation['category_id'] == 3, annotation['iscrowd']) for annotation in contents['train']['annotations']
+    ]
+    assert [(box['bbox_label'], box['ignore_flag']) for box in instances] == expected
+    assert Config.fromstring(settings.pretty_text, '.py').classes == ('large', 'small')  # as checkpoints keep it
+
+
+def test_own_classes_train_and_evaluate(own, tmp_path):
+    """With a crowd, and an image without annotations alone in its batch."""
+    folder, _ = own
+    about = dict(type='CocoFolder', metainfo=dict(classes=('large', 'small')))
+    changes = {**training(folder), **validation(folder), 'val_cfg': dict(type='SlimmableValLoop')}
+    changes['train_dataloader']['batch_size'] = 1
+    changes.update(validation(folder, 'test'))
+    for stage in 'train', 'val', 'test':
+        changes[f'{stage}_dataloader']['dataset'].update(about)
+    heads = dict(num_classes=2)
+    small = config()
+    small.roi_head.bbox_head.update(heads)
+    small.roi_head.mask_head.update(heads)
+    run = runner(folder, tmp_path, MODELS.build(small), **changes)
+    losses = []
+    step = run.model.train_step
+    run.model.train_step = lambda *data, **options: losses.append(step(*data, **options)) or losses[-1]
+    run.train()
+    assert len(losses) == 2
+    assert all(value.isfinite().all() for log in losses for value in log.values())
+    kept = json.loads((tmp_path / 'ap_by_width.json').read_text())['1']
+    assert {key for key in kept if key.endswith('bbox_mAP')} == {
+        f'width_{width:.2f}/coco/bbox_mAP' for width in run.model.widths
+    }
+
+
+@pytest.mark.parametrize(
+    ('damage', 'message'),
+    [
+        (
+            lambda content: content['annotations'][1].pop('iscrowd'),
+            'annotation 2 has no iscrowd; each needs image_id, ',
+        ),
+        (lambda content: content['annotations'][1].update(segmentation=[]), 'annotation 2 has no segmentation;'),
+        (lambda content: content['annotations'][1].update(category_id=1), 'annotation 2 has the category_id 1, which'),
+        (lambda content: content['annotations'][1].update(image_id=99), 'annotation 2 has the image_id 99, which'),
+        (lambda content: content['images'][0].update(file_name='x.png'), r'1 of 12 images are not in .*train: x\.png'),
+        (lambda content: content['annotations'].clear(), r"filter_cfg=.*'filter_empty_gt': True.* leaves none of its"),
+    ],
+)
+def test_own_annotations_are_checked_before_training(own, damage, message, monkeypatch):
+    folder, contents = own
+    damage(contents['train'])
+    (folder / 'annotations' / 'train.json').write_text(json.dumps(contents['train']))
+    dataset = own_config(folder, monkeypatch).train_dataloader.dataset
+    with pytest.raises(InputError, match=rf'^annotations/train\.json: .*{message}|train\.json: {message}') as error:
+        DATASETS.build(dataset)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        (None, r'no annotations/train\.json in .*; COCO_ROOT \(environment\) is the folder'),
+        ('{}', "train.json is not in COCO's format: KeyError 'categories'"),
+        ('{"categories": []}', 'train.json names no class'),
+        ('{"categories": [{"name": "a"}, {"name": "a"}]}', 'train.json names a class twice: a; a'),
+    ],
+)
+def test_own_classes_that_cannot_be_read(text, message, tmp_path, monkeypatch):
+    (tmp_path / 'annotations').mkdir()
+    if text is not None:
+        (tmp_path / 'annotations' / 'train.json').write_text(text)
+    with pytest.raises(InputError, match=message):
+        own_config(tmp_path, monkeypatch)

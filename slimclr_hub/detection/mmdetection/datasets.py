@@ -6,8 +6,11 @@ from typing import Any, ClassVar
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 
-from slimclr_hub.detection.coco import check_classes, check_files
+from slimclr_hub.detection.coco import check_annotations, check_classes, check_files, class_names
 from slimclr_hub.detection.coins import write_coins
+from slimclr_hub.errors import InputError
+
+__all__ = ['CocoFolder', 'CoinsFolder', 'class_names']  # configs call the last one
 
 
 @DATASETS.register_module()
@@ -26,7 +29,8 @@ class CocoFolder(CocoDataset):
         kwargs: Further ones of MMDetection's `CocoDataset`.
 
     Raises:
-        InputError: A file is missing, or the classes of `metainfo` are not those of the file, in its order.
+        InputError: A file is missing, the classes of `metainfo` are not those of the file, in its order, or an
+            annotation lacks something.
     """
 
     remedy = 'COCO 2017 lies in the folder COCO_ROOT (environment); `slimclr-hub doctor` lists what is missing'
@@ -42,16 +46,24 @@ class CocoFolder(CocoDataset):
         **kwargs: Any,
     ) -> None:
         self.some_classes = some_classes
+        self.masks = any(step.get('with_mask') for step in kwargs.get('pipeline', ()))
         if not lazy_init:
             check_files(Path(data_root), (ann_file, data_prefix['img']), self.remedy)
         super().__init__(data_root=data_root, ann_file=ann_file, data_prefix=data_prefix, lazy_init=lazy_init, **kwargs)
 
     def COCOAPI(self, annotations: str) -> Any:  # noqa: N802 - what MMDetection calls to read the file
-        """Read annotations and check their classes."""
+        """Read annotations and check them."""
         coco = CocoDataset.COCOAPI(annotations)
         names = [category['name'] for category in coco.dataset['categories']]
         check_classes(self.ann_file, names, self.metainfo['classes'], self.some_classes)
+        check_annotations(self.ann_file, coco.dataset, Path(self.data_prefix['img']), self.masks)
         return coco
+
+    def filter_data(self) -> list[dict[str, Any]]:
+        """Leave out images as `filter_cfg` says; an InputError if none is left."""
+        if not (kept := super().filter_data()):
+            raise InputError(f'{self.ann_file}: filter_cfg={self.filter_cfg} leaves none of its images')
+        return kept
 
 
 @DATASETS.register_module()
