@@ -343,13 +343,20 @@ def test_csv_has_every_number(place, tmp_path, capsys):
     assert compare_networks(networks, csv=file, latex=Path('-'), batch_size=None) == [file]
     assert capsys.readouterr().out.startswith(r'\begin{table}')
     rows = list(csv.DictReader(file.open()))
-    assert [(row['network'], row['width'], row['top1'], row['top5'], row['start']) for row in rows] == [
+    assert [(row['model'], row['width'], row['top1'], row['top5'], row['start']) for row in rows] == [
         ('slim', '1.0', '71.26', '', '30.0'), ('slim', '0.5', '66.26', '', '25.0'),
         ('slim', '1.0', '80.04', '89.04', ''), ('slim', '0.5', '75.0', '84.0', ''),
         ('bare', '1.0', '', '', ''), ('bare', '0.5', '', '', ''),
     ]  # fmt: skip
     assert rows[2]['protocol'] == str(LINEAR)
     assert (rows[2]['test_images'], rows[2]['networks']) == ('1000', '1')
+    # The columns of timm's files of results, in their order.
+    of_timm = ['model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct', 'interpolation']
+    assert list(rows[0])[:9] == of_timm
+    assert (rows[2]['top1_err'], rows[2]['top5_err']) == ('19.96', '10.96')
+    model = timm.create_model('slimclr_resnet20', widths=(1.0, 0.5), in_chans=1, num_classes=0).extract(0.5)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert float(rows[3]['param_count']) == round(parameters / 1e6, 2)
 
 
 def test_rank_is_a_column_and_no_accuracy(place, tmp_path, capsys):
@@ -590,7 +597,7 @@ def test_raw_pixels_among_several(place, tmp_path, capsys):
     save([Result(str(a), LINEAR, {1.0: 80.0, 0.5: 70.0}, images=1000), pixels], a / 'linear_eval')
     compare_networks([str(a), str(b), str(place / 'slim')], csv=Path('-'), batch_size=None)
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
-    found = [(row['data'], row['protocol'], row['top1'], row['top5']) for row in rows if row['network'] == 'raw pixels']
+    found = [(row['data'], row['protocol'], row['top1'], row['top5']) for row in rows if row['model'] == 'raw pixels']
     knn = 'k-NN, k=20, tau=0.1, while training'
     assert found == [('fashion-mnist', knn, '82.83', ''), ('fashion-mnist', str(LINEAR), '85.2', '99.1')]
     compare_networks([str(a), str(b)], markdown=Path('-'), batch_size=None)

@@ -33,7 +33,7 @@ def compare_networks(
     Args:
         networks: Folders of runs and networks, and names of published ones.
         markdown: File for the tables in Markdown; `-` prints them so, instead of the usual tables.
-        csv: Likewise for all numbers in CSV, a row for each network, width and protocol.
+        csv: Likewise for all numbers in CSV, a row for each network, width and protocol, in timm's columns.
         latex: Likewise for the tables in LaTeX.
         figure: Where to draw accuracy over multiply-adds, as PNG and PDF.
         reported: Add networks of such a cost that the paper reports, or all without `networks`.

@@ -99,36 +99,76 @@ def reported_tables(entries: Sequence[Entry]) -> list[TextTable]:
     return [first, TextTable(f'Reported: {TABLE_2}', headers, detection, notes, names=3)]
 
 
+_CSV = (
+    *('model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct', 'interpolation'),
+    *('infer_samples_per_sec', 'infer_gmacs'),
+    *('width', 'data', 'protocol', 'top1_std', 'start', 'networks', 'test_images', 'rank'),
+)
+"""Columns of timm's files of results, those of its benchmarks that are measured here, and our own."""
+
+
 def csv_text(entries: Sequence[Entry], reported: bool) -> str:
-    """All numbers as CSV, a row for each network, width and protocol; `reported` adds those of `reported_networks`."""
+    """All numbers as CSV, a row for each network, width and protocol; `reported` adds those of `reported_networks`.
+
+    Columns are called as in the files of results of timm, with accuracies in percent, `param_count` in millions and
+    `infer_gmacs` in 10^9 multiply-adds.
+    """
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator='\n')
-    headers = ('network', 'width', 'parameters', 'multiply_adds', 'images_per_second', 'data', 'protocol')
-    writer.writerow([*headers, 'top1', 'top1_std', 'top5', 'start', 'networks', 'test_images', 'rank'])
+    writer = csv.DictWriter(file, _CSV, restval='', lineterminator='\n')
+    writer.writeheader()
     for entry in entries:
+        look = getattr(entry.model, 'pretrained_cfg', None) or {}
+        about = {
+            'model': entry.name,
+            'img_size': entry.size,
+            **{key: look[key] for key in ('crop_pct', 'interpolation') if look.get(key) is not None},
+        }
         for protocol in entry.results or [None]:
             for fact in entry.facts:
-                cost = [entry.name, fact.width, fact.parameters, fact.multiply_adds, entry.speed.get(fact.width, '')]
+                cost = {**about, **_costs(fact.width, fact.parameters, fact.multiply_adds)}
+                if fact.width in entry.speed:
+                    cost['infer_samples_per_sec'] = entry.speed[fact.width]
                 if protocol is None:
-                    writer.writerow([*cost, *[''] * 9])
+                    writer.writerow(cost)
                 elif found := entry.values(protocol, 'values', fact.width):
-                    spread = stdev(found) if len(found) > 1 else ''
-                    several = [entry.values(protocol, kind, fact.width) for kind in ('top1', 'top5', 'start', 'rank')]
-                    top1, top5, start, rank = [mean(values) if values else '' for values in several]
-                    images = entry.results[protocol][0].images
-                    row: list[Any] = [*cost, protocol.data, protocol, top1, spread if top1 != '' else '', top5, start]
-                    writer.writerow([*row, len(found), images if images and top1 != '' else '', rank])
+                    several = {
+                        kind: mean(values)
+                        for kind in ('top1', 'top5', 'start', 'rank')
+                        if (values := entry.values(protocol, kind, fact.width))
+                    }
+                    row = {
+                        **cost,
+                        **_measured(protocol, several.pop('top1', None), several.pop('top5', None)),
+                        **several,
+                    }
+                    row['networks'] = len(found)
+                    if row['top1'] != '':
+                        row['top1_std'] = stdev(found) if len(found) > 1 else ''
+                        row['test_images'] = entry.results[protocol][0].images or ''
+                    writer.writerow(row)
     protocols = list(dict.fromkeys(protocol for entry in entries for protocol in entry.results))
     for name, of in raw_pixels_of(entries, protocols).items():
         for protocol, result in of.items():
-            of_pixels = [result.top1[1.0], '', result.top5.get(1.0, ''), '', 1, result.images or '', '']
-            writer.writerow([name, *[''] * 4, protocol.data, protocol, *of_pixels])
+            row = _measured(protocol, result.top1[1.0], result.top5.get(1.0))
+            writer.writerow({'model': name, **row, 'networks': 1, 'test_images': result.images or ''})
     for network, widths in reported_networks(entries) if reported else ():
         for width in widths:
             result, teacher = network.result, f', teacher {network.teacher}' if network.teacher else ''
-            about = [f'{result.network}{teacher}', width, *map(int, network.costs[width]), '', TABLE_1.data, TABLE_1]
-            writer.writerow([*about, result.top1[width], '', result.top5.get(width, ''), '', 1, '', ''])
+            row = {**_costs(width, *network.costs[width]), 'model': f'{result.network}{teacher}', 'networks': 1}
+            writer.writerow({**row, **_measured(TABLE_1, result.top1[width], result.top5.get(width))})
     return file.getvalue()
+
+
+def _costs(width: float, parameters: float, multiply_adds: float) -> dict[str, Any]:
+    return {'width': width, 'param_count': round(parameters / 1e6, 2), 'infer_gmacs': round(multiply_adds / 1e9, 4)}
+
+
+def _measured(protocol: Protocol, top1: float | None, top5: float | None) -> dict[str, Any]:
+    row: dict[str, Any] = {'data': protocol.data, 'protocol': protocol, 'top1': '', 'top5': ''}
+    for name, value in (('top1', top1), ('top5', top5)):
+        if value is not None:
+            row |= {name: value, f'{name}_err': round(100 - value, 4)}
+    return row
 
 
 def _table(entries: Sequence[Entry], data: str | None, alone: bool, batch_size: int, hardware: str) -> TextTable:
