@@ -1,4 +1,4 @@
-"""Accuracy of a network's classifier at every width on corrupted images: `recipes/robustness.py`.
+"""Accuracy of a network's classifier at every width on corrupted and other images: `recipes/robustness.py`.
 
 FOLDER/robustness.json      accuracies of every corruption, severity and width
        robustness.png, .pdf mean over corruptions, by severity
@@ -6,17 +6,19 @@ FOLDER/robustness.json      accuracies of every corruption, severity and width
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from accelerate import Accelerator
+from timm.data import ImageNetInfo
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from slimclr_hub.data.loaders import eval_loader
+from slimclr_hub.data.sources import make_dataset
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import extract_features, state_hash, with_progress
 from slimclr_hub.evaluate.linear_eval.probe import accuracies
@@ -31,6 +33,7 @@ from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.settings import PRECISIONS, at_least, check_seed, one_of, plain
 
 RESULT = 'robustness.json'
+_IMAGENET = 1000
 CLEAN = 'clean'
 
 Found = dict[str, dict[int, dict[float, float]]]
@@ -44,8 +47,10 @@ class RobustnessConfig:
     Args:
         network: Folder, tag or hf-hub:USER/NAME of a network with a classifier, as fine-tuning and a linear evaluation
             with --save_to leave it.
-        data: The images; those of the run unless given, else ImageNet. Classes have to be those of the classifier.
-        corruptions: Corruptions to try; all where null.
+        data: The images; those of the run unless given, else ImageNet. Classes have to be those of the classifier; for
+            ImageNet's thousand also some of them, in folders named by synset or number, as ImageNet-V2, R, A and Sketch
+            have them.
+        corruptions: Corruptions to try; all where null, none where empty.
         severities: Severities to try, of 1 to 5.
         images: Images to test on, a fixed random choice; all where null.
         seed: Seed of that choice, and of the corruptions.
@@ -98,7 +103,8 @@ def _robustness(argv: Sequence[str]) -> None:
     parser.set_defaults(data_defaults(argv))
     built = parse(parser, argv)
     config = RobustnessConfig(**{name: built[name] for name in RobustnessConfig.__dataclass_fields__})
-    check_images(config.data)
+    if not _has_folder(config.data):
+        check_images(config.data)
     accelerator = launched(config.precision, 'precision', trains=False)
     model = open_for_test(config.network)
     found, tested = evaluate(config, accelerator, model)
@@ -111,10 +117,26 @@ def _robustness(argv: Sequence[str]) -> None:
             'environment': environment(),
         }
         write_text(config.folder / RESULT, json.dumps(record, indent=2) + '\n')
-        _draw(found, config.folder / 'robustness')
         print_table(config.network, found, tested)
-        print(f'Result: {config.folder / RESULT}\nFigure: {config.folder / "robustness.png"}')
+        print(f'Result: {config.folder / RESULT}')
+        if len(found) > 1:
+            _draw(found, config.folder / 'robustness')
+            print(f'Figure: {config.folder / "robustness.png"}')
     accelerator.end_training()
+
+
+def _has_folder(data: DataConfig) -> bool:
+    """True if the images to test on are a folder of their own, wherever training images may be."""
+    if data.name != 'folder' or data.root is None or data.val_split in (None, data.train_split):
+        return False
+    return (Path(data.root) / str(data.val_split)).is_dir()
+
+
+def imagenet_classes(names: Sequence[str] | None) -> list[int] | None:
+    """Classes 0 to 999 of ImageNet that are called by synsets, or by numbers as in ImageNet-V2; None of other names."""
+    numbers = {name: number for number, name in enumerate(ImageNetInfo().label_names())}
+    numbers |= {str(number): number for number in numbers.values()}
+    return [numbers[name] for name in names] if names and all(name in numbers for name in names) else None
 
 
 def evaluate(config: RobustnessConfig, accelerator: Accelerator, model: SlimmableResNet) -> tuple[Found, int]:
@@ -133,16 +155,30 @@ def evaluate(config: RobustnessConfig, accelerator: Accelerator, model: Slimmabl
     model.to(accelerator.device)
     found: Found = {}
     tested = 0
+    # Opened once for all cases: listing a large folder takes a while.
+    images = None if config.data.streams else make_dataset(config.data, config.data.val_split)
+    classes: list[int] | None = None
     cases = [Corruption(name, severity, config.seed) for name in config.names for severity in config.severities]
     for case in (None, *cases):
         loader = eval_loader(
-            config.data, config.data.val_split, config.images, config.seed, accelerator.num_processes, alter=case
+            config.data,
+            config.data.val_split,
+            config.images,
+            config.seed,
+            accelerator.num_processes,
+            alter=case,
+            images=images,
         )
         title = CLEAN if case is None else f'{case.name} {case.severity}'
         batches = with_progress(accelerator, loader.prepared(accelerator), loader.total, title)
         logits, labels = extract_features(accelerator, model, batches, model.widths)
+        if model.num_classes == _IMAGENET:
+            classes = imagenet_classes(loader.source.class_names)
+        if classes is not None:
+            # Only these compete, as where ImageNet-R and A were published (Hendrycks et al. 2021).
+            logits = {width: x[:, classes] for width, x in logits.items()}
         least, most = labels.min().item(), labels.max().item()
-        if least < 0 or most >= model.num_classes:
+        if least < 0 or most >= next(iter(logits.values())).shape[1]:
             raise InputError(
                 f'data.name {config.data.name}, split {config.data.val_split}: there are images of class {most} or of '
                 f'none, and the classifier of {config.network} has {model.num_classes} classes; give images of these'
@@ -150,6 +186,8 @@ def evaluate(config: RobustnessConfig, accelerator: Accelerator, model: Slimmabl
         name, severity = (CLEAN, 0) if case is None else (case.name, case.severity)
         found.setdefault(name, {})[severity] = accuracies(lambda x, _: x, logits, labels, 1)
         tested = len(labels)
+    if classes is not None and len(classes) < _IMAGENET:
+        accelerator.print(f'Of the classes of ImageNet the {len(classes)} that these images have compete')
     return found, tested
 
 
@@ -167,6 +205,9 @@ def print_table(network: str, found: Found, tested: int) -> None:
             means[width].append(value)
             cells.append(f'{value:.1f}')
         rows.append([name.replace('_', ' '), *cells])
+    if len(found) == 1:
+        TextTable(f'{network}: top-1 accuracy (%)', ['', *_heads(clean)], rows, [f'{tested} images.']).print()
+        return
     rows.append(['mean', *(f'{mean(values):.1f}' for values in means.values())])
     relative = (mean(values) / clean[width] if clean[width] else 0.0 for width, values in means.items())
     rows.append(['relative to clean', *(f'{value:.2f}' for value in relative)])
@@ -176,8 +217,11 @@ def print_table(network: str, found: Found, tested: int) -> None:
         'Kinds and strengths after Hendrycks & Dietterich 2019; the draws are our own, so none of it compares with '
         'ImageNet-C.',
     ]
-    headers = ['', *(f'width {width:g}' for width in clean)]
-    TextTable(f'{network}: top-1 accuracy (%) on corrupted images', headers, rows, notes).print()
+    TextTable(f'{network}: top-1 accuracy (%) on corrupted images', ['', *_heads(clean)], rows, notes).print()
+
+
+def _heads(clean: Mapping[float, float]) -> list[str]:
+    return [f'width {width:g}' for width in clean]
 
 
 def _draw(found: Found, path: Path) -> None:

@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
+from timm.data import ImageNetInfo
 
 from slimclr_hub.data.config import DataConfig
 from slimclr_hub.data.corruptions import Corruption
@@ -16,6 +18,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate import robustness
 from slimclr_hub.evaluate.network import open_for_test
 from slimclr_hub.evaluate.robustness import RobustnessConfig, evaluate
+from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.weights.published import SHIPPED
 
 WITH_HEAD, WITHOUT = (SHIPPED[tag].name for tag in ('mocov3_lincls_fashionmnist', 'mocov3_fashionmnist'))
@@ -92,6 +95,35 @@ def test_command_writes_what_it_prints(tmp_path, capsys):
 def test_refusals(wrong, words):
     with pytest.raises(InputError, match=words):
         RobustnessConfig(network=WITH_HEAD, **wrong)
+
+
+@pytest.mark.parametrize('named', ['synsets', 'numbers'])
+def test_some_classes_of_imagenet_compete_among_themselves(tmp_path, capsys, named):
+    """As ImageNet-R, A and V2 have their folders, whose order is no class: against logits sorted by hand."""
+    chosen = [7, 30, 200, 999]
+    synsets = ImageNetInfo().label_names()
+    model = timm.create_model('slimclr_resnet20', widths=(1.0, 0.5), num_classes=1000, in_chans=3).eval()
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (12, 28, 28, 3), np.uint8))
+    with torch.inference_mode():
+        normalised = (images.permute(0, 3, 1, 2) / 255 - 0.286) / 0.353
+        logits = {width: x[:, chosen] for width, x in model.forward_widths(normalised).items()}
+    right = dict.fromkeys(model.widths, 0)
+    for i, image in enumerate(images):
+        # Two of three images get the class that the full width finds among the four.
+        place = int(logits[1.0][i].argmax()) if i % 3 else i % 4
+        name = synsets[chosen[place]] if named == 'synsets' else str(chosen[place])
+        (tmp_path / 'odd' / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.numpy()).save(tmp_path / 'odd' / name / f'{i}.png')
+        for width, x in logits.items():
+            right[width] += int(x[i].argmax()) == place
+    for label in chosen:
+        (tmp_path / 'odd' / (synsets[label] if named == 'synsets' else str(label))).mkdir(exist_ok=True)
+    save_folder(model, tmp_path / 'net', size=28, mean=(0.286,) * 3, std=(0.353,) * 3, crop_pct=1.0, card='')
+    arguments = ['--network', str(tmp_path / 'net'), '--data.root', str(tmp_path), '--data.val_split', 'odd']
+    robustness._robustness([*arguments, '--corruptions', '[]', '--data.num_workers', '0'])
+    record = json.loads((tmp_path / 'net' / 'robustness' / 'robustness.json').read_text())
+    assert record['top1'] == {'clean': {'0': {str(w): pytest.approx(100 * n / 12) for w, n in right.items()}}}
+    assert 'the 4 that these images have compete' in capsys.readouterr().out
 
 
 def test_network_without_a_classifier_is_refused():
