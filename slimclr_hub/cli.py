@@ -119,6 +119,18 @@ def info(network: Network) -> None:
 
 
 @app.command()
+def fetch(network: Network, width: Width = None) -> None:
+    """Download a network into the cache, for use offline: all of it, or only what widths up to one need."""
+    from slimclr_hub.hub.open import open_network
+
+    arguments: dict[str, Any] = {} if width is None else {'width': width, 'lazy': True}
+    model = open_network(network, **arguments)
+    words = ''.join(f', {key}={value}' for key, value in arguments.items())
+    print(printable(f'{network}: widths up to {width or model.widths[0]:g} are on this machine'))
+    print(printable(f"Without a connection: HF_HUB_OFFLINE=1, timm.create_model('{network}', pretrained=True{words})"))
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="The authors' checkpoint, a ResNet's, or one of MoCo v2 or v3.")],
     target: Annotated[Path, typer.Argument(help='A folder for timm, or a .safetensors; .pth for a whole detector.')],

@@ -130,6 +130,7 @@ class HubServer:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.errors: list[str] = []
+        self.sent = 0  # bytes of all answers, headers included
         self.lock = threading.Lock()
         self.stopped = threading.Event()
         self.listeners = [Listener(self), Listener(self)]
@@ -268,6 +269,21 @@ class Listener(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
 
+class CountingWriter:
+    """The way to a client; the server knows the bytes that went there."""
+
+    def __init__(self, file: Any, hub: HubServer) -> None:
+        self.file, self.hub = file, hub
+
+    def write(self, data: Any) -> None:
+        self.file.write(data)
+        with self.hub.lock:
+            self.hub.sent += len(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
     disable_nagle_algorithm = True  # header and body are two packets: 40 ms otherwise
@@ -277,6 +293,10 @@ class Handler(BaseHTTPRequestHandler):
     @property
     def hub(self) -> HubServer:
         return self.server.hub
+
+    def setup(self) -> None:
+        super().setup()
+        self.wfile: Any = CountingWriter(self.wfile, self.hub)
 
     def log_message(self, *args: Any) -> None:
         pass

@@ -29,7 +29,7 @@ from slimclr_hub.weights.published import PUBLISHED, SHIPPED
 from tests.data_room.files import some_images, write_pngs
 from tests.hub.files import ROOT, Ended, save_small, small_network
 
-COMMANDS = ('list', 'info', 'convert', 'extract', 'export', 'embed', 'predict', 'push', 'cards', 'doctor')
+COMMANDS = ('list', 'info', 'fetch', 'convert', 'extract', 'export', 'embed', 'predict', 'push', 'cards', 'doctor')
 PROBE = 'mocov2_200e_lincls_in1k'
 
 

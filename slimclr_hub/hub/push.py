@@ -11,18 +11,23 @@ import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from torch import nn
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import encoded
 from slimclr_hub.hub.folder import check_overlap
 from slimclr_hub.hub.open import open_any
+from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.layers import shapes_at
 from slimclr_hub.runs.result import RESULT, results_in
 from slimclr_hub.settings import RECIPE, read_yaml
 from slimclr_hub.text import first_line
 from slimclr_hub.weights.bounded import in_time
-from slimclr_hub.weights.source import is_transport_error, with_retries
+from slimclr_hub.weights.progressive import encode
+from slimclr_hub.weights.source import WEIGHTS, is_transport_error, with_retries
+from slimclr_hub.weights.tensor_file import TensorFile
 
-_NEEDED = ('config.json', 'model.safetensors', 'README.md')
+_NEEDED = ('config.json', WEIGHTS, 'README.md')
 # Files of a run that a reader of the card may want; not its checkpoints.
 _OPTIONAL = (RECIPE, 'metrics.jsonl', '*.png', RESULT, f'*/{RESULT}')
 _SYSTEMS = (PurePosixPath, PureWindowsPath)
@@ -32,23 +37,30 @@ _ABOUT_LOCAL = re.compile(r'From the Hugging Face Hub it is `hf-hub:USER/NAME` i
 
 @dataclass(frozen=True)
 class Plan:
-    """Files to upload to `repo`: path in the repository -> a file, or text that was written for the Hub."""
+    """Files to upload to `repo`: path in the repository -> a file, or text or bytes that were made for the Hub."""
 
     repo: str
-    files: dict[str, Path | str]
+    files: dict[str, Path | str | bytes]
 
     def sizes(self) -> dict[str, int]:
         """Path in the repository -> bytes."""
+        contents = {name: _content(content) for name, content in self.files.items()}
         return {
-            name: content.stat().st_size if isinstance(content, Path) else len(encoded(content))
-            for name, content in self.files.items()
+            name: content.stat().st_size if isinstance(content, Path) else len(content)
+            for name, content in contents.items()
         }
+
+
+def _content(content: Path | str | bytes) -> Path | bytes:
+    return encoded(content) if isinstance(content, str) else content
 
 
 def plan_push(folder: Path, repo: str) -> Plan:
     """Check a folder and list the files to upload, without using the network.
 
-    In the card, `local-dir:...` becomes `hf-hub:REPO`, so that its usage works for its readers, and the accuracies in
+    A slimmable network goes as weights in parts, too (`weights.progressive`), so that others fetch it by size. They are
+    made here and not by training, as a folder on the disk is read by slices and would only take twice the space. In the
+    card, `local-dir:...` becomes `hf-hub:REPO`, so that its usage works for its readers, and the accuracies in
     the folder's `result.json` become evaluation results of the Hub. In the recipe and results, of an absolute path only
     the last part stays.
 
@@ -76,13 +88,26 @@ def plan_push(folder: Path, repo: str) -> Plan:
             raise InputError(f'{path} is a link to {path.resolve()}, outside of the folder; replace it by a copy')
     model = open_any(str(folder))  # whoever downloads it will do the same
     check_overlap(getattr(model, 'overlap', True), folder)
-    files: dict[str, Path | str] = {str(path.relative_to(folder)): _without_paths(path) for path in paths}
+    files: dict[str, Path | str | bytes] = {str(path.relative_to(folder)): _without_paths(path) for path in paths}
     try:
         card = _ABOUT_LOCAL.sub('', (folder / 'README.md').read_text(encoding='utf-8'))
     except UnicodeDecodeError as error:
         raise InputError(f'{folder / "README.md"} is not text in UTF-8 ({error}); save it as that') from error
     files['README.md'] = _with_results(_LOCAL.sub(f'hf-hub:{repo}', card), folder, repo)
-    return Plan(repo, files)
+    return Plan(repo, files | _parts(model, folder / WEIGHTS))
+
+
+def _parts(model: nn.Module, path: Path) -> dict[str, bytes]:
+    """Weights in parts, of a network of several widths that has all that is in its file."""
+    if not isinstance(model, SlimmableResNet) or len(model.widths) == 1:
+        return {}
+    with TensorFile(path) as file:
+        found = file.shapes
+    shapes = {width: shapes_at(model, model.widths[i:]) for i, width in enumerate(model.widths)}
+    whole = shapes[model.widths[0]]
+    if any(whole.get(name) != shape for name, shape in found.items()):
+        return {}  # a file of more widths than its config.json names, or of other image channels
+    return encode(path, shapes)
 
 
 def _without_paths(path: Path) -> Path | str:
@@ -154,10 +179,7 @@ def push(plan: Plan, *, private: bool = False, revision: str | None = None, mess
     if constants.HF_HUB_OFFLINE:
         raise InputError('offline (HF_HUB_OFFLINE); nothing can be pushed')
     api = HfApi(library_name='slimclr_hub')
-    operations = [
-        CommitOperationAdd(name, content if isinstance(content, Path) else encoded(content))
-        for name, content in plan.files.items()
-    ]
+    operations = [CommitOperationAdd(name, _content(content)) for name, content in plan.files.items()]
 
     def upload() -> CommitInfo:
         with_retries(lambda: api.create_repo(plan.repo, private=private, exist_ok=True))

@@ -195,6 +195,37 @@ class SlimmableSequential(PassesWidth, nn.Sequential):
         return x
 
 
+def shapes_at(model: nn.Module, widths: Sequence[float]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of a slimmable network's layers, if it held `widths`, whatever it holds now."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SlicedWeight):
+            (_, rows), (_, columns) = module.spans(max(widths))
+            shapes[f'{name}.weight'] = (rows, columns, *module.weight.shape[2:])
+            if getattr(module, 'bias', None) is not None:
+                shapes[f'{name}.bias'] = (rows,)
+        elif isinstance(module, SwitchableBatchNorm2d | SwitchableLinear):
+            for leaf, tensor in tensors_of(next(iter(module.values()))):
+                for width in widths:
+                    shapes[f'{name}.{width_key(width)}.{leaf}'] = _shape_at(module, leaf, tensor, width)
+    return shapes
+
+
+def tensors_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers of a module, by name."""
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _shape_at(
+    switch: SwitchableBatchNorm2d | SwitchableLinear, leaf: str, other: torch.Tensor, width: float
+) -> tuple[int, ...]:
+    """Shape at `width` of a tensor that is `other` at another width."""
+    if not other.ndim or (isinstance(switch, SwitchableLinear) and leaf == 'bias'):
+        return tuple(other.shape)
+    multiplier = switch.multiplier if isinstance(switch, SwitchableLinear) else 1
+    return (*other.shape[:-1], scale_channels(switch.full_features, width) * multiplier)
+
+
 def slice_starts(model: nn.Module, width: float) -> dict[str, tuple[int, ...]]:
     """Name -> first index of `width` in each weight and bias of a model's slimmable layers."""
     starts: dict[str, tuple[int, ...]] = {}

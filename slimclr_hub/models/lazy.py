@@ -1,6 +1,7 @@
 """A slimmable network that holds the widths in use and reads others from its file on demand."""
 
 import copy
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,15 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimclr_hub.errors import InputError, shorten
-from slimclr_hub.models.layers import SwitchableBatchNorm2d, SwitchableLinear
-from slimclr_hub.models.loading import FIRST_CONV, expects_head, load_file, read_first_conv
+from slimclr_hub.errors import InputError
+from slimclr_hub.models.layers import SwitchableBatchNorm2d, SwitchableLinear, shapes_at, tensors_of
+from slimclr_hub.models.loading import FIRST_CONV, expects_head, fit, load_file, read_first_conv
 from slimclr_hub.models.slicing import SlicedWeight, memory_format
 from slimclr_hub.models.slimmable_resnet import HEAD_STD, SlimmableResNet
-from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_width, check_widths, scale_channels, width_key
+from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_width, check_widths, width_key
 from slimclr_hub.weights.checkpoint import check_values
-from slimclr_hub.weights.layouts import layout_of, mismatches
-from slimclr_hub.weights.slices import BATCH_COUNT
+from slimclr_hub.weights.progressive import PartFiles
+from slimclr_hub.weights.slices import BATCH_COUNT, unswitch_name
+from slimclr_hub.weights.source import open_weights
 from slimclr_hub.weights.tensor_file import TensorFile
 
 # Maps the tensor that grows, and rows and columns of the larger one, to these rows and columns.
@@ -53,33 +55,32 @@ class LazySlimmableResNet(SlimmableResNet):
         self._head_from_file = False
 
     def load_pretrained(self, path: str | Path) -> None:
-        """Load the held widths, and remember the file for the others.
+        """Load the held widths, and remember the file for the others; or the index of its parts, as yet to be fetched.
 
         Raises:
             InputError: The file does not fit, at one of the widths that are not read yet either, or lacks one.
         """
-        path = Path(path).resolve()
+        path = Path(os.path.abspath(path))
         load_file(self, path)
         self._head_from_file = expects_head(self)
-        with TensorFile(path) as file:
-            self._check_widths(file)
+        with open_weights(path, max(self._held)) as file:
+            there = file.widths
+            if lacking := [str(width) for width in self._widths if width not in there]:
+                raise InputError(f'{path} holds the widths {", ".join(map(str, there))}, not {", ".join(lacking)}')
+            if isinstance(file, TensorFile):  # of one in parts the others are checked when they are there
+                self._check(file, self._widths)
         self._path, self._stamp = path, _stamp(path)
 
-    def _check_widths(self, file: TensorFile) -> None:
-        there = layout_of(file.shapes).widths
-        if lacking := [str(width) for width in self._widths if width not in there]:
-            raise InputError(f'{file.path} holds the widths {", ".join(map(str, there))}, not {", ".join(lacking)}')
-        expected = {
-            f'{name}.{width_key(width)}.{leaf}': _shape_at(switch, leaf, tensor, width)
-            for name, switch in _switches(self)
-            if name != 'fc' or self._head_from_file
-            for leaf, tensor in _tensors(switch[width_key(self._held[0])])
-            for width in self._widths
-        }
-        found = {name: shape for name, shape in file.shapes.items() if name in expected}
-        expected = {name: shape for name, shape in expected.items() if name in found or not _is_count(name)}
-        if problems := mismatches(expected, found):
-            raise InputError(f'{file.path}: the weights do not fit: {shorten(problems)}')
+    def _check(self, file: TensorFile | PartFiles, widths: Sequence[float]) -> None:
+        expected = shapes_at(self, widths)
+        if not self._head_from_file:
+            expected = {name: shape for name, shape in expected.items() if not name.startswith('fc.')}
+        ours = {unswitch_name(name) for name in expected}  # of feature maps, stages after the last are left out
+        found = {name: shape for name, shape in file.shapes.items() if unswitch_name(name) in ours}
+        try:
+            fit(expected, found, max(widths))
+        except InputError as error:
+            raise InputError(f'{file.path}: {error}') from error
 
     @property
     def held(self) -> tuple[float, ...]:
@@ -90,9 +91,12 @@ class LazySlimmableResNet(SlimmableResNet):
         """Read the tensors of `widths`, all of them unless given, that are not in memory: all together or none.
 
         Raises:
-            InputError: The network has no such width, or its file was removed or changed.
+            InputError: The network has no such width, its file was removed or changed, or a part of it cannot be had.
         """
         wanted = {check_width(width, self._widths) for width in (self._widths if widths is None else widths)}
+        if self._path is not None and wanted - set(self._held):
+            with self._open(max(wanted)):
+                pass  # a download is not to keep other networks waiting
         with _GROWING:
             if lacking := wanted - set(self._held):
                 self._grow(lacking)
@@ -111,13 +115,10 @@ class LazySlimmableResNet(SlimmableResNet):
     @torch.inference_mode(False)  # what was made in that mode could never be trained
     @torch.no_grad()
     def _grow(self, lacking: set[float]) -> None:
-        if self._path is None:
-            raise InputError('this network has not been loaded from a file yet; see load_pretrained')
-        if not self._path.is_file() or _stamp(self._path) != self._stamp:
-            raise InputError(f'{self._path} was removed or changed after it had been opened; create the network anew')
         largest = max(*lacking, *self._held)
         # All is read before anything changes, so that a failure leaves the network as it was.
-        with TensorFile(self._path) as file:
+        with self._open(largest) as file:
+            self._check(file, sorted({*lacking, *self._held}, reverse=True))
             weights = {
                 module: _grown(module.weight, [stop for _, stop in module.spans(largest)], self._reader(file, name))
                 for name, module in self.named_modules()
@@ -137,13 +138,20 @@ class LazySlimmableResNet(SlimmableResNet):
             switch[width_key(width)] = sibling
         self._held = tuple(sorted({*self._held, *lacking}, reverse=True))
 
-    def _sibling(self, file: TensorFile, name: str, switch: _Switch, width: float) -> nn.Module:
+    def _open(self, width: float) -> TensorFile | PartFiles:
+        if self._path is None:
+            raise InputError('this network has not been loaded from a file yet; see load_pretrained')
+        if not self._path.is_file() or _stamp(self._path) != self._stamp:
+            raise InputError(f'{self._path} was removed or changed after it had been opened; create the network anew')
+        return open_weights(self._path, width)
+
+    def _sibling(self, file: TensorFile | PartFiles, name: str, switch: _Switch, width: float) -> nn.Module:
         # A copy of another width's, so that its class, mode, device and dtype are those that the user has given it.
         sibling = copy.deepcopy(switch[width_key(self._held[0])])
-        for leaf, old in _tensors(sibling):
+        for leaf, old in tensors_of(sibling):
             source = f'{name}.{width_key(width)}.{leaf}'
             if name == 'fc' and not self._head_from_file:
-                new = torch.zeros_like(old) if old.ndim == 1 else _new_head(old, _shape_at(switch, leaf, old, width))
+                new = torch.zeros_like(old) if old.ndim == 1 else _new_head(old, shapes_at(self, [width])[source])
             elif _is_count(source) and source not in file.shapes:
                 new = torch.ones_like(old)
             else:
@@ -153,7 +161,7 @@ class LazySlimmableResNet(SlimmableResNet):
         _set_sizes(sibling, sibling.weight.shape)
         return sibling
 
-    def _reader(self, file: TensorFile, name: str) -> Reader:
+    def _reader(self, file: TensorFile | PartFiles, name: str) -> Reader:
         source = f'{name}.weight'
         if source == FIRST_CONV:
             return lambda old, rows, _: _checked(source, read_first_conv(file, rows, self.in_chans))
@@ -166,18 +174,6 @@ def _switches(model: nn.Module) -> Iterator[tuple[str, _Switch]]:
     for name, module in model.named_modules():
         if isinstance(module, _Switch):
             yield name, module
-
-
-def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
-
-
-def _shape_at(switch: _Switch, leaf: str, other: torch.Tensor, width: float) -> tuple[int, ...]:
-    """Shape at `width` of a tensor that is `other` at another width."""
-    if not other.ndim or (isinstance(switch, SwitchableLinear) and leaf == 'bias'):
-        return tuple(other.shape)
-    multiplier = switch.multiplier if isinstance(switch, SwitchableLinear) else 1
-    return (*other.shape[:-1], scale_channels(switch.full_features, width) * multiplier)
 
 
 def _is_count(name: str) -> bool:

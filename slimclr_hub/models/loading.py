@@ -11,6 +11,7 @@ from timm.models import adapt_input_conv
 from slimclr_hub.errors import InputError, shorten
 from slimclr_hub.weights.checkpoint import check_values
 from slimclr_hub.weights.layouts import ARCHITECTURES, Layout, layout_of, mismatches
+from slimclr_hub.weights.progressive import PartFiles
 from slimclr_hub.weights.slices import (
     DISJOINT,
     batch_counts,
@@ -22,6 +23,7 @@ from slimclr_hub.weights.slices import (
     width_key,
     with_batch_counts,
 )
+from slimclr_hub.weights.source import open_weights
 from slimclr_hub.weights.tensor_file import TensorFile
 
 FIRST_CONV = 'conv1.weight'
@@ -66,7 +68,7 @@ def checkpoint_filter_fn(tensors: Mapping[str, torch.Tensor], model: Loadable) -
 
 @torch.no_grad()
 def load_file(model: Loadable, path: Path) -> None:
-    """Load a network's tensors from a slimmable one's safetensors file or its own, reading only slices that it needs.
+    """Load a network's tensors from a slimmable one's weights or its own, reading only slices that it needs.
 
     A head of other classes than the file's is left as it is; a first convolution for other image channels is adapted as
     timm does. If a tensor does not fit, or is not of real numbers, none is changed.
@@ -75,7 +77,7 @@ def load_file(model: Loadable, path: Path) -> None:
         InputError: The file is damaged, or a tensor is missing, misshapen, not expected, or holds NaN or infinity.
     """
     state = model.state_dict()
-    with TensorFile(path) as file:
+    with open_weights(path, largest_width(model)) as file:
         sources = _fit_to_file(state, file, model.width)
         absent = [name for name in state if name.startswith(_HEAD) and name not in sources]
         if absent and expects_head(model):
@@ -93,18 +95,23 @@ def load_file(model: Loadable, path: Path) -> None:
 
 
 def check_fits(model: Loadable, path: Path) -> None:
-    """Check that the tensors of a network, except a new head, are in a safetensors file; see `fit`."""
-    with TensorFile(path) as file:
+    """Check that the tensors of a network, except a new head, are in its weights; see `fit`."""
+    with open_weights(path, largest_width(model)) as file:
         _fit_to_file(model.state_dict(), file, model.width)
 
 
-def check_head(path: Path, num_classes: int) -> None:
-    """Check that a safetensors file has a head of so many classes, before a network of them is built.
+def largest_width(model: Loadable) -> float:
+    """The largest width that a network holds."""
+    return _largest_width(_shapes(model.state_dict())) or model.width
+
+
+def check_head(path: Path, num_classes: int, width: float) -> None:
+    """Check that weights have a head of so many classes, before a network of up to `width` is built.
 
     Raises:
         InputError: It has none, or one of others.
     """
-    with TensorFile(path) as file:
+    with open_weights(path, width) as file:
         heads = [name for name in file.shapes if name.startswith(_HEAD) and name.endswith('.weight')]
         if all(file.shapes[name][:1] != (num_classes,) for name in heads):
             found = f'{heads[0]} has shape {list(file.shapes[heads[0]])}' if heads else f'they have no {_HEAD}weight'
@@ -117,7 +124,7 @@ def expects_head(model: Loadable) -> bool:
     return num_classes > 0 and model.pretrained_cfg.get('num_classes') == num_classes
 
 
-def read_first_conv(file: TensorFile, rows: slice, in_chans: int) -> torch.Tensor:
+def read_first_conv(file: TensorFile | PartFiles, rows: slice, in_chans: int) -> torch.Tensor:
     """Some output channels of the first convolution, adapted to images of `in_chans` channels as timm does."""
     weight = file.part(FIRST_CONV, [rows])
     return adapt_input_conv(in_chans, weight, base_chans=weight.shape[1])
@@ -168,7 +175,7 @@ def fit(wanted: Shapes, available: Shapes, width: float) -> dict[str, str]:
     return fitted
 
 
-def _fit_to_file(state: Mapping[str, torch.Tensor], file: TensorFile, width: float) -> dict[str, str]:
+def _fit_to_file(state: Mapping[str, torch.Tensor], file: TensorFile | PartFiles, width: float) -> dict[str, str]:
     try:
         return fit(_shapes(state), file.shapes, width)
     except InputError as error:

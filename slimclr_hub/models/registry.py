@@ -15,7 +15,7 @@ from slimclr_hub.models.dense import DenseResNet
 from slimclr_hub.models.lazy import LazySlimmableResNet
 from slimclr_hub.models.loading import check_fits, check_head, checkpoint_filter_fn
 from slimclr_hub.models.slimmable_resnet import BasicBlock, Bottleneck, SlimmableFeatureGetter, SlimmableResNet
-from slimclr_hub.models.widths import DEFAULT_WIDTHS, width_key
+from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_width, check_widths, width_key
 from slimclr_hub.weights import source
 from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.layouts import ARCHITECTURES
@@ -157,7 +157,8 @@ def build(
     if pretrained and cfg.state_dict:
         overlay = {**(overlay or {}), 'source': ''}  # by another one, timm would load past the tensors in its own way
     elif pretrained:
-        path = _locate(cfg, variant, None if cache_dir is None else Path(cache_dir), kwargs.get('overlap', True))
+        width = _largest_needed(cls, kwargs)
+        path = _locate(cfg, variant, width, None if cache_dir is None else Path(cache_dir), kwargs.get('overlap', True))
         if path.name == source.PICKLED_WEIGHTS:
             if cls is LazySlimmableResNet:
                 raise InputError(f'{path}: lazy=True reads safetensors; leave lazy out')
@@ -166,7 +167,7 @@ def build(
             num_classes = kwargs.get('num_classes', cfg.num_classes)
             # A config.json may ask for any number; a network of a user's own may name its head otherwise.
             if cls in _OURS and num_classes == cfg.num_classes != 0:
-                check_head(path, num_classes)
+                check_head(path, num_classes, width)
             overlay = {**(overlay or {}), 'file': str(path), 'source': '', 'custom_load': True}
             make = _uninitialised(cls, path)
     model = build_model_with_cfg(
@@ -250,7 +251,7 @@ def _uninitialised(cls: type[Network], path: Path) -> Callable[..., Network]:
 
     def make(*, device: Any = None, **kwargs: Any) -> Network:
         model = cls(device='meta', **kwargs)
-        if cls in _OURS and path.suffix == '.safetensors':
+        if cls in _OURS:
             check_fits(model, path)
         model.to_empty(device=torch.get_default_device() if device is None else device)
         model.init_head()  # the one part that weights may leave out
@@ -259,7 +260,18 @@ def _uninitialised(cls: type[Network], path: Path) -> Callable[..., Network]:
     return make
 
 
-def _locate(cfg: PretrainedCfg, variant: str, cache_dir: Path | None, overlap: bool) -> Path:
+def _largest_needed(cls: type[Network], kwargs: Mapping[str, Any]) -> float:
+    """The width up to which a network needs weights."""
+    if cls is DenseResNet:
+        return kwargs.get('width', 1.0)
+    if cls not in _OURS or not kwargs.get('overlap', True):
+        return 1.0
+    widths = check_widths(kwargs.get('widths', DEFAULT_WIDTHS))
+    width = kwargs.get('width') if cls is LazySlimmableResNet else None
+    return widths[0] if width is None else check_width(width, widths)
+
+
+def _locate(cfg: PretrainedCfg, variant: str, width: float, cache_dir: Path | None, overlap: bool) -> Path:
     shipped = _in_package(cfg.tag, cfg.file)
     if shipped is not None and not cfg.hf_hub_id:  # which whoever overlays it prefers
         return source.from_package(shipped)
@@ -268,9 +280,12 @@ def _locate(cfg: PretrainedCfg, variant: str, cache_dir: Path | None, overlap: b
     if cfg.source != 'hf-hub' and cfg.tag is not None and cfg.tag in PUBLISHED and cfg.hf_hub_id == hub_name(cfg.tag):
         if not overlap:
             raise InputError(f'overlap=False: the widths of the published {cfg.tag} overlap; leave overlap out')
-        return source.published(cfg.tag, convert, cache_dir)
+        return source.published(cfg.tag, convert, cache_dir, width)
     if cfg.hf_hub_id:
-        return source.from_hub(cfg.hf_hub_id, cfg.hf_hub_filename or source.WEIGHTS, cache_dir)
+        filename = cfg.hf_hub_filename or source.WEIGHTS
+        if filename != source.WEIGHTS:
+            return source.from_hub(cfg.hf_hub_id, filename, cache_dir)
+        return source.weights_from_hub(cfg.hf_hub_id, width, cache_dir)
     raise InputError(
         f'there are no pretrained weights of {variant}; there are of '
         f'{", ".join(published_names())}. pretrained=False gives a network of random weights'

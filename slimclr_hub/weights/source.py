@@ -1,20 +1,29 @@
 """Sources of a network's weights: the package, a file, the Hub, or the authors' release.
 
-A file of the release is converted once and kept as safetensors.
+A file of the release is converted once and kept as safetensors. Of a repository with weights in parts, the path is that
+of their index, and `open_weights` reads it like a file.
 """
 
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import torch
-from huggingface_hub import cached_assets_path, constants, errors, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import (
+    cached_assets_path,
+    constants,
+    errors,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock, get_session, hf_raise_for_status
 
@@ -31,6 +40,7 @@ from slimclr_hub.weights.bounded import (
     in_time,
 )
 from slimclr_hub.weights.checkpoint import read_checkpoint
+from slimclr_hub.weights.progressive import FOLDER, INDEX, Part, PartFiles, read_index
 from slimclr_hub.weights.published import (
     AUTHORS_REPOSITORY,
     ORGANISATION,
@@ -41,9 +51,10 @@ from slimclr_hub.weights.published import (
     Shipped,
     hub_name,
 )
-from slimclr_hub.weights.tensor_file import save_tensors
+from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
 
 WEIGHTS = 'model.safetensors'
+_SMALL = ('config.json', INDEX)
 PICKLED_WEIGHTS = 'pytorch_model.bin'
 """Name of the weights that timm's `save_for_hf` writes by default."""
 
@@ -64,6 +75,21 @@ _logger = logging.getLogger(__name__)
 
 class NotOnHubError(InputError):
     """The Hub has no such repository, or cannot be reached."""
+
+
+class NoFileError(InputError):
+    """A repository has no such file."""
+
+
+def open_weights(path: Path, width: float) -> TensorFile | PartFiles:
+    """Open a safetensors file, or an index with its parts up to `width`, which are downloaded if need be.
+
+    Raises:
+        InputError: It cannot be read, or a part cannot be had; see `fetch_parts`.
+    """
+    if path.name == Path(INDEX).name:
+        return PartFiles(path, read_index(path).widths, fetch_parts(path, width))
+    return TensorFile(path)
 
 
 def from_file(path: Path) -> Path:
@@ -107,11 +133,28 @@ def from_hub(repo: str, filename: str = WEIGHTS, cache_dir: Path | None = None) 
         InputError: Access is refused, there is no such file or revision, the weights are not safetensors, or they are
             not what the Hub announced.
     """
-    if filename != 'config.json' and not filename.endswith('.safetensors'):
+    if filename not in _SMALL and not filename.endswith('.safetensors'):
         raise InputError(f'{filename} of {repo} is not loaded; only safetensors are, from the Hub')
     name, _, revision = repo.partition('@')
-    try:
+    with _in_our_words(repo, filename):
         path = _download(name, filename, revision or None, cache_dir)
+    _check_place(path, repo, filename)
+    if filename in _SMALL and path.stat().st_size > LARGEST_CONFIG:
+        raise InputError(f'{filename} of {repo} has {path.stat().st_size} bytes, more than {LARGEST_CONFIG}')
+    if filename == 'config.json':
+        return path
+    _check_hash(path, repo, cache_dir or Path(constants.HF_HUB_CACHE))
+    if not filename.startswith(FOLDER):
+        _logger.info('Weights from the Hub: %s, %s', repo, path)
+    return path
+
+
+@contextmanager
+def _in_our_words(repo: str, filename: str) -> Iterator[None]:
+    """Turn errors of huggingface_hub about a file into those of `from_hub`."""
+    name, _, revision = repo.partition('@')
+    try:
+        yield
     except errors.GatedRepoError:
         raise InputError(f'{repo} on the Hub is gated: accept its conditions there, then `hf auth login`') from None
     except errors.RevisionNotFoundError:
@@ -127,7 +170,7 @@ def from_hub(repo: str, filename: str = WEIGHTS, cache_dir: Path | None = None) 
             f'the Hub cannot be reached for {repo}, and the cache has no {filename}: {first_line(error.__cause__)}'
         ) from None
     except errors.EntryNotFoundError:
-        raise InputError(f'{repo} on the Hub has no {filename}; only safetensors are loaded') from None
+        raise NoFileError(f'{repo} on the Hub has no {filename}; only safetensors are loaded') from None
     except errors.HFValidationError as error:
         raise InputError(f'{repo!r} is not the name of a repository on the Hub, account/name: {error}') from None
     except errors.HfHubHTTPError as error:
@@ -140,13 +183,6 @@ def from_hub(repo: str, filename: str = WEIGHTS, cache_dir: Path | None = None) 
         if not is_transport_error(error):
             raise
         raise NotOnHubError(f'the Hub cannot be reached for {repo}: {first_line(error)}') from None
-    _check_place(path, repo)
-    if filename == 'config.json' and path.stat().st_size > LARGEST_CONFIG:
-        raise InputError(f'{filename} of {repo} has {path.stat().st_size} bytes, more than {LARGEST_CONFIG}')
-    if filename != 'config.json':
-        _check_hash(path, repo, cache_dir or Path(constants.HF_HUB_CACHE))
-        _logger.info('Weights from the Hub: %s, %s', repo, path)
-    return path
 
 
 def _download(repo: str, filename: str, revision: str | None, cache_dir: Path | None) -> Path:
@@ -162,7 +198,7 @@ def _download(repo: str, filename: str, revision: str | None, cache_dir: Path | 
         return with_retries(download)
 
     try:
-        return Path(in_time(fetch, SECONDS_FOR_CONFIG if filename == 'config.json' else SECONDS))
+        return Path(in_time(fetch, SECONDS_FOR_CONFIG if filename in _SMALL else SECONDS))
     except Exception as error:
         if not is_transport_error(error):
             raise
@@ -181,23 +217,27 @@ def _check_connection(url: str) -> None:
             raise
 
 
-def _check_place(path: Path, repo: str) -> None:
+def _check_place(path: Path, repo: str, filename: str) -> None:
     # The client names a file by the hash that the Hub tells, which may be a path of any kind.
-    blobs = path.parents[2] / 'blobs'  # beside snapshots/COMMIT/FILE
+    blobs = path.parents[1 + len(Path(filename).parts)] / 'blobs'  # beside snapshots/COMMIT/FILE
     if path.is_symlink() and os.path.normpath(path.parent / path.readlink().parent) != os.path.normpath(blobs):
         file = os.path.normpath(path.parent / path.readlink())
         raise InputError(f'{path.name} of {repo}: by its hash the Hub has put it in {file}, outside of the cache')
 
 
-def _check_hash(path: Path, repo: str, root: Path) -> None:
+def _check_hash(path: Path, repo: str, root: Path, known: str | None = None) -> None:
     # The client compares sizes only. A file is a link to one named by its hash: its sha256, or git's where git has the
     # file itself. That is hashed once; behind it there may be another link, to where repositories share files.
-    if not path.is_symlink():
+    blob, announced = path, known
+    if path.is_symlink():
+        blob = path.parent / path.readlink()
+        announced = blob.name.lower()
+        if not _HASH_OF_THE_HUB.fullmatch(announced):
+            raise InputError(f'{path.name} of {repo}: the Hub names no hash of it but {blob.name!r}; nothing is loaded')
+        if known not in (None, announced):
+            raise InputError(f'{path.name} of {repo} has the hash {announced}, not {known} as the index says')
+    if announced is None:
         return  # a file system without links, where the client keeps no hash
-    blob = path.parent / path.readlink()
-    announced = blob.name.lower()
-    if not _HASH_OF_THE_HUB.fullmatch(announced):
-        raise InputError(f'{path.name} of {repo}: the Hub names no hash of it but {blob.name!r}; nothing is loaded')
     checked = None
     with suppress(OSError):  # a cache that is only readable
         checked = cached_assets_path('slimclr_hub', 'checked') / announced
@@ -218,13 +258,121 @@ def _check_hash(path: Path, repo: str, root: Path) -> None:
             checked.touch()
 
 
+# Weights in parts
+
+
+def weights_from_hub(repo: str, width: float, cache_dir: Path | None = None) -> Path:
+    """Find the weights of a repository on the Hub for a network that needs none wider than `width`.
+
+    It is the whole file if the cache has it or all of it is needed; else the index of its parts, if it has parts, of
+    which those up to `width` are in the cache then; else the whole file. Arguments and errors are those of `from_hub`.
+    """
+    name, _, revision = repo.partition('@')
+    with _in_our_words(repo, WEIGHTS):
+        whole = try_to_load_from_cache(name, WEIGHTS, cache_dir, revision or None)
+    if width < 1.0 and not isinstance(whole, str):
+        index = None
+        with suppress(NoFileError, NotOnHubError):  # looking for the whole file says more
+            index = from_hub(repo, INDEX, cache_dir)
+        if index is not None and _serves(index, width):
+            fetch_parts(index, width)
+            _logger.info('Weights from the Hub: %s, the parts up to width %g of %s', repo, width, index)
+            return index
+    return from_hub(repo, cache_dir=cache_dir)
+
+
+def fetch_parts(index: Path, width: float) -> list[Path]:
+    """Find the parts up to `width` of an index in huggingface_hub's cache, downloaded if need be.
+
+    They are those of the index's own commit. Sizes and hashes are compared with the index's: before a download as the
+    Hub announces them, and after it those of the files.
+
+    Raises:
+        NotOnHubError: The cache lacks a part, and the Hub cannot be reached.
+        InputError: The index is wrong, or a part is missing, not what the index says, or cannot be downloaded.
+    """
+    repo, cache = _place_in_cache(index)
+    return [_part(repo, part, index.parent / part.file, cache) for part in _parts(index) if part.width <= width]
+
+
+def _parts(index: Path) -> tuple[Part, ...]:
+    try:
+        return read_index(index).parts
+    except InputError as error:
+        raise InputError(f'{error}; {_whole_instead(_place_in_cache(index)[0])}') from None
+
+
+def _serves(index: Path, width: float) -> bool:
+    """True if an index has the width, and its parts are those of the weights beside it, which others may replace."""
+    repo, _ = _place_in_cache(index)
+    parts = [part for part in _parts(index) if part.width <= width]
+    if not parts or parts[-1].width != width:
+        return False
+    if constants.HF_HUB_OFFLINE or all((index.parent / part.file).is_file() for part in parts):
+        return True  # this was asked when the first was downloaded
+    if _announced_file(repo, WEIGHTS)[1] == read_index(index).sha256:
+        return True
+    _logger.warning('%s: the parts in %s/ are of other weights than %s, which is read instead', repo, FOLDER, WEIGHTS)
+    return False
+
+
+def _part(repo: str, part: Part, path: Path, cache: Path) -> Path:
+    filename = f'{FOLDER}/{part.file}'
+    if not path.is_file():
+        if constants.HF_HUB_OFFLINE:
+            remedy = f'`slimclr-hub fetch hf-hub:{repo} --width {part.width:g}` fetches it while online'
+            raise NotOnHubError(f'offline (HF_HUB_OFFLINE), and the cache has no {filename} of {repo}; {remedy}')
+        try:
+            size, digest = _announced_file(repo, filename)
+        except NoFileError:
+            raise InputError(f'{repo} on the Hub has no {filename}; {_whole_instead(repo)}') from None
+        if (size, digest) != (part.size, part.sha256):
+            text = f'{filename} of {repo} has {size} bytes and the hash {digest}'
+            wrong = f'not {part.size} and {part.sha256} as the index says'
+            raise InputError(f'{text}, {wrong}; {_whole_instead(repo)}')
+        from_hub(repo, filename, cache)
+    _check_place(path, repo, filename)
+    _check_hash(path, repo, cache, part.sha256)
+    return path
+
+
+def _whole_instead(repo: str) -> str:
+    return f'`slimclr-hub fetch hf-hub:{repo}` takes the whole file instead'
+
+
+def _place_in_cache(index: Path) -> tuple[str, Path]:
+    """The repository and commit that an index is of, and the cache that it is in."""
+    try:
+        snapshots, folder = index.parents[2], index.parents[3]
+    except IndexError:
+        snapshots = folder = index
+    kind, _, name = folder.name.partition('--')
+    if snapshots.name != 'snapshots' or kind != 'models':
+        raise InputError(f"{index} is not in huggingface_hub's cache, where weights in parts are read from")
+    return f'{name.replace("--", "/")}@{index.parents[1].name}', folder.parent
+
+
+def _announced_file(repo: str, filename: str) -> tuple[int | None, str | None]:
+    name, _, revision = repo.partition('@')
+    url = hf_hub_url(name, filename, revision=revision)
+
+    def ask() -> tuple[int | None, str | None]:
+        _check_connection(constants.ENDPOINT)
+        about = with_retries(partial(get_hf_file_metadata, url))
+        return about.size, about.etag
+
+    with _in_our_words(repo, filename):
+        return in_time(ask, SECONDS_FOR_CONFIG)
+
+
 # Published networks, and the authors' release
 
 
-def published(tag: str, convert: Convert, cache_dir: Path | None = None) -> Path:
+def published(tag: str, convert: Convert, cache_dir: Path | None = None, width: float = 1.0) -> Path:
     """Find the weights of the published network `tag`: on the Hub, or where it has none, in the authors' release.
 
-    `convert` gives the authors' tensors this package's names, and checks them; `cache_dir` is another cache.
+    `convert` gives the authors' tensors this package's names, and checks them; `cache_dir` is another cache. Wider
+    tensors than those of `width` are not needed.
 
     Raises:
         InputError: Neither has it; the message says why.
@@ -232,7 +380,7 @@ def published(tag: str, convert: Convert, cache_dir: Path | None = None) -> Path
     network = PUBLISHED[tag]
     repo = hub_name(tag, os.environ.get('SLIMCLR_HUB_ORG', ORGANISATION))
     try:
-        return from_hub(repo, cache_dir=cache_dir)
+        return weights_from_hub(repo, width, cache_dir)
     except NotOnHubError as error:
         reason = str(error)
     path = _release_folder(network, cache_dir) / WEIGHTS

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import atomic_files
+from slimclr_hub.weights.layouts import layout_of
 
 _PICKLES = (b'PK\x03\x04', b'\x80')  # a zip archive, and a bare pickle: what torch.save writes, now and formerly
 _AT_A_TIME = 1 << 20  # bytes
@@ -91,6 +92,11 @@ class TensorFile:
         if start.startswith(_PICKLES):
             return 'is a PyTorch checkpoint, not safetensors; `slimclr-hub convert` makes a safetensors file of it'
         return 'is not a whole safetensors file; it is truncated or of another format'
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """The widths of a slimmable network's file, in descending order; an InputError if it is no ResNet's."""
+        return layout_of(self.shapes).widths
 
     def __enter__(self) -> 'TensorFile':
         return self

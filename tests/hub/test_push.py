@@ -128,7 +128,10 @@ def test_a_run_is_published_without_its_checkpoints(hub, publisher, reader, run_
     files = main_files(hub, 'me/run')
     sent = {'config.json', 'model.safetensors', 'README.md', 'recipe.yaml', 'metrics.jsonl', 'training.png'}
     assert 'model-index' not in files['README.md'].decode()
-    assert files.keys() - {'.gitattributes'} == sent
+    parts = {
+        f'progressive/{name}' for name in ('index.json', *(f'w{w}.safetensors' for w in ('025', '050', '075', '100')))
+    }
+    assert files.keys() - {'.gitattributes'} == sent | parts
     assert all(files[name] == (run_folder / name).read_bytes() for name in sent - {'README.md'})
     (commit,) = (request for request in hub.requests if request.path == '/api/models/me/run/commit/main')
     assert json.loads(commit.body.splitlines()[0])['value']['summary'] == 'The best so far'
