@@ -125,7 +125,7 @@ def fetch(network: Network, width: Width = None) -> None:
 
     arguments: dict[str, Any] = {} if width is None else {'width': width, 'lazy': True}
     model = open_network(network, **arguments)
-    words = ''.join(f', {key}={value}' for key, value in arguments.items())
+    words = ''.join(f', {key}={value}' for key, value in arguments.items()) if len(model.widths) > 1 else ''
     print(printable(f'{network}: widths up to {width or model.widths[0]:g} are on this machine'))
     print(printable(f"Without a connection: HF_HUB_OFFLINE=1, timm.create_model('{network}', pretrained=True{words})"))
 

@@ -16,7 +16,7 @@ SECONDS = 1800
 
 SECONDS_FOR_CONFIG = 60
 LARGEST_CONFIG = 1 << 20
-"""Bytes of a `config.json`."""
+"""Bytes of a `config.json`, or of an index of weights in parts."""
 
 Answer = TypeVar('Answer')
 

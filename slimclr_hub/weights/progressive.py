@@ -20,6 +20,7 @@ from safetensors.torch import save
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import file_hash
+from slimclr_hub.weights.bounded import LARGEST_CONFIG
 from slimclr_hub.weights.slices import WIDTH_DIGITS, leading, width_key
 from slimclr_hub.weights.tensor_file import TensorFile
 
@@ -27,7 +28,6 @@ FOLDER = 'progressive'
 INDEX = f'{FOLDER}/index.json'
 
 _RIGHT, _BELOW = 'right', 'below'
-_LARGEST_INDEX = 1 << 20  # bytes
 _MOST_PARTS = 100
 _SHA256 = re.compile(r'[0-9a-f]{64}')
 
@@ -199,8 +199,8 @@ def read_index(path: Path) -> Index:
         InputError: It is none, or has widths, names, sizes or hashes that no index has.
     """
     try:
-        if path.stat().st_size > _LARGEST_INDEX:
-            raise InputError(f'{path} has {path.stat().st_size} bytes, more than {_LARGEST_INDEX}')
+        if path.stat().st_size > LARGEST_CONFIG:
+            raise InputError(f'{path} has {path.stat().st_size} bytes, more than {LARGEST_CONFIG}')
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f'{path} cannot be read: {error.strerror}') from error

@@ -139,9 +139,9 @@ def from_hub(repo: str, filename: str = WEIGHTS, cache_dir: Path | None = None) 
     with _in_our_words(repo, filename):
         path = _download(name, filename, revision or None, cache_dir)
     _check_place(path, repo, filename)
-    if filename in _SMALL and path.stat().st_size > LARGEST_CONFIG:
-        raise InputError(f'{filename} of {repo} has {path.stat().st_size} bytes, more than {LARGEST_CONFIG}')
     if filename == 'config.json':
+        if path.stat().st_size > LARGEST_CONFIG:
+            raise InputError(f'{filename} of {repo} has {path.stat().st_size} bytes, more than {LARGEST_CONFIG}')
         return path
     _check_hash(path, repo, cache_dir or Path(constants.HF_HUB_CACHE))
     if not filename.startswith(FOLDER):
@@ -235,7 +235,8 @@ def _check_hash(path: Path, repo: str, root: Path, known: str | None = None) -> 
         if not _HASH_OF_THE_HUB.fullmatch(announced):
             raise InputError(f'{path.name} of {repo}: the Hub names no hash of it but {blob.name!r}; nothing is loaded')
         if known not in (None, announced):
-            raise InputError(f'{path.name} of {repo} has the hash {announced}, not {known} as the index says')
+            problem = f'{path.name} of {repo} has the hash {announced}, not {known} as the index says'
+            raise InputError(f'{problem}; {_whole_instead(repo)}')
     if announced is None:
         return  # a file system without links, where the client keeps no hash
     checked = None
