@@ -6,7 +6,7 @@ Tensors are as large as the largest of the network's widths asks.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -195,7 +195,7 @@ class SlimmableSequential(PassesWidth, nn.Sequential):
         return x
 
 
-def shapes_at(model: nn.Module, widths: Sequence[float]) -> dict[str, tuple[int, ...]]:
+def shapes_at(model: nn.Module, widths: Collection[float]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors of a slimmable network's layers, if it held `widths`, whatever it holds now."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():

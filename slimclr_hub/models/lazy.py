@@ -3,7 +3,7 @@
 import copy
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class LazySlimmableResNet(SlimmableResNet):
         self._head_from_file = False
 
     def load_pretrained(self, path: str | Path) -> None:
-        """Load the held widths, and remember the file for the others; or the index of its parts, as yet to be fetched.
+        """Load the held widths, and remember the file, or the index of its parts, for the others.
 
         Raises:
             InputError: The file does not fit, at one of the widths that are not read yet either, or lacks one.
@@ -71,7 +71,7 @@ class LazySlimmableResNet(SlimmableResNet):
                 self._check(file, self._widths)
         self._path, self._stamp = path, _stamp(path)
 
-    def _check(self, file: TensorFile | PartFiles, widths: Sequence[float]) -> None:
+    def _check(self, file: TensorFile | PartFiles, widths: Collection[float]) -> None:
         expected = shapes_at(self, widths)
         if not self._head_from_file:
             expected = {name: shape for name, shape in expected.items() if not name.startswith('fc.')}
@@ -118,7 +118,7 @@ class LazySlimmableResNet(SlimmableResNet):
         largest = max(*lacking, *self._held)
         # All is read before anything changes, so that a failure leaves the network as it was.
         with self._open(largest) as file:
-            self._check(file, sorted({*lacking, *self._held}, reverse=True))
+            self._check(file, {*lacking, largest})  # others may have been added since, as `calibrate_width` does
             weights = {
                 module: _grown(module.weight, [stop for _, stop in module.spans(largest)], self._reader(file, name))
                 for name, module in self.named_modules()

@@ -152,6 +152,11 @@ def test_a_resnet50_by_size(hub, publisher, user, tmp_path, cache):
     code = f"result = digest(create('slimclr_resnet50_025', {str(tmp_path / 'other')!r}))"
     assert user.run(code, SLIMCLR_HUB_ORG='parts') == digest(whole.extract(0.25).state_dict())
     assert downloads(hub) == PARTS[:1]
+    tag = repo.partition('/')[2]
+    ended = user.command('fetch', tag, '--width', '0.25', SLIMCLR_HUB_ORG='parts')
+    assert ended.status == 0, ended.err
+    assert f"timm.create_model('{tag}', pretrained=True, width=0.25, lazy=True)" in ended.out
+    assert downloads(hub) == PARTS[:1] * 2
     del hub.repos[repo]
     hub.objects.clear()
 
