@@ -123,6 +123,9 @@ def parts(runs: Runs) -> None:
     alone = {width: runs.linear(recipe).get(width, []) for width, recipe in ALONE.items()}
     rows.append(['each width alone', *cells(alone)])
     rows.append(['slimmable probe on SlimCLR', *cells(runs.linear('slimclr', 'slimmable'))])
+    rows.append(['random weights', *cells(runs.linear('random_weights'))])
+    (pixels,) = load(runs.folder / 'raw_pixels' / RESULT)
+    rows.append(['raw pixels', *cells({1.0: list(pixels.top1.values())})])
     print_table(['linear accuracy (%)', *BY_WIDTH], rows)
     pairs = [
         ('slow start', 'vanilla', 'slow', '1.1, 1.0, 1.2, 0.4'),

@@ -36,6 +36,7 @@ def folder(tmp_path) -> Path:
             save_probe(run, 'linear_eval', 'switchable', 70 + i + seed, widths)
             lines = [{'knn/1': 50.0}, {'knn/1': 60.0 + i, 'top1/1': 80.0 + i}]
             (run / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+        save_probe(tmp_path / f'random_weights-{seed}', 'linear_eval', 'switchable', 60, WIDTHS)
         slimclr, analysis = tmp_path / f'slimclr-{seed}', tmp_path / f'analysis-{seed}'
         save_probe(slimclr, 'linear_eval-2', 'slimmable', 68, WIDTHS)
         values = dict.fromkeys(('mean', 'total', 'right', 'relative', 'own', 'shared'), 1.0)
@@ -62,6 +63,7 @@ def folder(tmp_path) -> Path:
             run.mkdir()
             lines = [{'info_nce/1': 6.24, 'info_nce/0.25': 6.0}, {'knn/1': 60.0 + seed, 'knn/0.25': 50.0}]
             (run / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    save([Result('raw pixels', Protocol('linear', head='switchable'), {1.0: 83.6})], tmp_path / 'raw_pixels')
     return tmp_path
 
 
