@@ -307,7 +307,9 @@ def _slimmable(
     if lazy and not kwargs.get('overlap', True):
         raise InputError('lazy=True is for widths that overlap; with overlap=False leave lazy out')
     arch = _arch(variant)
-    features = {'out_indices': _levels(arch), 'feature_cls': SlimmableFeatureGetter, 'pad_channels': pad_channels}
+    features: dict[str, Any] = {'out_indices': _levels(arch), 'feature_cls': SlimmableFeatureGetter}
+    if pad_channels:  # timm's own wrappers, which a user may ask for, do not know it
+        features['pad_channels'] = True
     cls = LazySlimmableResNet if lazy else SlimmableResNet
     return build(cls, variant, pretrained, feature_cfg=features, **{**arch, **kwargs})
 
