@@ -63,12 +63,13 @@ def run(command: Sequence[str]) -> float:
 def by_timm(script: Path, images: Path, output: Path, epochs: int, seeds: Iterator[int]) -> Trained:
     """Train the dense network of width 0.5 by timm's script."""
     seed = next(seeds)
-    model = ['--model', 'slimclr_resnet20_050', '--pretrained', '--num-classes', '10', '--in-chans', '1']
-    pixels = ['--input-img-mode', 'L', '--img-size', '28', '--mean', '0.286', '--std', '0.353', '--crop-pct', '1']
+    model = ['--model', 'slimclr_resnet20_050.mocov3_fashionmnist', '--pretrained', '--num-classes', '10']
+    pixels = ['--img-size', '28', '--mean', *['0.286'] * 3, '--std', *['0.353'] * 3, '--crop-pct', '1']
     crops = ['--interpolation', 'bilinear', '--train-interpolation', 'bilinear', '--scale', '0.35', '1']
     labels = ['--color-jitter', '0.3', '--smoothing', '0.1']
     optimizer = ['--opt', 'adamw', '--lr', LR, '--weight-decay', DECAY, '--batch-size', BATCH]
-    schedule = ['--epochs', str(epochs), '--warmup-epochs', '1', '--warmup-lr', '1e-8', '--warmup-prefix']
+    # With this prefix, which has the cosine begin after the warm-up, that comes on top of the epochs.
+    schedule = ['--epochs', str(epochs - 1), '--warmup-epochs', '1', '--warmup-lr', '1e-8', '--warmup-prefix']
     schedule += ['--sched-on-updates', '--min-lr', '0']
     rest = ['--device', 'cpu', '--workers', '1', '--seed', str(seed), '--output', str(output)]
     name = f'timm-{seed}'
@@ -105,6 +106,8 @@ def main() -> None:
     parser.add_argument('folder', type=Path, help='folder for images and results, which is not there yet')
     parser.add_argument('--epochs', type=positive, default=5)
     args: argparse.Namespace = parse(parser)
+    if args.epochs < 2:
+        parser.error('argument --epochs: one is for the warm-up; give 2 or more')
     if not args.script.is_file():
         parser.error(f'there is no file {args.script}')
     args.folder.mkdir(parents=True)
