@@ -164,6 +164,12 @@ def check_seed(name: str, value: int) -> None:
         raise InputError(f'{name} is {value}; give 0 to 2**32 - 1')
 
 
+def check_precision(name: str, value: str | None) -> None:
+    """Raise an InputError unless `value` is a precision of accelerate's that jobs here have, or None for its own."""
+    if value is not None:
+        one_of(name, value, PRECISIONS)
+
+
 def problem(check: Callable[..., object], *arguments: Any) -> Iterator[str]:
     """The message of the InputError that a check raises, if it does."""
     try:

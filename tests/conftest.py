@@ -2,10 +2,12 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from slimclr_hub.hub.folder import convert_file
 from slimclr_hub.weights.published import PUBLISHED
@@ -30,6 +32,29 @@ def nothing_allowed() -> Iterator[None]:
     yield
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(before)
+
+
+@contextmanager
+def _on_the_cpu() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('ACCELERATE_USE_CPU', 'true')
+        AcceleratorState._reset_state(True)
+        yield
+        AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def on_the_cpu() -> Iterator[None]:
+    """Accelerate on the CPU, as if it had not been asked before."""
+    with _on_the_cpu():
+        yield
+
+
+@pytest.fixture(scope='module')
+def module_on_the_cpu() -> Iterator[None]:
+    """The same for all tests of a module together, and for what they share."""
+    with _on_the_cpu():
+        yield
 
 
 @pytest.fixture(scope='session')

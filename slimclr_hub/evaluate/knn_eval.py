@@ -51,7 +51,7 @@ from slimclr_hub.runs.result import (
     save,
 )
 from slimclr_hub.runs.tables import TextTable
-from slimclr_hub.settings import PRECISIONS, Incidental, above, at_least, check_seed, one_of, plain, relevant
+from slimclr_hub.settings import Incidental, above, at_least, check_precision, check_seed, plain, relevant
 
 _TOP = 5
 
@@ -113,8 +113,7 @@ class KNNEvalConfig(OutputConfig):
             at_least('bank', self.bank, 1)
         at_least('chunk', self.chunk, 1)
         check_seed('seed', self.seed)
-        if self.precision is not None:
-            one_of('precision', self.precision, PRECISIONS)
+        check_precision('precision', self.precision)
 
     @property
     def folder(self) -> Path:

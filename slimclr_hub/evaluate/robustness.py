@@ -30,7 +30,7 @@ from slimclr_hub.runs.figures import line_style, marker, new_figure, save_figure
 from slimclr_hub.runs.launcher import launched
 from slimclr_hub.runs.result import environment
 from slimclr_hub.runs.tables import TextTable
-from slimclr_hub.settings import PRECISIONS, at_least, check_seed, one_of, plain
+from slimclr_hub.settings import at_least, check_precision, check_seed, one_of, plain
 
 RESULT = 'robustness.json'
 _IMAGENET = 1000
@@ -77,8 +77,7 @@ class RobustnessConfig:
         if self.images is not None:
             at_least('images', self.images, 1)
         check_seed('seed', self.seed)
-        if self.precision is not None:
-            one_of('precision', self.precision, PRECISIONS)
+        check_precision('precision', self.precision)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -30,7 +31,7 @@ from slimclr_hub.runs.launcher import launched
 from slimclr_hub.runs.lock import folder_lock
 from slimclr_hub.runs.result import environment
 from slimclr_hub.runs.tables import TextTable
-from slimclr_hub.settings import PRECISIONS, check_fraction, check_seed, one_of, read_yaml
+from slimclr_hub.settings import check_fraction, check_precision, check_seed, one_of, read_yaml
 
 RESULT = 'suite.json'
 METRICS = ('top1', 'mean_per_class')
@@ -77,8 +78,7 @@ class SuiteConfig:
     def __post_init__(self) -> None:
         check_fraction('hold_out', self.hold_out)
         check_seed('seed', self.seed)
-        if self.precision is not None:
-            one_of('precision', self.precision, PRECISIONS)
+        check_precision('precision', self.precision)
 
     @property
     def folder(self) -> Path:
@@ -167,7 +167,7 @@ def evaluate(config: SuiteConfig, sets: Mapping[str, SuiteSet], accelerator: Acc
         cache = FeatureCache(config.folder / 'features', accelerator, encoder, each.data)
         assert each.data.val_split is not None
         train, test = cache.features(each.data.train_split), cache.features(each.data.val_split)
-        scores, decays = from_main_process(lambda: _scores(name, each, train, test, config))  # noqa: B023
+        scores, decays = from_main_process(partial(_scores, name, each, train, test, config))
         found[name] = {
             'metric': each.metric,
             'scores': scores,

@@ -14,12 +14,12 @@ from slimclr_hub.methods.losses import check_loss_weights
 from slimclr_hub.methods.registry import Setting, constructor_settings, settings_of, training_of
 from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_widths, disjoint_widths
 from slimclr_hub.settings import (
-    PRECISIONS,
     Incidental,
     above,
     at_least,
     check_all,
     check_fraction,
+    check_precision,
     check_seed,
     one_of,
     problem,
@@ -246,8 +246,7 @@ class NumericsConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        if self.precision is not None:
-            one_of('run.precision', self.precision, PRECISIONS)
+        check_precision('run.precision', self.precision)
         check_seed('run.seed', self.seed)
 
 

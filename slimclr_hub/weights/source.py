@@ -40,7 +40,7 @@ from slimclr_hub.weights.bounded import (
     in_time,
 )
 from slimclr_hub.weights.checkpoint import read_checkpoint
-from slimclr_hub.weights.progressive import FOLDER, INDEX, Part, PartFiles, read_index
+from slimclr_hub.weights.progressive import FOLDER, INDEX, Index, Part, PartFiles, read_index
 from slimclr_hub.weights.published import (
     AUTHORS_REPOSITORY,
     ORGANISATION,
@@ -85,10 +85,11 @@ def open_weights(path: Path, width: float) -> TensorFile | PartFiles:
     """Open a safetensors file, or an index with its parts up to `width`, which are downloaded if need be.
 
     Raises:
-        InputError: It cannot be read, or a part cannot be had; see `fetch_parts`.
+        InputError: It cannot be read, or a part cannot be had; see `_fetch_parts`.
     """
     if path.name == Path(INDEX).name:
-        return PartFiles(path, read_index(path).widths, fetch_parts(path, width))
+        index = _index(path)
+        return PartFiles(path, index.widths, _fetch_parts(path, index, width))
     return TensorFile(path)
 
 
@@ -272,46 +273,46 @@ def weights_from_hub(repo: str, width: float, cache_dir: Path | None = None) -> 
     with _in_our_words(repo, WEIGHTS):
         whole = try_to_load_from_cache(name, WEIGHTS, cache_dir, revision or None)
     if width < 1.0 and not isinstance(whole, str):
-        index = None
+        path = None
         with suppress(NoFileError, NotOnHubError):  # looking for the whole file says more
-            index = from_hub(repo, INDEX, cache_dir)
-        if index is not None and _serves(index, width):
-            fetch_parts(index, width)
-            _logger.info('Weights from the Hub: %s, the parts up to width %g of %s', repo, width, index)
-            return index
+            path = from_hub(repo, INDEX, cache_dir)
+        if path is not None and _serves(path, index := _index(path), width):
+            _fetch_parts(path, index, width)
+            _logger.info('Weights from the Hub: %s, the parts up to width %g of %s', repo, width, path)
+            return path
     return from_hub(repo, cache_dir=cache_dir)
 
 
-def fetch_parts(index: Path, width: float) -> list[Path]:
-    """Find the parts up to `width` of an index in huggingface_hub's cache, downloaded if need be.
+def _fetch_parts(path: Path, index: Index, width: float) -> list[Path]:
+    """Find the parts up to `width` of the index at `path` in huggingface_hub's cache, downloaded if need be.
 
     They are those of the index's own commit. Sizes and hashes are compared with the index's: before a download as the
     Hub announces them, and after it those of the files.
 
     Raises:
         NotOnHubError: The cache lacks a part, and the Hub cannot be reached.
-        InputError: The index is wrong, or a part is missing, not what the index says, or cannot be downloaded.
+        InputError: A part is missing, not what the index says, or cannot be downloaded.
     """
-    repo, cache = _place_in_cache(index)
-    return [_part(repo, part, index.parent / part.file, cache) for part in _parts(index) if part.width <= width]
+    repo, cache = _place_in_cache(path)
+    return [_part(repo, part, path.parent / part.file, cache) for part in index.up_to(width)]
 
 
-def _parts(index: Path) -> tuple[Part, ...]:
+def _index(path: Path) -> Index:
     try:
-        return read_index(index).parts
+        return read_index(path)
     except InputError as error:
-        raise InputError(f'{error}; {_whole_instead(_place_in_cache(index)[0])}') from None
+        raise InputError(f'{error}; {_whole_instead(_place_in_cache(path)[0])}') from None
 
 
-def _serves(index: Path, width: float) -> bool:
+def _serves(path: Path, index: Index, width: float) -> bool:
     """True if an index has the width, and its parts are those of the weights beside it, which others may replace."""
-    repo, _ = _place_in_cache(index)
-    parts = [part for part in _parts(index) if part.width <= width]
+    repo, _ = _place_in_cache(path)
+    parts = index.up_to(width)
     if not parts or parts[-1].width != width:
         return False
-    if constants.HF_HUB_OFFLINE or all((index.parent / part.file).is_file() for part in parts):
+    if constants.HF_HUB_OFFLINE or all((path.parent / part.file).is_file() for part in parts):
         return True  # this was asked when the first was downloaded
-    if _announced_file(repo, WEIGHTS)[1] == read_index(index).sha256:
+    if _announced_file(repo, WEIGHTS)[1] == index.sha256:
         return True
     _logger.warning('%s: the parts in %s/ are of other weights than %s, which is read instead', repo, FOLDER, WEIGHTS)
     return False

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from slimclr_hub.analysis.condition import (
@@ -29,6 +28,8 @@ from slimclr_hub.train.config import PretrainConfig
 from tests.analysis.runs import analyse, refusal
 from tests.data_room.files import write_idx_set
 from tests.hub.files import save_small
+
+pytestmark = pytest.mark.usefixtures('on_the_cpu')
 
 N, D, D1, C = 60, 12, 5, 4
 IMAGES = 80
@@ -212,14 +213,6 @@ def network(tmp_path_factory) -> Path:
     )
     (folder / 'recipe.yaml').write_text(dump(PretrainConfig(data=data)))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from matplotlib import pyplot as plt
 from PIL import Image
 from safetensors.torch import load_file
@@ -48,19 +47,12 @@ from slimclr_hub.weights.published import PUBLISHED
 from tests.data_room.files import write_idx_set
 from tests.train.runs import TIMEOUT, contents, environment
 
+pytestmark = pytest.mark.usefixtures('module_on_the_cpu')
+
 WIDTHS = (1.0, 0.5, 0.25)
 TRAIN, VALIDATION = 96, 37  # the second of which no batch and no number of processes divides
 SCRIPT = Path(__file__).parents[2] / 'recipes' / 'linear_eval.py'
 FOLDER = ('--data.name', 'folder')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def on_the_cpu():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('ACCELERATE_USE_CPU', 'true')
-        AcceleratorState._reset_state(True)
-        yield
-        AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope='module')

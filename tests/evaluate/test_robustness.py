@@ -7,7 +7,6 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from PIL import Image
 from timm.data import ImageNetInfo
 
@@ -21,16 +20,10 @@ from slimclr_hub.evaluate.robustness import RobustnessConfig, evaluate
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.weights.published import SHIPPED
 
+pytestmark = pytest.mark.usefixtures('on_the_cpu')
+
 WITH_HEAD, WITHOUT = (SHIPPED[tag].name for tag in ('mocov3_lincls_fashionmnist', 'mocov3_fashionmnist'))
 LOOK = {'channels': 3, 'mean': (0.286,) * 3, 'std': (0.353,) * 3, 'num_workers': 0}
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def test_accuracies_are_those_of_corrupted_crops():

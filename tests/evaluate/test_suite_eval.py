@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
@@ -26,17 +25,11 @@ from slimclr_hub.evaluate.suite_eval import SuiteConfig, evaluate, mean_per_clas
 from slimclr_hub.settings import read_yaml
 from slimclr_hub.weights.published import SHIPPED
 
+pytestmark = pytest.mark.usefixtures('on_the_cpu')
+
 ROOT = Path(__file__).parents[2]
 NETWORK = SHIPPED['mocov3_fashionmnist'].name
 LOOK = {'size': 28, 'channels': 3, 'mean': (0.286,) * 3, 'std': (0.353,) * 3, 'crop_pct': 1.0}
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope='module')

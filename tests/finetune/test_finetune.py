@@ -34,17 +34,10 @@ from slimclr_hub.train.setup import make_optimizer
 from tests.data_room.files import some_images, write_classes, write_pngs
 from tests.train.runs import TIMEOUT, contents, environment, read_metrics
 
+pytestmark = pytest.mark.usefixtures('module_on_the_cpu')
+
 WIDTHS = (1.0, 0.5)
 SCRIPT = Path(__file__).parents[2] / 'recipes' / 'finetune.py'
-
-
-@pytest.fixture(scope='module', autouse=True)
-def on_the_cpu():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('ACCELERATE_USE_CPU', 'true')
-        AcceleratorState._reset_state(True)
-        yield
-        AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope='module')

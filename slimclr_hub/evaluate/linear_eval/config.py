@@ -10,7 +10,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.network import data_defaults
 from slimclr_hub.runs.command_line import make_parser, parse
 from slimclr_hub.runs.result import Protocol, data_name
-from slimclr_hub.settings import PRECISIONS, Incidental, above, at_least, check_fraction, check_seed, one_of
+from slimclr_hub.settings import Incidental, above, at_least, check_fraction, check_precision, check_seed, one_of
 
 BATCH_SIZE = 256
 HEADS = ('switchable', 'slimmable')
@@ -163,8 +163,7 @@ class LinearRunConfig(LinearOutputConfig):
     channels_last: bool = True
 
     def __post_init__(self) -> None:
-        if self.precision is not None:
-            one_of('run.precision', self.precision, PRECISIONS)
+        check_precision('run.precision', self.precision)
         check_seed('run.seed', self.seed)
 
 
