@@ -198,7 +198,8 @@ def extract(
         backbone = formats.mmdet_config(model, width, str(target))
         formats.save_tensors(formats.mmdet_state_dict(model, width), target)
         print(f'backbone = {backbone!r}')
-        print(f'neck in_channels: {[int(channels * width) for channels in (256, 512, 1024, 2048)]}')
+        with model.set_width(width):
+            print(f'neck in_channels: {[stage["num_chs"] for stage in model.feature_info[1:]]}')
 
 
 @app.command()

@@ -15,8 +15,11 @@ import pytest
 import timm
 
 REPOSITORY = Path(__file__).parents[1]
-DENSE = ('slimclr_resnet50_075', 'slimclr_resnet50_050', 'slimclr_resnet50_025', 'slimclr_resnet20_050')
-SLIMMABLE = ('slimclr_resnet50', 'slimclr_resnet20', 'slimclr_resnet20x4')
+DENSE = (
+    *(f'slimclr_resnet{depth}_{width}' for depth, width in ((50, '075'), (50, '050'), (50, '025'))),
+    *(f'slimclr_resnet{depth}_050' for depth in (18, 20, 34)),
+)
+SLIMMABLE = tuple(f'slimclr_resnet{name}' for name in ('18', '20', '20x4', '34', '50'))
 
 # Every test of timm's that goes over all models or all ResNets.
 TESTS = {

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mmengine.registry import Registry
 
 _DROPPED = object()
-_MAPS = (256, 512, 1024, 2048)  # channels of the stages at width 1.0, in every ResNet of MMDetection
+_STAGES = 4  # of every ResNet of MMDetection
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -187,9 +187,10 @@ def _section(cfg: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 def _maps(backbone: Mapping[str, Any]) -> list[int]:
     """Channels at width 1.0 of the maps that a config's backbone returns."""
-    stages = backbone.get('out_indices', range(len(_MAPS)))
+    stages, last = backbone.get('out_indices', range(_STAGES)), _network(backbone).full_features
+    channels = {stage: last >> (_STAGES - 1 - stage) for stage in range(_STAGES)}  # they double from stage to stage
     try:
-        return [dict(enumerate(_MAPS))[stage] for stage in stages]
+        return [channels[stage] for stage in stages]
     except (TypeError, KeyError):
         raise InputError(f'model.backbone.out_indices {reprlib.repr(stages)} are no stages, from 0 on') from None
 

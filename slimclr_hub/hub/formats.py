@@ -5,6 +5,7 @@ of width 1.0 alone, MMDetection scales all by one factor, and timm chooses them 
 of zeros is enough for every width.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ from slimclr_hub.files import atomic_files
 from slimclr_hub.hub.folder import check_overlap, write_folder
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.widths import check_width, scale_channels
+from slimclr_hub.weights.layouts import ELSEWHERE
 from slimclr_hub.weights.tensor_file import save_pickle
 from slimclr_hub.weights.tensor_file import save_tensors as save_safetensors
 
-_DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 _STEM = 64
 _CHANNELS = (64, 128, 256, 512)
-_EXPANSION = 4
+_PROJECTION = 'layer1.0.downsample'
 _OWN_FOLDER = 'keep it as it is, in a folder that timm opens after `import slimclr_hub`'
 
 _CARD = """\
@@ -61,8 +62,8 @@ def save_timm_folder(
 ) -> None:
     """Write one width as a folder that timm opens without this package: config.json, model.safetensors and README.md.
 
-    `timm.create_model('local-dir:FOLDER', pretrained=True)` opens it as a `resnet50` (101, 152) with the same
-    output and preprocessing.
+    `timm.create_model('local-dir:FOLDER', pretrained=True)` opens it as a `resnet50` (18, 34, 101, 152) with the
+    same output and preprocessing.
 
     A `resnet50` has a stem of 64 channels, blocks with four times as many output as inner channels, and a projection in
     the first block only if that changes the number of channels. Channels that a width lacks are zeros: in the stem at
@@ -70,8 +71,11 @@ def save_timm_folder(
     drops a fraction. Only in the last case do the features end in up to three zeros (1640 features instead of 1638 at
     width 0.8). Such channels stay zeros in training, since a ReLU passes no gradient at zero.
 
+    The basic blocks of a `resnet18` or `resnet34` take any number of channels. Below width 1.0 only the stem has
+    zeros, and the first block, where timm wants a projection of the stem's 64 channels, has one that is the identity.
+
     Args:
-        model: A slimmable ResNet-50, 101 or 152.
+        model: A slimmable ResNet-18, 34, 50, 101 or 152.
         width: One of its widths.
         folder: Where to write; made if it does not exist.
         card: Text of the model card; by default one that says how to open the folder.
@@ -82,18 +86,20 @@ def save_timm_folder(
         InputError: The network does not hold `width`, or timm has no such network.
     """
     width = check_width(width, model.widths)
-    tensors = model.extract(width).state_dict()
+    tensors: dict[str, torch.Tensor] = dict(model.extract(width).state_dict())
     network = _timm_network(model, tensors)
     if card is None:
-        needed = sum(tensors[name].numel() for name, _ in network.named_parameters())
+        needed = sum(tensors[name].numel() for name, _ in network.named_parameters() if name in tensors)
         card = _card(model, width, folder, network, needed, tagged)
+    if len(network.state_dict()) > len(tensors):
+        tensors |= identity_projection(network)
     runs = model.global_pool.feat_mult()
     padded = {name: _padded(name, tensors[name], whole.shape, runs) for name, whole in network.state_dict().items()}
     write_folder(network, padded, folder, card, tagged=tagged, width=width)
 
 
 def torchvision_state_dict(model: SlimmableResNet, width: float = 1.0) -> dict[str, torch.Tensor]:
-    """Make a state dict for `torchvision.models.resnet50` (101, 152), which loads it strictly.
+    """Make a state dict for `torchvision.models.resnet50` (18, 34, 101, 152), which loads it strictly.
 
     Without a head it has no `fc`; replace torchvision's by `nn.Identity()` before loading. torchvision has no width but
     1.0.
@@ -102,7 +108,7 @@ def torchvision_state_dict(model: SlimmableResNet, width: float = 1.0) -> dict[s
         InputError: torchvision has no such network; the message names the formats that do.
     """
     width = check_width(width, model.widths)
-    _depth(model, 'torchvision')
+    _counterpart(model, 'torchvision')
     elsewhere = '--format timm and --format mmdet have it'
     if width != 1.0:
         raise InputError(f'width {width}: the channels of torchvision are fixed, at width 1.0; {elsewhere}')
@@ -128,8 +134,9 @@ def mmdet_state_dict(model: SlimmableResNet, width: float) -> dict[str, torch.Te
 def mmdet_config(model: SlimmableResNet, width: float, checkpoint: str) -> dict[str, Any]:
     """Make the backbone of an MMDetection config that loads the tensors of `mmdet_state_dict`.
 
-    The neck needs the channels of the feature maps: `in_channels` is `width` times (256, 512, 1024, 2048). A config
-    that inherits another needs `_delete_=True` beside these entries. `checkpoint` is path or address of a `.pth` file.
+    The neck needs the channels of the feature maps: `in_channels` is `width` times (256, 512, 1024, 2048), or a quarter
+    of that for a ResNet-18 or 34. A config that inherits another needs `_delete_=True` beside these entries.
+    `checkpoint` is path or address of a `.pth` file.
 
     Raises:
         InputError: As in `mmdet_state_dict`, or MMDetection does not read such a file.
@@ -140,7 +147,7 @@ def mmdet_config(model: SlimmableResNet, width: float, checkpoint: str) -> dict[
     colours = {} if model.in_chans == 3 else {'in_channels': model.in_chans}
     return {
         'type': 'ResNet',
-        'depth': _depth(model, 'MMDetection'),
+        'depth': int(_counterpart(model, 'MMDetection').removeprefix('resnet')),
         **colours,
         'base_channels': channels,
         'stem_channels': channels,
@@ -172,16 +179,17 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         raise InputError(f'{path} does not end in .safetensors, .pth or .pt')
 
 
-def _depth(model: SlimmableResNet, library: str) -> int:
-    """Layers of the network, which `library` has at width 1.0 and whose widths overlap."""
+def _counterpart(model: SlimmableResNet, library: str) -> str:
+    """Name of the network that `library` has at width 1.0; the widths of `model` overlap."""
     architecture = _configuration(model).get('architecture', type(model).__name__)
     check_overlap(model.overlap, architecture)
     stages = [stage for name, stage in model.named_children() if name.startswith('layer')]
     blocks = tuple(len(stage) for stage in stages if isinstance(stage, nn.Sequential))
-    full = _EXPANSION * _CHANNELS[-1]
-    if blocks not in _DEPTHS or model.full_features != full or model.conv1.kernel_size != (7, 7):
-        raise InputError(f'{library} has ResNets of 50, 101 and 152 layers, but no {architecture}; {_OWN_FOLDER}')
-    return _DEPTHS[blocks]
+    expansion, rest = divmod(model.full_features, _CHANNELS[-1])
+    name = ELSEWHERE.get((expansion, blocks, _STEM))
+    if name is None or rest or model.conv1.kernel_size != (7, 7):
+        raise InputError(f'{library} has {", ".join(ELSEWHERE.values())}, but no {architecture}; {_OWN_FOLDER}')
+    return name
 
 
 def _configuration(model: nn.Module) -> dict[str, Any]:
@@ -191,7 +199,7 @@ def _configuration(model: nn.Module) -> dict[str, Any]:
 
 def _mmdet_channels(model: SlimmableResNet, width: float) -> int:
     """Channels of MMDetection's stem and first stage."""
-    _depth(model, 'MMDetection')
+    _counterpart(model, 'MMDetection')
     if model.output_stride != 32:
         raise InputError(f'output_stride {model.output_stride}: MMDetection dilates otherwise; --format timm has it')
     channels = _CHANNELS[0] * width
@@ -205,10 +213,12 @@ def _mmdet_channels(model: SlimmableResNet, width: float) -> int:
 
 def _timm_network(model: SlimmableResNet, tensors: Mapping[str, torch.Tensor]) -> ResNet:
     """Build timm's network that has room for the tensors of one width, on the meta device."""
-    architecture = f'resnet{_depth(model, "timm")}'
-    outer = [len(tensors[f'layer{stage}.0.conv3.weight']) for stage in (1, 2, 3, 4)]
-    channels = [-(-count // _EXPANSION) for count in outer]
-    if channels[0] * _EXPANSION == _STEM:
+    architecture = _counterpart(model, 'timm')
+    expansion = model.full_features // _CHANNELS[-1]
+    last = 'conv2' if expansion == 1 else 'conv3'
+    outer = [len(tensors[f'layer{stage}.0.{last}.weight']) for stage in (1, 2, 3, 4)]
+    channels = [-(-count // expansion) for count in outer]
+    if expansion > 1 and channels[0] * expansion == _STEM:
         channels[0] += 1  # or there is no projection
     arguments: dict[str, Any] = {}
     if tuple(channels) != _CHANNELS:
@@ -233,6 +243,18 @@ def _timm_network(model: SlimmableResNet, tensors: Mapping[str, torch.Tensor]) -
     return network
 
 
+def identity_projection(network: ResNet) -> dict[str, torch.Tensor]:
+    """Tensors of the first block's projection with which it leaves the first channels of its input as they are."""
+    convolution, norm = (network.get_submodule(f'{_PROJECTION}.{i}') for i in (0, 1))
+    assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    weight = torch.eye(convolution.out_channels, convolution.in_channels)[:, :, None, None]
+    scale = torch.full((norm.num_features,), math.sqrt(1 + norm.eps))
+    zeros, count = torch.zeros_like(scale), torch.zeros((), dtype=torch.long)
+    tensors = {'weight': scale, 'bias': zeros, 'running_mean': zeros, 'running_var': torch.ones_like(scale)}
+    named = {f'{_PROJECTION}.1.{name}': tensor for name, tensor in {**tensors, 'num_batches_tracked': count}.items()}
+    return {f'{_PROJECTION}.0.weight': weight, **named}
+
+
 def _padded(name: str, tensor: torch.Tensor, shape: Sequence[int], runs: int) -> torch.Tensor:
     """Pad the tensor `name` to `shape` with idle channels; in the head's input, at the end of each of `runs` runs."""
     if name == 'fc.weight':
@@ -244,7 +266,7 @@ def _padded(name: str, tensor: torch.Tensor, shape: Sequence[int], runs: int) ->
 
 def _card(model: SlimmableResNet, width: float, folder: Path, network: ResNet, needed: int, tagged: bool) -> str:
     held = sum(parameter.numel() for parameter in network.parameters())
-    architecture = f'resnet{_depth(model, "timm")}'
+    architecture = _counterpart(model, 'timm')
     spare = network.num_features - scale_channels(model.full_features, width)
     features = f' Of the {network.num_features} features the last {spare} are always zero.' if spare else ''
     padding = _PADDING.format(architecture=architecture, held=held, needed=needed, features=features)

@@ -8,25 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import parse_model_name
 from torch import nn
 
-from slimclr_hub.errors import InputError
+from slimclr_hub.errors import InputError, shorten
 from slimclr_hub.hub.folder import OF_A_TAG, WIDTH, check_overlap
+from slimclr_hub.hub.formats import identity_projection
 from slimclr_hub.images import MAX_IMAGE_SIZE
 from slimclr_hub.models import DenseResNet, SlimmableResNet
 from slimclr_hub.models.layers import check_sizes
 from slimclr_hub.models.registry import slimmable_models
 from slimclr_hub.models.widths import check_width, width_key
 from slimclr_hub.weights.bounded import LARGEST_CONFIG
-from slimclr_hub.weights.layouts import ARCHITECTURES, layout_of
+from slimclr_hub.weights.layouts import ARCHITECTURES, ELSEWHERE, layout_of
 from slimclr_hub.weights.slices import leading, unswitch_name
 from slimclr_hub.weights.source import from_hub
 from slimclr_hub.weights.tensor_file import TensorFile
 
 # Errors of timm and PyTorch about arguments, which a config.json may have of any kind.
 _OF_ARGUMENTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
-_EXTRACTED = ('resnet50', 'resnet101', 'resnet152')
 _MAX_MESSAGE = 500  # characters
 _KINDS = 'a tag such as slimclr_resnet50.mocov2_200e_in1k, a folder, a .safetensors file, or hf-hub:USER/NAME'
 
@@ -43,7 +44,7 @@ def open_network(name: str, **kwargs: Any) -> SlimmableResNet:
         model = _create(name, kwargs)
         if isinstance(model, SlimmableResNet):
             return model
-    elif architecture.startswith('slimclr_') or (WIDTH in config and architecture in _EXTRACTED):
+    elif architecture.startswith('slimclr_') or (WIDTH in config and architecture in ELSEWHERE.values()):
         with _one_line(name):
             _check_extracted(config)
         asked, drop = kwargs.pop('width', None), kwargs.pop('drop_path_rate', 0.0)
@@ -200,5 +201,9 @@ def _of_one_width(dense: Any, width: float, config: dict[str, Any], drop_path_ra
         if name.startswith('fc.') and len(shape) == 2:
             tensor, shape = tensor.unflatten(1, (runs, -1)), (shape[0], runs, shape[1] // runs)
         fitted[name] = leading(tensor, shape).reshape(wanted.shape)
+    if left := tensors.keys() - map(unswitch_name, fitted):
+        identity = identity_projection(dense)
+        if left != identity.keys() or not all(torch.equal(tensors[key], identity[key]) for key in left):
+            raise InputError(f'{shorten(sorted(left))}: trained, and of no {architecture}; open the network with timm')
     model.load_state_dict(fitted, assign=True)
     return model.train(dense.training)

@@ -117,6 +117,7 @@ def _shipped(variant: str, cfg: dict[str, Any]) -> dict[str, dict[str, Any]]:
 default_cfgs = generate_default_cfgs(
     {
         **_published('slimclr_resnet50', _slimmable_cfg()),
+        **{name: _slimmable_cfg() for name in ('slimclr_resnet18', 'slimclr_resnet34')},
         'slimclr_resnet101': _slimmable_cfg(),
         'slimclr_resnet152': _slimmable_cfg(),
         **_shipped('slimclr_resnet20', _slimmable_cfg()),
@@ -124,6 +125,7 @@ default_cfgs = generate_default_cfgs(
         **_published('slimclr_resnet50_075', _cfg()),
         **_published('slimclr_resnet50_050', _cfg()),
         **_published('slimclr_resnet50_025', _cfg()),
+        **{f'slimclr_resnet{depth}_{width}': _cfg() for depth in (18, 34) for width in ('075', '050', '025')},
         **_shipped('slimclr_resnet20_075', _cfg()),
         **_shipped('slimclr_resnet20_050', _cfg()),
         **_shipped('slimclr_resnet20_025', _cfg()),
@@ -322,6 +324,18 @@ def _dense(variant: str, pretrained: bool, **kwargs: Any) -> DenseResNet:
 
 
 @register_model
+def slimclr_resnet18(pretrained: bool = False, **kwargs: Any) -> SlimmableResNet:
+    """Slimmable ResNet-18, of basic blocks."""
+    return _slimmable('slimclr_resnet18', pretrained, **kwargs)
+
+
+@register_model
+def slimclr_resnet34(pretrained: bool = False, **kwargs: Any) -> SlimmableResNet:
+    """Slimmable ResNet-34, of basic blocks."""
+    return _slimmable('slimclr_resnet34', pretrained, **kwargs)
+
+
+@register_model
 def slimclr_resnet50(pretrained: bool = False, **kwargs: Any) -> SlimmableResNet:
     """Slimmable ResNet-50."""
     return _slimmable('slimclr_resnet50', pretrained, **kwargs)
@@ -349,6 +363,42 @@ def slimclr_resnet20(pretrained: bool = False, **kwargs: Any) -> SlimmableResNet
 def slimclr_resnet20x4(pretrained: bool = False, **kwargs: Any) -> SlimmableResNet:
     """Slimmable ResNet-20 with four times the channels, the small-scale network of the paper (section 4.4)."""
     return _slimmable('slimclr_resnet20x4', pretrained, **kwargs)
+
+
+@register_model
+def slimclr_resnet18_075(pretrained: bool = False, **kwargs: Any) -> DenseResNet:
+    """Dense ResNet-18 at width 0.75."""
+    return _dense('slimclr_resnet18_075', pretrained, width=0.75, **kwargs)
+
+
+@register_model
+def slimclr_resnet18_050(pretrained: bool = False, **kwargs: Any) -> DenseResNet:
+    """Dense ResNet-18 at width 0.5."""
+    return _dense('slimclr_resnet18_050', pretrained, width=0.5, **kwargs)
+
+
+@register_model
+def slimclr_resnet18_025(pretrained: bool = False, **kwargs: Any) -> DenseResNet:
+    """Dense ResNet-18 at width 0.25."""
+    return _dense('slimclr_resnet18_025', pretrained, width=0.25, **kwargs)
+
+
+@register_model
+def slimclr_resnet34_075(pretrained: bool = False, **kwargs: Any) -> DenseResNet:
+    """Dense ResNet-34 at width 0.75."""
+    return _dense('slimclr_resnet34_075', pretrained, width=0.75, **kwargs)
+
+
+@register_model
+def slimclr_resnet34_050(pretrained: bool = False, **kwargs: Any) -> DenseResNet:
+    """Dense ResNet-34 at width 0.5."""
+    return _dense('slimclr_resnet34_050', pretrained, width=0.5, **kwargs)
+
+
+@register_model
+def slimclr_resnet34_025(pretrained: bool = False, **kwargs: Any) -> DenseResNet:
+    """Dense ResNet-34 at width 0.25."""
+    return _dense('slimclr_resnet34_025', pretrained, width=0.25, **kwargs)
 
 
 @register_model

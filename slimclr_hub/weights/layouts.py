@@ -9,6 +9,8 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.weights.slices import DISJOINT, key_width, scale_channels, switched_key, width_key
 
 ARCHITECTURES = {
+    (1, (2, 2, 2, 2), 64): 'slimclr_resnet18',
+    (1, (3, 4, 6, 3), 64): 'slimclr_resnet34',
     (4, (3, 4, 6, 3), 64): 'slimclr_resnet50',
     (4, (3, 4, 23, 3), 64): 'slimclr_resnet101',
     (4, (3, 8, 36, 3), 64): 'slimclr_resnet152',
@@ -16,6 +18,9 @@ ARCHITECTURES = {
     (1, (3, 3, 3), 64): 'slimclr_resnet20x4',
 }
 """Expansion of a block, blocks in each stage and channels of the stem -> name in timm's registry."""
+
+ELSEWHERE = {key: name.removeprefix('slimclr_') for key, name in ARCHITECTURES.items() if len(key[1]) == 4}
+"""The same, for those that timm, torchvision and MMDetection have at width 1.0, with their name there."""
 
 _TENSOR_OF_BLOCK = re.compile(r'layer([1-9])\.(\d{1,3})\.')
 

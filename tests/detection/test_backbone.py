@@ -131,7 +131,7 @@ def test_weights_are_loaded_and_told(tmp_path):
 @pytest.mark.parametrize(
     ('kwargs', 'message'),
     [
-        ({'name': 'resnet50'}, "name 'resnet50' is none of slimclr_resnet50, slimclr_resnet101"),
+        ({'name': 'resnet50'}, "name 'resnet50' is none of slimclr_resnet18, slimclr_resnet34"),
         ({'name': 'slimclr_resnet50.mocov2_800e_in1k'}, 'a tag goes into `weights`'),
         ({'name': 'slimclr_resnet50_050'}, 'slimclr_resnet50_050. is none of'),
         ({'widths': (1.0, 1.5)}, r'width 1\.5 is outside'),
