@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import nn
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.labels import UNREADABLE
@@ -19,6 +18,7 @@ from slimclr_hub.errors import DataError, InputError
 from slimclr_hub.evaluate.baselines import Encoder
 from slimclr_hub.models.widths import width_key
 from slimclr_hub.runs.progress import progress_bar
+from slimclr_hub.weights.hashes import state_hash, tensors_hash
 from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
 
 NOTHING_READ = 'no image of the evaluation can be read'
@@ -96,20 +96,6 @@ class SplitFeatures:
     by_width: dict[float, torch.Tensor]
     labels: torch.Tensor
     class_names: Sequence[str] | None = None
-
-
-def state_hash(model: nn.Module) -> str:
-    """Hash of all tensors of a network, buffers included; it changes if and only if one of them does."""
-    return tensors_hash(model.state_dict())
-
-
-def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Hash of names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f'{name} {tensor.dtype} {list(tensor.shape)}\n'.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class FeatureCache:

@@ -20,7 +20,7 @@ from slimclr_hub.data.labels import UNREADABLE
 from slimclr_hub.data.loaders import EvalLoader, eval_loader
 from slimclr_hub.errors import DataError, InputError
 from slimclr_hub.evaluate.baselines import Encoder, RawPixels, is_small, random_weights, raw_pixels
-from slimclr_hub.evaluate.features import NOTHING_READ, readable, state_hash, with_progress
+from slimclr_hub.evaluate.features import NOTHING_READ, readable, with_progress
 from slimclr_hub.evaluate.knn import Neighbours, default_k, merge, nearest, vote
 from slimclr_hub.evaluate.network import (
     changes,
@@ -52,6 +52,7 @@ from slimclr_hub.runs.result import (
 )
 from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.settings import Incidental, above, at_least, check_precision, check_seed, plain, relevant
+from slimclr_hub.weights.hashes import state_hash
 
 _TOP = 5
 

@@ -20,7 +20,7 @@ from slimclr_hub.data.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import make_dataset
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.features import extract_features, state_hash, with_progress
+from slimclr_hub.evaluate.features import extract_features, with_progress
 from slimclr_hub.evaluate.linear_eval.probe import accuracies
 from slimclr_hub.evaluate.network import check_channels, check_images, data_defaults, default_output, open_for_test
 from slimclr_hub.files import write_text
@@ -31,6 +31,7 @@ from slimclr_hub.runs.launcher import launched
 from slimclr_hub.runs.result import environment
 from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.settings import at_least, check_precision, check_seed, one_of, plain
+from slimclr_hub.weights.hashes import state_hash
 
 RESULT = 'robustness.json'
 _IMAGENET = 1000

@@ -21,7 +21,7 @@ from slimclr_hub.data import DataConfig
 from slimclr_hub.data.subset import held_out
 from slimclr_hub.distributed import from_main_process
 from slimclr_hub.errors import InputError, shorten
-from slimclr_hub.evaluate.features import FeatureCache, SplitFeatures, state_hash
+from slimclr_hub.evaluate.features import FeatureCache, SplitFeatures
 from slimclr_hub.evaluate.logistic import fit_linear
 from slimclr_hub.evaluate.network import check_images, data_defaults, default_output, open_encoder
 from slimclr_hub.files import write_text
@@ -32,6 +32,7 @@ from slimclr_hub.runs.lock import folder_lock
 from slimclr_hub.runs.result import environment
 from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.settings import check_fraction, check_precision, check_seed, one_of, read_yaml
+from slimclr_hub.weights.hashes import state_hash
 
 RESULT = 'suite.json'
 METRICS = ('top1', 'mean_per_class')

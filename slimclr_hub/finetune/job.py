@@ -22,7 +22,6 @@ from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import Images, known_classes, labels_of, make_dataset
 from slimclr_hub.distributed import from_main_process
 from slimclr_hub.errors import InputError, shorten
-from slimclr_hub.evaluate.features import state_hash
 from slimclr_hub.evaluate.network import check_channels, check_images, default_output
 from slimclr_hub.evaluate.repetitions import print_spread, repetitions
 from slimclr_hub.evaluate.settings_folder import find_folder, working_in
@@ -41,6 +40,7 @@ from slimclr_hub.settings import plain, relevant
 from slimclr_hub.train.report import draw_figure
 from slimclr_hub.train.run_folder import RunFolder
 from slimclr_hub.train.trainer import make_accelerator
+from slimclr_hub.weights.hashes import state_hash
 
 _STEPS = 4  # of an epoch, at least, by the default batch
 _LEAST_BATCH = 8

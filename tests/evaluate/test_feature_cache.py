@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.features import FeatureCache, check_labels, state_hash
+from slimclr_hub.evaluate.features import FeatureCache, check_labels
 from slimclr_hub.text import GARMENTS
+from slimclr_hub.weights.hashes import state_hash
 from tests.data_room.files import some_images, write_classes, write_idx, write_idx_set
 from tests.networks import randomise_batchnorm
 from tests.train.runs import contents

@@ -30,7 +30,7 @@ from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import DivergedError, InputError, PreemptedError
 from slimclr_hub.evaluate.compare.compare import compare_networks
 from slimclr_hub.evaluate.compare.entries import read_entries
-from slimclr_hub.evaluate.features import FeatureCache, state_hash
+from slimclr_hub.evaluate.features import FeatureCache
 from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig, parse_linear_eval
 from slimclr_hub.evaluate.linear_eval.evaluation import check_frozen, linear_eval
 from slimclr_hub.evaluate.linear_eval.probe import make_head, standardisation
@@ -43,6 +43,7 @@ from slimclr_hub.models.calibrate import calibrate_batchnorm
 from slimclr_hub.runs.job import StopSignals
 from slimclr_hub.runs.result import Protocol, Result, load, results_in
 from slimclr_hub.text import GARMENTS
+from slimclr_hub.weights.hashes import state_hash
 from slimclr_hub.weights.published import PUBLISHED
 from tests.data_room.files import write_idx_set
 from tests.train.runs import TIMEOUT, contents, environment

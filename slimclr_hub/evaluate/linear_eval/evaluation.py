@@ -22,7 +22,7 @@ from slimclr_hub.data.training import TrainData
 from slimclr_hub.distributed import from_main_process
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.baselines import Encoder
-from slimclr_hub.evaluate.features import FeatureCache, check_labels, state_hash
+from slimclr_hub.evaluate.features import FeatureCache, check_labels
 from slimclr_hub.evaluate.linear_eval.config import BATCH_SIZE, LinearEvalConfig, parse_linear_eval
 from slimclr_hub.evaluate.linear_eval.probe import make_head, standardisation
 from slimclr_hub.evaluate.linear_eval.report import (
@@ -52,6 +52,7 @@ from slimclr_hub.runs.job import StopSignals
 from slimclr_hub.runs.launcher import launched
 from slimclr_hub.runs.result import RAW_PIXELS, RESULT, Result, load, save
 from slimclr_hub.settings import plain, relevant
+from slimclr_hub.weights.hashes import state_hash
 from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
 
 PROBE = 'probe.safetensors'
