@@ -246,7 +246,8 @@ def _timm_network(model: SlimmableResNet, tensors: Mapping[str, torch.Tensor]) -
 def identity_projection(network: ResNet) -> dict[str, torch.Tensor]:
     """Tensors of the first block's projection with which it leaves the first channels of its input as they are."""
     convolution, norm = (network.get_submodule(f'{_PROJECTION}.{i}') for i in (0, 1))
-    assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(convolution, nn.Conv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
     weight = torch.eye(convolution.out_channels, convolution.in_channels)[:, :, None, None]
     scale = torch.full((norm.num_features,), math.sqrt(1 + norm.eps))
     zeros, count = torch.zeros_like(scale), torch.zeros((), dtype=torch.long)
