@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -273,17 +274,83 @@ def predict(
     workers: Workers = None,
     device: Device = None,
     skip_unreadable: Skip = False,
+    cascade: Annotated[Path | None, typer.Option(help='Run wider only where unsure: `slimclr-hub cascade`.')] = None,
+    budget: Annotated[float, typer.Option(help='Of a cascade: mean multiply-adds of an image, such as 5e6.')] = inf,
 ) -> None:
     """Print the most probable classes of images, by a network with a probe."""
     from slimclr_hub.inference import predict as prediction
     from slimclr_hub.inference.images import list_images
+    from slimclr_hub.models.cascade import load_cascades
+    from slimclr_hub.text import human
 
+    if cascade is None and budget != inf:
+        raise InputError(f'--budget {budget:g} is of a cascade; give --cascade FILE, of `slimclr-hub cascade`')
+    if cascade is not None:
+        if width is not None:
+            raise InputError(f'--width {width:g}: a cascade chooses the width of each image; leave one of the two out')
+        load_cascades(cascade)
     listed = list_images(images)  # before a network is downloaded
-    model = _on_device(network, width, device)
+    # A cascade may run any width, else one is read.
+    model = _on_device(network, width, device, lazy=cascade is None)
+    if cascade is not None:
+        chosen = model.load_cascades(cascade).within(budget)
+        print(
+            f'Cascade {", ".join(f"{w:g}" for w in chosen.widths)}: {human(round(chosen.multiply_adds))} multiply-adds '
+            f'an image where it was fitted, {100 * chosen.agreement:.1f} % of the answers those of the widest',
+            file=sys.stderr,
+        )
     predictions = prediction.predict(
-        model, listed, top=top, batch_size=batch_size, workers=workers, skip_unreadable=skip_unreadable
+        model,
+        listed,
+        top=top,
+        budget=None if cascade is None else budget,
+        batch_size=batch_size,
+        workers=workers,
+        skip_unreadable=skip_unreadable,
     )
     _print(prediction.predictions_table(predictions))
+
+
+@app.command()
+def cascade(
+    network: Network,
+    images: Images,
+    out: Annotated[Path, typer.Option('--out', '-o', help='A .json file for the thresholds.')],
+    figure: Annotated[Path | None, typer.Option(help='Draw what is reached over cost, as PNG and PDF.')] = None,
+    speed: Annotated[bool, typer.Option(help='Measure milliseconds, here and now.')] = True,
+    batch_size: BatchSize = 32,
+    workers: Workers = None,
+    device: Device = None,
+    skip_unreadable: Skip = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fit thresholds by which narrow widths answer what they are sure of, and show what that reaches.
+
+    No labels are needed. Where images lie in folders named by the network's classes, the table shows accuracy.
+    """
+    from dataclasses import replace
+
+    from slimclr_hub.hub.folder import check_file
+    from slimclr_hub.inference import cascade as fitting
+    from slimclr_hub.inference.images import list_images
+    from slimclr_hub.inference.runner import InferenceConfig
+
+    check_file(out, overwrite)
+    listed = list_images(images)
+    model = _on_device(network, None, device, lazy=False)
+    config = InferenceConfig(batch_size, workers, skip_unreadable=skip_unreadable)
+    fitted, held_out = fitting.fit(model, fitting.answer(model, listed, config))
+    rows = fitting.compare(held_out, fitted.cascades)
+    if speed:
+        times = fitting.measure(model, held_out.images, [row.cascade for row in rows], batch_size)
+        rows = [replace(row, milliseconds=taken) for row, taken in zip(rows, times, strict=True)]
+    fitted.save(out)
+    _print(fitting.cascades_table(rows, len(held_out.images)))
+    print(fitting.verdict(rows, len(held_out.images)))
+    if figure:
+        with _train_extra('--figure'):
+            fitting.draw_cascades(rows, figure.with_suffix(''))
+    print(f'{out}: fitted on {fitted.images} images. Use it: slimclr-hub predict {network} IMAGES --cascade {out}')
 
 
 @app.command()
@@ -482,13 +549,13 @@ def _described(network: str) -> Any:
     return timm.create_model(published.name, num_classes=published.num_classes, device='meta')
 
 
-def _on_device(network: str, width: float | None, device: str | None) -> Any:
+def _on_device(network: str, width: float | None, device: str | None, *, lazy: bool = True) -> Any:
     import torch
 
     from slimclr_hub.hub.open import open_network
 
     # One width is asked for, so one is read.
-    model = open_network(network, lazy=True, **({} if width is None else {'width': width}))
+    model = open_network(network, lazy=lazy, **({} if width is None else {'width': width}))
     if device is None:
         device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else 'cpu'
     try:

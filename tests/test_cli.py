@@ -29,7 +29,20 @@ from slimclr_hub.weights.published import PUBLISHED, SHIPPED
 from tests.data_room.files import some_images, write_pngs
 from tests.hub.files import ROOT, Ended, save_small, small_network
 
-COMMANDS = ('list', 'info', 'fetch', 'convert', 'extract', 'export', 'embed', 'predict', 'push', 'cards', 'doctor')
+COMMANDS = (
+    'list',
+    'info',
+    'fetch',
+    'convert',
+    'extract',
+    'export',
+    'embed',
+    'predict',
+    'cascade',
+    'push',
+    'cards',
+    'doctor',
+)
 PROBE = 'mocov2_200e_lincls_in1k'
 
 
@@ -456,6 +469,19 @@ def test_predict(succeed, small, images):
 def test_predict_names_the_classes_of_imagenet(succeed, published, images):
     out = succeed('predict', published[PROBE], images / '0000.png', '--top', 1, '--width', 0.25, '--device', 'cpu')
     assert re.search(r'[a-z]{4}', out.replace('probability', '').replace('image', '').replace('class', ''))
+
+
+def test_cascade(succeed, refuse, tmp_path):
+    folder, out = write_pngs(tmp_path / 'images', some_images('test', 40)[0]), tmp_path / 'cascade.json'
+    said = succeed('cascade', 'slimclr_resnet20', folder, '-o', out, '--workers', 0, '--figure', tmp_path / 'curve.png')
+    assert 'On 20 images that the thresholds were not fitted on' in said
+    assert (tmp_path / 'curve.png').stat().st_size > 1000
+    predicted = ('predict', 'slimclr_resnet20', folder, '--workers', 0)
+    assert '0039.png' in succeed(*predicted, '--cascade', out, '--budget', 5e6)
+    refuse('cascade', 'slimclr_resnet20', folder, '-o', out, words=('is there already',))
+    refuse(*predicted, '--budget', 5e6, words=('--budget 5e+06 is of a cascade',))
+    refuse(*predicted, '--cascade', out, '--budget', 5, words=('budget 5: the cheapest cascade has',))
+    refuse(*predicted, '--cascade', out, '--width', 0.5, words=('--width 0.5: a cascade chooses',))
 
 
 # push and cards

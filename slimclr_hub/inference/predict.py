@@ -42,6 +42,7 @@ def predict(
     images: Sources,
     *,
     top: int = 5,
+    budget: float | None = None,
     batch_size: int = 64,
     workers: int | None = None,
     precision: str = 'no',
@@ -58,6 +59,8 @@ def predict(
         images: The path of a file or folder, a PIL image, or several of these, such as `dataset['image']`; see
             `list_images`.
         top: Classes for each image, at most.
+        budget: Multiply-adds that an image may cost in the mean, for `model.cascade`, of which thresholds have been
+            loaded; unless given, the active width runs.
         batch_size, workers, precision, skip_unreadable, progress: As for `embed`.
 
     Raises:
@@ -73,8 +76,10 @@ def predict(
         )
     label = _labels(model)
 
+    run = model if budget is None else lambda batch: model.cascade(batch, budget).logits  # type: ignore[operator]
+
     def forward(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        probability, index = model(batch).float().softmax(1).topk(min(top, classes), dim=1)
+        probability, index = run(batch).float().softmax(1).topk(min(top, classes), dim=1)
         return probability, index
 
     outputs = run_images(model, images, forward, config, 'predicting')

@@ -74,7 +74,7 @@ def run_images(
     names: list[str] = []
     tensors: list[torch.Tensor] = []
     loader = _loader(listed, transform, mode, config, device)
-    with _evaluating(model), progress_bar(len(listed), description, config.progress) as bar:
+    with evaluating(model), progress_bar(len(listed), description, config.progress) as bar:
         for indices, batch, failed in loader:
             skipped += [(listed.names[index], why) for index, why in failed.items()]
             if failed and not config.skip_unreadable:
@@ -163,7 +163,8 @@ def _loader(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set a network to eval mode, and each of its modules back to its own on leaving."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -7,6 +7,7 @@ Yu et al. 2019 (https://arxiv.org/abs/1812.08928) and He et al. 2016 (https://ar
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from timm.models._features import FeatureGetterNet, FeatureInfo, feature_take_in
 from torch import nn
 
 from slimclr_hub.errors import InputError
+from slimclr_hub.models.cascade import FittedCascades, Routed, load_cascades, route
 from slimclr_hub.models.dense import DenseResNet
 from slimclr_hub.models.layers import (
     PassesWidth,
@@ -40,6 +42,7 @@ from slimclr_hub.models.widths import (
     scale_channels,
     width_key,
 )
+from slimclr_hub.weights.hashes import state_hash
 from slimclr_hub.weights.slices import DISJOINT, WIDTH_DIGITS, dense_tensors, with_batch_counts
 
 _SOURCE = ('architecture', 'tag', 'url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source')
@@ -236,6 +239,7 @@ class SlimmableResNet(PassesWidth):
         self.drop_path_rate = drop_path_rate
         self.grad_checkpointing = False
         self._compiled = Transient()
+        self._cascades: FittedCascades | None = None
         _allow_graphs(len(self._widths))
 
         kernel, stride = (3, 1) if small_stem else (7, 2)
@@ -452,6 +456,37 @@ class SlimmableResNet(PassesWidth):
         with sliced_once([self], chosen):
             stems = self._first_convolutions(x, chosen)
             return {width: self._forward_head(self._forward_trunk(stems[width], width), width) for width in chosen}
+
+    def load_cascades(self, path: str | Path) -> FittedCascades:
+        """Read the thresholds for `cascade`, which `slimclr-hub cascade` has fitted to this network.
+
+        Raises:
+            InputError: They are of another network, or of this one with other weights or another dtype.
+        """
+        found = load_cascades(Path(path))
+        if found.weights != state_hash(self):
+            raise InputError(f'{path} is of other weights; fit it again: slimclr-hub cascade NETWORK IMAGES')
+        for width in {width for cascade in found.cascades for width in cascade.widths}:
+            check_width(width, self._widths)
+        self._cascades = found
+        return found
+
+    def cascade(self, images: torch.Tensor, budget: float = inf) -> Routed:
+        """Run images [N, C, H, W] at the narrowest width, and at wider ones where the answer is unsure.
+
+        Args:
+            images: As for `forward`.
+            budget: Multiply-adds that an image may cost in the mean, if images are as those of the fit; without it,
+                the cascade that agrees best with the widest width.
+
+        Raises:
+            InputError: No thresholds were loaded, the network is in training mode, or the budget is too small.
+        """
+        if self._cascades is None:
+            raise InputError('no thresholds for a cascade: model.load_cascades(FILE), of `slimclr-hub cascade`')
+        if self.training:
+            raise InputError('a cascade is for inference, where no image depends on the others: call model.eval()')
+        return route(self.forward_at, images, self._cascades.within(budget))
 
     def _first_convolutions(self, x: torch.Tensor, widths: Sequence[float]) -> dict[float, torch.Tensor]:
         widest_first = sorted(widths, reverse=True)
