@@ -213,25 +213,18 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Export each width for other runtimes, and check it against PyTorch."""
-    from slimclr_hub.hub.export import EXPORTERS, check_size
-    from slimclr_hub.hub.folder import check_file
+    from slimclr_hub.hub.export import export_network
     from slimclr_hub.hub.open import open_network
-    from slimclr_hub.models.widths import check_width, width_key
     from slimclr_hub.text import human
 
     model = open_network(network)
-    pixels = model.pretrained_cfg['input_size'][-1] if size is None else size
-    check_size(pixels)
-    widths = [check_width(w, model.widths) for w in width or model.widths]
-    files = {w: target / f'{model.pretrained_cfg["architecture"]}_{width_key(w)}.{format}' for w in widths}
-    for file in files.values():
-        check_file(file, overwrite)
-    target.mkdir(parents=True, exist_ok=True)
+    exported = export_network(model, target, format, size=size, widths=width, overwrite=overwrite)
     table = _table(['width', 'file', 'bytes', 'max difference to PyTorch'])
-    for w, file in files.items():
-        with model.set_width(w):
-            difference = EXPORTERS[format](model, file, size=pixels)
-        table.add_row(f'{w:g}', file.name, human(file.stat().st_size), f'{difference:.1e}')
+    sizes = {file.path: human(file.path.stat().st_size) for file in exported}
+    for file in exported:
+        table.add_row(f'{file.width:g}', file.path.name, sizes.pop(file.path, ''), f'{file.difference:.1e}')
+    for path in exported[0].beside:
+        table.add_row('', path.name, human(path.stat().st_size), '')
     print(f'{target}:')
     _print(table)
 

@@ -1,16 +1,16 @@
 """Class probabilities of images, by a network with a head at its active width."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from timm.data import CustomDatasetInfo, DatasetInfo, DatasetInfoLabelMapper, ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.inference.images import Sources
 from slimclr_hub.inference.runner import InferenceConfig, run_images
+from slimclr_hub.models.labels import class_labels
 from slimclr_hub.settings import at_least
 from slimclr_hub.text import printable
 
@@ -74,7 +74,7 @@ def predict(
             f'the network has no head and so no classes; take one with a probe, such as {_WITH_HEAD}, or embed the '
             'images instead'
         )
-    label = _labels(model)
+    label = class_labels(model) or str
 
     run = model if budget is None else lambda batch: model.cascade(batch, budget).logits  # type: ignore[operator]
 
@@ -107,18 +107,3 @@ def predictions_table(predictions: Sequence[Prediction], title: str | None = Non
             name = Text(printable(prediction.name) if rank == 0 else '')
             table.add_row(name, Text(printable(guess.label)), f'{100 * guess.probability:.1f}')
     return table
-
-
-def _labels(model: nn.Module) -> Callable[[int], str]:
-    config = getattr(model, 'pretrained_cfg', None) or {}
-    names = config.get('label_names')
-    subset = infer_imagenet_subset(model)
-    info: DatasetInfo
-    # A head that was put in later has other classes than the configuration names.
-    if names and model.num_classes in (len(names), config.get('num_classes')):
-        info = CustomDatasetInfo(names, config.get('label_descriptions'))
-    elif subset is not None:
-        info = ImageNetInfo(subset)
-    else:
-        return str
-    return DatasetInfoLabelMapper(info, fallback_format='{index}')

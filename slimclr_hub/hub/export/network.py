@@ -1,0 +1,100 @@
+"""Export of a slimmable network at several widths, in any format."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from slimclr_hub.errors import InputError
+from slimclr_hub.hub.export.checks import Exported, check_size
+from slimclr_hub.hub.export.onnx import data_name, export_onnx, export_shared_onnx, graph_name
+from slimclr_hub.hub.export.pt2 import export_pt2
+from slimclr_hub.hub.folder import check_file
+from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.widths import check_width, width_key
+
+
+class Format(NamedTuple):
+    """A format: the names of the files that it writes, and the function that writes them."""
+
+    names: Callable[[str, Sequence[float]], list[str]]
+    write: Callable[[SlimmableResNet, Path, str, int, Sequence[float]], list[Exported]]
+
+
+def export_network(
+    model: SlimmableResNet,
+    folder: Path,
+    format: str,
+    *,
+    size: int | None = None,
+    widths: Sequence[float] | None = None,
+    overwrite: bool = False,
+) -> list[Exported]:
+    """Write a network at several widths as files of a format, named by its architecture.
+
+    Args:
+        model: The network; its active width stays as it is.
+        folder: Where to write; made if it does not exist.
+        format: One of `FORMATS`.
+        size: Height and width of the images in pixels; the network's unless given.
+        widths: The widths, all unless given.
+        overwrite: True to replace existing files.
+
+    Returns:
+        Each width and its file.
+
+    Raises:
+        InputError: An argument is wrong, a package is missing, or a file exists; nothing was written.
+        ExportError: The outputs differ; the file was not written.
+    """
+    pixels = model.pretrained_cfg['input_size'][-1] if size is None else size
+    check_size(pixels)
+    chosen = list(dict.fromkeys(check_width(width, model.widths) for width in widths or model.widths))
+    name = model.pretrained_cfg['architecture']
+    names, write = FORMATS[format]
+    for file in names(name, chosen):
+        check_file(folder / file, overwrite)
+    _check_others(folder, name, names(name, chosen))
+    folder.mkdir(parents=True, exist_ok=True)
+    return write(model, folder, name, pixels, chosen)
+
+
+def _check_others(folder: Path, name: str, files: Sequence[str]) -> None:
+    """Refuse to replace weights under graphs that stay."""
+    if data_name(name) not in files or not (folder / data_name(name)).exists():
+        return
+    for path in sorted(folder.glob(f'{name}_w*.onnx')):
+        if path.name not in files:
+            raise InputError(
+                f'{path} stands on the weights that would be replaced; remove it, or choose another folder'
+            )
+
+
+def _onnx_names(name: str, widths: Sequence[float]) -> list[str]:
+    graphs = [graph_name(name, width) for width in widths]
+    return graphs if len(graphs) == 1 else [*graphs, data_name(name)]
+
+
+def _write_onnx(model: SlimmableResNet, folder: Path, name: str, size: int, widths: Sequence[float]) -> list[Exported]:
+    if len(widths) > 1:
+        return export_shared_onnx(model, folder, name, size=size, widths=widths)
+    with model.set_width(widths[0]):
+        return [export_onnx(model, folder / graph_name(name, widths[0]), size=size)]
+
+
+def _one_each(export: Callable[..., Exported], *suffixes: str) -> Format:
+    """A format that has one file for each width, the first of `suffixes`, and what goes with it."""
+
+    def names(name: str, widths: Sequence[float]) -> list[str]:
+        return [f'{name}_{width_key(width)}{suffix}' for width in widths for suffix in suffixes]
+
+    def write(model: SlimmableResNet, folder: Path, name: str, size: int, widths: Sequence[float]) -> list[Exported]:
+        exported = []
+        for width in widths:
+            with model.set_width(width):
+                exported.append(export(model, folder / f'{name}_{width_key(width)}{suffixes[0]}', size=size))
+        return exported
+
+    return Format(names, write)
+
+
+FORMATS: Final = {'onnx': Format(_onnx_names, _write_onnx), 'pt2': _one_each(export_pt2, '.pt2')}
