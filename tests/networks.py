@@ -1,10 +1,14 @@
 """Networks as tests want them."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import timm
 import torch
 from torch import nn
 
+from slimclr_hub.methods import METHODS, Teacher
+from slimclr_hub.methods.registry import training_of
 from slimclr_hub.models import SlimmableResNet
 
 
@@ -27,3 +31,17 @@ def forward_apart(
 ) -> dict[float, torch.Tensor]:
     """`forward_widths` without sharing: one forward after the other."""
     return {width: model.forward_at(x, width) for width in (model.widths if widths is None else widths)}
+
+
+def small_teacher(in_chans: int = 3) -> Teacher:
+    """A teacher with random weights and statistics, of 16 features; it draws from torch's generator."""
+    network = timm.create_model('slimclr_resnet20', num_classes=0, widths=(0.25,), in_chans=in_chans)
+    assert isinstance(network, SlimmableResNet)
+    randomise_batchnorm(network)
+    return Teacher(network.extract(0.25), 16)
+
+
+def method_of(name: str, backbone: SlimmableResNet, **options: Any) -> Any:
+    """A registered method around a network, with a small teacher if it takes one."""
+    teacher = [small_teacher(backbone.in_chans)] if training_of(name).teacher else []
+    return METHODS[name](backbone, *teacher, **options)

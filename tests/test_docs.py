@@ -18,7 +18,7 @@ README = ROOT / 'README.md'
 PAGES = [README, ROOT / 'transfer' / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 LINKING = [*PAGES, ROOT / 'RESULTS.md', ROOT / 'CONTRIBUTING.md', ROOT / 'CHANGELOG.md']
 RECIPES = 'pretrain', 'linear_eval', 'knn_eval', 'finetune', 'robustness'
-SECTIONS = 'method|data|views|augment|optim|knn|probe|diagnostics|run|features'
+SECTIONS = 'method|teacher|data|views|augment|optim|knn|probe|diagnostics|run|features'
 EACH_PAGE = pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 

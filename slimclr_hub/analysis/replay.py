@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from slimclr_hub.data.batches import Batch
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import InputError
+from slimclr_hub.methods import MoCoV2
 from slimclr_hub.methods.batchnorm import split_batchnorm
 from slimclr_hub.runs.checkpoints import STATE, read_state, verified
 from slimclr_hub.settings import RECIPE
@@ -23,6 +24,7 @@ from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.diagnostics import Records
 from slimclr_hub.train.setup import arrange, make_method, make_schedule
 from slimclr_hub.train.step import Losses, forward_backward
+from slimclr_hub.train.teacher import check_identity, identity, open_teacher
 
 Steps = Sequence[Sequence[Batch]]
 """Microbatches of each of several optimizer steps."""
@@ -109,7 +111,9 @@ class Replay:
             device=self.device,
         )
         self.schedule = make_schedule(config, self.data.steps_per_epoch)
-        method: Any = make_method(self.config)
+        teacher = open_teacher(config)
+        self._teacher = None if teacher is None else identity(config.teacher, teacher)
+        method: Any = make_method(self.config, teacher)
         arrange(config, method)
         self.method: Any = method.to(self.device).train()
         self.steps = checkpoint_steps(folder)
@@ -136,6 +140,8 @@ class Replay:
                 f'{path} was written with {state["steps_per_epoch"]} steps an epoch, and now there are '
                 f'{self.schedule.steps_per_epoch}; data.root has to hold the same images'
             )
+        if self._teacher is not None:
+            check_identity(self._teacher, state, path)
         try:
             self.method.load_state_dict(tensors)
             self.method.load_state_dict(own['statistics'], strict=False)
@@ -151,7 +157,7 @@ class Replay:
         apart = 1 if config.method.sync_bn else processes
         splits = apart * (config.method.bn_splits or 1)
         split_batchnorm(self.method, splits)
-        if config.method.name == 'mocov2':
+        if isinstance(self.method, MoCoV2):
             self.method.bn_splits = splits  # keys are shuffled between them
         if apart > 1 and config.method.name in ('mocov3', 'simclr'):
             notes.append(

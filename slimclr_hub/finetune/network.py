@@ -1,9 +1,7 @@
 """The network that a fine-tuning starts from: any of this package's, a plain ResNet, or random weights."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import timm
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -17,13 +15,11 @@ from slimclr_hub.evaluate.logistic import fit_linear
 from slimclr_hub.evaluate.network import check_network, drawn_anew, folder_of
 from slimclr_hub.finetune.config import StartConfig
 from slimclr_hub.hub.open import open_network
+from slimclr_hub.hub.plain import is_timm, open_timm, slimmable_of
 from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
-from slimclr_hub.models.convert import convert
 from slimclr_hub.models.layers import SwitchableLinear
 from slimclr_hub.models.widths import width_key
-from slimclr_hub.text import first_line
 from slimclr_hub.weights.checkpoint import read_checkpoint
-from slimclr_hub.weights.layouts import layout_of
 
 _FLOOR = 0.1
 
@@ -56,24 +52,9 @@ def _open(network: str, config: StartConfig) -> SlimmableResNet:
         check_network(network)
         widths = {} if config.widths is None else {'widths': config.widths}
         return open_network(network, drop_path_rate=config.drop_path_rate, **widths)
-    try:
-        converted = convert(tensors, widths=config.widths or DEFAULT_WIDTHS)
-    except InputError as error:
-        raise InputError(f'{network}: {error}') from error
-    layout = layout_of({name: tensor.shape for name, tensor in converted.items()})
-    assert layout.architecture is not None  # or converting had failed
-    if config.widths is not None and not set(config.widths) <= set(layout.widths):
-        raise InputError(f'{network} has widths {layout.widths}, and model.widths is {config.widths}')
-    model = timm.create_model(
-        layout.architecture,
-        widths=layout.widths,
-        num_classes=layout.num_classes,
-        in_chans=layout.in_chans,
-        drop_path_rate=config.drop_path_rate,
-        head=layout.head if layout.num_classes else 'switchable',
-    )
-    assert isinstance(model, SlimmableResNet)
-    model.load_state_dict(converted)
+    model = slimmable_of(tensors, network, config.widths or DEFAULT_WIDTHS, config.drop_path_rate)
+    if config.widths is not None and not set(config.widths) <= set(model.widths):
+        raise InputError(f'{network} has widths {model.widths}, and model.widths is {config.widths}')
     return model
 
 
@@ -82,13 +63,7 @@ def _plain(network: str) -> dict[str, torch.Tensor] | None:
     path = folder_of(network)
     if path.is_file() and path.suffix != '.safetensors':
         return read_checkpoint(path)
-    name = network.partition('.')[0]
-    if Path(network).exists() or not timm.is_model(name) or name.startswith('slimclr_'):
-        return None
-    try:
-        return timm.create_model(network, pretrained=True).state_dict()
-    except Exception as error:  # of timm, the Hub's client and whatever lies between
-        raise InputError(f'{network} of timm cannot be had: {first_line(error)}') from error
+    return open_timm(network).state_dict() if is_timm(network) else None
 
 
 def has_statistics(network: nn.Module) -> bool:

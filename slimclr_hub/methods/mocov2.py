@@ -14,6 +14,7 @@ from slimclr_hub.methods.heads import SlimmableLinearHead, SlimmableMLP
 from slimclr_hub.methods.losses import similarities
 from slimclr_hub.methods.momentum import EMA
 from slimclr_hub.methods.objective import Losses, Objective
+from slimclr_hub.methods.queue import enqueue, random_queue
 from slimclr_hub.methods.registry import register_method
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.slicing import sliced_once
@@ -87,7 +88,7 @@ class MoCoV2(nn.Module):
         self.ema = EMA(pairs, full)
         split_batchnorm(self.backbone, bn_splits)
         split_batchnorm(self.key_backbone, bn_splits)
-        self.register_buffer('queue', F.normalize(torch.randn(queue_size, dim), dim=1))
+        self.register_buffer('queue', random_queue(queue_size, dim))
         self.register_buffer('queue_pointer', torch.zeros((), dtype=torch.long))
         self._negatives = self.queue
 
@@ -158,13 +159,5 @@ class MoCoV2(nn.Module):
 
     def enqueue(self, keys: torch.Tensor) -> None:
         """Replace the oldest keys of the queue by those of all processes; [B, dim] on each."""
-        size = len(self.queue)
-        if not size:
-            return
-        keys = gather(keys)
-        if size % len(keys):
-            raise InputError(f'queue_size {size} is not a multiple of the batch of {len(keys)} over all processes')
-        # By index rather than by slice, so that the pointer never has to travel to the host.
-        places = (self.queue_pointer + torch.arange(len(keys), device=keys.device)) % size
-        self.queue.index_copy_(0, places, keys.to(self.queue.dtype))
-        self.queue_pointer.copy_((self.queue_pointer + len(keys)) % size)
+        if len(self.queue):
+            enqueue(self.queue_pointer, [(self.queue, keys)])

@@ -37,6 +37,7 @@ class Training:
         classifier: `slimmable` or `switchable` for a backbone with such a classifier, whose number of classes is a
             setting; None for one without.
         negatives_in_batch: Negatives are the other images of a microbatch.
+        teacher: The constructor takes a `Teacher` after the backbone.
     """
 
     views: int = 2
@@ -46,6 +47,7 @@ class Training:
     slow_start_epochs: float | None = None
     classifier: str | None = None
     negatives_in_batch: bool = False
+    teacher: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,9 @@ class Setting:
 def register_method(name: str, **training: Any) -> Callable[[MethodT], MethodT]:
     """Register a class as the method `name`.
 
-    Its constructor takes the backbone and keyword-only settings; `**options` that it hands to `Objective` are settings
-    as well. It has attributes `backbone` and `widths`, and `forward(views, widths, momentum, labels) -> {'loss', ...}`.
+    Its constructor takes the backbone, with `teacher=True` the teacher after it, and keyword-only settings;
+    `**options` that it hands to `Objective` are settings as well. It has attributes `backbone` and `widths`, and
+    `forward(views, widths, momentum, labels) -> {'loss', ...}`.
 
     Args:
         name: As in `method.name`.

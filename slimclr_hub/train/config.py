@@ -70,7 +70,7 @@ class OptimizerConfig:
         epochs: Epochs to train.
         warmup_epochs: Epochs of warm-up.
         accumulation_steps: Microbatches that data.batch_size is divided into, processed one after the other before each
-            step. The queue of mocov2 makes up for it; mocov3 and simclr then take their negatives from a microbatch.
+            step. The queue of a method makes up for it; mocov3 and simclr then take their negatives from a microbatch.
     """
 
     name: str = 'momentum'
@@ -177,6 +177,24 @@ def _problems_of_method(name: str, known: Mapping[str, Setting], given: Mapping[
             f'method.bn_splits {given["bn_splits"]} normalises splits of the batch, method.sync_bn true all of it; '
             'drop one'
         )
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The frozen network that a method with a teacher learns from.
+
+    Args:
+        network: A name of timm's such as resnet50.a1_in1k, hf-hub:USER/NAME, a folder that timm opens, such as that of
+            a run, a checkpoint's file, or a tag of this package's such as slimclr_resnet20.mocov3_fashionmnist.
+        width: Width of a slimmable one; its widest where null.
+    """
+
+    network: str | None = None
+    width: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.width is not None and self.network is None:
+            raise InputError(f'teacher.width {self.width} is that of no teacher; give --teacher.network')
 
 
 @dataclass(frozen=True)
@@ -312,6 +330,7 @@ class PretrainConfig:
     Args:
         model: The network.
         method: The method.
+        teacher: The teacher of the method, if it has one.
         data: The images.
         views: The augmentations.
         second_views: Those of the second view; the same where null.
@@ -325,6 +344,7 @@ class PretrainConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     second_views: ViewConfig | None = None
@@ -341,6 +361,15 @@ class PretrainConfig:
     def _problems(self) -> Iterator[str]:
         batch, microbatches, method = self.data.batch_size, self.optim.accumulation_steps, self.method
         yield from problem(check_loss_weights, 'method.loss_weights', method.loss_weights, self.model.widths)
+        teacher = self.teacher.network
+        if training_of(method.name).teacher and teacher is None:
+            yield f'method.name {method.name} learns from a teacher; give --teacher.network'
+        elif teacher is not None and not training_of(method.name).teacher:
+            taught = ', '.join(name for name in METHODS if training_of(name).teacher)
+            yield (
+                f'teacher.network {teacher} is for method.name {taught}, and it is {method.name}; add '
+                '--teacher.network null'
+            )
         if batch % microbatches:
             yield (
                 f'data.batch_size {batch} does not divide into optim.accumulation_steps {microbatches}; '

@@ -11,6 +11,7 @@ from torch import nn
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods import METHODS
 from slimclr_hub.methods.registry import training_of
+from slimclr_hub.methods.teacher import Teacher
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.registry import slimmable_models
 from slimclr_hub.runs.schedule import Schedule
@@ -56,11 +57,16 @@ def make_backbone(
     return backbone
 
 
-def make_method(config: PretrainConfig) -> nn.Module:
-    """The method around its network, in float32; it has attributes `backbone` and `widths`."""
-    head = training_of(config.method.name).classifier or 'switchable'
-    backbone = make_backbone(config.model, config.data.channels, config.method.num_classes or 0, head)
-    return METHODS[config.method.name](backbone, **config.method.arguments())
+def make_method(config: PretrainConfig, teacher: Teacher | None = None) -> nn.Module:
+    """The method around its network, in float32; it has attributes `backbone` and `widths`.
+
+    A method with a teacher takes that of `open_teacher`.
+    """
+    training = training_of(config.method.name)
+    backbone = make_backbone(
+        config.model, config.data.channels, config.method.num_classes or 0, training.classifier or 'switchable'
+    )
+    return METHODS[config.method.name](backbone, *([teacher] if training.teacher else []), **config.method.arguments())
 
 
 def arrange(config: PretrainConfig, method: Any) -> None:

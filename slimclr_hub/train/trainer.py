@@ -25,6 +25,7 @@ from slimclr_hub.train.network_job import NetworkJob
 from slimclr_hub.train.online import TITLES, Qualities, online_evaluation
 from slimclr_hub.train.run_folder import RunFolder
 from slimclr_hub.train.setup import arrange, make_method, make_optimizer, make_schedule
+from slimclr_hub.train.teacher import check_identity, identity, open_teacher
 from slimclr_hub.train.tracking import start_tracker
 
 
@@ -35,7 +36,7 @@ class Trainer(NetworkJob):
         folder: Folder of the run, once `run` has begun.
 
     Raises:
-        InputError: The configuration does not fit the images, the network or the processes.
+        InputError: The configuration does not fit the images, the network, the teacher or the processes.
     """
 
     folder: RunFolder
@@ -65,8 +66,10 @@ class Trainer(NetworkJob):
             log_every=config.run.log_every,
         )
         self.schedule = make_schedule(config, self.steps_per_epoch)
+        teacher = open_teacher(config)
+        self._teacher = None if teacher is None else identity(config.teacher, teacher)
         set_seed(config.run.seed)
-        method = make_method(config)
+        method = make_method(config, teacher)
         if config.method.sync_bn and accelerator.num_processes > 1:
             method = sync_batchnorm(method, accelerator.device)
         arrange(config, method)
@@ -126,6 +129,8 @@ class Trainer(NetworkJob):
                 f'{self.folder.path / RECIPE} is not that of {found.path}: {"; ".join(changed)}; restore it, or give '
                 '--allow_changes true'
             )
+        if self._teacher is not None:
+            check_identity(self._teacher, found.state, found.path)
 
     def _drop_metrics(self, found: Found) -> None:
         """Leave the metrics of the steps that the run goes on from."""
@@ -139,6 +144,8 @@ class Trainer(NetworkJob):
     def _notes(self) -> Iterator[str]:
         config = self.config
         yield from self.data.notes
+        if self._teacher is not None:
+            yield f'Teacher: {self._teacher["network"]}, weights {self._teacher["hash"][:8]}'
         if (config.method.queue_size or 0) > self.steps_per_epoch * config.data.batch_size:
             yield (
                 f'Warning: method.queue_size {config.method.queue_size} exceeds the images of an epoch; an image will '
@@ -180,8 +187,8 @@ class Trainer(NetworkJob):
         return f'--resume {self.folder.path}'
 
     def state(self) -> dict[str, Any]:
-        """The settings that have led to it."""
-        return {'settings': self._settings}
+        """The settings that have led to it, and the teacher, whose own weights no checkpoint holds."""
+        return {'settings': self._settings, **({} if self._teacher is None else {'teacher': self._teacher})}
 
     def checkpoint_is_due(self, epoch: int | None) -> bool:
         """True every run.checkpoint_every epochs, every run.checkpoint_steps steps, and after the last epoch."""

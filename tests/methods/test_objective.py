@@ -11,7 +11,9 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.methods import METHODS
 from slimclr_hub.methods.losses import DISTILLATIONS, atkd, dkd, info_nce, kd, kl_divergence, mse
 from slimclr_hub.methods.objective import Objective
+from slimclr_hub.methods.registry import settings_of
 from tests.methods import plain
+from tests.networks import method_of
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 LOSSES = {
@@ -137,6 +139,7 @@ def test_no_method_asks_for_a_value(name):
     with FakeTensorMode(allow_non_fake_inputs=True):
         classes = 10 if name == 'supervised' else 0
         backbone = timm.create_model('slimclr_resnet20', num_classes=classes, widths=(1.0, 0.25))
-        method = METHODS[name](backbone, **({'queue_size': 32} if name == 'mocov2' else {}))
+        queue = {'queue_size': 32} if 'queue_size' in settings_of(name) else {}
+        method = method_of(name, backbone, **queue)
         views = [torch.zeros(8, 3, 12, 12)] * 2
         method(views, (1.0, 0.25), 0.9, torch.zeros(8, dtype=torch.long))['loss'].backward()

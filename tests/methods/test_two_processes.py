@@ -8,8 +8,9 @@ from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from slimclr_hub.distributed import average_batchnorm
-from slimclr_hub.methods import METHODS
 from slimclr_hub.methods.batchnorm import sync_batchnorm
+from slimclr_hub.methods.registry import settings_of
+from tests.networks import method_of
 
 WORLD = 2
 WIDTHS = (1.0, 0.5, 0.25)
@@ -21,6 +22,7 @@ CASES = {
     'mocov2, no queue': ('mocov2', {'queue_size': 0}),
     'mocov3': ('mocov3', {}),
     'simclr': ('simclr', {}),
+    'seed': ('seed', {'queue_size': 16}),
     'supervised': ('supervised', {}),
 }
 
@@ -31,10 +33,11 @@ def make(case, parts=1):
     torch.manual_seed(0)  # on every process, as training does: DDP hands parameters round, but not the queue
     classes = 10 if name == 'supervised' else 0
     backbone = timm.create_model('slimclr_resnet20', num_classes=classes, widths=WIDTHS, zero_init_last=False)
-    options = dict(options) if classes else {'dim': 16, 'hidden_dim': 64, **options}
+    options = {'dim': 16, 'hidden_dim': 64, **options}
+    options = {key: value for key, value in options.items() if key in settings_of(name)}
     if 'bn_splits' in options:
         options['bn_splits'] *= parts
-    method = METHODS[name](backbone, **options).double().train()
+    method = method_of(name, backbone, **options).double().train()
     return method if 'bn_splits' in options else sync_batchnorm(method, torch.device('cpu'))
 
 

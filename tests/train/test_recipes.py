@@ -11,6 +11,7 @@ from slimclr_hub.runs.command_line import dump
 from slimclr_hub.train.command import load_recipe
 from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.setup import make_method, make_optimizer, make_schedule
+from tests.networks import small_teacher
 
 CONFIGS = Path(__file__).parents[2] / 'recipes' / 'configs'
 RECIPES = sorted(path for path in CONFIGS.rglob('*.yaml') if path.parent.name not in ('linear_eval', 'suite_eval'))
@@ -28,7 +29,7 @@ def test_recipe_trains(path, tmp_path):
     config = load_recipe(path)
     (tmp_path / 'recipe.yaml').write_text(dump(config))
     assert load_recipe(tmp_path / 'recipe.yaml') == config
-    method = make_method(small(config)).train()
+    method = make_method(small(config), small_teacher(config.data.channels)).train()
     assert isinstance(method, METHODS[config.method.name])
     assert method.backbone.widths == tuple(sorted(config.model.widths, reverse=True))
     optimizer = make_optimizer(config.optim, method)

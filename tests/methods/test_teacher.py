@@ -1,0 +1,172 @@
+"""A teacher that nothing moves, and SEED: closed forms, a transcription by loops, and its queue."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from slimclr_hub.errors import InputError
+from slimclr_hub.methods import Teacher
+from slimclr_hub.methods.losses import info_nce, similarities
+from slimclr_hub.methods.queue import enqueue, random_queue
+from tests.methods import plain
+from tests.networks import method_of, small_teacher
+
+WIDTHS = (1.0, 0.5)
+TAUGHT = {'seed': {'hidden_dim': 32, 'queue_size': 8}}
+
+
+def make(name='seed', widths=WIDTHS, **options):
+    torch.manual_seed(0)
+    backbone = timm.create_model('slimclr_resnet20', num_classes=0, widths=widths, zero_init_last=False)
+    return method_of(name, backbone, **{**TAUGHT[name], **options}).double().train()
+
+
+def views(seed=1, batch=4):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, 3, 12, 12, dtype=torch.double, generator=generator) for _ in range(2)]
+
+
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, dtype=torch.double, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+# The teacher
+
+
+@pytest.mark.parametrize('name', TAUGHT)
+def test_nothing_moves_the_teacher(name):
+    method = make(name)
+    network = method.teacher.network
+    before, wanted = method.teacher.hash(), method.teacher(views()[0])
+    optimizer = torch.optim.SGD(method.parameters(), 0.1, 0.9, weight_decay=0.1)
+    for _ in range(2):
+        method.train()(views(), method.widths, 0.9)['loss'].backward()
+        optimizer.step()
+    assert method.teacher.hash() == before
+    assert not any(module.training for module in network.modules())
+    assert all(p.grad is None and not p.requires_grad for p in network.parameters())
+    assert torch.equal(method.teacher(views()[0]), wanted)
+    assert not wanted.requires_grad
+
+
+@pytest.mark.parametrize('name', TAUGHT)
+def test_no_checkpoint_holds_the_teacher(name):
+    method = make(name)
+    assert not [key for key in method.state_dict() if key.startswith('teacher')]
+    hidden = {id(tensor) for tensor in method.teacher.network.state_dict(keep_vars=True).values()}
+    assert hidden.isdisjoint(map(id, (*method.parameters(), *method.buffers())))
+    other = make(name)
+    assert other.load_state_dict(method.state_dict()).missing_keys == []
+
+
+def test_teacher_follows_to_another_type():
+    teacher = small_teacher().double()
+    assert {p.dtype for p in teacher.network.parameters()} == {torch.double}
+    assert teacher(views()[0]).dtype == torch.double
+
+
+def test_teacher_sees_images_as_it_was_trained():
+    network = small_teacher().network
+    gray = torch.rand(2, 1, 12, 12)
+    teacher = Teacher(network, 16, scale=(0.5, 1.0, 2.0), shift=(0.0, 1.0, -1.0))
+    wanted = torch.cat([gray * 0.5, gray + 1, gray * 2 - 1], 1)
+    torch.testing.assert_close(teacher(gray), F.normalize(network(wanted), dim=1))
+
+
+def test_targets_are_float32_under_autocast():
+    teacher, view = small_teacher(), views()[0].float()
+    with torch.autocast('cpu', torch.bfloat16):
+        found = teacher(view.bfloat16().float())
+    assert found.dtype == torch.float32
+    assert torch.equal(found, teacher(view.bfloat16().float()))
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(4))
+
+
+# The queue
+
+
+def test_queues_stay_aligned_after_a_wrap_around():
+    """Row i of both belongs to the same image, whatever their dimensions."""
+    pointer, wide, narrow = torch.zeros((), dtype=torch.long), random_queue(6, 3), random_queue(6, 1)
+    for step in range(5):
+        image = torch.arange(4 if step == 1 else 2).float()[:2, None] + 10 * step
+        enqueue(pointer, [(wide, image.expand(-1, 3) * 100), (narrow, image)])
+    assert torch.equal(wide, narrow.expand(-1, 3) * 100)
+    assert narrow[:, 0].tolist() == [30, 31, 40, 41, 20, 21]
+    assert pointer == 4
+
+
+def test_queue_that_is_no_multiple():
+    with pytest.raises(InputError, match=r'queue_size 6 .*batch of 4'):
+        enqueue(torch.zeros((), dtype=torch.long), [(random_queue(6, 3), torch.zeros(4, 3))])
+
+
+# SEED
+
+
+def test_seed_in_closed_form():
+    """Of two images and a queue of three: the loss, and its gradient (p_s - p_t) D / (2 tau_s)."""
+    teacher, queue, student = unit(2, 2, seed=1), unit(3, 2, seed=2), unit(2, 2, seed=3).requires_grad_()
+    target = F.softmax(similarities(teacher, teacher, queue) / 0.5, dim=1)
+    loss = info_nce(similarities(student, teacher, queue), 0.2, target)
+    loss.backward()
+    expected, gradients = 0.0, []
+    for z_s, z_t in zip(student.detach(), teacher, strict=True):
+        candidates = torch.stack([z_t, *queue])
+        p_t, p_s = ((z @ candidates.T / tau).exp() for z, tau in ((z_t, 0.5), (z_s, 0.2)))
+        p_t, p_s = p_t / p_t.sum(), p_s / p_s.sum()
+        expected -= (p_t * p_s.log()).sum().item() / 2
+        gradients.append((p_s - p_t) @ candidates / 0.2 / 2)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(student.grad, torch.stack(gradients))
+
+
+@pytest.mark.parametrize('widths', [WIDTHS, (0.5,)])
+def test_seed_against_loops(widths):
+    """As the paper's section 3 describes it, at each width: number by number over candidates."""
+    method, view = make(widths=widths, loss_weights='none'), views()[0]
+    other, earlier = copy.deepcopy(method), method.queue.clone()
+    output = method([view], widths, 0.0)
+    z_t = other.teacher(view)
+    candidates = [[row, *earlier] for row in z_t]
+    total = 0.0
+    for width in widths:
+        z_s = F.normalize(other.head(other.backbone.forward_at(view, width), width), dim=1)
+        loss = 0.0
+        for mine, its, rows in zip(z_s, z_t, candidates, strict=True):
+            p = plain.softmax([(its @ row).item() for row in rows], 0.01)
+            q = plain.softmax([(mine @ row).item() for row in rows], 0.2)
+            loss -= sum(a * torch.tensor(b).log().item() for a, b in zip(p, q, strict=True)) / len(z_t)
+        assert output[f'cross_entropy/{width:g}'].item() == pytest.approx(loss, rel=1e-5)
+        total += loss
+    assert output['loss'].item() == pytest.approx(total, rel=1e-5)
+    assert torch.equal(method.queue, torch.cat([z_t, earlier[4:]]))
+
+
+def test_seed_with_a_sharp_teacher_is_cross_entropy_to_the_first_candidate():
+    method, view = make(teacher_temperature=1e-6), views()[0]
+    other = copy.deepcopy(method)
+    output = method([view], WIDTHS, 0.0)
+    for width in WIDTHS:
+        z_s = F.normalize(other.head(other.backbone.forward_at(view, width), width), dim=1)
+        rows = similarities(z_s, other.teacher(view), other.queue).tolist()
+        expected = plain.cross_entropy(rows, [0] * 4, 0.2)
+        assert output[f'cross_entropy/{width:g}'].item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_microbatches_of_a_step_look_at_one_queue():
+    method = make()
+    method([views(1)[0]], WIDTHS, 0.0)
+    later = copy.deepcopy(method)
+    later.queue.normal_()  # as if more had been added
+    expected = method([views(2)[0]], WIDTHS, None)['loss']
+    assert later([views(2)[0]], WIDTHS, None)['loss'] == expected
+    assert later([views(2)[0]], WIDTHS, 0.0)['loss'] != expected
+
+
+def test_every_width_learns_from_the_teacher_alone_unless_asked():
+    assert not any(key.startswith('distillation') for key in make()(views(), WIDTHS, 0.0))
+    assert 'distillation/0.5' in make(distillation='kd')(views(), WIDTHS, 0.0)
