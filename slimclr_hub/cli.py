@@ -31,7 +31,7 @@ Workers = Annotated[int | None, typer.Option(help='Processes that decode images.
 Device = Annotated[str | None, typer.Option(help='Device, such as cuda:1; by default an accelerator if there is one.')]
 Encoder = Literal['online', 'momentum']
 DenseFormat = Literal['timm', 'torchvision', 'mmdet']
-ExportFormat = Literal['onnx', 'pt2']
+ExportFormat = Literal['onnx', 'openvino', 'executorch', 'pt2']
 Precision = Literal['no', 'fp16', 'bf16']
 Skip = Annotated[bool, typer.Option('--skip-unreadable', help='Leave out images that cannot be read.')]
 
@@ -206,27 +206,54 @@ def extract(
 @app.command()
 def export(
     network: Network,
-    target: Annotated[Path, typer.Argument(help='Folder for the files, one for each width.')],
-    format: Annotated[ExportFormat, typer.Option(help='ONNX, or an ExportedProgram of torch.export.')],
+    target: Annotated[Path, typer.Argument(help='Folder for the files.')],
+    format: Annotated[ExportFormat, typer.Option(help='For which runtime; pt2 is an ExportedProgram of PyTorch.')],
     width: Annotated[list[float] | None, typer.Option(help='Widths; all unless given, repeat for each.')] = None,
     size: Annotated[int | None, typer.Option(help="Height and width of images; the network's unless given.")] = None,
+    int8: Annotated[bool, typer.Option('--int8', help='Quantise to 8 bits, by the images of --calibration.')] = False,
+    calibration: Annotated[Path | None, typer.Option(help='Folder of images like those of the task, for int8.')] = None,
+    least_cosine: Annotated[
+        float | None,
+        typer.Option(min=-1, max=1, help='Least mean cosine of outputs in int8 with those in float32 to accept.'),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Export each width for other runtimes, and check it against PyTorch."""
-    from slimclr_hub.hub.export import export_network
+    from slimclr_hub.hub.export import Calibration, check_format, export_network
     from slimclr_hub.hub.open import open_network
     from slimclr_hub.text import human
 
+    if int8 != (calibration is not None) or (least_cosine is not None and not int8):
+        raise InputError(
+            '--int8, --calibration FOLDER and --least-cosine go together; give the first two, or none for float32'
+        )
+    check_format(format, int8=int8)
     model = open_network(network)
-    exported = export_network(model, target, format, size=size, widths=width, overwrite=overwrite)
-    table = _table(['width', 'file', 'bytes', 'max difference to PyTorch'])
-    sizes = {file.path: human(file.path.stat().st_size) for file in exported}
+    images = None
+    if calibration:
+        from slimclr_hub.inference.sample import read_sample
+
+        if size is not None:
+            model.pretrained_cfg['input_size'] = (model.in_chans, size, size)
+        sample = read_sample(model, calibration, at_least=16, at_most=512)
+        images = Calibration.split(sample, least_cosine)
+    options: dict[str, Any] = {'size': size, 'widths': width, 'calibration': images, 'overwrite': overwrite}
+    exported = export_network(model, target, format, **options)
+    quality = ['cosine to float32', 'same class (%)'] if int8 else ['max difference to PyTorch']
+    table = _table(['width', 'file', 'bytes', *quality])
+    written: set[Path] = set()
     for file in exported:
-        table.add_row(f'{file.width:g}', file.path.name, sizes.pop(file.path, ''), f'{file.difference:.1e}')
-    for path in exported[0].beside:
-        table.add_row('', path.name, human(path.stat().st_size), '')
+        new = [path for path in (file.path, *file.beside) if path not in written]
+        written.update(new)
+        sizes = human(sum(path.stat().st_size for path in new)) if new else ''
+        cells = [f'{file.difference:.1e}']
+        if file.cosine is not None:
+            cells = [f'{file.cosine:.4f}', '' if file.agreement is None else f'{100 * file.agreement:.1f}']
+        table.add_row(f'{file.width:g}', file.path.name, sizes, *cells)
     print(f'{target}:')
     _print(table)
+    if len(exported) > 1 and len(shared := {path for file in exported for path in file.beside}) == 1:
+        print(f'The weights of all widths are in {shared.pop().name}, which has to lie beside them.')
 
 
 @app.command()

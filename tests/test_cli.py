@@ -381,6 +381,19 @@ def test_export(succeed, small, tmp_path, format, widths):
         torch.testing.assert_close(program(some()), open_folder(small, width=0.25)(some()))
 
 
+def test_export_in_int8(succeed, small, tmp_path):
+    photos = write_pngs(tmp_path / 'photos', some_images('test', 20)[0])
+    int8 = ('--int8', '--calibration', photos, '--least-cosine', 0.5)
+    target = tmp_path / 'out'
+    out = succeed('export', small, target, '--format', 'onnx', '--width', 0.25, *int8)
+    name = 'slimclr_resnet20_int8_w025.onnx'
+    (line,) = (line for line in out.splitlines() if name in line)
+    assert [path.name for path in target.iterdir()] == [name]
+    cosine, agreement = map(float, line.split()[-2:])
+    assert 0.9 < cosine <= 1
+    assert 0 < agreement <= 100
+
+
 def test_export_keeps_what_is_there(refuse, succeed, small, tmp_path):
     file = tmp_path / 'slimclr_resnet20_w025.pt2'
     file.write_text('precious')
@@ -620,6 +633,10 @@ def test_extraction_that_cannot_be(refuse, small, published, tmp_path, arguments
         ('predict {backbone} {images}', ('has no head', 'lincls', 'embed')),
         ('export {small} {images}/0000.png --format pt2', ('0000.png',)),
         ('export {small} {tmp}/out --format pt2 --size 0', ('size 0',)),
+        ('export {small} {tmp}/out --format onnx --int8', ('--int8, --calibration FOLDER', 'give the first two')),
+        ('export {small} {tmp}/out --format onnx --calibration {images}', ('--int8, --calibration FOLDER',)),
+        ('export {small} {tmp}/out --format onnx --int8 --calibration {images}', ('5 of the 16 images',)),
+        ('export {small} {tmp}/out --format pt2 --int8 --calibration {images}', ('pt2 is not one of onnx', 'int8')),
         ('cards {images}/0000.png', ('0000.png',)),
     ],
 )
@@ -647,7 +664,7 @@ def test_other_mistakes(refuse, small, published, images, tmp_path, arguments, w
             "'tensorflow' is not one of 'timm', 'torchvision', 'mmdet'",
         ),
         ('export {small} out', "missing option '--format'"),
-        ('export {small} out --format tflite', "'tflite' is not one of 'onnx', 'pt2'"),
+        ('export {small} out --format tflite', "'tflite' is not one of 'onnx', 'openvino', 'executorch', 'pt2'"),
         ('embed {small} images', "missing option '--out'"),
         ('embed {small} images -o x.npy --precision int8', "'int8' is not one of 'no', 'fp16', 'bf16'"),
         ('convert a b --encoder teacher', "'teacher' is not one of 'online', 'momentum'"),

@@ -37,6 +37,11 @@ def run(path, x):
     return torch.from_numpy(session.run(['logits'], {'pixel_values': x.numpy()})[0])
 
 
+def described(path):
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    return json.loads(session.get_modelmeta().custom_metadata_map['slimclr_hub'])
+
+
 def images(batch=5, size=32):
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
 
@@ -73,7 +78,8 @@ def test_weights_are_there_once(model, files):
 
 def test_a_narrow_width_runs_on_the_beginning(model, files, tmp_path):
     graph = files / 'net_w025.onnx'
-    end = end_of_data(onnx.load(graph, load_external_data=False))
+    end = described(graph)['data_bytes']
+    assert end == end_of_data(onnx.load(graph, load_external_data=False))
     (tmp_path / 'net.onnx.data').write_bytes((files / 'net.onnx.data').read_bytes()[:end])
     (tmp_path / graph.name).write_bytes(graph.read_bytes())
     assert torch.equal(run(tmp_path / graph.name, images()), run(graph, images()))
@@ -96,9 +102,8 @@ def test_graphs_are_valid(files):
 
 
 def test_metadata(model, files):
-    session = onnxruntime.InferenceSession(files / 'net_w050.onnx', providers=['CPUExecutionProvider'])
-    about = json.loads(session.get_modelmeta().custom_metadata_map['slimclr_hub'])
-    cfg = model.pretrained_cfg
+    about, cfg = described(files / 'net_w050.onnx'), model.pretrained_cfg
+    assert 0 < about.pop('data_bytes') < (files / 'net.onnx.data').stat().st_size
     assert about == {
         'architecture': 'slimclr_resnet20',
         'widths': [0.5],
@@ -120,7 +125,7 @@ def test_nothing_is_written_if_one_width_differs(tmp_path):
     model = small_network(**SHALLOW)
     torch.nn.init.constant_(model.fc.w050.bias, float('nan'))
     with pytest.raises(ExportError, match=r'net_w050\.onnx was not written'):
-        export_shared_onnx(model, tmp_path, 'net', size=32)
+        export_shared_onnx(model, tmp_path, 'net', size=32, widths=[1, 0.5])
     assert [*tmp_path.iterdir()] == []
 
 

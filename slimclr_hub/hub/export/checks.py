@@ -23,8 +23,17 @@ INPUT = 'pixel_values'
 """Name of the input in every format that names it."""
 
 Run = Callable[[torch.Tensor], torch.Tensor]
+"""A runtime with a network: images [N, C, H, W] -> its output."""
+
+LEAST_COSINE = 0.99
+"""The least mean cosine similarity of int8 outputs that is accepted, unless told otherwise."""
+
+BATCH = 32
+"""Images that are run at a time."""
 
 _CHECKED_BATCHES = (1, 3)
+_LOGITS = 'logits'
+
 _TOLERANCE = 1e-4
 
 
@@ -37,12 +46,36 @@ class Exported:
         path: The file to open for it.
         difference: The largest absolute difference between the outputs of the file's runtime and PyTorch's.
         beside: Files that have to lie beside it.
+        cosine: Of int8, the mean cosine similarity with the outputs in float32, on images held out.
+        agreement: Of int8 with a head, the share of these images whose most probable class stays the same.
     """
 
     width: float | None
     path: Path
     difference: float
     beside: tuple[Path, ...] = ()
+    cosine: float | None = None
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What int8 is made and judged with.
+
+    Args:
+        images: Preprocessed images [N, C, H, W] on the CPU, from which the ranges of activations come.
+        held_out: Others, on which the outputs are compared with those in float32.
+        least: The least mean cosine similarity to accept.
+    """
+
+    images: torch.Tensor
+    held_out: torch.Tensor
+    least: float = LEAST_COSINE
+
+    @classmethod
+    def split(cls, images: torch.Tensor, least: float | None = None) -> 'Calibration':
+        """Hold every second image out."""
+        return cls(images[::2].contiguous(), images[1::2].contiguous(), LEAST_COSINE if least is None else least)
 
 
 @dataclass(frozen=True)
@@ -70,6 +103,11 @@ class Reference:
         """A batch to trace the network with: of 2, as export would take a batch of 1 for a constant."""
         return torch.zeros_like(self.batches[-1][:2])
 
+    @property
+    def has_head(self) -> bool:
+        """True if the outputs are logits."""
+        return self.output == _LOGITS
+
     def difference(self, run: Run, path: Path) -> float:
         """Return the largest absolute difference of a runtime's outputs.
 
@@ -88,6 +126,36 @@ class Reference:
                 )
             largest = max(largest, difference)
         return largest
+
+
+def check(
+    reference: Reference,
+    run: Run,
+    path: Path,
+    beside: tuple[Path, ...] = (),
+    calibration: Calibration | None = None,
+) -> Exported:
+    """Compare what a runtime computes with PyTorch in float32.
+
+    Raises:
+        ExportError: As in `Reference.difference`; of int8, the cosine similarity is less than accepted.
+    """
+    if calibration is None:
+        return Exported(reference.width, path, reference.difference(run, path), beside)
+    with torch.no_grad():
+        batches = calibration.held_out.split(BATCH)
+        expected = torch.cat([reference.network(images) for images in batches])
+        found = torch.cat([run(images) for images in batches])
+    cosine = torch.cosine_similarity(found, expected).mean().item()
+    if not cosine >= calibration.least:
+        raise ExportError(
+            f'{path} was not written: in int8 its {reference.output} would have a cosine similarity of {cosine:.4f} '
+            f'with those in float32, on {len(expected)} images held out, less than {calibration.least:g}; calibrate '
+            'with more images like those of the task, or accept less by --least-cosine'
+        )
+    agreement = (found.argmax(1) == expected.argmax(1)).float().mean().item() if reference.has_head else None
+    difference = (found - expected).abs().max().item()
+    return Exported(reference.width, path, difference, beside, cosine, agreement)
 
 
 def reference_of(model: nn.Module, size: int) -> Reference:
@@ -135,7 +203,8 @@ def package(name: str, extra: str) -> Any:
         InputError: It is not installed, or does not import.
     """
     try:
-        return importlib.import_module(name)
+        with quiet():
+            return importlib.import_module(name)
     except ImportError as error:
         raise InputError(f'exporting needs {name} ({error}): pip install "slimclr-hub[{extra}]"') from error
 
@@ -173,6 +242,6 @@ def _reference(model: nn.Module, size: int) -> Reference:
     network = model.extract(model.width) if isinstance(model, SlimmableResNet) else model
     if hasattr(network, 'set_grad_checkpointing'):
         network.set_grad_checkpointing(False)  # type: ignore[operator]
-    output = 'logits' if getattr(network, 'num_classes', 0) > 0 else 'features'
+    output = _LOGITS if getattr(network, 'num_classes', 0) > 0 else 'features'
     architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
     return Reference(network, getattr(network, 'width', None), output, batches, outputs, architecture)

@@ -7,6 +7,7 @@ come first, so that a graph needs only the beginning of the file.
 """
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -21,9 +22,11 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.files import atomic_files
 from slimclr_hub.hub.export.checks import (
     INPUT,
+    Calibration,
     Exported,
     Reference,
     Run,
+    check,
     check_ending,
     package,
     quiet,
@@ -60,7 +63,14 @@ class _Affine(nn.Module):
         return x * self.scale + self.shift
 
 
-def export_onnx(model: nn.Module, path: Path, *, size: int, opset: int = DEFAULT_OPSET) -> Exported:
+def export_onnx(
+    model: nn.Module,
+    path: Path,
+    *,
+    size: int,
+    opset: int = DEFAULT_OPSET,
+    calibration: Calibration | None = None,
+) -> Exported:
     """Write a network as one ONNX file, after onnxruntime has run it with the same outputs.
 
     Input `pixel_values` [N, C, size, size], output `logits` [N, num_classes], or `features` where the network has no
@@ -73,6 +83,8 @@ def export_onnx(model: nn.Module, path: Path, *, size: int, opset: int = DEFAULT
         path: The file, `.onnx`.
         size: Height and width of the images in pixels.
         opset: Operator set of ONNX to write.
+        calibration: Images to write the network in int8 with, by onnxruntime's static quantisation: weights for each
+            channel, activations for each tensor, both signed, as QuantizeLinear and DequantizeLinear.
 
     Returns:
         The file, and the largest absolute difference between onnxruntime's outputs and PyTorch's, both in float32 on
@@ -80,16 +92,19 @@ def export_onnx(model: nn.Module, path: Path, *, size: int, opset: int = DEFAULT
 
     Raises:
         InputError: A package is missing, or an argument wrong.
-        ExportError: The outputs differ by more than 1e-4, or by more than 1e-4 of the largest where that is above 1.
+        ExportError: The outputs differ by more than 1e-4, or by more than 1e-4 of the largest where that is above 1; of
+            int8, their cosine similarity is less than `calibration` accepts.
     """
     check_ending(path, '.onnx')
     _check_packages()
     reference = reference_of(model, size)
-    file = trace(reference, opset)
+    file = _trace(reference, opset)
     with atomic_files(path.parent) as partial:
-        (partial / path.name).write_bytes(file.SerializeToString())
-        difference = reference.difference(session(partial / path.name, reference), path)
-    return Exported(reference.width, path, difference)
+        if calibration is None:
+            (partial / path.name).write_bytes(file.SerializeToString())
+        else:
+            _quantise(file, calibration, partial / path.name)
+        return check(reference, _session(partial / path.name, reference), path, calibration=calibration)
 
 
 def export_shared_onnx(
@@ -97,7 +112,8 @@ def export_shared_onnx(
 ) -> list[Exported]:
     """Write a graph for each width, `NAME_w100.onnx` and so on, over the weights of all, `NAME.onnx.data`.
 
-    Arguments and errors are those of `export_onnx`; nothing is written unless every width computes the same.
+    Arguments and errors are those of `export_onnx`; nothing is written unless every width computes the same. The
+    metadata of each graph also says how many bytes of the weights it needs, `data_bytes`.
 
     Args:
         folder: Folder of the files.
@@ -106,15 +122,15 @@ def export_shared_onnx(
     """
     _check_packages()
     references = references_of(model, size, widths)  # the widest first
-    files = {width: trace(_unfolded(reference), DEFAULT_OPSET) for width, reference in references.items()}
+    files = {width: _trace(_unfolded(reference), DEFAULT_OPSET) for width, reference in references.items()}
     with atomic_files(folder) as partial:
         _share(dict(reversed(files.items())), partial / data_name(name))
         exported = []
         for width, reference in references.items():
             path = folder / graph_name(name, width)
             (partial / path.name).write_bytes(files[width].SerializeToString())
-            difference = reference.difference(session(partial / path.name, reference), path)
-            exported.append(Exported(width, path, difference, (folder / data_name(name),)))
+            run = _session(partial / path.name, reference)
+            exported.append(check(reference, run, path, (folder / data_name(name),)))
         return exported
 
 
@@ -128,7 +144,7 @@ def data_name(name: str) -> str:
     return f'{name}.onnx.data'
 
 
-def trace(reference: Reference, opset: int) -> Any:
+def _trace(reference: Reference, opset: int) -> Any:
     """Return a network as a `ModelProto` with all weights, without traces of this machine.
 
     Raises:
@@ -157,7 +173,7 @@ def trace(reference: Reference, opset: int) -> Any:
     return file
 
 
-def session(path: Path, reference: Reference) -> Run:
+def _session(path: Path, reference: Reference) -> Run:
     """Open a file in onnxruntime, and return the function that runs it."""
     import onnxruntime
 
@@ -171,6 +187,30 @@ def session(path: Path, reference: Reference) -> Run:
         return torch.from_numpy(opened.run([reference.output], {INPUT: images.numpy()})[0])
 
     return run
+
+
+def _quantise(file: Any, calibration: Calibration, path: Path) -> None:
+    """Write a network in int8."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self._images = iter(calibration.images.split(1))
+
+        def get_next(self) -> dict[str, Any] | None:
+            image = next(self._images, None)
+            return None if image is None else {INPUT: image.numpy()}
+
+    with quiet():
+        quantize_static(
+            file,
+            path,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+        )
 
 
 def _check_packages() -> None:
@@ -212,6 +252,8 @@ def _share(files: dict[float, Any], path: Path) -> None:
     with path.open('wb') as data:
         for width, file, held, part in zip(files, files.values(), weights, split(tensors, shapes), strict=True):
             pieces.append({name: _append(data, tensor) for name, tensor in part.items()})
+            (about,) = (entry for entry in file.metadata_props if entry.key == KEY)
+            about.value = json.dumps({**json.loads(about.value), 'data_bytes': data.tell()})
             others = [tensor for tensor in file.graph.initializer if tensor.name not in held]
             nodes = list(file.graph.node)
             del file.graph.initializer[:], file.graph.node[:]
