@@ -92,6 +92,11 @@ def mse(student_BC: torch.Tensor, teacher_BC: torch.Tensor) -> torch.Tensor:
     return F.mse_loss(student_BC, teacher_BC)
 
 
+def squared_distance(student_BD: torch.Tensor, teacher_BD: torch.Tensor) -> torch.Tensor:
+    """Squared Euclidean distance of embeddings, averaged over the batch: 2 - 2 cos, as they have unit length."""
+    return (full_precision(student_BD) - full_precision(teacher_BD)).square().sum(1).mean()
+
+
 def dkd(
     student_BC: torch.Tensor,
     teacher_BC: torch.Tensor,

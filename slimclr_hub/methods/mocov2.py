@@ -113,19 +113,27 @@ class MoCoV2(nn.Module):
         """
         widths = check_widths(widths)
         query_view, key_view = views
-        with sliced_once([self.backbone, self.head], widths):
-            features = self.backbone.forward_widths(query_view, widths)
-            queries = {w: F.normalize(self.head(features[w], w), dim=1) for w in widths}
-        with torch.no_grad():
-            if momentum is not None:
-                self.update_key_encoder(momentum)
-                # A copy: the queue moves on before the backward needs these, and before the next part of the step does.
-                self._negatives = self.queue.clone()
-            keys = self.encode_keys(key_view)
+        queries = self.embed(query_view, widths)
+        keys = self.next_keys(key_view, momentum)
         logits, positives = self._candidates(queries, keys)
         output = self.objective(logits, positives, self.temperature)
         self.enqueue(keys)
         return output
+
+    def embed(self, view: torch.Tensor, widths: Sequence[float]) -> dict[float, torch.Tensor]:
+        """Embed queries at each width: [B, C, H, W] -> [B, dim], of unit length."""
+        with sliced_once([self.backbone, self.head], widths):
+            features = self.backbone.forward_widths(view, widths)
+            return {w: F.normalize(self.head(features[w], w), dim=1) for w in widths}
+
+    @torch.no_grad()
+    def next_keys(self, view: torch.Tensor, momentum: float | None) -> torch.Tensor:
+        """Embed keys after the momentum encoder has moved, and hold on to the negatives of this step."""
+        if momentum is not None:
+            self.update_key_encoder(momentum)
+            # A copy: the queue moves on before the backward needs these, and before the next part of the step does.
+            self._negatives = self.queue.clone()
+        return self.encode_keys(view)
 
     def _candidates(
         self, queries: dict[float, torch.Tensor], keys: torch.Tensor

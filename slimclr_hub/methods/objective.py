@@ -64,6 +64,7 @@ class Objective:
         target_B: torch.Tensor,
         temperature: float = 1.0,
         scale: float = 1.0,
+        taught: Mapping[float, torch.Tensor] | None = None,
     ) -> Losses:
         """Losses of the widths of this step, the full one first.
 
@@ -72,11 +73,12 @@ class Objective:
             target_B: Column of each row's positive, or its class; or the shares [B, C] of all classes in its label.
             temperature: tau_1, which divides the logits of the contrastive loss alone.
             scale: Factor of the contrastive losses.
+            taught: Width -> a further loss, by a teacher, which is added to the contrastive one.
 
         Returns:
             `loss`; for each width w `loss/w` (its weighted part), `info_nce/w` (unscaled), `accuracy/w` (share of rows
-            whose target is larger than everything else) and, below the full width, `distillation/w` where there is one
-            and `kl/w`. All but `loss` are detached.
+            whose target is larger than everything else), `teacher/w` (of `taught`) and, below the full width,
+            `distillation/w` where there is one and `kl/w`. All but `loss` are detached.
         """
         widths = tuple(logits)
         self.candidates = logits[widths[0]].shape[1]
@@ -88,6 +90,9 @@ class Objective:
         for width, weight in zip(widths, loss_weights(weights, widths), strict=True):
             contrastive = info_nce(logits[width], temperature, target_B)
             loss = contrastive * scale
+            if taught is not None:
+                log[f'teacher/{width:g}'] = taught[width].detach()
+                loss = loss + taught[width]
             if width != widths[0]:
                 log[f'kl/{width:g}'] = kl_divergence(logits[width].detach(), teacher, self.temperature)
                 if self._distill is not None:

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.methods import Teacher
-from slimclr_hub.methods.losses import info_nce, similarities
+from slimclr_hub.methods import MoCoV2, Teacher
+from slimclr_hub.methods.losses import info_nce, similarities, squared_distance
 from slimclr_hub.methods.queue import enqueue, random_queue
 from tests.methods import plain
 from tests.networks import method_of, small_teacher
 
 WIDTHS = (1.0, 0.5)
-TAUGHT = {'seed': {'hidden_dim': 32, 'queue_size': 8}}
+TAUGHT = {name: {'hidden_dim': 32, 'queue_size': 8} for name in ('seed', 'disco')}
 
 
 def make(name='seed', widths=WIDTHS, **options):
@@ -170,3 +170,57 @@ def test_microbatches_of_a_step_look_at_one_queue():
 def test_every_width_learns_from_the_teacher_alone_unless_asked():
     assert not any(key.startswith('distillation') for key in make()(views(), WIDTHS, 0.0))
     assert 'distillation/0.5' in make(distillation='kd')(views(), WIDTHS, 0.0)
+
+
+# DisCo
+
+
+def test_squared_distance_in_closed_form():
+    """2 - 2 cos of two images, and the gradient (z_s - z_t) of their mean."""
+    student, teacher = unit(2, 3, seed=1).requires_grad_(), unit(2, 3, seed=2)
+    loss = squared_distance(student, teacher)
+    loss.backward()
+    cosines = [
+        sum(a * b for a, b in zip(s, t, strict=True)) for s, t in zip(student.tolist(), teacher.tolist(), strict=True)
+    ]
+    assert loss.item() == pytest.approx(sum(2 - 2 * cosine for cosine in cosines) / 2, rel=1e-12)
+    torch.testing.assert_close(student.grad, student.detach() - teacher)
+
+
+@pytest.mark.parametrize('widths', [WIDTHS, (0.5,)])
+def test_disco_against_loops(widths):
+    """Both views of each width to the teacher, beside InfoNCE over the queue, and kd from the full width."""
+    method, pair = make('disco', widths=widths), views()
+    other, earlier = copy.deepcopy(method), method.queue.clone()
+    output = method(pair, widths, 0.9)
+    found = [{w: F.normalize(other.head(other.backbone.forward_at(v, w), w), dim=1) for w in widths} for v in pair]
+    other.update_key_encoder(0.9)
+    keys = other.encode_keys(pair[1])
+    targets = [other.teacher(view).tolist() for view in pair]
+    rows = {
+        w: [[(q @ k).item(), *(q @ earlier.T).tolist()] for q, k in zip(found[0][w], keys, strict=True)] for w in widths
+    }
+    total = 0.0
+    for width, weight in zip(widths, (1.5, 1) if len(widths) == 2 else (1,), strict=True):
+        distance = sum(
+            (a - b) ** 2
+            for embeddings, target in zip(found, targets, strict=True)
+            for z, t in zip(embeddings[width].tolist(), target, strict=True)
+            for a, b in zip(z, t, strict=True)
+        )
+        assert output[f'teacher/{width:g}'].item() == pytest.approx(32 * distance / 4, rel=1e-6)
+        loss = plain.cross_entropy(rows[width], [0] * 4, 0.2) + 32 * distance / 4
+        total += weight * (loss if width == widths[0] else (loss + plain.kd(rows[width], rows[1.0], 5.0)) / 2)
+    assert output['loss'].item() == pytest.approx(total, rel=1e-6)
+    assert torch.equal(method.queue, torch.cat([keys, earlier[4:]]))
+
+
+def test_disco_without_its_teacher_is_mocov2():
+    method = make('disco', teacher_weight=0.0)
+    plain_method = MoCoV2(copy.deepcopy(method.backbone), dim=16, hidden_dim=32, queue_size=8).double()
+    plain_method.load_state_dict(method.state_dict())
+    expected = plain_method(views(), WIDTHS, 0.9)
+    output = method(views(), WIDTHS, 0.9)
+    assert {key for key in output if not key.startswith('teacher')} == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(output[key], value, msg=key)
