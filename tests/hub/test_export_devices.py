@@ -1,6 +1,7 @@
 """Networks for OpenVINO and ExecuTorch, and in int8, each run in its own runtime."""
 
 import json
+import resource
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import openvino
 import pytest
 import torch
 from executorch.runtime import Runtime
+from torch import nn
 
 from slimclr_hub.errors import ExportError, InputError
 from slimclr_hub.hub.export import (
@@ -147,6 +149,23 @@ def test_int8_below_the_bound_is_not_written(model, calibration, tmp_path):
 
 
 # What goes wrong
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+def test_a_full_disk(tmp_path):
+    """OpenVINO's own writer has another error than Python's."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r'net\.xml cannot be written'):
+            export_openvino(Mean(), tmp_path / 'net.xml', size=SIZE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from slimclr_hub.hub.export.checks import (
     reference_of,
 )
 from slimclr_hub.hub.export.metadata import KEY, describe
+from slimclr_hub.text import first_line
 
 
 def export_openvino(model: nn.Module, path: Path, *, size: int, calibration: Calibration | None = None) -> Exported:
@@ -40,7 +41,10 @@ def export_openvino(model: nn.Module, path: Path, *, size: int, calibration: Cal
         converted = _quantised(converted, calibration)
     converted.set_rt_info(describe(reference), [KEY])
     with atomic_files(path.parent) as partial:
-        openvino.save_model(converted, partial / path.name, compress_to_fp16=False)
+        try:
+            openvino.save_model(converted, partial / path.name, compress_to_fp16=False)
+        except RuntimeError as error:  # of C++, where the disk is full
+            raise OSError(f'{path} cannot be written: {first_line(error)}') from error
         beside = path.with_suffix('.bin')
         return check(reference, _opened(partial / path.name), path, (beside,), calibration)
 
