@@ -2,7 +2,7 @@
 
 import yaml
 
-from tests.train.runs import launch, launch_well, make_place, read_metrics
+from tests.train.runs import direct, launch_well, make_place, read_metrics
 
 FILE = '''
 import torch
@@ -53,7 +53,7 @@ def test_method_of_ones_own(tmp_path):
     (place / 'tiny.yaml').write_text(yaml.safe_dump({**content, 'method': METHOD}))
     mine = place / 'mine.py'
     mine.write_text(FILE)
-    unknown = launch(place)
+    unknown = direct(place)
     assert unknown.returncode != 0
     assert "'scale'" in unknown.stderr
 
@@ -66,11 +66,12 @@ def test_method_of_ones_own(tmp_path):
     assert {'info_nce/1', 'distillation/0.25'} <= last.keys()
 
     # The recorded file is imported again.
-    launch_well(place, '--config', str(folder / 'recipe.yaml'), '--run.name', 'again')
+    again = direct(place, '--config', str(folder / 'recipe.yaml'), '--run.name', 'again')
+    assert again.returncode == 0, again.stderr
     assert read_metrics(place / 'runs' / 'again') == read_metrics(folder)
     mine.write_text(FILE + '# changed\n')
-    changed = launch(place, '--resume', str(folder))
+    changed = direct(place, '--resume', str(folder))
     assert changed.returncode != 0
     assert 'has changed since the recipe was recorded' in changed.stderr
     mine.unlink()
-    assert 'mine.py is to be imported and is not there' in launch(place, '--resume', str(folder)).stderr
+    assert 'mine.py is to be imported and is not there' in direct(place, '--resume', str(folder)).stderr

@@ -42,9 +42,8 @@ def test_linear_evaluation_records_it(tmp_path):
     network = tmp_path / 'before'
     shutil.copytree(BEFORE, network)
     script = SCRIPT.with_name('linear_eval.py')
-    for precision, folder in ('bf16', 'linear_eval-2'), ('no', 'linear_eval-3'):
-        launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--mixed_precision', precision]
-        command = [*launcher, str(script), '--network', str(network), '--optim.epochs', '1']
-        ended = subprocess.run(command, capture_output=True, text=True, env=environment(tmp_path), timeout=TIMEOUT)
-        assert ended.returncode == 0, ended.stderr
-        assert json.loads((network / folder / 'settings.json').read_text())['run.precision'] == precision
+    launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--mixed_precision', 'bf16']
+    command = [*launcher, str(script), '--network', str(network), '--optim.epochs', '1']
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment(tmp_path), timeout=TIMEOUT)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads((network / 'linear_eval-2' / 'settings.json').read_text())['run.precision'] == 'bf16'
