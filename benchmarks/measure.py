@@ -21,7 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from slimclr_hub.runs.result import environment, processor
+from slimclr_hub.machine import processor
+from slimclr_hub.runs.result import environment
 
 Row = dict[str, str | float | None]
 """A row of a table: column -> text, number, or None."""

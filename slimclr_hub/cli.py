@@ -99,9 +99,6 @@ def list_networks() -> None:
 @app.command()
 def info(network: Network) -> None:
     """Describe a network: widths, cost, head, preprocessing, and the origin of its weights."""
-    from slimclr_hub.models.cost import width_facts
-    from slimclr_hub.text import human
-
     model = _described(network)
     cfg = model.pretrained_cfg
     size = cfg['input_size'][-1]
@@ -112,11 +109,83 @@ def info(network: Network) -> None:
     for key in ('tag', 'description', 'license', 'origin_url'):
         if cfg.get(key):
             print(f'{key}: {printable(cfg[key])}')
-    table = _table(['width', 'parameters', f'multiply-adds at {size}x{size}', 'features'])
-    for fact in width_facts(model, size):
-        with model.set_width(fact.width):
-            table.add_row(f'{fact.width:g}', human(fact.parameters), human(fact.multiply_adds), str(model.num_features))
-    _print(table)
+    _print(_needs_table(model.describe(), _known_accuracies(network, model)))
+
+
+@app.command()
+def latency(
+    network: Network,
+    width: Annotated[list[float] | None, typer.Option(help='Widths; all unless given, repeat for each.')] = None,
+    size: Annotated[list[int] | None, typer.Option(help="Heights of images; the network's unless given.")] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(help='Images of a batch; 1 unless given.')] = None,
+    threads: Annotated[list[int] | None, typer.Option(help="Threads of the CPU; PyTorch's unless given.")] = None,
+    runtime: Annotated[list[str] | None, typer.Option(help='torch, onnxruntime, openvino; torch unless given.')] = None,
+    repeats: Annotated[int, typer.Option(help='Repeats of each case, all in turns.')] = 50,
+    device: Annotated[str, typer.Option(help='Device of PyTorch, such as cuda.')] = 'cpu',
+    figure: Annotated[Path | None, typer.Option(help='Draw accuracy over milliseconds, as PNG and PDF.')] = None,
+) -> None:
+    """Measure milliseconds of each width on this machine, and keep them for `choose` and `create_model(max_ms=...)`."""
+    from itertools import product
+
+    import torch
+
+    from slimclr_hub.inference.latency import draw_timings, measure, timings_table
+    from slimclr_hub.models.budget import RUNTIMES, Setting, read_table, table_path, versions_of
+
+    for name in runtime or RUNTIMES[:1]:
+        if name in RUNTIMES:
+            versions_of(name)  # before a network is downloaded
+    model = _on_device(network, None, device, lazy=False)
+    settings = [
+        Setting(pixels, images, count, name, device)
+        for pixels, images, count, name in product(
+            size or [model.pretrained_cfg['input_size'][-1]],
+            batch_size or [1],
+            threads or [torch.get_num_threads()],
+            runtime or RUNTIMES[:1],
+        )
+    ]
+    found, path = measure(model, settings, repeats, width), table_path(model)
+    try:
+        table = read_table(path).with_timings(found)
+    except (FileNotFoundError, InputError):  # what cannot be read is replaced
+        table = found
+    table.save(path)
+    _print(timings_table(found.timings))
+    if figure:
+        with _train_extra('--figure'):
+            draw_timings(found.timings, _known_accuracies(network, model), figure.with_suffix(''))
+    print(f'{found.machine}: kept in {path}')
+
+
+@app.command()
+def choose(
+    network: Network,
+    max_ms: Annotated[float | None, typer.Option(help='Milliseconds of a batch.')] = None,
+    max_mib: Annotated[float | None, typer.Option(help="MiB of a width's tensors.")] = None,
+    max_macs: Annotated[float | None, typer.Option(help='Multiply-adds of an image, such as 1e9.')] = None,
+    size: Annotated[int | None, typer.Option(help="Height of images; the network's unless given.")] = None,
+    batch_size: Annotated[int, typer.Option(help='Images of a batch.')] = 1,
+    threads: Annotated[int | None, typer.Option(help="Threads of the CPU; PyTorch's unless given.")] = None,
+    runtime: Annotated[str, typer.Option(help='torch, onnxruntime or openvino.')] = 'torch',
+    device: Annotated[str, typer.Option(help='Device of PyTorch, such as cuda.')] = 'cpu',
+) -> None:
+    """Choose the widest width within a budget, and say why."""
+    import torch
+
+    from slimclr_hub.models.budget import Budget, Setting
+    from slimclr_hub.models.budget import choose as choose_width
+
+    budget = Budget(max_ms, max_mib, max_macs)
+    if not budget:
+        raise InputError('no budget; give --max-ms, --max-mib or --max-macs')
+    model = _described(network)
+    pixels = model.pretrained_cfg['input_size'][-1] if size is None else size
+    setting = Setting(pixels, batch_size, threads or torch.get_num_threads(), runtime, device)
+    choice = choose_width(model, budget, setting)
+    _print(_needs_table(model.describe(pixels), _known_accuracies(network, model)))
+    print(choice.why)
+    print(f"timm.create_model('{network}', pretrained=True, width={choice.width:g})")
 
 
 @app.command()
@@ -567,6 +636,30 @@ def _described(network: str) -> Any:
         return open_network(network)
     published = PUBLISHED[tag]
     return timm.create_model(published.name, num_classes=published.num_classes, device='meta')
+
+
+def _known_accuracies(network: str, model: Any) -> dict[float, float]:
+    """Width -> top-1 accuracy in percent, as reported for a tag, or as measured last of what is in a folder."""
+    from slimclr_hub.runs.result import load, results_in
+    from slimclr_hub.weights.published import PUBLISHED, SHIPPED
+
+    tag = model.pretrained_cfg.get('tag')
+    if Path(network).is_dir():
+        found = [result for results in results_in(Path(network)).values() for result in results]
+    elif tag in SHIPPED:
+        found = load(SHIPPED[tag].results)
+    else:
+        return {width: each.top1 for width, each in PUBLISHED[tag].reported.items()} if tag in PUBLISHED else {}
+    measured = [dict(result.top1) for result in found if result.protocol.kind in ('classifier', 'linear')]
+    return next((top1 for top1 in measured if set(model.widths) <= top1.keys()), {})
+
+
+def _needs_table(needs: list[Any], top1: dict[float, float]) -> 'Table':
+    """A table of widths: what each needs, and its accuracy where it is known."""
+    table = _table([*needs[0].cells, *(['top-1 (%)'] if top1 else [])])
+    for each in needs:
+        table.add_row(*each.cells.values(), *([f'{top1[each.width]:.1f}'] if top1 else []))
+    return table
 
 
 def _on_device(network: str, width: float | None, device: str | None, *, lazy: bool = True) -> Any:

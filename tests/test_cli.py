@@ -39,6 +39,8 @@ COMMANDS = (
     'embed',
     'predict',
     'cascade',
+    'latency',
+    'choose',
     'push',
     'cards',
     'doctor',
@@ -196,8 +198,8 @@ def test_list(succeed):
 def assert_tells_small(out):
     assert 'slimclr_resnet20, head: switchable, 10 classes' in out
     assert 'images: 3 channels, 32x32, mean [0.1, 0.2, 0.3], std [0.4, 0.5, 0.6], crop 1.0' in out
-    assert ['1', '272', 'k', '40.8', 'M', '64'] in rows(out)
-    assert ['0.25', '17.5', 'k', '2.63', 'M', '16'] in rows(out)
+    assert ['1', '272', 'k', '40.8', 'M', '64', '1.05'] in rows(out)
+    assert ['0.25', '17.5', 'k', '2.63', 'M', '16', '0.07'] in rows(out)
 
 
 def test_info_of_a_folder(succeed, small):
@@ -211,10 +213,10 @@ def test_info_of_a_folder(succeed, small):
 def test_info_of_a_file(succeed, small, published):
     out = succeed('info', small / 'model.safetensors')
     assert 'slimclr_resnet20, head: switchable, 10 classes' in out
-    assert ['0.25', '17.5', 'k', '2.02', 'M', '16'] in rows(out)
+    assert ['0.25', '17.5', 'k', '2.02', 'M', '16', '0.07'] in rows(out)
     out = succeed('info', published['mocov2_200e_in1k'] / 'model.safetensors')
     assert 'slimclr_resnet50, head: none' in out
-    assert ['0.5', '5.89', 'M', '1.05', 'G', '1024'] in rows(out)
+    assert ['0.5', '5.89', 'M', '1.05', 'G', '1024', '22.58'] in rows(out)
     assert not re.search('tag|licen|description|origin', out)
 
 
@@ -237,7 +239,8 @@ def test_info_of_a_tag_needs_no_download(reader, name, tag):
     assert f'tag: {tag}' in ended.out
     assert 'epochs on ImageNet-1k without labels' in ended.out
     assert 'license: other' in ended.out
-    assert ['0.5', '6.92', 'M', '1.05', 'G', '1024'] in rows(ended.out)
+    top1 = f'{PUBLISHED[tag].reported[0.5].top1:.1f}'
+    assert ['0.5', '6.92', 'M', '1.05', 'G', '1024', '26.49', top1] in rows(ended.out)
 
 
 # convert
@@ -482,6 +485,23 @@ def test_predict(succeed, small, images):
 def test_predict_names_the_classes_of_imagenet(succeed, published, images):
     out = succeed('predict', published[PROBE], images / '0000.png', '--top', 1, '--width', 0.25, '--device', 'cpu')
     assert re.search(r'[a-z]{4}', out.replace('probability', '').replace('image', '').replace('class', ''))
+
+
+def test_latency_and_choose(succeed, refuse, monkeypatch, tmp_path):
+    monkeypatch.setattr('slimclr_hub.models.budget.cached_assets_path', lambda *names: tmp_path.joinpath(*names))
+    refuse('choose', 'slimclr_resnet20', '--max-ms', 1e4, '--threads', 1, words=('measure first: slimclr-hub latency',))
+    refuse('choose', 'slimclr_resnet20', words=('no budget; give --max-ms',))
+    refuse('latency', 'slimclr_resnet20', '--runtime', 'tvm', words=("runtime 'tvm' is not one of torch",))
+    measured = succeed(
+        'latency', 'slimclr_resnet20', '--threads', 1, '--repeats', 2, '--figure', tmp_path / 'figure.png'
+    )
+    assert 'batches of 1 at 28x28, torch, threads: 1' in measured
+    assert (tmp_path / 'figure.png').stat().st_size > 1000
+    chosen = succeed('choose', 'slimclr_resnet20', '--max-ms', 1e4, '--threads', 1)
+    assert "timm.create_model('slimclr_resnet20', pretrained=True, width=1)" in chosen
+    assert ['0.5', '68.8', 'k', '7.90', 'M', '32', '0.27', '84.8'] in rows(chosen)
+    published = succeed('choose', 'slimclr_resnet50', '--max-mib', 20)
+    assert 'width 0.25 needs 7.66 MiB; width 0.5 would need 26.49 MiB' in published
 
 
 def test_cascade(succeed, refuse, tmp_path):

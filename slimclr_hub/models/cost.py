@@ -1,20 +1,56 @@
-"""Parameters and multiply-adds of each width."""
+"""Parameters, multiply-adds and memory of each width."""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
+from timm.layers import get_device_dtype
 from torch.utils.flop_counter import FlopCounterMode
 
-from slimclr_hub.models.slimmable_resnet import SlimmableResNet
 from slimclr_hub.weights.published import WidthFacts as WidthFacts
 
+if TYPE_CHECKING:
+    from slimclr_hub.models.slimmable_resnet import SlimmableResNet
 
-def cost(model: SlimmableResNet, width: float, size: int) -> tuple[int, int]:
+
+@dataclass(frozen=True)
+class WidthNeeds(WidthFacts):
+    """What one width needs: parameters and multiply-adds as in `WidthFacts`, and memory.
+
+    Args:
+        features: Length of the features before the head.
+        mib: Of its tensors, in the network's dtype; of a network on the Hub in parts, it is what is downloaded.
+    """
+
+    features: int
+    mib: float
+
+    @property
+    def cells(self) -> dict[str, str]:
+        """Title -> text, for a row of a table."""
+        return {**super().cells, 'features': str(self.features), 'MiB': f'{self.mib:.2f}'}
+
+
+def cost(model: 'SlimmableResNet', width: float, size: int) -> tuple[int, int]:
     """Parameters of one width, and its convolutions' and linear layers' multiply-adds on an image of `size` pixels."""
-    dense = model.extract(width).to('meta').eval()
+    dense = model.skeleton(width).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         dense(torch.empty(1, model.in_chans, size, size, device='meta'))
     return sum(parameter.numel() for parameter in dense.parameters()), counter.get_total_flops() // 2
 
 
-def width_facts(model: SlimmableResNet, size: int) -> list[WidthFacts]:
+def width_facts(model: 'SlimmableResNet', size: int) -> list[WidthFacts]:
     """Parameters and multiply-adds of each width, for images of `size` pixels."""
     return [WidthFacts(width, *cost(model, width, size)) for width in model.widths]
+
+
+def describe(model: 'SlimmableResNet', size: int) -> list[WidthNeeds]:
+    """What each width needs, for images of `size` pixels."""
+    dtype = get_device_dtype(model)['dtype']
+    found = []
+    for facts in width_facts(model, size):
+        dense = model.skeleton(facts.width)
+        tensors = [t.to(dtype) if t.is_floating_point() else t for t in dense.state_dict().values()]
+        mib = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
+        found.append(WidthNeeds(**asdict(facts), features=dense.head_hidden_size, mib=mib))
+    return found

@@ -1,5 +1,6 @@
 """Registration of the networks in timm, and a factory that finds their weights before it builds."""
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from timm.models import _factory, build_model_with_cfg, generate_default_cfgs, r
 from timm.models._pretrained import PretrainedCfg
 
 from slimclr_hub.errors import InputError
+from slimclr_hub.models.budget import Budget, Setting, choose
 from slimclr_hub.models.convert import convert
 from slimclr_hub.models.dense import DenseResNet
 from slimclr_hub.models.lazy import LazySlimmableResNet
@@ -32,6 +34,8 @@ from slimclr_hub.weights.published import (
 )
 
 __all__: list[str] = []
+
+_logger = logging.getLogger(__name__)
 
 _OURS = (SlimmableResNet, LazySlimmableResNet, DenseResNet)
 
@@ -300,8 +304,17 @@ def _levels(arch: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _slimmable(
-    variant: str, pretrained: bool, lazy: bool = False, pad_channels: bool = False, **kwargs: Any
+    variant: str,
+    pretrained: bool,
+    lazy: bool = False,
+    pad_channels: bool = False,
+    max_ms: float | None = None,
+    max_mib: float | None = None,
+    max_macs: float | None = None,
+    **kwargs: Any,
 ) -> SlimmableResNet:
+    if budget := Budget(max_ms, max_mib, max_macs):
+        kwargs['width'] = _width_within(variant, budget, kwargs)
     if pad_channels and not kwargs.get('features_only'):
         raise InputError('pad_channels=True is for the maps of features_only=True; leave it out, or give both')
     if lazy and not pretrained:
@@ -321,6 +334,18 @@ def _dense(variant: str, pretrained: bool, **kwargs: Any) -> DenseResNet:
     arguments = {**arch, 'block': arch['block'].dense, **kwargs}
     features = {'feature_cls': 'getter', 'out_indices': _levels(arch)}
     return build(DenseResNet, variant, pretrained, feature_cfg=features, **arguments)
+
+
+def _width_within(variant: str, budget: Budget, kwargs: Mapping[str, Any]) -> float:
+    if 'width' in kwargs:
+        raise InputError(f'width={kwargs["width"]} and a budget both choose the width; give one of them')
+    of_features = ('features_only', 'out_indices')
+    arguments = {key: value for key, value in kwargs.items() if key not in of_features}
+    model = build(SlimmableResNet, variant, False, **{**_arch(variant), **arguments, 'device': 'meta'})
+    device = torch.device(kwargs.get('device') or torch.get_default_device()).type
+    choice = choose(model, budget, Setting(model.pretrained_cfg['input_size'][-1], device=device))
+    _logger.info('Within the budget %s', choice.why)
+    return choice.width
 
 
 @register_model

@@ -21,6 +21,7 @@ from torch import nn
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.models.cascade import FittedCascades, Routed, load_cascades, route
+from slimclr_hub.models.cost import WidthNeeds, describe
 from slimclr_hub.models.dense import DenseResNet
 from slimclr_hub.models.layers import (
     PassesWidth,
@@ -641,20 +642,21 @@ class SlimmableResNet(PassesWidth):
 
     # Extraction
 
-    def extract(self, width: float) -> DenseResNet:
-        """A dense network of `width`, with ordinary layers, timm's keys and equal outputs in eval mode.
+    def describe(self, size: int | None = None) -> list[WidthNeeds]:
+        """Parameters, multiply-adds, features and memory of each width.
 
-        The new network has tensors of its own, on this network's device and in its dtype and mode.
-
-        Raises:
-            InputError: The network does not hold `width`.
+        Args:
+            size: Height and width of the images in pixels; the network's own unless given.
         """
-        width = self._ready(width)
-        dense = DenseResNet(
+        return describe(self, self.pretrained_cfg['input_size'][-1] if size is None else size)
+
+    def skeleton(self, width: float) -> DenseResNet:
+        """The network that `extract` gives, on the meta device and without tensors."""
+        return DenseResNet(
             self._block.dense,
             self._layers,
             self._channels,
-            width=width,
+            width=check_width(width, self._widths),
             small_stem=self._small_stem,
             num_classes=self.num_classes,
             in_chans=self.in_chans,
@@ -664,6 +666,17 @@ class SlimmableResNet(PassesWidth):
             drop_path_rate=self.drop_path_rate,
             device='meta',
         )
+
+    def extract(self, width: float) -> DenseResNet:
+        """A dense network of `width`, with ordinary layers, timm's keys and equal outputs in eval mode.
+
+        The new network has tensors of its own, on this network's device and in its dtype and mode.
+
+        Raises:
+            InputError: The network does not hold `width`.
+        """
+        width = self._ready(width)
+        dense = self.skeleton(width)
         shapes = {name: tensor.shape for name, tensor in dense.state_dict().items()}
         tensors = dense_tensors(
             with_batch_counts(self.state_dict()), shapes, width_key(width), slice_starts(self, width)

@@ -5,7 +5,6 @@ What raw pixels reach by the same protocols comes last, under the name of the ne
 """
 
 import json
-import os
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import read_json_lines, write_text
+from slimclr_hub.machine import processors
 from slimclr_hub.settings import RECIPE
 from slimclr_hub.version import __version__
 
@@ -302,7 +302,7 @@ def environment() -> dict[str, str]:
     import timm
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} x {processor()}'
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processors()
     return {
         'command': ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         'hardware': device,
@@ -310,15 +310,6 @@ def environment() -> dict[str, str]:
         f'Python {platform.python_version()}',
         'time': datetime.now(timezone.utc).isoformat(timespec='microseconds'),
     }
-
-
-def processor() -> str:
-    """Name of the CPU."""
-    try:
-        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(':')[2].strip() for line in lines if line.startswith('model name')), platform.machine())
 
 
 def _old_results(content: dict[str, Any], grid: Path) -> list[Result]:

@@ -1,0 +1,154 @@
+"""Milliseconds of a network by width, as this machine takes them, for `models.budget` to choose a width by."""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from slimclr_hub.hub.export import export_onnx
+from slimclr_hub.inference.runner import evaluating
+from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.budget import QueryTable, Setting, Timing, machine_of, versions_of
+from slimclr_hub.runs.progress import progress_bar
+from slimclr_hub.settings import at_least
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Call = Callable[[], object]
+
+_WARM_UP = 3
+
+
+def measure(
+    model: SlimmableResNet,
+    settings: Sequence[Setting],
+    repeats: int = 50,
+    widths: Sequence[float] | None = None,
+    progress: bool = True,
+) -> QueryTable:
+    """Time a batch at each width in each setting, all in turns, so that a drift of the machine's speed favours none.
+
+    Args:
+        model: The network, on the device of the settings; its mode and the threads of PyTorch come back afterwards.
+        settings: How it runs.
+        repeats: Repeats of each; a width is chosen by its slowest one.
+        widths: The widths, all unless given.
+        progress: Show a progress bar.
+
+    Raises:
+        InputError: A runtime is not installed, or `repeats` is below 1.
+    """
+    at_least('--repeats', repeats, 1)
+    versions: dict[str, str] = {}
+    for setting in settings:
+        versions |= versions_of(setting.runtime)
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads)
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.inference_mode())
+        calls = {
+            (width, setting): _call(model, width, setting, Path(folder))
+            for setting in settings
+            for width in widths or model.widths
+        }
+        seconds: dict[tuple[float, Setting], list[float]] = {case: [] for case in calls}
+        images = sum(setting.batch_size for _, setting in calls) * (_WARM_UP + repeats)
+        bar = stack.enter_context(progress_bar(images, 'timing', progress))
+        for repeat in range(_WARM_UP + repeats):
+            for case in calls if repeat % 2 else reversed(calls):
+                torch.set_num_threads(case[1].threads)
+                start = time.perf_counter()
+                calls[case]()
+                if repeat >= _WARM_UP:
+                    seconds[case].append(time.perf_counter() - start)
+                bar.update(case[1].batch_size)
+    timings = tuple(
+        Timing(width, setting, 1000 * median(taken), 1000 * max(taken), repeats)
+        for (width, setting), taken in seconds.items()
+    )
+    return QueryTable(machine_of(settings[0].device), versions, timings)
+
+
+def timings_table(timings: Sequence[Timing]) -> 'Table':
+    """Return a table for rich, a row for each width in each setting."""
+    from rich.table import Table
+
+    table = Table()
+    for header in ('width', 'setting', 'median (ms)', 'slowest (ms)', 'images/s', 'repeats'):
+        table.add_column(header, justify='left' if header == 'setting' else 'right')
+    for timing in timings:
+        speed = 1000 * timing.setting.batch_size / timing.median
+        numbers = f'{timing.median:.3g}', f'{timing.slowest:.3g}', f'{speed:.3g}', str(timing.repeats)
+        table.add_row(f'{timing.width:g}', str(timing.setting), *numbers)
+    return table
+
+
+def draw_timings(timings: Sequence[Timing], top1: Mapping[float, float], path: Path) -> None:
+    """Draw accuracy, or the width where it is not known, over milliseconds, as `path`.png and `path`.pdf."""
+    from slimclr_hub.runs.figures import line_style, marker, new_figure, save_figure
+
+    figure, (axis,) = new_figure()
+    known = all(timing.width in top1 for timing in timings)
+    for number, setting in enumerate(dict.fromkeys(timing.setting for timing in timings)):
+        points = [timing for timing in timings if timing.setting == setting]
+        heights = [top1[timing.width] if known else timing.width for timing in points]
+        axis.plot(
+            [timing.median for timing in points],
+            heights,
+            marker=marker(number),
+            label=str(setting),
+            **line_style(number),
+        )
+    axis.set_xscale('log')
+    axis.set_xlabel('milliseconds of a batch, median')
+    axis.set_ylabel('top-1 accuracy (%)' if known else 'width')
+    axis.legend(fontsize=7)
+    save_figure(figure, path)
+
+
+def _call(model: SlimmableResNet, width: float, setting: Setting, folder: Path) -> Call:
+    images = torch.randn(setting.batch_size, model.in_chans, setting.size, setting.size)
+    if setting.runtime == 'torch':
+        images = images.to(next(model.parameters()))
+        accelerated = images.device.type != 'cpu'
+
+        def run() -> None:
+            model.forward_at(images, width)
+            if accelerated:
+                torch.accelerator.synchronize()
+
+        return run
+    path = folder / f'{width:g}-{setting.size}.onnx'
+    if not path.exists():
+        with model.set_width(width), torch.inference_mode(False):
+            export_onnx(model, path, size=setting.size)
+    return _OTHERS[setting.runtime](path, images.numpy(), setting.threads)
+
+
+def _onnxruntime(path: Path, images: Any, threads: int) -> Call:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+    feed = {session.get_inputs()[0].name: images}
+    return lambda: session.run(None, feed)
+
+
+def _openvino(path: Path, images: Any, threads: int) -> Call:
+    import openvino
+
+    settings = {'INFERENCE_NUM_THREADS': threads, 'PERFORMANCE_HINT': 'LATENCY'}
+    compiled = openvino.Core().compile_model(str(path), 'CPU', settings)
+    return lambda: compiled([images])
+
+
+_OTHERS = {'onnxruntime': _onnxruntime, 'openvino': _openvino}

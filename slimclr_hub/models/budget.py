@@ -1,0 +1,282 @@
+"""The width that fits a budget: milliseconds that were measured on this machine, memory, or multiply-adds.
+
+Milliseconds come from a query table, which `slimclr-hub latency` measures and keeps in huggingface_hub's cache of
+assets. Yang et al. 2020, MutualNet (https://arxiv.org/abs/1909.12978), choose width and resolution in this way; here
+the resolution is given, since a network's normalisations are those of its own.
+"""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import cached_assets_path
+
+from slimclr_hub.errors import InputError
+from slimclr_hub.files import write_text
+from slimclr_hub.machine import processors
+from slimclr_hub.models.cost import WidthNeeds, describe
+from slimclr_hub.settings import Count, at_least
+from slimclr_hub.text import human
+from slimclr_hub.version import __version__
+from slimclr_hub.weights.bounded import LARGEST_CONFIG
+
+if TYPE_CHECKING:
+    from slimclr_hub.models.slimmable_resnet import SlimmableResNet
+
+RUNTIMES = ('torch', 'onnxruntime', 'openvino')
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an inference may need; None for no limit.
+
+    Args:
+        max_ms: Milliseconds of a batch.
+        max_mib: MiB of the width's tensors.
+        max_macs: Multiply-adds of an image.
+
+    Raises:
+        InputError: A limit is not positive.
+    """
+
+    max_ms: float | None = None
+    max_mib: float | None = None
+    max_macs: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, limit in asdict(self).items():
+            if limit is not None and not (isinstance(limit, int | float) and limit > 0):
+                raise InputError(f'{name} {limit!r} is not above 0')
+
+    def __bool__(self) -> bool:
+        return any(limit is not None for limit in asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a network runs.
+
+    Args:
+        size: Height and width of the images in pixels.
+        batch_size: Images of a batch.
+        threads: Threads of the CPU.
+        runtime: One of `RUNTIMES`.
+        device: Type of the device, such as `cpu`; other runtimes than torch run there.
+    """
+
+    size: Count
+    batch_size: Count = 1
+    threads: Count = field(default_factory=torch.get_num_threads)
+    runtime: str = 'torch'
+    device: str = 'cpu'
+
+    def __post_init__(self) -> None:
+        for name in 'size', 'batch_size', 'threads':
+            at_least(name, getattr(self, name), 1)
+        if self.runtime not in RUNTIMES:
+            raise InputError(f'runtime {self.runtime!r:.60} is not one of {", ".join(RUNTIMES)}')
+        if self.runtime != 'torch' and self.device != 'cpu':
+            raise InputError(f'device {self.device!r:.60}: {self.runtime} is measured on the cpu')
+
+    def __str__(self) -> str:
+        where = '' if self.device == 'cpu' else f' on {self.device}'
+        images = f'batches of {self.batch_size} at {self.size}x{self.size}'
+        return f'{images}, {self.runtime}{where}, threads: {self.threads}'
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of a batch at one width.
+
+    Args:
+        width: The width.
+        setting: How it ran.
+        median: Median over the repeats.
+        slowest: The slowest repeat, by which a width is chosen: of n repeats, another one is slower once in n + 1.
+        repeats: Number of repeats.
+    """
+
+    width: float
+    setting: Setting
+    median: float
+    slowest: float
+    repeats: int
+
+    def __post_init__(self) -> None:
+        at_least('repeats', self.repeats, 1)
+        if not 0 < self.median <= self.slowest < float('inf'):
+            raise InputError(f'{self.median} ms in the median and {self.slowest} ms at most are no times')
+
+
+@dataclass(frozen=True)
+class QueryTable:
+    """Timings of a network of one architecture, on one machine.
+
+    Args:
+        machine: `machine_of` the device.
+        versions: Package -> its version.
+        timings: One for each width and setting.
+    """
+
+    machine: str
+    versions: Mapping[str, str]
+    timings: tuple[Timing, ...]
+
+    def with_timings(self, newer: 'QueryTable') -> 'QueryTable':
+        """Both tables' timings, the newer ones of what both have; the newer's alone if machine or versions differ."""
+        shared = self.versions.keys() & newer.versions.keys()
+        if self.machine != newer.machine or any(self.versions[name] != newer.versions[name] for name in shared):
+            return newer
+        kept = {(timing.width, timing.setting): timing for timing in (*self.timings, *newer.timings)}
+        return QueryTable(newer.machine, {**self.versions, **newer.versions}, tuple(kept.values()))
+
+    def slowest(self, setting: Setting) -> dict[float, float]:
+        """Width -> milliseconds of the slowest repeat."""
+        return {timing.width: timing.slowest for timing in self.timings if timing.setting == setting}
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON, atomically."""
+        write_text(path, json.dumps(asdict(self), indent=1) + '\n')
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The widest width within a budget.
+
+    Args:
+        width: The width.
+        why: What it needs, and what the next wider one does.
+    """
+
+    width: float
+    why: str
+
+
+def table_path(model: 'SlimmableResNet') -> Path:
+    """Where the query table of networks like this one is: the same architecture, channels of images and classes."""
+    name = model.pretrained_cfg['architecture']
+    return cached_assets_path('slimclr_hub', 'latency') / f'{name}-{model.in_chans}-{model.num_classes}.json'
+
+
+def machine_of(device: str) -> str:
+    """Name of the machine that a device is of."""
+    gpu = f', {torch.cuda.get_device_name()}' if device == 'cuda' and torch.cuda.is_available() else ''
+    return f'{processors()}{gpu}, {platform.system()}'
+
+
+def versions_of(runtime: str) -> dict[str, str]:
+    """Versions that times with a runtime depend on.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    try:
+        found = str(torch.__version__) if runtime == 'torch' else version(runtime)  # with its build
+        return {'slimclr_hub': __version__, runtime: found}
+    except PackageNotFoundError:
+        extra = 'openvino' if runtime == 'openvino' else 'export'
+        raise InputError(f'{runtime} is not installed: pip install "slimclr-hub[{extra}]"') from None
+
+
+def read_table(path: Path) -> QueryTable:
+    """Read what `QueryTable.save` wrote.
+
+    Raises:
+        InputError: It is longer than 1 MiB or something else.
+        FileNotFoundError: It is not there.
+    """
+    try:
+        with path.open('rb') as file:
+            text = file.read(LARGEST_CONFIG + 1)
+        content: Any = json.loads(text) if len(text) <= LARGEST_CONFIG else None
+        timings = tuple(
+            Timing(
+                _number(each['width']),
+                Setting(**each['setting']),
+                _number(each['median']),
+                _number(each['slowest']),
+                each['repeats'],
+            )
+            for each in content['timings']
+        )
+        machine, versions = content['machine'], content['versions']
+        if not isinstance(machine, str) or not all(isinstance(text, str) for text in (*versions, *versions.values())):
+            raise TypeError
+        return QueryTable(machine, versions, timings)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise InputError(f'{path} is no table of times; remove it, and measure again: slimclr-hub latency') from error
+
+
+def choose(model: 'SlimmableResNet', budget: Budget, setting: Setting) -> Choice:
+    """Choose the widest width that fits.
+
+    Args:
+        model: The network, which may be on the meta device.
+        budget: Limits.
+        setting: How it is going to run, for `max_ms`; its size also counts for `max_macs`.
+
+    Raises:
+        InputError: No width fits; or there are no times of this machine, versions, widths and setting.
+    """
+    needs = {each.width: each for each in describe(model, setting.size)}
+    times = None if budget.max_ms is None else _times(model, setting)
+    beyond = ''
+    for width in sorted(needs, reverse=True):
+        words, problems = _judged(needs[width], times, budget)
+        if not problems:
+            return Choice(width, f'width {width:g} needs {", ".join(words)}{beyond}')
+        beyond = f'; width {width:g} would need {", ".join(problems)}'
+    raise InputError(f'no width fits {_in_words(budget)}{beyond}')
+
+
+def _times(model: 'SlimmableResNet', setting: Setting) -> dict[float, float]:
+    command = (
+        f'slimclr-hub latency NETWORK --size {setting.size} --batch-size {setting.batch_size} '
+        f'--threads {setting.threads} --runtime {setting.runtime} --device {setting.device}'
+    )
+    path = table_path(model)
+    try:
+        table = read_table(path)
+    except FileNotFoundError:
+        raise InputError(f'max_ms: nothing was measured on this machine yet; measure first: {command}') from None
+    if table.machine != machine_of(setting.device):
+        raise InputError(f'max_ms: {path} is of {table.machine}, not of {machine_of(setting.device)}; {command}')
+    for name, installed in versions_of(setting.runtime).items():
+        if table.versions.get(name, installed) != installed:
+            raise InputError(f'max_ms: {path} is of {name} {table.versions[name]}, not {installed}; again: {command}')
+    times = table.slowest(setting)
+    if missing := [f'{width:g}' for width in model.widths if width not in times]:
+        raise InputError(f'max_ms: nothing was measured at widths {", ".join(missing)} with {setting}; {command}')
+    return times
+
+
+def _judged(
+    needs: WidthNeeds, times: Mapping[float, float] | None, budget: Budget
+) -> tuple[Sequence[str], Sequence[str]]:
+    """What a width needs of what is limited, and the part of it that is too much."""
+    found: list[tuple[float, float | None, str]] = [
+        (needs.mib, budget.max_mib, f'{needs.mib:.2f} MiB'),
+        (needs.multiply_adds, budget.max_macs, f'{human(needs.multiply_adds)} multiply-adds'),
+    ]
+    if times is not None:
+        found.append((times[needs.width], budget.max_ms, f'{times[needs.width]:.3g} ms'))
+    limited = [(need, limit, words) for need, limit, words in found if limit is not None]
+    return [words for *_, words in limited], [words for need, limit, words in limited if need > limit]
+
+
+def _in_words(budget: Budget) -> str:
+    return ', '.join(f'{name}={limit:g}' for name, limit in asdict(budget).items() if limit is not None)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        raise TypeError
+    return float(value)
