@@ -14,11 +14,11 @@ KEY = 'slimclr_hub'
 _PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 
 
-def describe(*references: Reference) -> str:
+def describe(*references: Reference, **more: int) -> str:
     """Return a JSON object that says how images are made and what outputs mean.
 
     It has `input_size` (channels, height and width) and, as far as the network knows them, `architecture`, `widths`,
-    timm's `mean`, `std`, `interpolation`, `crop_pct` and `crop_mode`, and `label_names`.
+    timm's `mean`, `std`, `interpolation`, `crop_pct` and `crop_mode`, and `label_names`; then what `more` gives.
     """
     network: Any = references[0].network
     about: dict[str, Any] = {'input_size': list(references[0].example.shape[1:])}
@@ -31,4 +31,4 @@ def describe(*references: Reference) -> str:
         about |= {key: data[key] for key in _PREPROCESSING}
         if label := class_labels(network):
             about['label_names'] = [label(index) for index in range(network.num_classes)]
-    return json.dumps(about)
+    return json.dumps({**about, **more})

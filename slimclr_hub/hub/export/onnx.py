@@ -1,19 +1,10 @@
-"""Export to ONNX: one width as a file by itself, or several as small graphs over one file of weights.
-
-In that file, weights stand in the rings of `weights.progressive`: the leading block that the narrowest width uses, then
-what each wider width adds to its right and below it. A graph of a wider width joins its rings by `Concat`, which
-runtimes compute once, when they open it. Normalisations and heads are each width's own. The rings of narrower widths
-come first, so that a graph needs only the beginning of the file.
-"""
+"""Export to ONNX: one width as a file by itself, or several as small graphs over one file of weights (`rings`)."""
 
 import copy
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
-from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,14 +25,12 @@ from slimclr_hub.hub.export.checks import (
     references_of,
 )
 from slimclr_hub.hub.export.metadata import KEY, describe
+from slimclr_hub.hub.export.rings import share
 from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.weights.progressive import split
-from slimclr_hub.weights.slices import leading, width_key
+from slimclr_hub.weights.slices import width_key
 
 DEFAULT_OPSET = 18
 """The oldest operator set that PyTorch's exporter writes, which the most runtimes read."""
-
-_ALIGNED = 64  # bytes; a cache line
 
 
 class _Affine(nn.Module):
@@ -99,6 +88,7 @@ def export_onnx(
     _check_packages()
     reference = reference_of(model, size)
     file = _trace(reference, opset)
+    file.metadata_props.add(key=KEY, value=describe(reference))
     with atomic_files(path.parent) as partial:
         if calibration is None:
             (partial / path.name).write_bytes(file.SerializeToString())
@@ -124,10 +114,11 @@ def export_shared_onnx(
     references = references_of(model, size, widths)  # the widest first
     files = {width: _trace(_unfolded(reference), DEFAULT_OPSET) for width, reference in references.items()}
     with atomic_files(folder) as partial:
-        _share(dict(reversed(files.items())), partial / data_name(name))
+        needed = share(dict(reversed(files.items())), partial / data_name(name))
         exported = []
         for width, reference in references.items():
             path = folder / graph_name(name, width)
+            files[width].metadata_props.add(key=KEY, value=describe(reference, data_bytes=needed[width]))
             (partial / path.name).write_bytes(files[width].SerializeToString())
             run = _session(partial / path.name, reference)
             exported.append(check(reference, run, path, (folder / data_name(name),)))
@@ -169,7 +160,6 @@ def _trace(reference: Reference, opset: int) -> Any:
     for node in file.graph.node:
         del node.metadata_props[:]  # stack traces, with the paths of this machine
     del file.graph.value_info[:]  # shapes that follow from the others
-    file.metadata_props.add(key=KEY, value=describe(reference))
     return file
 
 
@@ -225,93 +215,3 @@ def _unfolded(reference: Reference) -> Reference:
         if isinstance(module, nn.BatchNorm2d):
             network.set_submodule(name, _Affine(module))
     return replace(reference, network=network)
-
-
-def _share(files: dict[float, Any], path: Path) -> None:
-    """Move the weights of graphs, the narrowest first, to one file at `path`, each once."""
-    from onnx import TensorProto, numpy_helper
-
-    weights = [
-        {
-            tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy())
-            for tensor in file.graph.initializer
-            if tensor.data_type == TensorProto.FLOAT
-        }
-        for file in files.values()
-    ]
-    shared = {name for name in weights[0] if _is_nested([held.get(name) for held in weights])}
-    tensors: dict[str, torch.Tensor] = {}
-    shapes: list[dict[str, Sequence[int]]] = []
-    before: dict[str, Sequence[int]] = {}
-    for width, held in zip(files, weights, strict=True):
-        named = {name if name in shared else f'{name}.{width_key(width)}': tensor for name, tensor in held.items()}
-        tensors |= named  # the widest, of what is shared
-        before = {**before, **{name: tensor.shape for name, tensor in named.items()}}
-        shapes.append(before)
-    pieces: list[dict[str, _Piece]] = []
-    with path.open('wb') as data:
-        for width, file, held, part in zip(files, files.values(), weights, split(tensors, shapes), strict=True):
-            pieces.append({name: _append(data, tensor) for name, tensor in part.items()})
-            (about,) = (entry for entry in file.metadata_props if entry.key == KEY)
-            about.value = json.dumps({**json.loads(about.value), 'data_bytes': data.tell()})
-            others = [tensor for tensor in file.graph.initializer if tensor.name not in held]
-            nodes = list(file.graph.node)
-            del file.graph.initializer[:], file.graph.node[:]
-            file.graph.initializer.extend(others)
-            for name in held:
-                of = name if name in shared else f'{name}.{width_key(width)}'
-                _join(file.graph, name, [found for part in pieces for found in _rings(part, of)], path.name)
-            file.graph.node.extend(nodes)
-
-
-class _Piece(NamedTuple):
-    """A tensor in the file of weights, and the axis along which it continues those before it."""
-
-    shape: tuple[int, ...]
-    offset: int
-    axis: int | None = None
-
-
-def _is_nested(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """True if each is the leading block of the next."""
-    found = [tensor for tensor in tensors if tensor is not None]
-    return len(found) == len(tensors) and all(
-        narrow.ndim == wide.ndim
-        and (narrow.ndim > 1 or narrow.shape == wide.shape)
-        and narrow.shape[2:] == wide.shape[2:]
-        and torch.equal(narrow, leading(wide, narrow.shape))
-        for narrow, wide in pairwise(found)
-    )
-
-
-def _append(data: BinaryIO, tensor: torch.Tensor) -> _Piece:
-    data.write(bytes(-data.tell() % _ALIGNED))
-    offset = data.tell()
-    data.write(tensor.numpy().tobytes())
-    return _Piece(tuple(tensor.shape), offset)
-
-
-def _rings(part: Mapping[str, _Piece], name: str) -> list[_Piece]:
-    """What a part has of a tensor, in the order in which it is joined."""
-    named = ((name, None), (f'{name}.right', 1), (f'{name}.below', 0))
-    return [part[key]._replace(axis=axis) for key, axis in named if key in part]
-
-
-def _join(graph: Any, name: str, rings: Sequence[_Piece], location: str) -> None:
-    """Add an initializer for each ring, and nodes that join them to the tensor `name`."""
-    from onnx import TensorProto, helper
-    from onnx.external_data_helper import set_external_data
-
-    joined = ''
-    for i, ring in enumerate(rings):
-        is_last = i == len(rings) - 1
-        piece = name if len(rings) == 1 else f'{name}.{i}'
-        tensor = graph.initializer.add(name=piece, data_type=TensorProto.FLOAT, dims=ring.shape)
-        tensor.raw_data = b''  # which set_external_data asks for
-        set_external_data(tensor, location, ring.offset, 4 * prod(ring.shape))
-        if ring.axis is not None:
-            output = name if is_last else f'{name}.to.{i}'
-            graph.node.append(helper.make_node('Concat', [joined, piece], [output], axis=ring.axis))
-            joined = output
-        else:
-            joined = piece
