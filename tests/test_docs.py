@@ -2,9 +2,11 @@
 
 import ast
 import importlib
+import io
 import re
-import subprocess
+import runpy
 import sys
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 
@@ -35,8 +37,13 @@ def commands(page, start):
 
 @cache
 def help_of(recipe):
-    command = [sys.executable, ROOT / 'recipes' / f'{recipe}.py', '--help']
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        patch.setattr(sys, 'argv', [f'{recipe}.py', '--help'])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / 'recipes' / f'{recipe}.py'), run_name='__main__')
+    assert not ended.value.code
+    return said.getvalue()
 
 
 @cache
