@@ -79,7 +79,7 @@ def _check_others(folder: Path, name: str, files: Sequence[str]) -> None:
     for path in sorted(folder.glob(f'{name}_w*.onnx')):
         if path.name not in files:
             raise InputError(
-                f'{path} stands on the weights that would be replaced; remove it, or choose another folder'
+                f'{path} may stand on the weights that would be replaced; remove it, or choose another folder'
             )
 
 
