@@ -25,13 +25,18 @@ def make(name='slimclr_resnet20', **kwargs):
     return model.eval()
 
 
+def shallow(name='slimclr_resnet20', **kwargs):
+    """A network of one block in each stage, for tracing takes as long as there are blocks."""
+    return make(name, layers=(1,) * (3 if name == 'slimclr_resnet20' else 4), **kwargs)
+
+
 def images(batch=2, size=32):
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize(('name', 'widths'), [('slimclr_resnet20', WIDTHS), ('slimclr_resnet50', (1.0, 0.25))])
 def test_compile_at_each_width(name, widths):
-    model, x = make(name), images()
+    model, x = shallow(name), images()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     with torch.no_grad():
         for width in widths:
@@ -51,7 +56,7 @@ def test_compile_is_once_for_each_width():
         graphs.append(graph)
         return graph
 
-    model, x = make(), images()
+    model, x = shallow(), images()
     compiled = torch.compile(model, fullgraph=True, backend=count)
     with torch.no_grad():
         for width in WIDTHS * 2:
@@ -83,7 +88,7 @@ def test_compile_makes_all_graphs_of_four_widths():
 
 
 def test_compile_forward_at():
-    model, x = make(), images()
+    model, x = shallow(), images()
     compiled = torch.compile(model.forward_at, fullgraph=True, backend='aot_eager')
     with torch.no_grad():
         for width in WIDTHS:
@@ -91,7 +96,7 @@ def test_compile_forward_at():
 
 
 def test_compile_with_inductor():
-    model, x = make(), images()
+    model, x = shallow(), images()
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
         model.set_width(0.25)
@@ -100,7 +105,7 @@ def test_compile_with_inductor():
 
 def test_compile_all_widths_of_a_training_step():
     """One graph for all widths; outputs, gradients and running statistics as without compilation."""
-    eager, x = make(widths=(1.0, 0.25)).train(), images(4)
+    eager, x = shallow(widths=(1.0, 0.25)).train(), images(4)
     other = copy.deepcopy(eager)
     compiled = torch.compile(other.forward_widths, fullgraph=True, backend='aot_eager')
     outputs = [eager.forward_widths(x), compiled(x)]
