@@ -22,6 +22,7 @@ from naive import NaiveMoCoV2
 
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.batches import Batch
+from slimclr_hub.methods import Teacher
 from slimclr_hub.models import DEFAULT_WIDTHS
 from slimclr_hub.runs.memory import keep_freed_memory
 from slimclr_hub.runs.meter import Meter
@@ -40,9 +41,11 @@ OPTIMIZERS = {
 class TrainingStep:
     """Training steps of one configuration, always on the same views."""
 
-    def __init__(self, config: PretrainConfig, views: Sequence[torch.Tensor], bf16: bool) -> None:
+    def __init__(
+        self, config: PretrainConfig, views: Sequence[torch.Tensor], bf16: bool, teacher: Teacher | None = None
+    ) -> None:
         device = views[0].device
-        self.method: Any = make_method(config)
+        self.method: Any = make_method(config, teacher)
         self.method.train().to(device)
         arrange(config, self.method)
         self.optimizer = make_optimizer(config.optim, self.method)

@@ -9,7 +9,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_la
 from torch import nn
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.methods import METHODS
+from slimclr_hub.methods import METHODS, CompRess
 from slimclr_hub.methods.registry import training_of
 from slimclr_hub.methods.teacher import Teacher
 from slimclr_hub.models import SlimmableResNet
@@ -79,7 +79,9 @@ def arrange(config: PretrainConfig, method: Any) -> None:
     if config.run.compile:
         method.backbone.compile_widths()
         if config.method.momentum is not None:
-            method.key_backbone.compile(dynamic=False)
+            each_width = isinstance(method, CompRess)
+            for encoder in method.key_backbones.values() if each_width else [method.key_backbone]:
+                encoder.compile(dynamic=False)
 
 
 def make_schedule(config: PretrainConfig, steps_per_epoch: int) -> Schedule:

@@ -1,6 +1,7 @@
 """A teacher that nothing moves, and SEED: closed forms, a transcription by loops, and its queue."""
 
 import copy
+import math
 
 import pytest
 import timm
@@ -10,12 +11,18 @@ import torch.nn.functional as F
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods import MoCoV2, Teacher
 from slimclr_hub.methods.losses import info_nce, similarities, squared_distance
+from slimclr_hub.methods.momentum import EMA
 from slimclr_hub.methods.queue import enqueue, random_queue
+from slimclr_hub.models.widths import width_key
 from tests.methods import plain
 from tests.networks import method_of, small_teacher
 
 WIDTHS = (1.0, 0.5)
-TAUGHT = {name: {'hidden_dim': 32, 'queue_size': 8} for name in ('seed', 'disco')}
+TAUGHT: dict[str, dict[str, int]] = {
+    'seed': {'hidden_dim': 32, 'queue_size': 8},
+    'disco': {'hidden_dim': 32, 'queue_size': 8},
+    'compress': {'queue_size': 8},
+}
 
 
 def make(name='seed', widths=WIDTHS, **options):
@@ -157,14 +164,15 @@ def test_seed_with_a_sharp_teacher_is_cross_entropy_to_the_first_candidate():
         assert output[f'cross_entropy/{width:g}'].item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_microbatches_of_a_step_look_at_one_queue():
-    method = make()
-    method([views(1)[0]], WIDTHS, 0.0)
+@pytest.mark.parametrize('name', TAUGHT)
+def test_microbatches_of_a_step_look_at_one_queue(name):
+    method = make(name)
+    method(views(1), WIDTHS, 0.9)
     later = copy.deepcopy(method)
     later.queue.normal_()  # as if more had been added
-    expected = method([views(2)[0]], WIDTHS, None)['loss']
-    assert later([views(2)[0]], WIDTHS, None)['loss'] == expected
-    assert later([views(2)[0]], WIDTHS, 0.0)['loss'] != expected
+    expected = method(views(2), WIDTHS, None)['loss']
+    assert later(views(2), WIDTHS, None)['loss'] == expected
+    assert later(views(2), WIDTHS, 0.9)['loss'] != expected
 
 
 def test_every_width_learns_from_the_teacher_alone_unless_asked():
@@ -224,3 +232,80 @@ def test_disco_without_its_teacher_is_mocov2():
     assert {key for key in output if not key.startswith('teacher')} == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(output[key], value, msg=key)
+
+
+# CompRess
+
+
+def test_compress_in_closed_form():
+    """Of two images and queues of three: the divergence and the teacher's entropy, and the gradient (p_s - p_t) M_s."""
+    teacher, of_teacher, of_student = unit(2, 4, seed=1), unit(3, 4, seed=2), unit(3, 2, seed=3)
+    student = unit(2, 2, seed=4).requires_grad_()
+    target = F.softmax(similarities(teacher, None, of_teacher) / 0.04, dim=1)
+    loss = info_nce(similarities(student, None, of_student), 0.04, target)
+    loss.backward()
+    expected, gradients = 0.0, []
+    for z_s, z_t in zip(student.detach(), teacher, strict=True):
+        p_t = plain.softmax((of_teacher @ z_t).tolist(), 0.04)
+        p_s = plain.softmax((of_student @ z_s).tolist(), 0.04)
+        expected += (plain.divergence(p_t, p_s) - sum(p * math.log(p) for p in p_t)) / 2
+        gradients.append((torch.tensor(p_s) - torch.tensor(p_t)).double() @ of_student / 0.04 / 2)
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+    torch.testing.assert_close(student.grad, torch.stack(gradients), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('widths', [WIDTHS, (0.5,)])
+def test_compress_against_loops(widths):
+    """Each width with its own queue, number by number; its queue takes the features of its copy, after the move."""
+    method, view = make('compress', widths=widths, loss_weights='none'), views()[0]
+    with torch.no_grad():
+        for parameter in method.backbone.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    other = copy.deepcopy(method)
+    earlier = method.queue.clone(), {w: queue.clone() for w, queue in method.student_queues().items()}
+    output = method([view], widths, 0.9)
+    z_t = other.teacher(view)
+    total = 0.0
+    for width in widths:
+        z_s = F.normalize(other.backbone.forward_at(view, width), dim=1)
+        rows = [plain.products(z, queue) for z, queue in ((z_t, earlier[0]), (z_s, earlier[1][width]))]
+        loss = plain.kd(rows[1], rows[0], 0.04, squared=False)
+        assert output[f'cross_entropy/{width:g}'].item() == pytest.approx(loss, rel=1e-5)
+        total += loss
+        moved = other.key_backbones[width_key(width)]
+        trained = other.backbone.extract(width)
+        with torch.no_grad():
+            for mine, its in zip(moved.parameters(), trained.parameters(), strict=True):
+                mine.copy_(0.9 * mine + 0.1 * its)
+        keys = F.normalize(moved(view), dim=1)
+        queue = method.student_queues()[width]
+        torch.testing.assert_close(queue, torch.cat([keys, earlier[1][width][4:]]))
+        assert not torch.allclose(keys, z_s)
+    assert output['loss'].item() == pytest.approx(total, rel=1e-5)
+    assert torch.equal(method.queue, torch.cat([z_t, earlier[0][4:]]))
+
+
+def test_queues_of_compress_stay_aligned():
+    """Row i of each queue is of one image, after three batches in queues of two."""
+    method = make('compress').eval()  # so that the features of an image do not depend on the batch
+    for seed in 1, 2, 3:
+        method(views(seed), WIDTHS, 0.0)
+    images = torch.cat([views(3)[0], views(2)[0]])
+    torch.testing.assert_close(method.queue, method.teacher(images))
+    for width, queue in method.student_queues().items():
+        torch.testing.assert_close(queue, F.normalize(method.backbone.forward_at(images, width), dim=1))
+    assert method.queue_pointer == 4
+
+
+@pytest.mark.parametrize('overlap', [True, False])
+def test_momentum_copies_follow_their_width(overlap):
+    """At momentum 0 a copy is what would be extracted, of widths that do not begin at channel 0, too."""
+    backbone = timm.create_model('slimclr_resnet20', num_classes=0, widths=(1.0, 0.5, 0.25), overlap=overlap)
+    for width in backbone.widths:
+        copied = backbone.extract(width)
+        with torch.no_grad():
+            for parameter in backbone.parameters():
+                parameter.normal_()
+        EMA([(copied, backbone)], width).update(0.0)
+        for mine, its in zip(copied.parameters(), backbone.extract(width).parameters(), strict=True):
+            assert torch.equal(mine, its)

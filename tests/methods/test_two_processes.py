@@ -23,6 +23,7 @@ CASES = {
     'mocov3': ('mocov3', {}),
     'simclr': ('simclr', {}),
     'seed': ('seed', {'queue_size': 16}),
+    'compress': ('compress', {'queue_size': 16}),
     'disco': ('disco', {'queue_size': 16, 'bn_splits': 1}),
     'supervised': ('supervised', {}),
 }
