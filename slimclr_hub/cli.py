@@ -132,6 +132,7 @@ def latency(
     from slimclr_hub.inference.latency import draw_timings, measure, timings_table
     from slimclr_hub.models.budget import RUNTIMES, Setting, read_table, table_path, versions_of
 
+    _check_drawing(figure)
     for name in runtime or RUNTIMES[:1]:
         if name in RUNTIMES:
             versions_of(name)  # before a network is downloaded
@@ -153,8 +154,7 @@ def latency(
     table.save(path)
     _print(timings_table(found.timings))
     if figure:
-        with _train_extra('--figure'):
-            draw_timings(found.timings, _known_accuracies(network, model), figure.with_suffix(''))
+        draw_timings(found.timings, _known_accuracies(network, model), figure.with_suffix(''))
     print(f'{found.machine}: kept in {path}')
 
 
@@ -425,6 +425,7 @@ def cascade(
     from slimclr_hub.inference.runner import InferenceConfig
 
     check_file(out, overwrite)
+    _check_drawing(figure)
     listed = list_images(images)
     model = _on_device(network, None, device, lazy=False)
     config = InferenceConfig(batch_size, workers, skip_unreadable=skip_unreadable)
@@ -437,8 +438,7 @@ def cascade(
     _print(fitting.cascades_table(rows, len(held_out.images)))
     print(fitting.verdict(rows, len(held_out.images)))
     if figure:
-        with _train_extra('--figure'):
-            fitting.draw_cascades(rows, figure.with_suffix(''))
+        fitting.draw_cascades(rows, figure.with_suffix(''))
     print(f'{out}: fitted on {fitted.images} images. Use it: slimclr-hub predict {network} IMAGES --cascade {out}')
 
 
@@ -613,6 +613,13 @@ def _print_evaluation(config: str | Path, checkpoint: Path) -> None:
     print(f'Evaluate it: mim test mmdet {quote(str(config))} --checkpoint {quote(str(checkpoint))}')
     if find_spec('mmcv') and install_ops() != 'compiled' and not linked_ops().exists():
         print('For `mim test`, once: slimclr-hub doctor --link-ops')
+
+
+def _check_drawing(figure: Path | None) -> None:
+    """Raise an InputError, before any work, if a figure is asked for and cannot be drawn."""
+    if figure is not None:
+        with _train_extra('--figure'):
+            import matplotlib  # noqa: F401
 
 
 @contextmanager
