@@ -30,9 +30,12 @@ from PIL import Image
 
 from slimclr_hub import cli
 from slimclr_hub.files import file_hash
+from slimclr_hub.hub.open import open_network
+from slimclr_hub.models.cascade import Cascade, FittedCascades
 from slimclr_hub.runs.command_line import run_script
 from slimclr_hub.runs.result import Protocol, Result, save
 from slimclr_hub.train.command import parse_pretrain
+from slimclr_hub.weights.hashes import state_hash
 from tests.hub.files import ROOT, save_small, small_network
 
 MEMORY = 2 << 30  # bytes, beyond those of this process
@@ -292,6 +295,13 @@ def recipe(case: Case) -> None:
     of_run(case)
 
 
+def thresholds(case: Case) -> None:
+    file = case.folder / 'cascade.json'
+    damage_text(file, case.random, json.loads(file.read_text()))
+    case.argv = ['predict', str(case.folder / 'net'), str(case.folder / 'images'), '--workers', '0']
+    case.argv += ['--cascade', str(file), *case.random.choice(([], ['--budget', '1e7']))]
+
+
 def pretrain(case: Case) -> None:
     """The configuration of a new run, and that of a resumed one; training itself would take longer."""
     case.program = 'pretrain.py'
@@ -313,7 +323,7 @@ IMPORTED_BY_COMMANDS = (
     'slimclr_hub.inference.predict',
     'mmengine.logging',
 )
-KINDS = (safetensors, config, checkpoint, metrics, result, recipe, pretrain)
+KINDS = (safetensors, config, checkpoint, metrics, result, recipe, thresholds, pretrain)
 PROGRAMS: dict[str, Callable[[], None]] = {
     'slimclr-hub': cli.main,
     'pretrain.py': lambda: run_script(lambda: (parse_pretrain(RECIPE), None)[1]),
@@ -324,6 +334,9 @@ def make_inputs(folder: Path) -> None:
     """Write the whole files that cases damage."""
     save_small(folder / 'net', num_classes=3)
     torch.save({'state_dict': small_network().extract(1.0).state_dict()}, folder / 'plain.pth')
+    cascades = (Cascade((0.25,), 0.0, 2e6, 0.8), Cascade((0.25, 1.0), 0.5, 9e6, 1.0))
+    weights = state_hash(open_network(str(folder / 'net')))
+    FittedCascades(weights, 32, 20, cascades).save(folder / 'cascade.json')
     (folder / 'images').mkdir()
     for i in range(2):
         Image.new('RGB', (40, 32), (99 * i, 50, 0)).save(folder / 'images' / f'{i}.png')
