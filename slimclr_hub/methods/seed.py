@@ -28,7 +28,8 @@ class SEED(nn.Module):
     The teacher looks once for all widths.
 
     The paper keeps the teacher's projection head; a network here has none, so that its pooled features are the
-    embedding, and the student's head maps to as many dimensions. A teacher never changes, so all widths train from the
+    embedding, and the student's head maps to as many dimensions. Such features share a large mean, which leaves little
+    to tell images apart by: `centre` takes it off. A teacher never changes, so all widths train from the
     first step, and learn from the teacher rather than from the full width, unless `slow_start_epochs` and
     `distillation` say otherwise.
 
@@ -41,6 +42,7 @@ class SEED(nn.Module):
         teacher_temperature: tau_t. The paper has 0.01, the authors' code 1e-4. At 1e-4 the target is one-hot at the
             teacher's own embedding, whose similarity is 1, unless the queue holds one more similar than 0.999, and
             the loss is InfoNCE; 0.01, the default here, lets the nearest images of the queue count.
+        centre: Subtract the mean of the queue from the teacher's embeddings, and bring them to unit length again.
         options: Settings of `Objective`.
 
     Raises:
@@ -59,6 +61,7 @@ class SEED(nn.Module):
         queue_size: Count = 65536,
         temperature: Positive = 0.2,
         teacher_temperature: Positive = 0.01,
+        centre: bool = False,
         distillation: Annotated[str, bounded(one_of, DISTILLATIONS)] = 'none',
         **options: Any,
     ) -> None:
@@ -67,6 +70,7 @@ class SEED(nn.Module):
         self.widths = backbone.widths
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
+        self.centre = centre
         features = backbone.full_features
         self.backbone = backbone
         self.teacher = teacher
@@ -102,9 +106,13 @@ class SEED(nn.Module):
         teacher = self.teacher(views[0])
         if momentum is not None:
             self._earlier = self.queue.clone()  # the queue moves on before the backward needs it
-        target = F.softmax(similarities(teacher, teacher, self._earlier) / self.teacher_temperature, dim=1)
+        own, earlier = teacher, self._earlier
+        if self.centre:
+            mean = earlier.mean(0)
+            own, earlier = F.normalize(own - mean, dim=1), F.normalize(earlier - mean, dim=1)
+        target = F.softmax(similarities(own, own, earlier) / self.teacher_temperature, dim=1)
         # All widths in one product: the queue is large, and read once instead of once for each.
-        logits = similarities(torch.cat(list(students.values())), teacher.repeat(len(widths), 1), self._earlier)
+        logits = similarities(torch.cat(list(students.values())), own.repeat(len(widths), 1), earlier)
         parts = dict(zip(widths, logits.split(len(teacher)), strict=True))
         output = self.objective(parts, target, self.temperature)
         enqueue(self.queue_pointer, [(self.queue, teacher)])

@@ -131,19 +131,21 @@ def test_seed_in_closed_form():
     torch.testing.assert_close(student.grad, torch.stack(gradients))
 
 
-@pytest.mark.parametrize('widths', [WIDTHS, (0.5,)])
-def test_seed_against_loops(widths):
+@pytest.mark.parametrize(('widths', 'centre'), [(WIDTHS, False), ((0.5,), False), (WIDTHS, True)])
+def test_seed_against_loops(widths, centre):
     """As the paper's section 3 describes it, at each width: number by number over candidates."""
-    method, view = make(widths=widths, loss_weights='none'), views()[0]
+    method, view = make(widths=widths, loss_weights='none', centre=centre), views()[0]
     other, earlier = copy.deepcopy(method), method.queue.clone()
     output = method([view], widths, 0.0)
     z_t = other.teacher(view)
-    candidates = [[row, *earlier] for row in z_t]
+    mean = sum(earlier) / len(earlier) if centre else 0
+    own, negatives = ([(row - mean) / (row - mean).norm() for row in rows] for rows in (z_t, earlier))
+    candidates = [[row, *negatives] for row in own]
     total = 0.0
     for width in widths:
         z_s = F.normalize(other.head(other.backbone.forward_at(view, width), width), dim=1)
         loss = 0.0
-        for mine, its, rows in zip(z_s, z_t, candidates, strict=True):
+        for mine, its, rows in zip(z_s, own, candidates, strict=True):
             p = plain.softmax([(its @ row).item() for row in rows], 0.01)
             q = plain.softmax([(mine @ row).item() for row in rows], 0.2)
             loss -= sum(a * torch.tensor(b).log().item() for a, b in zip(p, q, strict=True)) / len(z_t)

@@ -22,7 +22,7 @@ CASES = {
     'mocov2, no queue': ('mocov2', {'queue_size': 0}),
     'mocov3': ('mocov3', {}),
     'simclr': ('simclr', {}),
-    'seed': ('seed', {'queue_size': 16}),
+    'seed': ('seed', {'queue_size': 16, 'centre': True}),
     'compress': ('compress', {'queue_size': 16}),
     'disco': ('disco', {'queue_size': 16, 'bn_splits': 1}),
     'supervised': ('supervised', {}),
