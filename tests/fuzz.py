@@ -7,6 +7,7 @@ mistake; a traceback, more than 2 GiB or 20 seconds, files that stay behind and 
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import os
@@ -73,11 +74,11 @@ def damaged(value: Any, rng: random.Random, values: tuple[Any, ...] = VALUES) ->
     for _ in range(rng.choice((1, 1, 2, 3))):
         found = places(value)
         if not found or rng.random() < 0.02:
-            return rng.choice(values)
+            return copy.deepcopy(rng.choice(values))
         holder, key = rng.choice(found)
         change = rng.randrange(5)
         if change < 2:
-            holder[key] = rng.choice(values)
+            holder[key] = copy.deepcopy(rng.choice(values))  # or a change of it would change `values`
         elif change == 2:
             del holder[key]
         elif change == 3:
@@ -86,7 +87,7 @@ def damaged(value: Any, rng: random.Random, values: tuple[Any, ...] = VALUES) ->
         elif isinstance(holder, dict):
             holder[str(rng.choice(values))[:6000]] = holder.pop(key)
         else:
-            holder.insert(key, rng.choice(values))
+            holder.insert(key, copy.deepcopy(rng.choice(values)))
     return value
 
 

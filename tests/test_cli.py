@@ -619,7 +619,7 @@ def test_conversion_that_cannot_be(refuse, plain, tmp_path, source, target, word
 @pytest.mark.parametrize(
     ('arguments', 'words'),
     [
-        ('{small} {tmp}/out --width 0.5', ('slimclr_resnet20', '50, 101 and 152')),
+        ('{small} {tmp}/out --width 0.5', ('no slimclr_resnet20', 'timm has resnet18')),
         ('{small} {tmp}/out.pth --width 0.5', ('out.pth is the name of a file; give a folder',)),
         ('{small} {small} --width 0.5', ('config.json is there already', '--overwrite')),
         ('{probe} {tmp}/out --width 0.5 --format mmdet', ('out does not end in .safetensors, .pth or .pt',)),

@@ -156,7 +156,7 @@ def test_anchors_and_levels_of_resnet50_are_those_of_torchvision():
 
 
 def test_wrong_network_or_weights(tmp_path):
-    with pytest.raises(InputError, match="name 'resnet50' is none of slimclr_resnet50"):
+    with pytest.raises(InputError, match="name 'resnet50' is none of slimclr_resnet18"):
         slimmable_mask_rcnn(None, WIDTHS, 2, 'resnet50')
     with pytest.raises(InputError, match='does not exist'):
         slimmable_mask_rcnn(str(tmp_path / 'nothing.pth'), WIDTHS, 2, 'slimclr_resnet20')

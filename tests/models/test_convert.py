@@ -9,6 +9,7 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import load_file
+from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
 from slimclr_hub.errors import InputError
@@ -422,8 +423,7 @@ def test_missing_tensor_of_a_plain_network_is_named(plain, name):
 
 
 OTHERS = {
-    'torchvision resnet18': (lambda: torchvision.models.resnet18(), r'basic blocks \(2, 2, 2, 2\).* is none of'),
-    'torchvision resnet34': (lambda: torchvision.models.resnet34(), r'basic blocks \(3, 4, 6, 3\).* is none of'),
+    'timm basic': (lambda: ResNet(BasicBlock, (1, 1, 1, 1)), r'basic blocks \(1, 1, 1, 1\).* is none of'),
     'torchvision wide': (lambda: torchvision.models.wide_resnet50_2(), r'layer1\.0\.conv1\.weight has shape \[128, 64'),
     'torchvision vgg': (lambda: torchvision.models.vgg11_bn(), 'not? .*a ResNet'),
     'timm resnet26': (lambda: timm.create_model('resnet26'), r'bottleneck blocks \(2, 2, 2, 2\).* is none of'),
