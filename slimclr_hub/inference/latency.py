@@ -3,7 +3,9 @@
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,8 @@ from slimclr_hub.settings import at_least
 if TYPE_CHECKING:
     from rich.table import Table
 
-Call = Callable[[], object]
+Call = Callable[[], float]
+"""Runs a batch, and returns the seconds that it took."""
 
 _WARM_UP = 3
 
@@ -53,8 +56,11 @@ def measure(
         stack.callback(torch.set_num_threads, threads)
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.inference_mode())
+        # OpenVINO leaves the thread that runs it with a stack for signals that is freed later, and the next signal that
+        # Python handles there ends the process (2026.4): so that thread is not the main one, which handles signals.
+        thread = stack.enter_context(ThreadPoolExecutor(1))
         calls = {
-            (width, setting): _call(model, width, setting, Path(folder))
+            (width, setting): _call(model, width, setting, Path(folder), thread)
             for setting in settings
             for width in widths or model.widths
         }
@@ -64,10 +70,9 @@ def measure(
         for repeat in range(_WARM_UP + repeats):
             for case in calls if repeat % 2 else reversed(calls):
                 torch.set_num_threads(case[1].threads)
-                start = time.perf_counter()
-                calls[case]()
+                taken = calls[case]()
                 if repeat >= _WARM_UP:
-                    seconds[case].append(time.perf_counter() - start)
+                    seconds[case].append(taken)
                 bar.update(case[1].batch_size)
     timings = tuple(
         Timing(width, setting, 1000 * median(taken), 1000 * max(taken), repeats)
@@ -113,7 +118,13 @@ def draw_timings(timings: Sequence[Timing], top1: Mapping[float, float], path: P
     save_figure(figure, path)
 
 
-def _call(model: SlimmableResNet, width: float, setting: Setting, folder: Path) -> Call:
+def _timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _call(model: SlimmableResNet, width: float, setting: Setting, folder: Path, thread: Executor) -> Call:
     images = torch.randn(setting.batch_size, model.in_chans, setting.size, setting.size)
     if setting.runtime == 'torch':
         images = images.to(next(model.parameters()))
@@ -124,15 +135,18 @@ def _call(model: SlimmableResNet, width: float, setting: Setting, folder: Path) 
             if accelerated:
                 torch.accelerator.synchronize()
 
-        return run
+        return partial(_timed, run)
     path = folder / f'{width:g}-{setting.size}.onnx'
     if not path.exists():
         with model.set_width(width), torch.inference_mode(False):
             export_onnx(model, path, size=setting.size)
-    return _OTHERS[setting.runtime](path, images.numpy(), setting.threads)
+    if setting.runtime == 'onnxruntime':
+        return partial(_timed, _onnxruntime(path, images.numpy(), setting.threads))
+    opened = thread.submit(_openvino, path, images.numpy(), setting.threads).result()
+    return lambda: thread.submit(_timed, opened).result()
 
 
-def _onnxruntime(path: Path, images: Any, threads: int) -> Call:
+def _onnxruntime(path: Path, images: Any, threads: int) -> Callable[[], object]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -143,12 +157,9 @@ def _onnxruntime(path: Path, images: Any, threads: int) -> Call:
     return lambda: session.run(None, feed)
 
 
-def _openvino(path: Path, images: Any, threads: int) -> Call:
+def _openvino(path: Path, images: Any, threads: int) -> Callable[[], object]:
     import openvino
 
     settings = {'INFERENCE_NUM_THREADS': threads, 'PERFORMANCE_HINT': 'LATENCY'}
     compiled = openvino.Core().compile_model(str(path), 'CPU', settings)
     return lambda: compiled([images])
-
-
-_OTHERS = {'onnxruntime': _onnxruntime, 'openvino': _openvino}

@@ -423,7 +423,7 @@ def test_missing_tensor_of_a_plain_network_is_named(plain, name):
 
 
 OTHERS = {
-    'timm basic': (lambda: ResNet(BasicBlock, (1, 1, 1, 1)), r'basic blocks \(1, 1, 1, 1\).* is none of'),
+    'timm basic': (lambda: ResNet(BasicBlock, (1,) * 4), r'basic blocks \(1, 1, 1, 1\).* is none of'),  # type: ignore[arg-type]
     'torchvision wide': (lambda: torchvision.models.wide_resnet50_2(), r'layer1\.0\.conv1\.weight has shape \[128, 64'),
     'torchvision vgg': (lambda: torchvision.models.vgg11_bn(), 'not? .*a ResNet'),
     'timm resnet26': (lambda: timm.create_model('resnet26'), r'bottleneck blocks \(2, 2, 2, 2\).* is none of'),
