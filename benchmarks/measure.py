@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,11 +23,10 @@ from rich.table import Table
 
 from slimclr_hub.machine import processor
 from slimclr_hub.runs.result import environment
+from slimclr_hub.runs.turns import in_turns as in_turns
 
 Row = dict[str, str | float | None]
 """A row of a table: column -> text, number, or None."""
-
-T = TypeVar('T')
 
 _MOMENT = 0.01  # seconds; of shorter calls several are timed at once
 _LONG = 1.0  # seconds; a longer call is not timed again to learn its length
@@ -62,19 +61,6 @@ def _count(call: Callable[[], object], warmup: int, device: torch.device | str) 
         # The first call is slower.
         seconds.append(_seconds(call, 1, device))
     return int(_MOMENT / seconds[-1]) + 1 if seconds else 1
-
-
-def in_turns(cases: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
-    """Call each case once in each of `repeats` repetitions, and return what they returned.
-
-    Every second repetition is in reverse order, so that a drift of the machine's speed favours no case.
-    """
-    returned: dict[str, list[T]] = {name: [] for name in cases}
-    names = list(cases)
-    for repetition in range(repeats):
-        for name in names if repetition % 2 == 0 else reversed(names):
-            returned[name].append(cases[name]())
-    return returned
 
 
 def _seconds(call: Callable[[], object], count: int, device: torch.device | str) -> float:

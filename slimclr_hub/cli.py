@@ -183,7 +183,7 @@ def choose(
     pixels = model.pretrained_cfg['input_size'][-1] if size is None else size
     setting = Setting(pixels, batch_size, threads or torch.get_num_threads(), runtime, device)
     choice = choose_width(model, budget, setting)
-    _print(_needs_table(model.describe(pixels), _known_accuracies(network, model)))
+    _print(_needs_table(choice.needs, _known_accuracies(network, model)))
     print(choice.why)
     print(f"timm.create_model('{network}', pretrained=True, width={choice.width:g})")
 

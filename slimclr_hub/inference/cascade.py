@@ -1,8 +1,8 @@
 """Thresholds of a cascade, fitted on images without labels, and what it reaches beside fixed widths and chance."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import median
@@ -19,6 +19,7 @@ from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cascade import Cascade, FittedCascades, last_widths, margins, mean_cost, route
 from slimclr_hub.models.cost import cost
 from slimclr_hub.runs.progress import progress_bar
+from slimclr_hub.runs.turns import in_turns, seconds_of
 from slimclr_hub.text import human
 from slimclr_hub.weights.hashes import state_hash
 
@@ -175,21 +176,19 @@ def measure(
     device, dtype = get_device_dtype(model).values()
     read = [transform(images.read(index, mode)) for index in range(min(_TIMED, len(images)))]
     batches = torch.stack(read).to(device, dtype).split(batch_size)
-    seconds: list[list[float]] = [[] for _ in cascades]
     with (
         evaluating(model),
         torch.inference_mode(),
         progress_bar((_REPEATS + 1) * len(cascades) * len(read), 'timing', progress) as bar,
     ):
-        for repeat in range(_REPEATS + 1):  # the first is a warm-up
-            for taken, cascade in zip(seconds, cascades, strict=True):
-                start = time.perf_counter()
-                for batch in batches:
-                    route(model.forward_at, batch, cascade).logits.cpu()
-                if repeat:
-                    taken.append(time.perf_counter() - start)
-                bar.update(len(read))
-    return [1000 * median(taken) / len(read) for taken in seconds]
+
+        def run(cascade: Cascade) -> float:
+            taken = seconds_of(lambda: [route(model.forward_at, batch, cascade).logits.cpu() for batch in batches])
+            bar.update(len(read))
+            return taken
+
+        seconds = in_turns({i: partial(run, cascade) for i, cascade in enumerate(cascades)}, _REPEATS + 1)
+    return [1000 * median(taken[1:]) / len(read) for taken in seconds.values()]  # the first is a warm-up
 
 
 def cascades_table(rows: Sequence[Row], images: int) -> 'Table':

@@ -1,7 +1,6 @@
 """Milliseconds of a network by width, as this machine takes them, for `models.budget` to choose a width by."""
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -12,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slimclr_hub.hub.export import export_onnx
+from slimclr_hub.hub.export.checks import INPUT
+from slimclr_hub.hub.export.onnx import export_onnx, open_session
 from slimclr_hub.inference.runner import evaluating
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.budget import QueryTable, Setting, Timing, machine_of, versions_of
 from slimclr_hub.runs.progress import progress_bar
+from slimclr_hub.runs.turns import in_turns, seconds_of
 from slimclr_hub.settings import at_least
 
 if TYPE_CHECKING:
@@ -64,16 +65,17 @@ def measure(
             for setting in settings
             for width in widths or model.widths
         }
-        seconds: dict[tuple[float, Setting], list[float]] = {case: [] for case in calls}
         images = sum(setting.batch_size for _, setting in calls) * (_WARM_UP + repeats)
         bar = stack.enter_context(progress_bar(images, 'timing', progress))
-        for repeat in range(_WARM_UP + repeats):
-            for case in calls if repeat % 2 else reversed(calls):
-                torch.set_num_threads(case[1].threads)
-                taken = calls[case]()
-                if repeat >= _WARM_UP:
-                    seconds[case].append(taken)
-                bar.update(case[1].batch_size)
+
+        def run(case: tuple[float, Setting]) -> float:
+            torch.set_num_threads(case[1].threads)
+            taken = calls[case]()
+            bar.update(case[1].batch_size)
+            return taken
+
+        found = in_turns({case: partial(run, case) for case in calls}, _WARM_UP + repeats)
+        seconds = {case: taken[_WARM_UP:] for case, taken in found.items()}
     timings = tuple(
         Timing(width, setting, 1000 * median(taken), 1000 * max(taken), repeats)
         for (width, setting), taken in seconds.items()
@@ -118,12 +120,6 @@ def draw_timings(timings: Sequence[Timing], top1: Mapping[float, float], path: P
     save_figure(figure, path)
 
 
-def _timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def _call(model: SlimmableResNet, width: float, setting: Setting, folder: Path, thread: Executor) -> Call:
     images = torch.randn(setting.batch_size, model.in_chans, setting.size, setting.size)
     if setting.runtime == 'torch':
@@ -135,26 +131,16 @@ def _call(model: SlimmableResNet, width: float, setting: Setting, folder: Path, 
             if accelerated:
                 torch.accelerator.synchronize()
 
-        return partial(_timed, run)
+        return partial(seconds_of, run)
     path = folder / f'{width:g}-{setting.size}.onnx'
     if not path.exists():
         with model.set_width(width), torch.inference_mode(False):
             export_onnx(model, path, size=setting.size)
     if setting.runtime == 'onnxruntime':
-        return partial(_timed, _onnxruntime(path, images.numpy(), setting.threads))
+        feed = {INPUT: images.numpy()}
+        return partial(seconds_of, partial(open_session(path, setting.threads).run, None, feed))
     opened = thread.submit(_openvino, path, images.numpy(), setting.threads).result()
-    return lambda: thread.submit(_timed, opened).result()
-
-
-def _onnxruntime(path: Path, images: Any, threads: int) -> Callable[[], object]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
-    feed = {session.get_inputs()[0].name: images}
-    return lambda: session.run(None, feed)
+    return lambda: thread.submit(seconds_of, opened).result()
 
 
 def _openvino(path: Path, images: Any, threads: int) -> Callable[[], object]:

@@ -4,7 +4,7 @@ Shape suffixes: B images of the batch, K negatives, D dimensions of the embeddin
 first).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,18 @@ def similarities(query_BD: torch.Tensor, key_BD: torch.Tensor | None, others_KD:
             return similarity_BK
         positive_B1 = torch.einsum('bd,bd->b', query_BD, full_precision(key_BD))[:, None]
         return torch.cat([positive_B1, similarity_BK], dim=1)
+
+
+def similarities_by_width(
+    queries: Mapping[float, torch.Tensor], key_BD: torch.Tensor | None, others_KD: torch.Tensor
+) -> dict[float, torch.Tensor]:
+    """`similarities` of the queries of each width, whose key is the same.
+
+    All widths in one product: the others are many, and read once instead of once for each.
+    """
+    keys = None if key_BD is None else key_BD.repeat(len(queries), 1)
+    similarity = similarities(torch.cat(list(queries.values())), keys, others_KD)
+    return dict(zip(queries, similarity.split(len(similarity) // len(queries)), strict=True))
 
 
 def info_nce(similarity_BC: torch.Tensor, temperature: float, target_B: torch.Tensor | None = None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from slimclr_hub.distributed import gather, local_part, rank, shared_permutation
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods.batchnorm import split_batchnorm
 from slimclr_hub.methods.heads import SlimmableLinearHead, SlimmableMLP
-from slimclr_hub.methods.losses import similarities
+from slimclr_hub.methods.losses import similarities_by_width
 from slimclr_hub.methods.momentum import EMA
 from slimclr_hub.methods.objective import Losses, Objective
 from slimclr_hub.methods.queue import enqueue, random_queue
@@ -139,15 +139,11 @@ class MoCoV2(nn.Module):
         self, queries: dict[float, torch.Tensor], keys: torch.Tensor
     ) -> tuple[dict[float, torch.Tensor], torch.Tensor]:
         batch, device = len(keys), keys.device
-        # All widths in one product: the queue is large, and read once instead of once for each.
-        together = torch.cat(list(queries.values()))
         if len(self.queue):
             target = torch.zeros(batch, dtype=torch.long, device=device)
-            similarity = similarities(together, keys.repeat(len(queries), 1), self._negatives)
-        else:
-            target = torch.arange(batch, device=device) + rank() * batch
-            similarity = similarities(together, None, gather(keys))
-        return dict(zip(queries, similarity.split(batch), strict=True)), target
+            return similarities_by_width(queries, keys, self._negatives), target
+        target = torch.arange(batch, device=device) + rank() * batch
+        return similarities_by_width(queries, None, gather(keys)), target
 
     def update_key_encoder(self, momentum: float) -> None:
         """Move the key encoder's parameters, not its buffers, towards the full width of the query encoder."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from slimclr_hub.methods.heads import SlimmableMLP
-from slimclr_hub.methods.losses import DISTILLATIONS, similarities
+from slimclr_hub.methods.losses import DISTILLATIONS, similarities, similarities_by_width
 from slimclr_hub.methods.objective import Losses, Objective
 from slimclr_hub.methods.queue import enqueue, random_queue
 from slimclr_hub.methods.registry import register_method
@@ -111,9 +111,6 @@ class SEED(nn.Module):
             mean = earlier.mean(0)
             own, earlier = F.normalize(own - mean, dim=1), F.normalize(earlier - mean, dim=1)
         target = F.softmax(similarities(own, own, earlier) / self.teacher_temperature, dim=1)
-        # All widths in one product: the queue is large, and read once instead of once for each.
-        logits = similarities(torch.cat(list(students.values())), own.repeat(len(widths), 1), earlier)
-        parts = dict(zip(widths, logits.split(len(teacher)), strict=True))
-        output = self.objective(parts, target, self.temperature)
+        output = self.objective(similarities_by_width(students, own, earlier), target, self.temperature)
         enqueue(self.queue_pointer, [(self.queue, teacher)])
         return output

@@ -10,9 +10,8 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import cached_assets_path
@@ -24,7 +23,7 @@ from slimclr_hub.models.cost import WidthNeeds, describe
 from slimclr_hub.settings import Count, at_least
 from slimclr_hub.text import human
 from slimclr_hub.version import __version__
-from slimclr_hub.weights.bounded import LARGEST_CONFIG
+from slimclr_hub.weights.bounded import as_float, read_json
 
 if TYPE_CHECKING:
     from slimclr_hub.models.slimmable_resnet import SlimmableResNet
@@ -152,10 +151,12 @@ class Choice:
     Args:
         width: The width.
         why: What it needs, and what the next wider one does.
+        needs: What each width needs.
     """
 
     width: float
     why: str
+    needs: list[WidthNeeds]
 
 
 def table_path(model: 'SlimmableResNet') -> Path:
@@ -192,15 +193,13 @@ def read_table(path: Path) -> QueryTable:
         FileNotFoundError: It is not there.
     """
     try:
-        with path.open('rb') as file:
-            text = file.read(LARGEST_CONFIG + 1)
-        content: Any = json.loads(text) if len(text) <= LARGEST_CONFIG else None
+        content = read_json(path)
         timings = tuple(
             Timing(
-                _number(each['width']),
+                as_float(each['width']),
                 Setting(**each['setting']),
-                _number(each['median']),
-                _number(each['slowest']),
+                as_float(each['median']),
+                as_float(each['slowest']),
                 each['repeats'],
             )
             for each in content['timings']
@@ -226,14 +225,14 @@ def choose(model: 'SlimmableResNet', budget: Budget, setting: Setting) -> Choice
     Raises:
         InputError: No width fits; or there are no times of this machine, versions, widths and setting.
     """
-    needs = {each.width: each for each in describe(model, setting.size)}
+    needs = describe(model, setting.size)  # the widest first
     times = None if budget.max_ms is None else _times(model, setting)
     beyond = ''
-    for width in sorted(needs, reverse=True):
-        words, problems = _judged(needs[width], times, budget)
+    for each in needs:
+        words, problems = _judged(each, times, budget)
         if not problems:
-            return Choice(width, f'width {width:g} needs {", ".join(words)}{beyond}')
-        beyond = f'; width {width:g} would need {", ".join(problems)}'
+            return Choice(each.width, f'width {each.width:g} needs {", ".join(words)}{beyond}', needs)
+        beyond = f'; width {each.width:g} would need {", ".join(problems)}'
     raise InputError(f'no width fits {_in_words(budget)}{beyond}')
 
 
@@ -274,9 +273,3 @@ def _judged(
 
 def _in_words(budget: Budget) -> str:
     return ', '.join(f'{name}={limit:g}' for name, limit in asdict(budget).items() if limit is not None)
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-        raise TypeError
-    return float(value)

@@ -8,16 +8,16 @@ in a row in this way; here they are the widths of one.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import inf, isfinite
+from math import inf
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import write_text
 from slimclr_hub.text import human
-from slimclr_hub.weights.bounded import LARGEST_CONFIG
+from slimclr_hub.weights.bounded import as_float, read_json
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,9 @@ def load_cascades(path: Path) -> FittedCascades:
         InputError: The file is not there, is longer than 1 MiB, or holds something else.
     """
     try:
-        with path.open('rb') as file:
-            text = file.read(LARGEST_CONFIG + 1)
-        content: Any = json.loads(text) if len(text) <= LARGEST_CONFIG else None
-        listed = [{**each, 'widths': tuple(map(_number, each['widths']))} for each in content['cascades']]
-        cascades = tuple(Cascade(**{**each, **{key: _number(each[key]) for key in _NUMBERS}}) for each in listed)
+        content = read_json(path)
+        listed = [{**each, 'widths': tuple(map(as_float, each['widths']))} for each in content['cascades']]
+        cascades = tuple(Cascade(**{**each, **{key: as_float(each[key]) for key in _NUMBERS}}) for each in listed)
         weights, size, images = content['weights'], content['size'], content['images']
         if not isinstance(weights, str) or not isinstance(size, int) or not isinstance(images, int):
             raise TypeError
@@ -174,9 +172,3 @@ def mean_cost(ends: torch.Tensor, widths: Sequence[float], multiply_adds: Mappin
 
 
 _NUMBERS = ('margin', 'multiply_adds', 'agreement')
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-        raise TypeError
-    return float(value)

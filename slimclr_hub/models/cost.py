@@ -1,6 +1,6 @@
 """Parameters, multiply-adds and memory of each width."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from slimclr_hub.weights.published import WidthFacts as WidthFacts
 
 if TYPE_CHECKING:
+    from slimclr_hub.models.dense import DenseResNet
     from slimclr_hub.models.slimmable_resnet import SlimmableResNet
 
 
@@ -33,9 +34,13 @@ class WidthNeeds(WidthFacts):
 
 def cost(model: 'SlimmableResNet', width: float, size: int) -> tuple[int, int]:
     """Parameters of one width, and its convolutions' and linear layers' multiply-adds on an image of `size` pixels."""
-    dense = model.skeleton(width).eval()
+    return _cost(model.skeleton(width), model.in_chans, size)
+
+
+def _cost(dense: 'DenseResNet', in_chans: int, size: int) -> tuple[int, int]:
+    dense.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        dense(torch.empty(1, model.in_chans, size, size, device='meta'))
+        dense(torch.empty(1, in_chans, size, size, device='meta'))
     return sum(parameter.numel() for parameter in dense.parameters()), counter.get_total_flops() // 2
 
 
@@ -48,9 +53,9 @@ def describe(model: 'SlimmableResNet', size: int) -> list[WidthNeeds]:
     """What each width needs, for images of `size` pixels."""
     dtype = get_device_dtype(model)['dtype']
     found = []
-    for facts in width_facts(model, size):
-        dense = model.skeleton(facts.width)
+    for width in model.widths:
+        dense = model.skeleton(width)
         tensors = [t.to(dtype) if t.is_floating_point() else t for t in dense.state_dict().values()]
         mib = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
-        found.append(WidthNeeds(**asdict(facts), features=dense.head_hidden_size, mib=mib))
+        found.append(WidthNeeds(width, *_cost(dense, model.in_chans, size), features=dense.head_hidden_size, mib=mib))
     return found

@@ -1,8 +1,11 @@
-"""Downloads and uploads that end: in a stated time, whatever a server does, and at the size that it announced."""
+"""Files and answers from elsewhere that end: in a stated time, whatever a server does, and at a stated size."""
 
+import json
 import os
 from collections.abc import Callable
 from contextvars import copy_context
+from math import isfinite
+from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -19,6 +22,27 @@ LARGEST_CONFIG = 1 << 20
 """Bytes of a `config.json`, or of an index of weights in parts."""
 
 Answer = TypeVar('Answer')
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of at most `LARGEST_CONFIG` bytes.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is longer, or no JSON; RecursionError where it is nested too deeply.
+    """
+    with path.open('rb') as file:
+        text = file.read(LARGEST_CONFIG + 1)
+    if len(text) > LARGEST_CONFIG:
+        raise ValueError(f'{path} is longer than {LARGEST_CONFIG} bytes')
+    return json.loads(text)
+
+
+def as_float(value: Any) -> float:
+    """A finite number of a file's; a TypeError or OverflowError if it is something else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        raise TypeError
+    return float(value)
 
 
 class TooLateError(Exception):

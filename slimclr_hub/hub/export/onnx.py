@@ -163,15 +163,20 @@ def _trace(reference: Reference, opset: int) -> Any:
     return file
 
 
-def _session(path: Path, reference: Reference) -> Run:
-    """Open a file in onnxruntime, and return the function that runs it."""
+def open_session(path: Path, threads: int) -> Any:
+    """Open a file in onnxruntime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     # Left to itself it pins threads to cores, and complains about those that this process may not use.
-    options.intra_op_num_threads = torch.get_num_threads()
-    opened = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+
+
+def _session(path: Path, reference: Reference) -> Run:
+    """Open a file in onnxruntime, and return the function that runs it."""
+    opened = open_session(path, torch.get_num_threads())
 
     def run(images: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(opened.run([reference.output], {INPUT: images.numpy()})[0])
