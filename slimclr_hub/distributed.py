@@ -73,10 +73,14 @@ def local_part(x: torch.Tensor) -> torch.Tensor:
 
 def shared_permutation(n: int, device: torch.device) -> torch.Tensor:
     """A random permutation of n, drawn by the first process."""
-    permutation = torch.randperm(n, device=device)
+    return shared(torch.randperm(n, device=device))
+
+
+def shared(x: torch.Tensor) -> torch.Tensor:
+    """The first process's `x`, in place, on all of them."""
     if world_size() > 1:
-        dist.broadcast(permutation, src=0)
-    return permutation
+        dist.broadcast(x, src=0)
+    return x
 
 
 def average_batchnorm(module: nn.Module) -> None:

@@ -98,6 +98,11 @@ class Replay:
         self.folder = folder
         self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         config = recipe_of(folder)
+        if config.teacher.cached or config.method.neighbours is not None:
+            raise InputError(
+                f'{folder} was trained with what a teacher knew of all images (teacher.cached, or method.name bingo), '
+                'which a replay does not compute; take a run without'
+            )
         self.config = replace(config, model=replace(config.model, weights=None))
         # Workers would start anew for each step. Of a stream each worker reads a share, so their number has to stay.
         data = config.data if config.data.streams else replace(config.data, num_workers=0)

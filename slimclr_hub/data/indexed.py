@@ -1,12 +1,13 @@
 """Training images by index: every epoch has its own order, which arithmetic divides over microbatches and processes."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from slimclr_hub.data.batches import Chunk, Sample, make_chunk, on_one_line
@@ -16,7 +17,20 @@ from slimclr_hub.errors import DataError
 from slimclr_hub.images import Problem, reason
 
 Key = tuple[int, int]
-_REPLACEMENT = 1  # keeps the draws of a replacement apart from those of the views
+_REPLACEMENT, _NEIGHBOUR = 1, 2  # keep the draws of a replacement and of a neighbour apart from those of the views
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a teacher knows of N training images.
+
+    Args:
+        embeddings: Its embeddings [N, D], which come with the images; None where they do not.
+        neighbours: The k nearest other images of each [N, k], of which one comes with it; None where none does.
+    """
+
+    embeddings: np.ndarray | None = None
+    neighbours: np.ndarray | None = None
 
 
 @dataclass(eq=False)
@@ -58,14 +72,16 @@ class EpochBatches(Sampler[list[Key]]):
 class IndexedImages(Dataset[tuple[Sample | None, list[Problem]]]):
     """Samples by (epoch, index); an unreadable image is replaced by another one of the data set.
 
-    Replacement and views follow from the seed, the epoch and the index; `transform` draws from torch's global
-    generator. For one index, `max_corrupt` unreadable images are tolerated.
+    Replacement, neighbour and views follow from the seed, the epoch and the index; `transform` draws from torch's
+    global generator. For one index, `max_corrupt` unreadable images are tolerated. An image whose neighbours cannot be
+    read is its own.
     """
 
     dataset: Images
     transform: Callable[[Any], tuple[torch.Tensor, ...]]
     seed: int
     max_corrupt: int
+    known: Known = Known()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -74,17 +90,37 @@ class IndexedImages(Dataset[tuple[Sample | None, list[Problem]]]):
         """Return the sample, or None where too many in a row are unreadable; and the unreadable images."""
         epoch, index = key
         problems: list[Problem] = []
-        for candidate in self._candidates(epoch, index):
+        found = self._read(self._candidates(epoch, index), problems)
+        if found is None:
+            return None, problems
+        chosen, image, label = found
+        with drawing(self.seed, epoch, index):
+            views = self.transform(image)
+        shown = [chosen]
+        if self.known.neighbours is not None:
+            rng = np.random.default_rng((self.seed, epoch, index, _NEIGHBOUR))
+            nearest = rng.permutation(self.known.neighbours[chosen])
+            found = self._read(map(int, (*nearest, chosen)), problems)
+            if found is None:
+                return None, problems
+            neighbour, image, _ = found
+            with drawing(self.seed, epoch, index, _NEIGHBOUR):
+                views = (*views, *self.transform(image))
+            shown.append(neighbour)
+        table = self.known.embeddings
+        embeddings = () if table is None else tuple(torch.from_numpy(table[i].copy()) for i in shown)
+        return Sample(views, label, embeddings=embeddings), problems
+
+    def _read(self, candidates: Iterable[int], problems: list[Problem]) -> tuple[int, Image.Image, int] | None:
+        """Index, image and class of the first one that can be read; None where too many before it cannot."""
+        for candidate in candidates:
             try:
-                image, label = self.dataset[candidate]
+                return candidate, *self.dataset[candidate]
             except Exception as error:  # decoders raise whatever occurs to them: SyntaxError, struct.error, MemoryError
                 problems.append((self.dataset.name(candidate), reason(error)))
                 if len(problems) > self.max_corrupt:
                     break
-            else:
-                with drawing(self.seed, epoch, index):
-                    return Sample(self.transform(image), label), problems
-        return None, problems
+        return None
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
         yield index

@@ -8,7 +8,7 @@ import torch
 
 from slimclr_hub.data.batches import Batch, CorruptImages
 from slimclr_hub.data.config import DataConfig
-from slimclr_hub.data.indexed import EpochBatches, IndexedFeed, IndexedImages
+from slimclr_hub.data.indexed import EpochBatches, IndexedFeed, IndexedImages, Known
 from slimclr_hub.data.loaders import ToDevice, loader_options
 from slimclr_hub.data.sources import Images, known_classes, make_dataset, open_by_timm
 from slimclr_hub.data.streams.shards import Shards, open_shards
@@ -31,7 +31,7 @@ class TrainData:
     `views` where that is None. With a transform in the place of `views`, which makes uint8 tensors [C, H, W] of PIL
     images and draws from torch's global generator, there is one. Batches lie on `device`. With `num_classes`, which
     messages call `classes_key`, every image has a label below it. `images` are those of the split, where they are open
-    already.
+    already, and `known` is what a teacher knows of them; with neighbours their views follow those of the images.
 
     Raises:
         InputError: There is no such source, or the batch does not fit the data, the processes or the microbatches; or
@@ -53,6 +53,7 @@ class TrainData:
         num_classes: int | None = None,
         classes_key: str = 'method.num_classes',
         images: Images | None = None,
+        known: Known | None = None,
     ) -> None:
         _check_batch(config.batch_size, processes, microbatches)
         if view_count not in (1, 2):
@@ -66,12 +67,15 @@ class TrainData:
         self.corrupt = CorruptImages(config.max_corrupt)
         self.num_classes, self.classes_key, self.name = num_classes, classes_key, config.name
         self.to_device = ToDevice(torch.device(device))
+        self.known = known or Known()
         self.normalize = Normalize(config.mean, config.std, self.to_device.device)
         self.augment, self.distributions = None, []
         if isinstance(views, ViewConfig):
             self.distributions = [views, second_views or views][:view_count]
             self.augment = _device_augmentation() if views.backend == 'kornia' else None
             transform = Views(*(self._transform(each, each.size or config.size) for each in self.distributions))
+            if self.known.neighbours is not None:
+                self.distributions *= 2
         else:
             transform = Views(views)
         if config.streams:
@@ -100,9 +104,10 @@ class TrainData:
             if len(chunk['labels']) < self.size:
                 continue
             self._check_labels(chunk['labels'])
-            *views, labels = self.to_device((*chunk['views'], chunk['labels']))
+            labels, *tensors = self.to_device((chunk['labels'], *chunk['embeddings'], *chunk['views']))
+            embeddings, views = tensors[: len(chunk['embeddings'])], tensors[len(chunk['embeddings']) :]
             corrupt = tuple(name for name, _ in chunk['problems'])
-            yield Batch(self._views(views, epoch, micro), labels, after, corrupt)
+            yield Batch(self._views(views, epoch, micro), labels, after, corrupt, tuple(embeddings))
             micro += 1
             if micro == end:
                 return
@@ -158,7 +163,7 @@ class TrainData:
                 f'data.name {config.name}: images have {classes} classes, and {self.classes_key} is '
                 f'{self.num_classes}; give --{self.classes_key} {classes}'
             )
-        images = IndexedImages(dataset, transform, self.seed, config.max_corrupt)
+        images = IndexedImages(dataset, transform, self.seed, config.max_corrupt, self.known)
         count = self._layout(config, length).batches
         batches = EpochBatches(length, self.seed, self.size, self.processes, self.rank, count)
         return IndexedFeed(images, batches, loader_options(config, self.seed)), length

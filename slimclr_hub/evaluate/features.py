@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -15,15 +15,28 @@ from slimclr_hub.data import DataConfig
 from slimclr_hub.data.labels import UNREADABLE
 from slimclr_hub.data.loaders import EvalLoader, eval_loader
 from slimclr_hub.errors import DataError, InputError
-from slimclr_hub.evaluate.baselines import Encoder
 from slimclr_hub.models.widths import width_key
 from slimclr_hub.runs.progress import progress_bar
-from slimclr_hub.weights.hashes import state_hash, tensors_hash
+from slimclr_hub.weights.hashes import tensors_hash
 from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
 
 NOTHING_READ = 'no image of the evaluation can be read'
 
-_LABELS, _HASH = 'labels', 'sha256'
+LABELS, _HASH = 'labels', 'sha256'
+
+
+class Encoder(Protocol):
+    """What gives features: a network without a classifier, raw pixels, or a teacher."""
+
+    @property
+    def widths(self) -> Sequence[float]:
+        """Widths in descending order."""
+
+    def forward_widths(self, images: torch.Tensor, widths: Sequence[float]) -> dict[float, torch.Tensor]:
+        """Images [B, C, H, W] -> for each width features [B, D]."""
+
+    def state_dict(self) -> Mapping[str, torch.Tensor]:
+        """The tensors that the features depend on."""
 
 
 @torch.inference_mode()
@@ -111,13 +124,24 @@ class FeatureCache:
         self._accelerator = accelerator
         self._backbone = backbone
         self._config = config
-        self._weights = state_hash(backbone)
+        self._weights = tensors_hash(backbone.state_dict())
 
     def features(self, split: str, at_most: int | None = None) -> SplitFeatures:
         """Read or compute features of a split on the device; of `at_most` images, a fixed random choice, if given.
 
         Raises:
             InputError: There is no such split, or the source is a stream and there are several processes.
+        """
+        path, loader = self.file(split, at_most)
+        with TensorFile(path) as file:
+            by_width = {w: file.whole(width_key(w)).to(self._accelerator.device) for w in self._backbone.widths}
+            labels = file.whole(LABELS).to(self._accelerator.device)
+        return SplitFeatures(by_width, labels, loader.source.class_names)
+
+    def file(self, split: str, at_most: int | None = None) -> tuple[Path, EvalLoader]:
+        """The file with the features of a split, which is written if it is not there, and the loader of its images.
+
+        Its tensors are the `width_key` of each width, and `LABELS`. Arguments and errors are those of `features`.
         """
         accelerator = self._accelerator
         if self._config.streams and accelerator.num_processes > 1:
@@ -131,10 +155,7 @@ class FeatureCache:
         there: list[Any] = [path.is_file() and self._is_whole(path)] if accelerator.is_main_process else [None]
         if not broadcast_object_list(there)[0]:
             self._compute(loader, split, path)
-        with TensorFile(path) as file:
-            by_width = {w: file.whole(width_key(w)).to(accelerator.device) for w in self._backbone.widths}
-            labels = file.whole(_LABELS).to(accelerator.device)
-        return SplitFeatures(by_width, labels, loader.source.class_names)
+        return path, loader
 
     def _path(self, split: str, loader: EvalLoader) -> Path:
         data = self._config.fingerprint()
@@ -158,7 +179,7 @@ class FeatureCache:
         features, labels = extract_features(accelerator, backbone, counted, backbone.widths)
         if accelerator.is_main_process:
             try:
-                tensors = {**{width_key(w): x for w, x in features.items()}, _LABELS: labels}
+                tensors = {**{width_key(w): x for w, x in features.items()}, LABELS: labels}
                 save_tensors({**tensors, _HASH: _as_tensor(tensors_hash(tensors))}, path)
             except OSError as error:
                 raise InputError(
@@ -173,7 +194,7 @@ class FeatureCache:
         except InputError as error:
             self._accelerator.print(f'Features are computed again: {error}')
             return False
-        names = {_LABELS, _HASH, *map(width_key, self._backbone.widths)}
+        names = {LABELS, _HASH, *map(width_key, self._backbone.widths)}
         if tensors.keys() == names and tensors.pop(_HASH).equal(_as_tensor(tensors_hash(tensors))):
             return True
         self._accelerator.print(f'Features are computed again: {path} is not as it was written')

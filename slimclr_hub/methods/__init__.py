@@ -1,5 +1,6 @@
 """Pre-training methods: `forward(views, widths, momentum, labels) -> {'loss', ...}`."""
 
+from slimclr_hub.methods.bingo import BINGO as BINGO
 from slimclr_hub.methods.compress import CompRess as CompRess
 from slimclr_hub.methods.disco import DisCo as DisCo
 from slimclr_hub.methods.losses import register_distillation as register_distillation

@@ -84,6 +84,7 @@ class CompRess(nn.Module):
         widths: Sequence[float],
         momentum: float | None,
         labels: torch.Tensor | None = None,
+        cached: Sequence[torch.Tensor] = (),
     ) -> Losses:
         """One step: losses of `widths` on one view, with the momentum copies moved and all queues advanced.
 
@@ -93,6 +94,7 @@ class CompRess(nn.Module):
             momentum: Momentum of the copies; None after the first microbatch of a step: they and the candidates then
                 stay as they were.
             labels: Not used.
+            cached: The teacher's embedding [B, D] of the images, if it is not to look at the view.
 
         Returns:
             As `Objective` returns; `accuracy` is the share of images whose student finds the image of the queue that
@@ -101,7 +103,7 @@ class CompRess(nn.Module):
         widths = check_widths(widths)
         with sliced_once([self.backbone], widths):
             features = self.backbone.forward_widths(views[0], widths)
-        teacher, keys = self.teacher(views[0]), self.next_keys(views[0], momentum)
+        teacher, keys = self.teacher(views[0], *cached), self.next_keys(views[0], momentum)
         of_teacher, of_students = self._earlier
         target = F.softmax(similarities(teacher, None, of_teacher) / self.temperature, dim=1)
         logits = {w: similarities(F.normalize(features[w], dim=1), None, of_students[w]) for w in widths}

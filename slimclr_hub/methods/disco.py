@@ -77,13 +77,17 @@ class DisCo(MoCoV2):
         widths: Sequence[float],
         momentum: float | None,
         labels: torch.Tensor | None = None,
+        cached: Sequence[torch.Tensor] = (),
     ) -> Losses:
-        """One step on a pair of views; arguments and result are `MoCoV2.forward`'s, with `teacher/w` besides."""
+        """One step on a pair of views; arguments and result are `MoCoV2.forward`'s, with `teacher/w` besides.
+
+        `cached` is the teacher's embedding [B, D] of the images, if it is not to look at the views.
+        """
         widths = check_widths(widths)
         query_view, key_view = views
         queries, others = self.embed(query_view, widths), self.embed(key_view, widths)
         keys = self.next_keys(key_view, momentum)
-        of_query, of_key = self.teacher(query_view), self.teacher(key_view)
+        of_query, of_key = (self.teacher(view, *cached) for view in views)
         taught = {
             w: self.teacher_weight * (squared_distance(queries[w], of_query) + squared_distance(others[w], of_key))
             for w in widths

@@ -4,11 +4,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.layers import SlimmableLinear, SwitchableBatchNorm1d, slice_starts
+from slimclr_hub.models.slicing import sliced_once
 from slimclr_hub.models.widths import disjoint_widths, scale_channels, width_key
 from slimclr_hub.weights.slices import dense_tensors
+
+
+def embed(
+    backbone: SlimmableResNet, head: nn.Module, view: torch.Tensor, widths: Sequence[float]
+) -> dict[float, torch.Tensor]:
+    """Embed a view at each width: [B, C, H, W] -> [B, D], of unit length."""
+    with sliced_once([backbone, head], widths):
+        features = backbone.forward_widths(view, widths)
+        return {w: F.normalize(head(features[w], w), dim=1) for w in widths}
 
 
 class SlimmableMLP(nn.Module):

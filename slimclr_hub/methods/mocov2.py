@@ -10,14 +10,13 @@ from torch import nn
 from slimclr_hub.distributed import gather, local_part, rank, shared_permutation, world_size
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods.batchnorm import split_batchnorm
-from slimclr_hub.methods.heads import SlimmableLinearHead, SlimmableMLP
+from slimclr_hub.methods.heads import SlimmableLinearHead, SlimmableMLP, embed
 from slimclr_hub.methods.losses import similarities_by_width
 from slimclr_hub.methods.momentum import EMA
 from slimclr_hub.methods.objective import Losses, Objective
 from slimclr_hub.methods.queue import enqueue, random_queue
 from slimclr_hub.methods.registry import register_method
 from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.models.slicing import sliced_once
 from slimclr_hub.models.widths import check_widths
 from slimclr_hub.settings import Count, Positive, at_least, bounded, one_of
 
@@ -122,9 +121,7 @@ class MoCoV2(nn.Module):
 
     def embed(self, view: torch.Tensor, widths: Sequence[float]) -> dict[float, torch.Tensor]:
         """Embed queries at each width: [B, C, H, W] -> [B, dim], of unit length."""
-        with sliced_once([self.backbone, self.head], widths):
-            features = self.backbone.forward_widths(view, widths)
-            return {w: F.normalize(self.head(features[w], w), dim=1) for w in widths}
+        return embed(self.backbone, self.head, view, widths)
 
     @torch.no_grad()
     def next_keys(self, view: torch.Tensor, momentum: float | None) -> torch.Tensor:

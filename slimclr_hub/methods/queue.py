@@ -14,6 +14,12 @@ def random_queue(size: int, dim: int) -> torch.Tensor:
     return F.normalize(torch.randn(size, dim), dim=1)
 
 
+def centred(queue: torch.Tensor, *rows: torch.Tensor) -> list[torch.Tensor]:
+    """Rows [B, D], then the queue [K, D], without the mean of the queue, of unit length again."""
+    mean = queue.mean(0)
+    return [F.normalize(each - mean, dim=1) for each in (*rows, queue)]
+
+
 @torch.no_grad()
 def enqueue(pointer: torch.Tensor, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Replace the oldest rows of queues by those of all processes, in place; row i of all queues is of one image.

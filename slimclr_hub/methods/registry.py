@@ -14,7 +14,7 @@ from torch import nn
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods.objective import Objective
-from slimclr_hub.settings import Check, Fraction, at_least, one_of
+from slimclr_hub.settings import Check, Count, Fraction, at_least, one_of
 
 MOMENTUM_SCHEDULES = ('constant', 'cosine')
 
@@ -37,7 +37,10 @@ class Training:
         classifier: `slimmable` or `switchable` for a backbone with such a classifier, whose number of classes is a
             setting; None for one without.
         negatives_in_batch: Negatives are the other images of a microbatch.
-        teacher: The constructor takes a `Teacher` after the backbone.
+        teacher: The constructor takes a `Teacher` after the backbone, and `forward` its embeddings as `cached` where
+            they are known.
+        neighbours: Default number of nearest images, as the teacher sees them, of which one comes with each image; its
+            views follow. None for a method without.
     """
 
     views: int = 2
@@ -48,6 +51,7 @@ class Training:
     classifier: str | None = None
     negatives_in_batch: bool = False
     teacher: bool = False
+    neighbours: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ def register_method(name: str, **training: Any) -> Callable[[MethodT], MethodT]:
 
     Its constructor takes the backbone, with `teacher=True` the teacher after it, and keyword-only settings;
     `**options` that it hands to `Objective` are settings as well. It has attributes `backbone` and `widths`, and
-    `forward(views, widths, momentum, labels) -> {'loss', ...}`.
+    `forward(views, widths, momentum, labels) -> {'loss', ...}`. Where it has `set_epoch(epoch)`, that is called
+    before a step with the number of its epoch, from 0 on.
 
     Args:
         name: As in `method.name`.
@@ -114,6 +119,8 @@ def settings_of(name: str) -> dict[str, Setting]:
         settings['momentum_schedule'] = Setting(str, training.momentum_schedule, choice)
     settings['sync_bn'] = Setting(bool, training.sync_bn)
     settings['slow_start_epochs'] = Setting(float, training.slow_start_epochs, partial(at_least, least=0))
+    if training.neighbours is not None:
+        settings['neighbours'] = Setting(int, training.neighbours, _check_of(Count))
     if training.classifier is not None:
         settings['num_classes'] = Setting(
             int, None, partial(at_least, least=2), required=True, help='Number of classes'

@@ -7,14 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from slimclr_hub.methods.heads import SlimmableMLP
+from slimclr_hub.methods.heads import SlimmableMLP, embed
 from slimclr_hub.methods.losses import DISTILLATIONS, similarities, similarities_by_width
 from slimclr_hub.methods.objective import Losses, Objective
-from slimclr_hub.methods.queue import enqueue, random_queue
+from slimclr_hub.methods.queue import centred, enqueue, random_queue
 from slimclr_hub.methods.registry import register_method
 from slimclr_hub.methods.teacher import Teacher
 from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.models.slicing import sliced_once
 from slimclr_hub.models.widths import check_widths
 from slimclr_hub.settings import Count, Positive, bounded, one_of
 
@@ -86,6 +85,7 @@ class SEED(nn.Module):
         widths: Sequence[float],
         momentum: float | None,
         labels: torch.Tensor | None = None,
+        cached: Sequence[torch.Tensor] = (),
     ) -> Losses:
         """One step: losses of `widths` on one view, with the queue advanced.
 
@@ -94,22 +94,18 @@ class SEED(nn.Module):
             widths: Widths to train in this step, the full one among them.
             momentum: None after the first microbatch of a step, whose queue the others then look at; else not used.
             labels: Not used.
+            cached: The teacher's embedding [B, D] of the images, if it is not to look at the view.
 
         Returns:
             As `Objective` returns; `accuracy` is the share of images whose student finds the candidate that its teacher
             finds most similar, which is the first.
         """
         widths = check_widths(widths)
-        with sliced_once([self.backbone, self.head], widths):
-            features = self.backbone.forward_widths(views[0], widths)
-            students = {w: F.normalize(self.head(features[w], w), dim=1) for w in widths}
-        teacher = self.teacher(views[0])
+        students = embed(self.backbone, self.head, views[0], widths)
+        teacher = self.teacher(views[0], *cached)
         if momentum is not None:
             self._earlier = self.queue.clone()  # the queue moves on before the backward needs it
-        own, earlier = teacher, self._earlier
-        if self.centre:
-            mean = earlier.mean(0)
-            own, earlier = F.normalize(own - mean, dim=1), F.normalize(earlier - mean, dim=1)
+        own, earlier = centred(self._earlier, teacher) if self.centre else (teacher, self._earlier)
         target = F.softmax(similarities(own, own, earlier) / self.teacher_temperature, dim=1)
         output = self.objective(similarities_by_width(students, own, earlier), target, self.temperature)
         enqueue(self.queue_pointer, [(self.queue, teacher)])

@@ -43,8 +43,10 @@ class Teacher(nn.Module):
         return self._hidden[0]
 
     @torch.no_grad()
-    def forward(self, view: torch.Tensor) -> torch.Tensor:
-        """[B, C, H, W] -> [B, D] in float32, under autocast too, without a gradient."""
+    def forward(self, view: torch.Tensor, cached: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, C, H, W] -> [B, D] in float32, under autocast too, without a gradient; `cached` if that is given."""
+        if cached is not None:
+            return cached
         with torch.autocast(view.device.type, enabled=False):
             return F.normalize(self.network(full_precision(view) * self.scale + self.shift), dim=1)
 

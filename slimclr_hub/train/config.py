@@ -187,14 +187,19 @@ class TeacherConfig:
         network: A name of timm's such as resnet50.a1_in1k, hf-hub:USER/NAME, a folder that timm opens, such as that of
             a run, a checkpoint's file, or a tag of this package's such as slimclr_resnet20.mocov3_fashionmnist.
         width: Width of a slimmable one; its widest where null.
+        cached: Let it look once at the centre crop of each training image rather than at each view in each epoch. What
+            it sees is kept in the folder `teachers` of run.output, where other runs find it.
     """
 
     network: str | None = None
     width: float | None = None
+    cached: bool = False
 
     def __post_init__(self) -> None:
         if self.width is not None and self.network is None:
             raise InputError(f'teacher.width {self.width} is that of no teacher; give --teacher.network')
+        if self.cached and self.network is None:
+            raise InputError('teacher.cached is true, and there is no teacher; give --teacher.network')
 
 
 @dataclass(frozen=True)
@@ -369,6 +374,14 @@ class PretrainConfig:
             yield (
                 f'teacher.network {teacher} is for method.name {taught}, and it is {method.name}; add '
                 '--teacher.network null'
+            )
+        what = 'teacher.cached true' if self.teacher.cached else f'method.name {method.name}'
+        if self.data.streams and (self.teacher.cached or method.neighbours):
+            yield f'{what} needs images by number, and data.name {self.data.name} is a stream; take a folder or hfds/'
+        if method.cross_after is not None and method.cross_after >= self.optim.epochs:
+            yield (
+                f'method.cross_after {method.cross_after} leaves no epoch of optim.epochs {self.optim.epochs} in which '
+                'neighbours are brought together; lower it'
             )
         if batch % microbatches:
             yield (

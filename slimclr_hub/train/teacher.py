@@ -4,20 +4,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 
+from slimclr_hub.data.indexed import Known
 from slimclr_hub.errors import InputError
+from slimclr_hub.evaluate.features import LABELS, FeatureCache
+from slimclr_hub.evaluate.knn_eval import neighbours_in_all
 from slimclr_hub.evaluate.network import check_network, folder_of
 from slimclr_hub.hub.open import open_any
 from slimclr_hub.hub.plain import is_timm, open_timm, slimmable_of
 from slimclr_hub.methods.teacher import Teacher
 from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.models.widths import check_width
+from slimclr_hub.models.widths import check_width, width_key
 from slimclr_hub.train.config import PretrainConfig, TeacherConfig
 from slimclr_hub.weights.checkpoint import read_checkpoint
+from slimclr_hub.weights.tensor_file import TensorFile
 
 _MAX_MESSAGE = 300  # characters
+_FOLDER = 'teachers'  # in run.output
+_CHUNK = 1024  # images of all processes whose neighbours are searched at a time
 
 
 def open_teacher(config: PretrainConfig) -> Teacher | None:
@@ -32,7 +40,7 @@ def open_teacher(config: PretrainConfig) -> Teacher | None:
     """
     if config.teacher.network is None:
         return None
-    name, size = config.teacher.network, config.views.size or config.data.size
+    name = config.teacher.network
     with torch.random.fork_rng(devices=[]):  # random weights are drawn before those of the file replace them
         network = _open(config.teacher).eval()
     cfg: Mapping[str, Any] = {} if folder_of(name).is_file() else getattr(network, 'pretrained_cfg', {})
@@ -45,7 +53,75 @@ def open_teacher(config: PretrainConfig) -> Teacher | None:
     mean, std, its_mean, its_std = (_for_channels(name, values, channels) for values in look)
     scale = [ours / its for ours, its in zip(std, its_std, strict=True)]
     shift = [(ours - its) / by for ours, its, by in zip(mean, its_mean, its_std, strict=True)]
-    return Teacher(network, _features(name, network, channels, size), scale, shift)
+    sizes = [config.views.size or config.data.size, *([config.data.size] if _looks_once(config) else [])]
+    dims = [_features(name, network, channels, size) for size in sizes]
+    return Teacher(network, dims[0], scale, shift)
+
+
+def known_images(config: PretrainConfig, teacher: Teacher, accelerator: Accelerator) -> Known:
+    """What a recipe wants to be known of the training images: the teacher's embeddings of centre crops, and neighbours.
+
+    All processes look together, once for all runs with this teacher, these images and this `run.output`. The network is
+    moved to the device. Of P processes each searches the neighbours of 1/P of the images among 1/P of them.
+
+    Raises:
+        InputError: An image cannot be read, or there are no more images than neighbours are asked for.
+        DataError: More images than allowed cannot be read.
+    """
+    if not _looks_once(config):
+        return Known()
+    with torch.random.fork_rng(devices=[]):
+        cache = FeatureCache(
+            Path(config.run.output) / _FOLDER, accelerator, _CentreCrops(teacher.to(accelerator.device)), config.data
+        )
+        path, loader = cache.file(config.data.train_split)
+    with TensorFile(path) as file:
+        (count,) = file.shapes[LABELS]
+        embeddings = file.mapped(width_key(1.0))
+    if count < loader.total:
+        raise InputError(
+            f'{loader.total - count} of {loader.total} training images cannot be read, and the teacher has to see each '
+            'of them; remove them'
+        )
+    k = config.method.neighbours
+    neighbours = None if k is None else _neighbours(embeddings, k, accelerator)
+    return Known(embeddings if config.teacher.cached else None, None if neighbours is None else neighbours.numpy())
+
+
+class _CentreCrops(nn.Module):
+    """A teacher as a source of features of width 1.0, whose tensors tell it from others."""
+
+    widths = (1.0,)
+
+    def __init__(self, teacher: Teacher) -> None:
+        super().__init__()
+        self.network = teacher.network
+        self.register_buffer('scale', teacher.scale)
+        self.register_buffer('shift', teacher.shift)
+        self._teacher = (teacher,)
+
+    def forward_widths(self, images: torch.Tensor, widths: Sequence[float]) -> dict[float, torch.Tensor]:
+        """Images [B, C, H, W] -> embeddings [B, D], of unit length."""
+        return {width: self._teacher[0](images) for width in widths}
+
+
+def _neighbours(embeddings: np.ndarray, k: int, accelerator: Accelerator) -> torch.Tensor:
+    """Numbers of the k nearest other images of each, [N, k], by embeddings [N, D] of unit length."""
+    count, world = len(embeddings), accelerator.num_processes
+    if k >= count:
+        raise InputError(f'method.neighbours {k} is not below the {count} training images; lower it')
+    mine = np.arange(accelerator.process_index, count, world)
+    share, labels = (torch.from_numpy(x).to(accelerator.device) for x in (embeddings[mine], mine))
+    found = torch.cat([n.labels for n in neighbours_in_all(accelerator, share, share, labels, k + 1, _CHUNK)])
+    # An image is its own nearest, unless others are the same; to the end with it.
+    last = (found == labels[:, None]).to(torch.uint8).argsort(dim=1, stable=True)
+    others = torch.zeros(-(-count // world), k, dtype=torch.long, device=accelerator.device)
+    others[: len(mine)] = found.gather(1, last)[:, :k]
+    return accelerator.gather(others).view(world, -1, k).transpose(0, 1).reshape(-1, k)[:count].cpu()
+
+
+def _looks_once(config: PretrainConfig) -> bool:
+    return config.teacher.cached or config.method.neighbours is not None
 
 
 def identity(config: TeacherConfig, teacher: Teacher) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from slimclr_hub.train.network_job import NetworkJob
 from slimclr_hub.train.online import TITLES, Qualities, online_evaluation
 from slimclr_hub.train.run_folder import RunFolder
 from slimclr_hub.train.setup import arrange, make_method, make_optimizer, make_schedule
-from slimclr_hub.train.teacher import check_identity, identity, open_teacher
+from slimclr_hub.train.teacher import check_identity, identity, known_images, open_teacher
 from slimclr_hub.train.tracking import start_tracker
 
 
@@ -43,6 +43,8 @@ class Trainer(NetworkJob):
 
     def __init__(self, config: PretrainConfig, accelerator: Accelerator, signals: StopSignals) -> None:
         self.config = config
+        teacher = open_teacher(config)
+        self._teacher = None if teacher is None else identity(config.teacher, teacher)
         data = TrainData(
             config.data,
             config.views,
@@ -54,6 +56,7 @@ class Trainer(NetworkJob):
             view_count=config.view_count,
             device=accelerator.device,
             num_classes=config.method.num_classes,
+            known=None if teacher is None else known_images(config, teacher, accelerator),
         )
         super().__init__(
             accelerator,
@@ -66,8 +69,6 @@ class Trainer(NetworkJob):
             log_every=config.run.log_every,
         )
         self.schedule = make_schedule(config, self.steps_per_epoch)
-        teacher = open_teacher(config)
-        self._teacher = None if teacher is None else identity(config.teacher, teacher)
         set_seed(config.run.seed)
         method = make_method(config, teacher)
         if config.method.sync_bn and accelerator.num_processes > 1:
@@ -165,6 +166,8 @@ class Trainer(NetworkJob):
         lr, widths = self.schedule.lr_at(self.step), self.schedule.widths_at(self.step)
         for group in self.optimizer.param_groups:
             group['lr'] = lr
+        if hasattr(self.inner, 'set_epoch'):
+            self.inner.set_epoch(self.step // self.steps_per_epoch)
         self.gradients(batch, widths, self.schedule.momentum_at(self.step), {'lr': lr})
         if self.observer is not None:
             self.observer(self.inner, self.step, widths)

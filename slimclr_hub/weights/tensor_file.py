@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -126,6 +127,12 @@ class TensorFile:
             self._fill(block, entry.begin + start * row)
             out[start - rows.start :][: len(block)] = block[inner]
         return out
+
+    def mapped(self, name: str) -> np.ndarray:
+        """Map a tensor into memory that processes share, to read rows of a large one at random."""
+        entry = self._entries[name]
+        dtype = torch.empty(0, dtype=entry.dtype).numpy().dtype
+        return np.memmap(self.path, dtype, 'r', entry.begin, entry.shape)
 
     def copy_leading(self, name: str, target: torch.Tensor) -> None:
         """Read the leading block of a tensor into `target`, of any shape, dtype and device but without gradient."""

@@ -1,4 +1,4 @@
-"""A teacher that nothing moves, and SEED: closed forms, a transcription by loops, and its queue."""
+"""A teacher that nothing moves, and its methods: closed forms, transcriptions by loops, and queues."""
 
 import copy
 import math
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods import MoCoV2, Teacher
+from slimclr_hub.methods.bingo import cutmix
 from slimclr_hub.methods.losses import info_nce, similarities, squared_distance
 from slimclr_hub.methods.momentum import EMA
 from slimclr_hub.methods.queue import enqueue, random_queue
@@ -22,6 +23,7 @@ TAUGHT: dict[str, dict[str, int]] = {
     'seed': {'hidden_dim': 32, 'queue_size': 8},
     'disco': {'hidden_dim': 32, 'queue_size': 8},
     'compress': {'queue_size': 8},
+    'bingo': {'hidden_dim': 32, 'queue_size': 8, 'cross_after': 0},
 }
 
 
@@ -31,9 +33,13 @@ def make(name='seed', widths=WIDTHS, **options):
     return method_of(name, backbone, **{**TAUGHT[name], **options}).double().train()
 
 
-def views(seed=1, batch=4):
+def views(seed=1, batch=4, count=2):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, 3, 12, 12, dtype=torch.double, generator=generator) for _ in range(2)]
+    return [torch.randn(batch, 3, 12, 12, dtype=torch.double, generator=generator) for _ in range(count)]
+
+
+def views_for(name, seed=1):
+    return views(seed, count=4 if name == 'bingo' else 2)
 
 
 def unit(*shape, seed=0):
@@ -50,7 +56,7 @@ def test_nothing_moves_the_teacher(name):
     before, wanted = method.teacher.hash(), method.teacher(views()[0])
     optimizer = torch.optim.SGD(method.parameters(), 0.1, 0.9, weight_decay=0.1)
     for _ in range(2):
-        method.train()(views(), method.widths, 0.9)['loss'].backward()
+        method.train()(views_for(name), method.widths, 0.9)['loss'].backward()
         optimizer.step()
     assert method.teacher.hash() == before
     assert not any(module.training for module in network.modules())
@@ -169,12 +175,14 @@ def test_seed_with_a_sharp_teacher_is_cross_entropy_to_the_first_candidate():
 @pytest.mark.parametrize('name', TAUGHT)
 def test_microbatches_of_a_step_look_at_one_queue(name):
     method = make(name)
-    method(views(1), WIDTHS, 0.9)
+    method(views_for(name, 1), WIDTHS, 0.9)
     later = copy.deepcopy(method)
     later.queue.normal_()  # as if more had been added
-    expected = method(views(2), WIDTHS, None)['loss']
-    assert later(views(2), WIDTHS, None)['loss'] == expected
-    assert later(views(2), WIDTHS, 0.9)['loss'] != expected
+    losses = []
+    for of, momentum in (method, None), (later, None), (later, 0.9):
+        torch.manual_seed(0)  # of the box of CutMix
+        losses.append(of(views_for(name, 2), WIDTHS, momentum)['loss'])
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_every_width_learns_from_the_teacher_alone_unless_asked():
@@ -311,3 +319,110 @@ def test_momentum_copies_follow_their_width(overlap):
         EMA([(copied, backbone)], width).update(0.0)
         for mine, its in zip(copied.parameters(), backbone.extract(width).parameters(), strict=True):
             assert torch.equal(mine, its)
+
+
+# BINGO
+
+
+def test_bingo_in_closed_form():
+    """l(q; c) of one positive and three negatives whose logits are known, and its gradient (p_c - 1) c + sum p_n n."""
+    query, key, others = unit(2, 2, seed=1).requires_grad_(), unit(2, 2, seed=2), unit(3, 2, seed=3)
+    loss = make('bingo')._contrast(query, key, query @ others.T)
+    loss.backward()
+    expected, gradients = 0.0, []
+    for q, c in zip(query.detach(), key, strict=True):
+        candidates = torch.stack([c, *others])
+        p = torch.tensor(plain.softmax((candidates @ q).tolist(), 0.2)).double()
+        expected -= p[0].log().item() / 2
+        p[0] -= 1
+        gradients.append(p @ candidates / 0.2 / 2)
+    assert loss.item() == pytest.approx(expected, rel=1e-7)
+    torch.testing.assert_close(query.grad, torch.stack(gradients), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(('widths', 'centre'), [(WIDTHS, True), ((0.5,), False)])
+def test_bingo_against_loops(widths, centre):
+    """The three terms, number by number; the box of CutMix is that of the same draws."""
+    method, of = make('bingo', widths=widths, loss_weights='none', centre=centre), views(count=4)
+    other, earlier = copy.deepcopy(method), method.queue.clone()
+    torch.manual_seed(7)
+    output = method(of, widths, 0.0)
+    torch.manual_seed(7)
+    mixed, share = cutmix(of[0], of[2])
+    share = share.item()
+    teacher_rows = [other.teacher(of[1]), other.teacher(of[3]), earlier]
+    mean = sum(earlier) / len(earlier) if centre else 0
+    keys, its_keys, negatives = ([(row - mean) / (row - mean).norm() for row in rows] for rows in teacher_rows)
+    total = 0.0
+    for width in widths:
+        q, its_q, mix = (
+            F.normalize(other.head(other.backbone.forward_at(view, width), width), dim=1)
+            for view in (of[0], of[2], mixed)
+        )
+
+        def contrast(query, key):
+            row = [(query @ candidate).item() for candidate in (key, *negatives)]
+            return -math.log(plain.softmax(row, 0.2)[0])
+
+        loss = 0.0
+        for i in range(4):
+            loss += 0.5 * contrast(q[i], keys[i]) + 0.5 * contrast(q[i], its_keys[i])
+            loss += 0.5 * contrast(its_q[i], its_keys[i]) + 0.5 * contrast(its_q[i], keys[i])
+            loss += share * contrast(mix[i], keys[i]) + (1 - share) * contrast(mix[i], its_keys[i])
+        total += loss / 3 / 4
+    assert output['loss'].item() == pytest.approx(total, rel=1e-5)
+    assert torch.equal(method.queue, torch.cat([teacher_rows[0], earlier[4:]]))
+
+
+@pytest.mark.parametrize('early', [True, False])
+def test_bingo_without_neighbours_is_mocov2_with_the_teacher_as_key_encoder(early):
+    """The mean of both pairs; before `cross_after` epochs, or with no weight on the other image's key."""
+    method = make('bingo', cutmix=False, **({'cross_after': 3} if early else {'cross_weight': 0.0}))
+    method.set_epoch(2)
+    of = views(count=4)
+    expected = []
+    for pair in of[:2], of[2:]:
+        moco = MoCoV2(copy.deepcopy(method.backbone), dim=16, hidden_dim=32, queue_size=8, distillation='none').double()
+        moco.load_state_dict({**moco.state_dict(), **method.state_dict()})
+        moco.encode_keys = lambda view: method.teacher(view)
+        expected.append(moco(pair, WIDTHS, 0.9)['loss'])
+    assert method(of, WIDTHS, 0.9)['loss'].item() == pytest.approx(sum(expected).item() / 2, rel=1e-12)
+    if early:
+        method.set_epoch(3)
+        assert method(of, WIDTHS, 0.9)['loss'].item() != pytest.approx(sum(expected).item() / 2, rel=1e-3)
+
+
+def test_cutmix_pastes_one_box_and_tells_the_share():
+    for seed in range(20):
+        torch.manual_seed(seed)
+        mixed, share = cutmix(torch.zeros(2, 1, 12, 16), torch.ones(2, 1, 12, 16))
+        assert torch.equal(mixed[0], mixed[1])
+        box = mixed[0, 0]
+        assert share.item() == pytest.approx(1 - box.mean().item())
+        rows, columns = (box.amax(dim=axis).bool() for axis in (1, 0))
+        assert torch.equal(box, (rows[:, None] & columns).float())
+        for inside in rows, columns:
+            assert (inside.int().diff().abs().sum() <= 2).item()
+
+
+# Known embeddings
+
+
+@pytest.mark.parametrize('name', TAUGHT)
+def test_known_embeddings_take_the_place_of_a_look(name):
+    """The same loss where they are those of the views; and the teacher is not asked."""
+    method, of = make(name), views_for(name)
+    other = copy.deepcopy(method)
+    if name == 'disco':
+        of[1] = of[0]
+    seen = [method.teacher(view) for view in (of[1::2] if name == 'bingo' else of[:1])]
+    asked: list[int] = []
+    for each in method, other:
+        each.teacher.network.register_forward_hook(lambda *_: asked.append(1))
+    torch.manual_seed(0)
+    expected = method(of, WIDTHS, 0.9)['loss']
+    assert asked
+    asked.clear()
+    torch.manual_seed(0)
+    assert torch.equal(other(of, WIDTHS, 0.9, cached=seen)['loss'], expected)
+    assert not asked

@@ -1,5 +1,7 @@
 """Two real processes against one that holds the whole batch: every method, from the losses to the trained tensors."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -24,6 +26,7 @@ CASES = {
     'simclr': ('simclr', {}),
     'seed': ('seed', {'queue_size': 16, 'centre': True}),
     'compress': ('compress', {'queue_size': 16}),
+    'bingo': ('bingo', {'queue_size': 16, 'cross_after': 2, 'centre': True}),
     'disco': ('disco', {'queue_size': 16, 'bn_splits': 1}),
     'supervised': ('supervised', {}),
 }
@@ -44,20 +47,23 @@ def make(case, parts=1):
 
 
 def views(step):
-    """Two views of eight images whose statistics differ, so that it matters which are normalised together."""
+    """Four views of eight images whose statistics differ, so that it matters which are normalised together."""
     generator = torch.Generator().manual_seed(100 + step)
     scale = torch.linspace(0.5, 3, 8, dtype=torch.double)[:, None, None, None]
-    return [torch.randn(8, 3, 12, 12, dtype=torch.double, generator=generator) * scale for _ in range(2)]
+    return [torch.randn(8, 3, 12, 12, dtype=torch.double, generator=generator) * scale for _ in range(4)]
 
 
-def train(case, method: nn.Module, inner: nn.Module, rank: int, world: int):
+def train(case, method: nn.Module, inner: Any, rank: int, world: int):
     """Outputs, gradients and queue of each step, and all tensors at the end."""
     optimizer = torch.optim.SGD([p for p in inner.parameters() if p.requires_grad], 0.02, 0.9, weight_decay=1e-2)
     labels = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6]).chunk(world)[rank]
     record = []
     for step, widths in enumerate(STEPS):
         torch.manual_seed(1000 * rank + step)  # the permutation is to be the first process's, whatever the others draw
-        output = method([view.chunk(world)[rank] for view in views(step)], widths, 0.9, labels)
+        used = [view.chunk(world)[rank] for view in views(step)][: 4 if case == 'bingo' else 2]
+        if case == 'bingo':
+            inner.set_epoch(step)
+        output = method(used, widths, 0.9, labels)
         optimizer.zero_grad()
         output['loss'].backward()
         record.append(
@@ -121,5 +127,5 @@ def test_two_processes_are_one(folder, case):
 
 def test_parts_matter():
     """The comparison above can tell: with the batch normalised as a whole the losses are others."""
-    outputs = [make('mocov2, 1 part', parts)(views(0), WIDTHS, 0.9)['loss'] for parts in (1, 2)]
+    outputs = [make('mocov2, 1 part', parts)(views(0)[:2], WIDTHS, 0.9)['loss'] for parts in (1, 2)]
     assert abs(outputs[0] - outputs[1]) > 1e-3

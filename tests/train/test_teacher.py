@@ -3,23 +3,31 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 
 from slimclr_hub.data import DataConfig, ViewConfig
+from slimclr_hub.data.indexed import Known
+from slimclr_hub.data.loaders import eval_loader
+from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import InputError
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.hub.open import open_network
+from slimclr_hub.methods.registry import settings_of
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.train.command import parse_pretrain
-from slimclr_hub.train.config import MethodConfig, PretrainConfig, TeacherConfig
+from slimclr_hub.train.config import MethodConfig, OptimConfig, PretrainConfig, RunConfig, TeacherConfig
 from slimclr_hub.train.pretraining import pretrain
-from slimclr_hub.train.teacher import open_teacher
-from tests.train.runs import make_place
+from slimclr_hub.train.teacher import _neighbours, known_images, open_teacher
+from tests.data_room.files import some_images, write_classes, write_idx_set
+from tests.train.runs import launch_well, make_place, read_metrics
 
 SHIPPED = 'slimclr_resnet20.mocov3_fashionmnist'
 RGB = DataConfig(size=28, channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -113,13 +121,151 @@ def test_methods_with_and_without():
         TeacherConfig(width=0.5)
 
 
+# What is known of all images
+
+
+def place_of(tmp_path: Path, method: str, **sections: dict) -> Path:
+    """A tiny recipe of a method with a teacher."""
+    place = make_place(tmp_path, model={'widths': [1.0, 0.5]}, optim={'epochs': 2}, knn={'every': 0}, **sections)
+    recipe = yaml.safe_load((place / 'tiny.yaml').read_text())
+    known = settings_of(method)
+    recipe['method'] = {'name': method, **{key: value for key, value in recipe['method'].items() if key in known}}
+    if 'cross_after' in known:
+        recipe['method']['cross_after'] = 1
+    (place / 'tiny.yaml').write_text(yaml.safe_dump(recipe))
+    return place
+
+
+def test_neighbours_and_embeddings(networks, tmp_path):
+    """As an exhaustive search among centre crops has them; an image's twin is a neighbour, the image itself is not."""
+    root = write_idx_set(tmp_path, 40, 8)
+    data = DataConfig(name='fashion-mnist', root=str(root), batch_size=16, size=16, num_workers=0)
+    config = PretrainConfig(
+        method=MethodConfig('bingo', queue_size=64, cross_after=0, neighbours=3),
+        teacher=TeacherConfig(str(networks / 'slim'), cached=True),
+        data=data,
+        run=RunConfig(output=str(tmp_path)),
+    )
+    teacher = open_teacher(config)
+    known = known_images(config, teacher, Accelerator(cpu=True))
+    loader = eval_loader(data, 'train', None, 0)
+    expected = torch.cat([teacher(images) for images, _ in loader])
+    torch.testing.assert_close(torch.tensor(known.embeddings), expected)
+    nearest = (expected @ expected.T).fill_diagonal_(-2).topk(3, dim=1).indices
+    assert known.neighbours.tolist() == nearest.tolist()
+
+    twins = np.eye(6, dtype=np.float32)[[0, 0, 0, 0, 4, 5]]  # three images are as near to an image as itself
+    found = _neighbours(twins, 2, Accelerator(cpu=True))
+    assert all(row not in of.tolist() for row, of in enumerate(found))
+    assert all(set(of.tolist()) <= {0, 1, 2, 3} for of in found[:4])
+    with pytest.raises(InputError, match=r'method\.neighbours 6 is not below the 6 training images'):
+        _neighbours(twins, 6, Accelerator(cpu=True))
+
+
+def test_pairs_follow_from_seed_epoch_and_index(tmp_path):
+    """A neighbour from the row of the image, other ones in other epochs; its views and embedding are its own."""
+    root = write_idx_set(tmp_path, 40, 8)
+    data = DataConfig(name='fashion-mnist', root=str(root), batch_size=8, size=16, num_workers=0)
+    table = np.stack([(np.arange(40) + step) % 40 for step in (1, 2, 3)], 1)
+    known = Known(np.arange(40, dtype=np.float32)[:, None], table)
+    seen = {}
+    for rank in 0, 1:
+        feed = TrainData(data, ViewConfig(), seed=3, processes=2, rank=rank, known=known)
+        for epoch in 0, 1, 2:
+            for batch in feed.epoch(epoch):
+                own, its = (of[:, 0].int().tolist() for of in batch.embeddings)
+                assert [len(view) for view in batch.views] == [4] * 4
+                assert all(b in table[a] for a, b in zip(own, its, strict=True))
+                seen |= {(epoch, a): (b, views) for a, b, *views in zip(own, its, *batch.views, strict=True)}
+    one = TrainData(data, ViewConfig(), seed=3, known=known)
+    for epoch in 0, 1, 2:
+        for batch in one.epoch(epoch, start=2):
+            for a, b, *views in zip(*(of[:, 0].int().tolist() for of in batch.embeddings), *batch.views, strict=True):
+                neighbour, before = seen[epoch, a]
+                assert b == neighbour
+                assert all(map(torch.equal, views, before))
+    assert len({seen[0, a][0] - a for a in range(40) if (0, a) in seen}) > 1
+    assert any(seen[0, a][0] != seen[1, a][0] for a in range(40))
+
+
+@pytest.mark.parametrize(
+    ('method', 'cached'), [('seed', True), ('compress', True), ('disco', True), ('bingo', True), ('bingo', False)]
+)
+def test_resumed_run_is_the_same(networks, tmp_path, on_the_cpu, method, cached):
+    place = place_of(tmp_path, method)
+    options = ['--config', str(place / 'tiny.yaml'), '--teacher.network', str(networks / 'slim')]
+    options += ['--teacher.cached', str(cached).lower()]
+    whole = pretrain(parse_pretrain(place, [*options, '--run.name', 'whole']))
+    (table,) = (place / 'runs' / 'teachers').iterdir() if cached or method == 'bingo' else [None]
+    part = place / 'runs' / 'part'
+    shutil.copytree(whole, part)
+    shutil.rmtree(max((part / 'checkpoints').iterdir()))
+    (part / 'model.safetensors').unlink()
+    pretrain(parse_pretrain(place, ['--resume', str(part)]))
+    assert (part / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()
+    assert [table] == list((place / 'runs' / 'teachers').iterdir())
+
+
+def test_two_processes_know_the_same(networks, tmp_path):
+    """Neighbours are searched in shares; losses are those of one process on the same batch."""
+    place = place_of(tmp_path, 'bingo')
+    options = [
+        '--teacher.network',
+        str(networks / 'slim'),
+        '--teacher.cached',
+        'true',
+        '--method.sync_bn',
+        'true',
+        '--optim.lr',
+        '1e-3',
+    ]
+    losses = []
+    for processes in 1, 2:
+        launch_well(place, *options, '--run.name', f'of{processes}', processes=processes)
+        losses.append([line['loss'] for line in read_metrics(place / 'runs' / f'of{processes}', 'train')])
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('sections', 'named'),
+    [
+        ({'data': DataConfig(name='wds/', root='x')}, r'bingo needs images by number, and data\.name wds/ is a stream'),
+        ({'optim': OptimConfig(epochs=10)}, r'method\.cross_after 10 leaves no epoch of optim\.epochs 10'),
+    ],
+)
+def test_recipes_of_bingo_that_do_not_fit(sections, named):
+    with pytest.raises(InputError, match=named):
+        PretrainConfig(
+            **{
+                'method': MethodConfig('bingo'),
+                'teacher': TeacherConfig(SHIPPED),
+                'optim': OptimConfig(epochs=20),
+                'data': DataConfig(batch_size=64),
+                **sections,
+            }
+        )
+
+
+def test_unreadable_image_has_no_place_in_the_table(networks, tmp_path):
+    write_classes(tmp_path / 'images', *some_images('train', 24))
+    next((tmp_path / 'images').rglob('*.png')).write_bytes(b'none')
+    data = DataConfig(
+        name='folder', root=str(tmp_path / 'images'), batch_size=16, size=16, num_workers=0, max_corrupt=3
+    )
+    config = PretrainConfig(
+        method=MethodConfig('seed', queue_size=64),
+        teacher=TeacherConfig(str(networks / 'slim'), cached=True),
+        data=data,
+        run=RunConfig(output=str(tmp_path)),
+    )
+    with pytest.raises(InputError, match=r'1 of \d+ training images cannot be read, .*remove them'):
+        known_images(config, open_teacher(config), Accelerator(cpu=True))
+
+
 def test_run_goes_on_with_its_teacher_alone(networks, tmp_path, on_the_cpu):
-    place = make_place(tmp_path, model={'widths': [1.0, 0.5]}, optim={'epochs': 2}, knn={'every': 0})
+    place = place_of(tmp_path, 'seed')
     shutil.copytree(networks / 'slim', place / 'teacher')
-    recipe = (place / 'tiny.yaml').read_text().replace('bn_splits: 2', 'name: seed')
-    for gone in 'dim: 16', 'momentum: 0.9':
-        recipe = recipe.replace(f'  {gone}\n', '')
-    (place / 'tiny.yaml').write_text(recipe)
     options = ['--config', str(place / 'tiny.yaml'), '--teacher.network', str(place / 'teacher')]
     whole = pretrain(parse_pretrain(place, [*options, '--run.name', 'whole']))
 
