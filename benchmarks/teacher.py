@@ -3,7 +3,7 @@
     python benchmarks/teacher.py --student slimclr_resnet18 --teacher slimclr_resnet50 --size 64 --batch 16 --queue 4096
 
 A step is that of training_step.py. The teacher has random weights and looks once at a view, whatever the number of
-widths; its queues have 2048 dimensions for a ResNet-50, where plain MoCo v2 has 128.
+widths, or with teacher.cached not at all; its queues have 2048 dimensions for a ResNet-50, where plain MoCo v2 has 128.
 """
 
 from collections.abc import Callable
@@ -41,19 +41,25 @@ def main() -> None:
     args = parse(parser)
     kept = keeps_memory(args) and keep_freed_memory()
 
-    views = [torch.randn(args.batch, 3, args.size, args.size, device=args.device) for _ in range(2)]
+    views = [torch.randn(args.batch, 3, args.size, args.size, device=args.device) for _ in range(4)]
     teacher: Any = make_teacher(args.teacher)
     teacher.to(device=args.device, memory_format=torch.channels_last)
     queue = args.queue // args.batch * args.batch
     plain = configure('mocov2', args.student, args.batch, args.size, FULL)
     plain = replace(plain, method=plain.method.replace(queue_size=queue))
+    without = TrainingStep(plain, views[:2], args.bf16)
+    keys = torch.nn.functional.normalize(torch.randn(args.batch, 128, device=args.device), dim=1)
+    without.method.encode_keys = lambda view: keys
     cases: dict[str, Callable[[], object]] = {
-        'plain MoCo v2, one width': partial(TrainingStep(plain, views, args.bf16), FULL),
+        'plain MoCo v2, one width': partial(TrainingStep(plain, views[:2], args.bf16), FULL),
+        'plain MoCo v2 without the forward of its keys': partial(without, FULL),
         'forward of the teacher': partial(teacher, views[0].contiguous(memory_format=torch.channels_last)),
     }
     for name in TAUGHT:
         # Each with the queue of plain MoCo v2, so that what differs is the method.
-        method = MethodConfig(name, queue_size=queue)
+        neighbours = training_of(name).neighbours is not None
+        method = MethodConfig(name, queue_size=queue, cross_after=0 if neighbours else None)
+        shown = views if neighbours else views[: training_of(name).views]
         for widths, words in (FULL, 'one width'), (DEFAULT_WIDTHS, 'four widths'):
             config = replace(
                 plain,
@@ -61,7 +67,11 @@ def main() -> None:
                 method=method,
                 teacher=TeacherConfig(args.teacher),
             )
-            cases[f'{name}, {words}'] = partial(TrainingStep(config, views, args.bf16, teacher), widths)
+            cases[f'{name}, {words}'] = partial(TrainingStep(config, shown, args.bf16, teacher), widths)
+            if widths == FULL:
+                known = [teacher(view) for view in views[: 1 + neighbours]]
+                step = TrainingStep(config, shown, args.bf16, teacher, known)
+                cases[f'{name}, {words}, cached'] = partial(step, widths)
 
     report = Report(
         setting(
@@ -80,6 +90,9 @@ def main() -> None:
         {'method': name, **timed(seconds[f'{name}, four widths'], seconds[f'{name}, one width'])} for name in TAUGHT
     ]
     report.table('four widths at once; ratio to one', rows)
+    base = seconds['plain MoCo v2 without the forward of its keys']
+    rows = [{'method': name, **timed(seconds[f'{name}, one width, cached'], base)} for name in TAUGHT]
+    report.table('teacher.cached, one width; ratio to plain MoCo v2 without the forward of its keys', rows)
 
 
 if __name__ == '__main__':

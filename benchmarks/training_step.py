@@ -39,10 +39,15 @@ OPTIMIZERS = {
 
 
 class TrainingStep:
-    """Training steps of one configuration, always on the same views."""
+    """Training steps of one configuration, always on the same views, and `embeddings` where the teacher looks once."""
 
     def __init__(
-        self, config: PretrainConfig, views: Sequence[torch.Tensor], bf16: bool, teacher: Teacher | None = None
+        self,
+        config: PretrainConfig,
+        views: Sequence[torch.Tensor],
+        bf16: bool,
+        teacher: Teacher | None = None,
+        embeddings: Sequence[torch.Tensor] = (),
     ) -> None:
         device = views[0].device
         self.method: Any = make_method(config, teacher)
@@ -52,7 +57,8 @@ class TrainingStep:
         self.trained = [parameter for parameter in self.method.parameters() if parameter.requires_grad]
         layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
         labels = torch.full([len(views[0])], -1, device=device)
-        self.batch = Batch(tuple(view.contiguous(memory_format=layout) for view in views), labels)
+        placed = tuple(view.contiguous(memory_format=layout) for view in views)
+        self.batch = Batch(placed, labels, embeddings=tuple(embeddings))
         self.meter = Meter()
         self.autocast = partial(autocast, device, bf16)
 
