@@ -5,13 +5,12 @@ and writes a checkpoint after every step, so that many a kill falls into the wri
 """
 
 import json
-import multiprocessing
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,11 +22,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.data_room.files import write_shards
-from tests.train.runs import SCRIPT, TIMEOUT, environment, launch_command, make_place, read_metrics
+from tests.scripts import Script
+from tests.train.runs import SCRIPT, TIMEOUT, environment, make_place, read_metrics
 
-EPOCHS, STEPS = 6, 6
-KILLS = 20
-LAST = f'step-{EPOCHS * STEPS:08d}'
+EPOCHS, STEPS = 4, 6
+TOTAL = EPOCHS * STEPS
+KILLS = 10
+LAST = f'step-{TOTAL:08d}'
 
 
 @pytest.fixture(scope='module')
@@ -36,65 +37,19 @@ def place(tmp_path_factory):
         tmp_path_factory.mktemp('survival'),
         data={'num_workers': 2},
         optim={'epochs': EPOCHS},
-        knn={'every': 3},
+        knn={'every': 2},
         run={'log_every': 4, 'checkpoint_steps': 1},
     )
 
 
-@pytest.fixture(scope='module')
-def server():
-    """Starts processes that have everything imported: twenty starts from nothing would take minutes."""
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['slimclr_hub.train.pretraining', 'timm', 'datasets'])
-    return context
+def start(place: Path, *arguments: str) -> Script:
+    return Script(SCRIPT, *arguments, folder=place, variables=environment(place))
 
 
-def execute(place: Path, arguments: list[str], log: Path) -> None:
-    os.setsid()  # a session of its own, so that workers go with it
-    multiprocessing.set_start_method('fork', force=True)  # its own workers start as those of the script do
-    os.environ.update(environment(place))
-    os.chdir(place)
-    with log.open('w') as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
-    sys.argv = [str(SCRIPT), *arguments]
-    runpy.run_path(str(SCRIPT), run_name='__main__')
-
-
-class Run:
-    """A run in a process of its own, by the script that users start."""
-
-    def __init__(self, server, place: Path, *arguments: str) -> None:
-        self.log = place / 'log.txt'
-        self.log.write_text('')
-        self.process = server.Process(target=execute, args=(place, list(arguments), self.log))
-        self.process.start()
-
-    def send(self, number: int) -> None:
-        os.killpg(self.process.pid, number)
-
-    def end(self) -> int:
-        self.process.join(TIMEOUT)
-        assert self.process.exitcode is not None, self.log.read_text()
-        return self.process.exitcode
-
-    def wait_for(self, condition: Callable[[], bool]) -> bool:
-        """Whether `condition` came true before the run ended."""
-        deadline = time.monotonic() + TIMEOUT
-        while time.monotonic() < deadline:
-            if condition():
-                return True
-            if not self.process.is_alive():
-                return False
-            time.sleep(0.001)
-        raise AssertionError(self.log.read_text())
-
-
-def run_well(server, place: Path, *arguments: str) -> str:
-    run = Run(server, place, *arguments)
-    assert run.end() == 0, run.log.read_text()
-    return run.log.read_text()
+def run_well(place: Path, *arguments: str) -> str:
+    run = start(place, *arguments)
+    assert run.end() == 0, run.stderr
+    return run.stdout
 
 
 def checkpoints(folder: Path) -> list[str]:
@@ -132,20 +87,19 @@ def assert_equal(ours, theirs) -> None:
 
 
 @pytest.fixture(scope='module')
-def whole(place, server):
-    run_well(server, place, '--config', 'tiny.yaml', '--run.name', 'whole')
+def whole(place):
+    run_well(place, '--config', 'tiny.yaml', '--run.name', 'whole')
     return place / 'runs' / 'whole'
 
 
 @pytest.fixture
-def stopped(place, server, whole) -> Iterator[Path]:
-    """A copy of a run that was killed in the middle of the fourth epoch."""
+def stopped(place, whole) -> Iterator[Path]:
+    """A copy of a run that was killed in the middle of the third epoch."""
     half = place / 'runs' / 'half'
     if not half.exists():
-        run = Run(server, place, '--config', 'tiny.yaml', '--run.name', 'half', '--run.keep_checkpoints', '3')
-        assert run.wait_for((half / 'checkpoints' / 'step-00000021' / 'state.json').exists)
-        run.send(signal.SIGKILL)
-        run.end()
+        run = start(place, '--config', 'tiny.yaml', '--run.name', 'half', '--run.keep_checkpoints', '6')
+        assert run.wait_for((half / 'checkpoints' / 'step-00000015' / 'state.json').exists)
+        run.kill()
     copy = place / 'runs' / 'stopped'
     shutil.copytree(half, copy)
     yield copy
@@ -155,12 +109,12 @@ def stopped(place, server, whole) -> Iterator[Path]:
 # Kills
 
 
-def test_twenty_kills(place, server, whole):
+def test_ten_kills(place, whole):
     folder, chance = place / 'runs' / 'killed', random.Random(0)
     arguments = ['--config', 'tiny.yaml', '--run.name', 'killed']
     kills = writing = 0
     while True:
-        run = Run(server, place, *arguments)
+        run = start(place, *arguments)
         reached = checkpoints(folder)[-1:]
         # Each start gets at least one step further, or the run would never end.
         if run.wait_for(lambda reached=reached: checkpoints(folder)[-1:] > reached) and kills < KILLS:
@@ -172,7 +126,7 @@ def test_twenty_kills(place, server, whole):
             kills += run.end() == -signal.SIGKILL
         if run.end() == 0:
             break
-        assert run.end() == -signal.SIGKILL, run.log.read_text()
+        assert run.end() == -signal.SIGKILL, run.stderr
         arguments = ['--resume', str(folder)]
     assert kills == KILLS
     assert writing > 0
@@ -184,17 +138,12 @@ def test_twenty_kills(place, server, whole):
 def test_kill_of_two_processes(place):
     several = ['--method.bn_splits', '1', '--data.num_workers', '1', '--optim.epochs', '2']
     finished, folder = place / 'runs' / 'two', place / 'runs' / 'two-killed'
-    start_two(place, '--config', 'tiny.yaml', '--run.name', 'two', *several).communicate()
-    process = start_two(place, '--config', 'tiny.yaml', '--run.name', 'two-killed', *several)
-    deadline = time.monotonic() + TIMEOUT
-    while not checkpoints(folder)[-1:] >= ['step-00000005']:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    kill_session(process)
-    process = start_two(place, '--resume', str(folder))
-    printed, _ = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 0, printed
+    end_well(start_two(place, '--config', 'tiny.yaml', '--run.name', 'two', *several))
+    runs = start_two(place, '--config', 'tiny.yaml', '--run.name', 'two-killed', *several)
+    assert runs[0].wait_for(lambda: checkpoints(folder)[-1:] >= ['step-00000005'])
+    for run in runs:
+        run.kill()
+    end_well(start_two(place, '--resume', str(folder)))
     last = f'step-{2 * STEPS:08d}'
     assert_same_run(folder, finished, last)
     assert {path.name for path in (folder / 'checkpoints' / last).glob('process_*')} == {'process_0.pt', 'process_1.pt'}
@@ -205,50 +154,43 @@ def test_kill_of_two_processes(place):
     )
 
 
-def start_two(place: Path, *arguments: str) -> subprocess.Popen:
-    command = launch_command(place, processes=2)
-    return subprocess.Popen(
-        [*command[: command.index('--config')], *arguments],
-        env=environment(place),
-        cwd=place,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def start_two(place: Path, *arguments: str) -> list[Script]:
+    """Two processes of one run, as a launcher starts them."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    common = {**environment(place), 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+    ranks = ({**common, 'RANK': rank, 'LOCAL_RANK': rank} for rank in '01')
+    return [Script(SCRIPT, *arguments, folder=place, variables=variables) for variables in ranks]
 
 
-def kill_session(process: subprocess.Popen) -> None:
-    """Everything that the launcher started, which may have made groups of its own."""
-    listed = subprocess.run(['ps', '-eo', 'pid=,sess='], capture_output=True, text=True, check=True).stdout
-    for pid, session in (line.split() for line in listed.splitlines()):
-        if int(session) == process.pid:
-            try:
-                os.kill(int(pid), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-    process.communicate()
+def end_well(runs: list[Script]) -> None:
+    for run in runs:
+        assert run.end() == 0, run.stderr
 
 
 # Signals
 
 
 @pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
-def test_signal_saves_and_says_so(place, server, whole, stopped, number, status):
+def test_signal_saves_and_says_so(place, whole, stopped, number, status):
     before = checkpoints(stopped)
     # Without checkpoints in between, so that what is there afterwards is the signal's.
-    run = Run(server, place, '--resume', str(stopped), '--run.checkpoint_steps', 'null')
-    assert run.wait_for(lambda: 'Resuming' in run.log.read_text())
+    run = start(place, '--resume', str(stopped), '--run.checkpoint_steps', 'null')
+    assert run.wait_for(lambda: 'Resuming' in run.stdout)
     reached = int(before[-1].removeprefix('step-'))
     assert run.wait_for(lambda: any(record['step'] > reached for record in read_metrics(stopped, 'train')))
     run.send(number)  # to the workers as well, as the keyboard and schedulers do
     assert run.end() == status
-    (line,) = (line for line in run.log.read_text().splitlines() if line.startswith('error: '))
-    assert re.search(rf'stopped by {number.name} after step \d+ of 36; .* --resume {stopped} goes on', line)
-    assert 'Traceback' not in run.log.read_text()
+    (line,) = (line for line in run.stderr.splitlines() if line.startswith('error: '))
+    assert re.search(
+        rf'stopped by {number.name} after step \d+ of {TOTAL}; .* --resume {stopped} goes on', line
+    )
+    assert 'Traceback' not in run.stderr
     assert checkpoints(stopped)[-1] > before[-1]
-    run_well(server, place, '--resume', str(stopped), '--run.checkpoint_steps', '1')
-    assert_same_run(stopped, whole)
+    if number == signal.SIGTERM:  # the others save the same
+        run_well(place, '--resume', str(stopped), '--run.checkpoint_steps', '1')
+        assert_same_run(stopped, whole)
 
 
 def test_signal_through_the_launcher(place, whole, stopped):
@@ -298,22 +240,25 @@ def garble(path: Path) -> None:
     (path / 'state.json').write_text('{"step": 2')
 
 
-@pytest.mark.parametrize('damage', [truncate, flip, remove, forget, garble])
-def test_damaged_checkpoint_is_skipped_and_named(place, server, whole, stopped, damage):
-    *_, before, last = checkpoints(stopped)
-    damage(stopped / 'checkpoints' / last)
-    printed = run_well(server, place, '--resume', str(stopped))
-    (line,) = (line for line in printed.splitlines() if 'Skipped a damaged checkpoint' in line)
-    assert str(stopped / 'checkpoints' / last) in line
+def test_damaged_checkpoints_are_skipped_and_named(place, whole, stopped):
+    """The last five are damaged, each in another way."""
+    damages = [truncate, flip, remove, forget, garble]
+    before, *last = checkpoints(stopped)[-1 - len(damages) :]
+    for name, damage in zip(last, damages, strict=True):
+        damage(stopped / 'checkpoints' / name)
+    printed = run_well(place, '--resume', str(stopped))
+    skipped = [line for line in printed.splitlines() if 'Skipped a damaged checkpoint' in line]
+    assert len(skipped) == len(damages)
+    assert all(str(stopped / 'checkpoints' / name) in line for name, line in zip(reversed(last), skipped, strict=True))
     assert f'{stopped / "checkpoints" / before}' in printed
     assert_same_run(stopped, whole)
 
 
-def test_nothing_but_damaged_checkpoints(place, server, whole, stopped):
+def test_nothing_but_damaged_checkpoints(place, whole, stopped):
     names = checkpoints(stopped)
     for name in names:
         truncate(stopped / 'checkpoints' / name)
-    printed = run_well(server, place, '--resume', str(stopped))
+    printed = run_well(place, '--resume', str(stopped))
     assert printed.count('Skipped a damaged checkpoint') == len(names)
     assert 'starting from the beginning' in printed
     assert_same_run(stopped, whole)
@@ -322,19 +267,18 @@ def test_nothing_but_damaged_checkpoints(place, server, whole, stopped):
 # Resuming by itself, and with changes
 
 
-def test_auto_starts_and_then_goes_on(place, server, whole):
+def test_auto_starts_and_then_goes_on(place, whole):
     arguments = ['--config', 'tiny.yaml', '--resume', 'auto', '--run.output', str(place / 'auto')]
-    run = Run(server, place, *arguments)
+    run = start(place, *arguments)
     (folder,) = iter_until(lambda: list((place / 'auto').glob('*')))
     assert run.wait_for((folder / 'checkpoints' / 'step-00000008' / 'state.json').exists)
     run.send(signal.SIGTERM)
     assert run.end() == 75
     # Another recipe is another run.
-    run = Run(server, place, *arguments, '--optim.lr', '0.01')
+    run = start(place, *arguments, '--optim.lr', '0.01')
     assert run.wait_for(lambda: len(list((place / 'auto').iterdir())) == 2)
-    run.send(signal.SIGKILL)
-    run.end()
-    printed = run_well(server, place, *arguments)
+    run.kill()
+    printed = run_well(place, *arguments)
     assert 'Resuming after epoch' in printed
     assert str(folder) in printed
     assert_same_run(folder, whole)
@@ -348,17 +292,17 @@ def iter_until(find: Callable[[], list[Path]]) -> list[Path]:
     return find()
 
 
-def test_auto_by_name_refuses_another_configuration(place, server, stopped):
+def test_auto_by_name_refuses_another_configuration(place, stopped):
     arguments = ['--config', 'tiny.yaml', '--resume', 'auto', '--run.name', 'stopped', '--optim.lr', '0.01']
-    run = Run(server, place, *arguments)
+    run = start(place, *arguments)
     assert run.end() == 2
-    assert 'optim.lr 0.06 -> 0.01' in run.log.read_text()
-    assert 'Traceback' not in run.log.read_text()
+    assert 'optim.lr 0.06 -> 0.01' in run.stderr
+    assert 'Traceback' not in run.stderr
 
 
-def test_allowed_change(place, server, whole, stopped):
+def test_allowed_change(place, whole, stopped):
     step = int(checkpoints(stopped)[-1].removeprefix('step-'))
-    run_well(server, place, '--resume', str(stopped), '--allow_changes', 'true', '--optim.lr', '0.01')
+    run_well(place, '--resume', str(stopped), '--allow_changes', 'true', '--optim.lr', '0.01')
     assert 'lr: 0.01' in (stopped / 'recipe.yaml').read_text()
     assert 'lr: 0.06' in (stopped / f'recipe-until-step-{step}.yaml').read_text()
     before = [record for record in read_metrics(whole, 'train') if record['step'] <= step]
@@ -367,20 +311,20 @@ def test_allowed_change(place, server, whole, stopped):
     assert ours[-2]['lr'] < read_metrics(whole, 'train')[-2]['lr'] / 5
     # What cannot be: the position within an epoch has no meaning for other batches.
     arguments = ['--data.batch_size', '32', '--optim.lr', '0.01', '--allow_changes', 'true']
-    run = Run(server, place, '--resume', str(stopped), *arguments)
+    run = start(place, '--resume', str(stopped), *arguments)
     assert run.end() == 2
-    assert '6 steps an epoch, and now there are 3' in run.log.read_text()
+    assert '6 steps an epoch, and now there are 3' in run.stderr
 
 
 # Divergence
 
 
-def test_divergence_keeps_the_state_that_led_to_it(place, server):
+def test_divergence_keeps_the_state_that_led_to_it(place):
     folder = place / 'runs' / 'diverging'
     arguments = ['--optim.lr', '1e30', '--method.slow_start_epochs', '0', '--knn.every', '0']
-    run = Run(server, place, '--config', 'tiny.yaml', '--run.name', 'diverging', *arguments)
+    run = start(place, '--config', 'tiny.yaml', '--run.name', 'diverging', *arguments)
     assert run.end() == 2
-    (line,) = (line for line in run.log.read_text().splitlines() if line.startswith('error: '))
+    (line,) = (line for line in run.stderr.splitlines() if line.startswith('error: '))
     assert 'Lower optim.lr 1e+30' in line
     (kept,) = folder.glob('diverged-at-step-*')
     assert str(kept) in line
@@ -409,22 +353,20 @@ def test_divergence_keeps_the_state_that_led_to_it(place, server):
         '0',
     ]
     shutil.rmtree(folder / 'checkpoints')  # where only the first step is of use, the beginning is the last checkpoint
-    run_well(server, place, '--resume', str(folder), *arguments)
+    run_well(place, '--resume', str(folder), *arguments)
     assert (folder / 'model.safetensors').exists()
 
 
 # Accumulation
 
 
-def test_accumulated_steps_are_whole_steps(place, server, whole):
+def test_accumulated_steps_are_whole_steps(place, whole):
     """Two parts in turn are one batch normalised in two parts: momentum, queue and schedule move once a step."""
     # Small steps, since training magnifies the rounding of sums in another order.
     common = ['--config', 'tiny.yaml', '--optim.epochs', '1', '--optim.lr', '0.001', '--knn.every', '0']
     common += ['--method.shuffle_keys', 'false', '--run.log_every', '1']
-    run_well(server, place, *common, '--run.name', 'at-once')
-    run_well(
-        server, place, *common, '--run.name', 'in-parts', '--method.bn_splits', '1', '--optim.accumulation_steps', '2'
-    )
+    run_well(place, *common, '--run.name', 'at-once')
+    run_well(place, *common, '--run.name', 'in-parts', '--method.bn_splits', '1', '--optim.accumulation_steps', '2')
     ours, theirs = (read_metrics(place / 'runs' / name, 'train') for name in ('in-parts', 'at-once'))
     assert len(ours) == len(theirs)
     for record, expected in zip(ours, theirs, strict=True):
@@ -444,20 +386,20 @@ def test_accumulated_steps_are_whole_steps(place, server, whole):
 # Streams
 
 
-def test_stream_goes_on_with_the_next_sample(place, server):
+def test_stream_goes_on_with_the_next_sample(place):
     """Five shards of unequal lengths: a run that was stopped within an epoch is the run that was not."""
     write_shards(place, (25, 7, 30, 20, 14))
     arguments = ['--config', 'tiny.yaml', '--data.name', 'wds/', '--data.root', str(place), '--data.val_split', 'null']
     arguments += ['--data.train_split', 'train-{0000..0004}.tar', '--data.shuffle_buffer', '8', '--optim.epochs', '3']
-    run_well(server, place, *arguments, '--run.name', 'stream')
+    run_well(place, *arguments, '--run.name', 'stream')
     folder = place / 'runs' / 'stream-stopped'
-    run = Run(server, place, *arguments, '--run.name', 'stream-stopped')
+    run = start(place, *arguments, '--run.name', 'stream-stopped')
     assert run.wait_for((folder / 'checkpoints' / 'step-00000008' / 'state.json').exists)
     run.send(signal.SIGTERM)
     assert run.end() == 75
     step = int(checkpoints(folder)[-1].removeprefix('step-'))
     assert step % STEPS, 'the run was to be stopped within an epoch'
-    run_well(server, place, '--resume', str(folder))
+    run_well(place, '--resume', str(folder))
     assert read_metrics(folder) == read_metrics(place / 'runs' / 'stream')
     ours, theirs = (path / 'model.safetensors' for path in (folder, place / 'runs' / 'stream'))
     assert ours.read_bytes() == theirs.read_bytes()
