@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -77,6 +78,25 @@ class Script:
                 return False
             time.sleep(0.001)
         raise AssertionError(self.stderr)
+
+
+def start_together(
+    processes: int, script: Path, *arguments: object, folder: Path, variables: Mapping[str, str]
+) -> list[Script]:
+    """Start the processes of one job, told of each other as by a launcher."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    common = {**variables, 'WORLD_SIZE': str(processes), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+    ranks = ({**common, 'RANK': str(rank), 'LOCAL_RANK': str(rank)} for rank in range(processes))
+    return [Script(script, *arguments, folder=folder, variables=each) for each in ranks]
+
+
+def end_well(*scripts: Script) -> str:
+    """Wait for scripts that must succeed, and return what the first one has printed."""
+    for script in scripts:
+        assert script.end() == 0, script.stderr
+    return scripts[0].stdout
 
 
 def _run(script: Path, arguments: list[str], folder: Path, variables: dict[str, str], outputs: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -30,7 +29,8 @@ from slimclr_hub.runs.result import Protocol, Result, load
 from tests.data_room.files import some_images, write_classes, write_idx_set
 from tests.evaluate.test_knn import classify_by_loops, features
 from tests.evaluate.test_rank import transcription
-from tests.train.runs import TIMEOUT, environment
+from tests.scripts import end_well, start_together
+from tests.train.runs import environment
 
 SCRIPT = Path(__file__).parents[2] / 'recipes' / 'knn_eval.py'
 WIDTHS = (1.0, 0.25)
@@ -313,12 +313,10 @@ def two_processes(place):
     parts = [PROGRAM.format(folder=place, bank=bank, k=k) for bank, k in ((151, 20), (5, 5))]
     script = f'import runpy, sys\nsys.argv[0] = {str(SCRIPT)!r}\nrunpy.run_path({str(SCRIPT)!r}, run_name="__main__")\n'
     (place / 'program.py').write_text('\n'.join([*parts, script]))
-    launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2']
-    command = [*launcher, '--main_process_port', '0', 'program.py', *arguments(place, '--chunk', '9', output='two')]
-    variables = {**environment(place), 'PYTHONPATH': str(Path(__file__).parents[2])}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, cwd=place, env=variables)
-    assert run.returncode == 0, run.stderr
-    return place, run
+    words = arguments(place, '--chunk', '9', output='two')
+    run = start_together(2, place / 'program.py', *words, folder=place, variables=environment(place))
+    end_well(*run)
+    return place, ''.join(each.stdout for each in run)
 
 
 @pytest.mark.parametrize(('size', 'k'), [(151, 20), (5, 5)])
@@ -338,7 +336,7 @@ def test_two_processes_have_the_accuracies_of_one(two_processes, result):
         two, one = (results_by_k(folder, pixels) for folder in (two_processes[0] / 'two', result[0]))
         assert len(one) == 6
         assert {k: (of.top1, of.top5) for k, of in two.items()} == {k: (of.top1, of.top5) for k, of in one.items()}
-    assert two_processes[1].stdout.count('Result:') == 1
+    assert two_processes[1].count('Result:') == 1
     two, one = (rank_in(folder) for folder in (two_processes[0] / 'two', result[0]))
     assert two.rank == pytest.approx(one.rank, rel=1e-6)
     assert (two.protocol, two.images) == (one.protocol, one.images)

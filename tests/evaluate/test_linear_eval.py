@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +44,8 @@ from slimclr_hub.text import GARMENTS
 from slimclr_hub.weights.hashes import state_hash
 from slimclr_hub.weights.published import PUBLISHED
 from tests.data_room.files import write_idx_set
-from tests.train.runs import TIMEOUT, contents, environment
+from tests.scripts import end_well, start_together
+from tests.train.runs import contents, environment
 
 pytestmark = pytest.mark.usefixtures('module_on_the_cpu')
 
@@ -452,16 +451,12 @@ def test_interrupted_is_as_uninterrupted(place, network, tmp_path, mode, after):
 def test_two_processes_are_as_one(place, network, tmp_path):
     more = ('--features.mode=augmented', '--optim.epochs=2')
     alone = linear_eval(configured(place, network, *more, '--run.output', str(tmp_path / 'one')))
-    launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes=2']
-    command = [*launcher, '--main_process_port=0', str(SCRIPT)]
     # Features of its own, which two processes have to gather.
-    command += arguments(place, network, *more, '--run.output', str(tmp_path / 'two'))
-    command += ['--features.cache', str(tmp_path / 'features')]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, env=environment(tmp_path), timeout=TIMEOUT, cwd=tmp_path
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count('accuracies by width') == 1
+    words = [*arguments(place, network, *more, '--run.output', str(tmp_path / 'two'))]
+    words += ['--features.cache', str(tmp_path / 'features')]
+    ended = start_together(2, SCRIPT, *words, folder=tmp_path, variables=environment(tmp_path))
+    end_well(*ended)
+    assert ''.join(each.stdout for each in ended).count('accuracies by width') == 1
     (together,) = load(tmp_path / 'two' / 'result.json')
     assert together.top1 == alone.top1
     assert together.top5 == alone.top5

@@ -1,10 +1,8 @@
 """Logistic regression on several data sets: the embedded images, and a folder that the test writes."""
 
 import json
-import signal
-import subprocess
+import os
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from slimclr_hub.evaluate.network import open_for_test
 from slimclr_hub.evaluate.suite_eval import SuiteConfig, evaluate, mean_per_class, read_suite
 from slimclr_hub.settings import read_yaml
 from slimclr_hub.weights.published import SHIPPED
+from tests.scripts import Script, end_well
 
 pytestmark = pytest.mark.usefixtures('on_the_cpu')
 
@@ -86,22 +85,21 @@ def test_mean_per_class_is_that_of_scikit_learn():
 
 
 def test_a_killed_suite_keeps_what_it_has_measured(suite, tmp_path):
-    command = [sys.executable, 'recipes/suite_eval.py', '--network', NETWORK, '--suite', suite, '--output', tmp_path]
-    running = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    result = tmp_path / 'suite.json'
-    deadline = time.monotonic() + 120
-    while not result.is_file() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
+    words = '--network', NETWORK, '--suite', suite, '--output', tmp_path
+
+    def start() -> Script:
+        return Script(ROOT / 'recipes' / 'suite_eval.py', *words, folder=tmp_path, variables=os.environ)
+
+    running, result = start(), tmp_path / 'suite.json'
+    assert running.wait_for(result.is_file)
+    running.kill()
     before = json.loads(result.read_text())['sets']
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert all(f'{name}: measured before' in done.stdout for name in before)
+    printed = end_well(start())
+    assert all(f'{name}: measured before' in printed for name in before)
     after = json.loads(result.read_text())['sets']
     assert after.keys() == {'few', 'more'}
     assert all(after[name] == before[name] for name in before)
-    assert 'mean per class' in done.stdout
+    assert 'mean per class' in printed
     assert (tmp_path / 'suite.png').is_file()
 
 

@@ -4,9 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +29,8 @@ from slimclr_hub.models.calibrate import calibrate_batchnorm
 from slimclr_hub.runs.result import load
 from slimclr_hub.train.setup import make_optimizer
 from tests.data_room.files import some_images, write_classes, write_pngs
-from tests.train.runs import TIMEOUT, contents, environment, read_metrics
+from tests.scripts import Script, end_well, start_together
+from tests.train.runs import contents, environment, read_metrics
 
 pytestmark = pytest.mark.usefixtures('module_on_the_cpu')
 
@@ -290,13 +288,6 @@ def test_repetitions_tell_their_spread(place, tmp_path, capsys):
 # Processes, kills
 
 
-def launch(place: Path, output: Path, *more: str, processes: int = 1) -> subprocess.CompletedProcess:
-    several = ['--multi_gpu', '--num_processes', str(processes), '--main_process_port', '0'] if processes > 1 else []
-    command = [sys.executable, '-m', 'accelerate.commands.launch', *several, str(SCRIPT)]
-    command += arguments(place, output, *more)
-    return subprocess.run(command, capture_output=True, text=True, env=environment(place), timeout=TIMEOUT, cwd=place)
-
-
 def test_two_processes_train_as_one(place, tmp_path):
     """The same losses on the same batches, as each is normalised over both processes.
 
@@ -304,8 +295,8 @@ def test_two_processes_train_as_one(place, tmp_path):
     """
     more = ('--run.log_every', '1', '--optim.name', 'momentum', '--optim.lr', '0.01', '--model.fit_head', 'false')
     for processes in (1, 2):
-        done = launch(place, tmp_path / str(processes), *more, processes=processes)
-        assert done.returncode == 0, done.stderr
+        words = arguments(place, tmp_path / str(processes), *more)
+        end_well(*start_together(processes, SCRIPT, *words, folder=place, variables=environment(place)))
     one, two = (read_metrics(tmp_path / name, 'train') for name in '12')
     assert [record['step'] for record in one] == [record['step'] for record in two]
     for ours, theirs in zip(one, two, strict=True):
@@ -314,35 +305,35 @@ def test_two_processes_train_as_one(place, tmp_path):
             assert ours[key] == pytest.approx(theirs[key], rel=2e-3), (ours['step'], key)
 
 
+# With all that draws: mixing, erasing, stochastic depth; and with a moving average.
+DRAWS = ['--optim.epochs', '4', '--run.checkpoint_steps', '3', '--optim.ema', '0.9', '--augment.mixup', '0.4']
+DRAWS += ['--augment.erase_prob', '0.5', '--model.drop_path_rate', '0.2', '--data.num_workers', '1']
+
+
+def start(place: Path, output: Path) -> Script:
+    return Script(SCRIPT, *arguments(place, output, *DRAWS), folder=place, variables=environment(place))
+
+
+@pytest.fixture(scope='module')
+def through(place) -> Path:
+    end_well(start(place, place / 'through'))
+    return place / 'through'
+
+
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
-def test_interrupted_one_goes_on_bit_for_bit(place, tmp_path, number):
-    """With all that draws: mixing, erasing, stochastic depth; and with a moving average."""
-    more = ['--optim.epochs', '4', '--run.checkpoint_steps', '3', '--optim.ema', '0.9', '--augment.mixup', '0.4']
-    more += ['--augment.erase_prob', '0.5', '--model.drop_path_rate', '0.2', '--data.num_workers', '1']
-    command = [sys.executable, str(SCRIPT), *arguments(place, tmp_path / 'out', *more)]
-    options = {'env': environment(place), 'cwd': place, 'text': True}
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, **options)
-    deadline = time.monotonic() + TIMEOUT
-    while not any((tmp_path / 'out' / 'checkpoints').glob('step-????????')):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.005)
+def test_interrupted_one_goes_on_bit_for_bit(place, through, tmp_path, number):
+    ours = tmp_path / 'out'
+    stopped = start(place, ours)
+    assert stopped.wait_for(lambda: any((ours / 'checkpoints').glob('step-????????')))
+    stopped.send(number)
     if number is signal.SIGKILL:
-        os.killpg(process.pid, number)
-        process.communicate()
+        assert stopped.end() == -number
     else:
-        process.send_signal(number)
-        assert 'stopped by SIGTERM' in process.communicate()[1]
-        assert process.returncode == os.EX_TEMPFAIL
-    again = subprocess.run(command, capture_output=True, timeout=TIMEOUT, **options)
-    assert again.returncode == 0, again.stderr
-    assert 'Resuming after epoch' in again.stdout
-    command[command.index(str(tmp_path / 'out'))] = str(tmp_path / 'through')
-    through = subprocess.run(command, capture_output=True, timeout=TIMEOUT, **options)
-    assert through.returncode == 0, through.stderr
-    ours, theirs = tmp_path / 'out', tmp_path / 'through'
-    assert (ours / 'model.safetensors').read_bytes() == (theirs / 'model.safetensors').read_bytes()
-    assert read_metrics(ours) == read_metrics(theirs)
+        assert stopped.end() == os.EX_TEMPFAIL
+        assert 'stopped by SIGTERM' in stopped.stderr
+    assert 'Resuming after epoch' in end_well(start(place, ours))
+    assert (ours / 'model.safetensors').read_bytes() == (through / 'model.safetensors').read_bytes()
+    assert read_metrics(ours) == read_metrics(through)
 
 
 # Bad input: one line, and nothing left behind
@@ -417,7 +408,8 @@ def test_class_that_is_missing_in_validation_is_told(place, tmp_path, capsys):
 
 
 def test_command_line_ends_in_one_line(place, tmp_path):
-    done = launch(place, tmp_path / 'out', '--data.hold_out', '2')
-    assert done.returncode != 0
-    assert 'error: data.hold_out is 2' in done.stderr
-    assert 'Traceback' not in done.stderr.partition('error: ')[0]
+    words = arguments(place, tmp_path / 'out', '--data.hold_out', '2')
+    script = Script(SCRIPT, *words, folder=place, variables=environment(place))
+    assert script.end() == 2
+    assert 'error: data.hold_out is 2' in script.stderr
+    assert 'Traceback' not in script.stderr

@@ -1,4 +1,4 @@
-"""Tiny runs through the real script, by the real launcher."""
+"""Tiny runs through the real script, by the real launcher or in a process that has everything imported."""
 
 import json
 import os
@@ -9,12 +9,12 @@ from pathlib import Path
 import yaml
 
 from tests.data_room.files import write_idx_set
+from tests.scripts import TIMEOUT, Script, start_together
 
 SCRIPT = Path(__file__).parents[2] / 'recipes' / 'pretrain.py'
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 EPOCHS, STEPS = 4, 6  # 96 images in batches of 16
 QUERIES = 37  # which no batch and no number of processes divides
-TIMEOUT = 300
 OF_THE_CLOCK = ('images_per_second', 'data_wait', 'peak_memory_gib')
 
 
@@ -71,9 +71,26 @@ def launch_well(place: Path, *arguments: str, processes: int = 1) -> str:
     return result.stdout
 
 
-def direct(place: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), '--config', str(place / 'tiny.yaml'), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(place), timeout=TIMEOUT, cwd=place)
+def direct(place: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    """The script without its launcher, and with everything imported already; `variables` are of the environment."""
+    arguments = '--config', 'tiny.yaml', *arguments
+    script = start(place, *arguments, **variables)
+    return subprocess.CompletedProcess([SCRIPT, *arguments], script.end(), script.stdout, script.stderr)
+
+
+def direct_well(place: Path, *arguments: str) -> str:
+    result = direct(place, *arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def start(place: Path, *arguments: str, **variables: str) -> Script:
+    return Script(SCRIPT, *arguments, folder=place, variables={**environment(place), **variables})
+
+
+def start_two(place: Path, *arguments: str) -> list[Script]:
+    """Two processes of one run."""
+    return start_together(2, SCRIPT, *arguments, folder=place, variables=environment(place))
 
 
 def read_metrics(folder: Path, kind: str | None = None) -> list[dict]:

@@ -2,7 +2,7 @@
 
 import yaml
 
-from tests.train.runs import direct, launch_well, make_place, read_metrics
+from tests.train.runs import direct, direct_well, make_place, read_metrics
 
 FILE = '''
 import torch
@@ -57,7 +57,7 @@ def test_method_of_ones_own(tmp_path):
     assert unknown.returncode != 0
     assert "'scale'" in unknown.stderr
 
-    launch_well(place, '--import', 'mine.py', '--run.name', 'own')
+    direct_well(place, '--import', 'mine.py', '--run.name', 'own')
     folder = place / 'runs' / 'own'
     recipe = yaml.safe_load((folder / 'recipe.yaml').read_text())
     assert list(recipe['imports']) == [str(mine)]

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from slimclr_hub.settings import RECIPE
 from slimclr_hub.train.command import load_recipe
-from tests.train.runs import launch_well, make_place, read_metrics
+from tests.scripts import end_well
+from tests.train.runs import make_place, read_metrics, start
 
 BEFORE = Path(__file__).parents[1] / 'data' / 'run_before'
 
@@ -20,8 +21,7 @@ def test_resumes(tmp_path):
     shutil.copytree(BEFORE, folder)
     (folder / 'model.safetensors').unlink()
     recorded = read_metrics(BEFORE)
-    (place / 'tiny.yaml').write_text('{}\n')
-    printed = launch_well(place, '--resume', str(folder))
+    printed = end_well(start(place, '--resume', str(folder)))
     assert printed.count('was written by an earlier version') == 1
     assert 'Resuming after epoch 1: ' in printed
     metrics = read_metrics(folder)

@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,8 +21,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.data_room.files import write_shards
-from tests.scripts import Script
-from tests.train.runs import SCRIPT, TIMEOUT, environment, make_place, read_metrics
+from tests.scripts import TIMEOUT, end_well
+from tests.train.runs import SCRIPT, environment, make_place, read_metrics, start, start_two
 
 EPOCHS, STEPS = 4, 6
 TOTAL = EPOCHS * STEPS
@@ -42,14 +41,8 @@ def place(tmp_path_factory):
     )
 
 
-def start(place: Path, *arguments: str) -> Script:
-    return Script(SCRIPT, *arguments, folder=place, variables=environment(place))
-
-
 def run_well(place: Path, *arguments: str) -> str:
-    run = start(place, *arguments)
-    assert run.end() == 0, run.stderr
-    return run.stdout
+    return end_well(start(place, *arguments))
 
 
 def checkpoints(folder: Path) -> list[str]:
@@ -138,12 +131,12 @@ def test_ten_kills(place, whole):
 def test_kill_of_two_processes(place):
     several = ['--method.bn_splits', '1', '--data.num_workers', '1', '--optim.epochs', '2']
     finished, folder = place / 'runs' / 'two', place / 'runs' / 'two-killed'
-    end_well(start_two(place, '--config', 'tiny.yaml', '--run.name', 'two', *several))
+    end_well(*start_two(place, '--config', 'tiny.yaml', '--run.name', 'two', *several))
     runs = start_two(place, '--config', 'tiny.yaml', '--run.name', 'two-killed', *several)
     assert runs[0].wait_for(lambda: checkpoints(folder)[-1:] >= ['step-00000005'])
     for run in runs:
         run.kill()
-    end_well(start_two(place, '--resume', str(folder)))
+    end_well(*start_two(place, '--resume', str(folder)))
     last = f'step-{2 * STEPS:08d}'
     assert_same_run(folder, finished, last)
     assert {path.name for path in (folder / 'checkpoints' / last).glob('process_*')} == {'process_0.pt', 'process_1.pt'}
@@ -152,21 +145,6 @@ def test_kill_of_two_processes(place):
     assert not first['statistics']['backbone.bn1.w100.running_mean'].equal(
         second['statistics']['backbone.bn1.w100.running_mean']
     )
-
-
-def start_two(place: Path, *arguments: str) -> list[Script]:
-    """Two processes of one run, as a launcher starts them."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = str(free.getsockname()[1])
-    common = {**environment(place), 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
-    ranks = ({**common, 'RANK': rank, 'LOCAL_RANK': rank} for rank in '01')
-    return [Script(SCRIPT, *arguments, folder=place, variables=variables) for variables in ranks]
-
-
-def end_well(runs: list[Script]) -> None:
-    for run in runs:
-        assert run.end() == 0, run.stderr
 
 
 # Signals
@@ -183,9 +161,7 @@ def test_signal_saves_and_says_so(place, whole, stopped, number, status):
     run.send(number)  # to the workers as well, as the keyboard and schedulers do
     assert run.end() == status
     (line,) = (line for line in run.stderr.splitlines() if line.startswith('error: '))
-    assert re.search(
-        rf'stopped by {number.name} after step \d+ of {TOTAL}; .* --resume {stopped} goes on', line
-    )
+    assert re.search(rf'stopped by {number.name} after step \d+ of {TOTAL}; .* --resume {stopped} goes on', line)
     assert 'Traceback' not in run.stderr
     assert checkpoints(stopped)[-1] > before[-1]
     if number == signal.SIGTERM:  # the others save the same
