@@ -1,6 +1,8 @@
 """Tables of RESULTS.md, as Markdown, from the runs of benchmarks/small_scale.sh: means over seeds, with 95 % intervals.
 
 python benchmarks/small_scale.py FOLDER
+
+With runs that learned from a teacher it also draws FOLDER/teachers.png, accuracy over the cost of training.
 """
 
 import json
@@ -10,6 +12,10 @@ from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
 
+import timm
+
+from slimclr_hub.models.cost import cost
+from slimclr_hub.runs.figures import line_style, marker, new_figure, save_figure
 from slimclr_hub.runs.result import RESULT, load
 
 # Recipe -> its name in RESULTS.md; each adds one component to the recipe before.
@@ -37,6 +43,15 @@ TRAJECTORIES = {
     'slimclr': ('SlimCLR', 'alone_w100', ''),
     'supervised_w100': ('supervised, width 1.0 alone', None, ''),
     'supervised': ('supervised, four widths', 'supervised_w100', '31.0'),
+}
+# Recipe -> its name beside those that learn from a teacher, which is width 1.0 trained alone.
+TEACHERS = {
+    'alone': 'each width alone',
+    'slimclr': 'SlimCLR',
+    'seed': 'SEED',
+    'compress': 'CompRess',
+    'disco': 'DisCo with SlimCLR',
+    'bingo': 'BINGO',
 }
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 ALONE = {1.0: 'alone_w100', 0.75: 'alone_w075', 0.5: 'alone_w050', 0.25: 'alone_w025'}
@@ -216,6 +231,46 @@ def collapse(runs: Runs) -> None:
     print_table(headers, rows)
 
 
+def training_costs(size: int = 20) -> dict[str, float]:
+    """Recipe -> multiply-adds of its training for each image of each epoch, in those of a forward at width 1.0.
+
+    A backward counts as two forwards. What learned from a teacher has the cost of the teacher's own training with it.
+    """
+    model = timm.create_model('slimclr_resnet20', num_classes=0, in_chans=1)
+    each = {width: cost(model, width, size)[1] for width in WIDTHS}
+    full, all_four = 1.0, sum(each.values()) / each[1.0]
+    both = (full + all_four) / 2  # with slow start in half of the epochs
+    alone = 3 * full + full  # a query with its backward, and a key
+    return {
+        'alone': sum(alone * each[width] / each[1.0] for width in WIDTHS),
+        'slimclr': 3 * both + full,
+        'seed': 3 * all_four + full + alone,
+        'compress': 3 * all_four + all_four + full + alone,  # each width has a momentum copy
+        'disco': 2 * 3 * both + full + 2 * full + alone,  # both views train and are seen by the teacher
+        'bingo': 3 * 3 * all_four + 2 * full + alone,  # image, neighbour and their CutMix
+    }
+
+
+def teachers(runs: Runs) -> None:
+    costs, rows = training_costs(), []
+    figure, (axis,) = new_figure()
+    for number, (recipe, name) in enumerate(TEACHERS.items()):
+        found = runs.linear(recipe)
+        if recipe == 'alone':
+            found = {width: runs.linear(of).get(width, []) for width, of in ALONE.items()}
+        if not found:
+            continue
+        count = str(min(len(values) for values in found.values()))
+        rows.append([name, count, *cells(found), f'{costs[recipe]:.1f}'])
+        known = [mean(found[width]) for width in WIDTHS if found[width]]
+        style = {**line_style(number), 'marker': marker(number), 'linestyle': 'none'}
+        axis.plot([costs[recipe]] * len(known), known, label=name, **style)
+    print_table(['linear accuracy (%)', 'n', *BY_WIDTH, 'cost of training'], rows)
+    axis.set(xlabel="training (forwards of width 1.0 an image), teacher's with it", ylabel='linear accuracy (%)')
+    axis.legend(fontsize=7)
+    save_figure(figure, runs.folder / 'teachers')
+
+
 def main() -> None:
     if len(sys.argv) != 2 or not (runs := Runs(Path(sys.argv[1]))).seeds:
         sys.exit('usage: python benchmarks/small_scale.py FOLDER, with the runs of benchmarks/small_scale.sh')
@@ -224,6 +279,8 @@ def main() -> None:
         table(runs)
     if any(runs.folder.glob('collapse-*')):
         collapse(runs)
+    if runs.of('seed'):
+        teachers(runs)
 
 
 if __name__ == '__main__':

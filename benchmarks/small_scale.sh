@@ -4,6 +4,7 @@
 #
 #   bash benchmarks/small_scale.sh FOLDER [SEED ...]
 #   COLLAPSE=1 bash benchmarks/small_scale.sh FOLDER [SEED ...]     # and those without warm-up, on 60,000 images
+#   TEACHERS=1 bash benchmarks/small_scale.sh FOLDER [SEED ...]     # and those that learn from width 1.0 alone
 #
 # FASHION_MNIST is the folder of the data set's files: Debian's (apt-get install dataset-fashion-mnist) or torchvision's.
 # A seed takes about three hours on one CPU core. What is interrupted goes on by the same command.
@@ -50,6 +51,16 @@ if [ -n "${COLLAPSE:-}" ]; then
         [ -e "$out/$run/model.safetensors" ] || "${pretrain[@]}" --run.name "$run" --run.seed "$seed" \
           --config recipes/configs/small_scale/collapse.yaml --optim.lr "$rate" --method.slow_start_epochs "$slow"
       done
+    done
+  done
+fi
+if [ -n "${TEACHERS:-}" ]; then
+  for seed in $seeds; do
+    for recipe in seed compress disco bingo; do
+      run=$out/$recipe-$seed
+      [ -e "$run/model.safetensors" ] || "${pretrain[@]}" --config "recipes/configs/small_scale/$recipe.yaml" \
+        --run.name "$recipe-$seed" --run.seed "$seed" --teacher.network "$out/alone_w100-$seed"
+      "${judge[@]}" --network "$run"
     done
   done
 fi

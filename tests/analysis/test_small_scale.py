@@ -92,6 +92,24 @@ def test_tables_have_the_rows_of_results(folder, capsys, monkeypatch):
     assert offsets['MoCo v2, four widths together'] == ['5.00 ± 0.00', '3.00 ± 0.00', '25 ± 0', '50 ± 0']
 
 
+def test_teachers_beside_slimclr(folder, capsys, monkeypatch):
+    for seed in 0, 1:
+        save_probe(folder / f'seed-{seed}', 'linear_eval', 'switchable', 80 + seed, WIDTHS)
+        (folder / f'seed-{seed}' / 'metrics.jsonl').write_text('')
+    monkeypatch.setattr(sys, 'argv', [str(SCRIPT), str(folder)])
+    script = runpy.run_path(str(SCRIPT), run_name='__main__')
+    headers, *rows = tables_of(capsys.readouterr().out)[-1]
+    assert headers[-1] == 'cost of training'
+    assert [row[:2] for row in rows] == [['each width alone', '2'], ['SlimCLR', '2'], ['SEED', '2']]
+    assert rows[2][2:6] == ['80.5 ± 6.4', '78.0 ± 6.4', '75.5 ± 6.4', '73.0 ± 6.4']
+    assert (folder / 'teachers.png').stat().st_size > 1000
+    # Of widths 1, w, ... a forward costs about 1, w^2, ...: SEED trains all in each epoch, and has its teacher's cost.
+    roughly = sum(width**2 for width in WIDTHS)
+    costs = script['training_costs']()
+    assert costs['alone'] == pytest.approx(4 * roughly, rel=0.02)
+    assert costs['seed'] == pytest.approx(3 * roughly + 1 + 4, rel=0.02)
+
+
 def test_intervals_are_those_of_scipy():
     script = runpy.run_path(str(SCRIPT))
     for values in [1.0, 2.5], [78.1, 80.2, 79.6], [0.3, 0.1, -2.0, 5.0, 0.2]:
