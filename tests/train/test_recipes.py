@@ -50,9 +50,10 @@ def test_recipe_trains(path, tmp_path, trained):
     optimizer = make_optimizer(config.optim, method)
     schedule = make_schedule(config, steps_per_epoch=10)
     size = min(config.views.size or config.data.size, SIZE)
+    count = config.view_count * (1 if config.method.neighbours is None else 2)
     # The first step of all, and the first one after slow start, where all widths train.
     for step in 1, int(config.slow_start * 10):
-        views = [torch.randn(BATCH, config.data.channels, size, size) for _ in range(config.view_count)]
+        views = [torch.randn(BATCH, config.data.channels, size, size) for _ in range(count)]
         before = method.backbone.conv1.weight.clone()
         widths = schedule.widths_at(step)
         output = method(views, widths, schedule.momentum_at(step), torch.arange(BATCH))
