@@ -14,6 +14,7 @@ from statistics import mean, stdev
 
 import timm
 
+from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cost import cost
 from slimclr_hub.runs.figures import line_style, marker, new_figure, save_figure
 from slimclr_hub.runs.result import RESULT, load
@@ -237,6 +238,7 @@ def training_costs(size: int = 20) -> dict[str, float]:
     A backward counts as two forwards. What learned from a teacher has the cost of the teacher's own training with it.
     """
     model = timm.create_model('slimclr_resnet20', num_classes=0, in_chans=1)
+    assert isinstance(model, SlimmableResNet)
     each = {width: cost(model, width, size)[1] for width in WIDTHS}
     full, all_four = 1.0, sum(each.values()) / each[1.0]
     both = (full + all_four) / 2  # with slow start in half of the epochs
