@@ -33,6 +33,8 @@ Encoder = Literal['online', 'momentum']
 DenseFormat = Literal['timm', 'torchvision', 'mmdet']
 ExportFormat = Literal['onnx', 'openvino', 'executorch', 'pt2']
 Precision = Literal['no', 'fp16', 'bf16']
+Resolutions = Annotated[Path | None, typer.Option(help='Statistics for --size: `slimclr-hub resolutions`.')]
+Pixels = Annotated[int | None, typer.Option(help='Height and width of images, with --resolutions.')]
 Skip = Annotated[bool, typer.Option('--skip-unreadable', help='Leave out images that cannot be read.')]
 
 
@@ -169,23 +171,40 @@ def choose(
     threads: Annotated[int | None, typer.Option(help="Threads of the CPU; PyTorch's unless given.")] = None,
     runtime: Annotated[str, typer.Option(help='torch, onnxruntime or openvino.')] = 'torch',
     device: Annotated[str, typer.Option(help='Device of PyTorch, such as cuda.')] = 'cpu',
+    resolutions: Annotated[Path | None, typer.Option(help='Choose the size, too: `slimclr-hub resolutions`.')] = None,
 ) -> None:
-    """Choose the widest width within a budget, and say why."""
+    """Choose the widest width within a budget, or the best pair of width and size, and say why."""
     import torch
 
     from slimclr_hub.models.budget import Budget, Setting
     from slimclr_hub.models.budget import choose as choose_width
+    from slimclr_hub.models.resolutions import load_resolutions
 
     budget = Budget(max_ms, max_mib, max_macs)
     if not budget:
         raise InputError('no budget; give --max-ms, --max-mib or --max-macs')
-    model = _described(network)
+    if resolutions is not None and size is not None:
+        raise InputError(f'--size {size}: a size of {resolutions} is chosen; leave one of the two out')
+    found = None if resolutions is None else load_resolutions(resolutions)
+    model = _described(network) if found is None else _on_device(network, None, 'cpu', lazy=False)
+    if found is not None:
+        model.load_resolutions(resolutions)  # which are of these weights, or refused
     pixels = model.pretrained_cfg['input_size'][-1] if size is None else size
     setting = Setting(pixels, batch_size, threads or torch.get_num_threads(), runtime, device)
-    choice = choose_width(model, budget, setting)
-    _print(_needs_table(choice.needs, _known_accuracies(network, model)))
-    print(choice.why)
-    print(f"timm.create_model('{network}', pretrained=True, width={choice.width:g})")
+    choice = choose_width(model, budget, setting, found)
+    if found is None:
+        _print(_needs_table(list(choice.needs.values()), _known_accuracies(network, model)))
+        print(choice.why)
+        print(f"timm.create_model('{network}', pretrained=True, width={choice.width:g})")
+        if max_ms or max_macs:
+            command = f'slimclr-hub resolutions {network} IMAGES --size PIXELS --out resolutions.safetensors'
+            print(f'Smaller images may be better than fewer channels: {command}')
+        return
+    _print(_pairs_table(choice.needs))
+    print(choice.why if found.tested else f'No accuracies are known of sizes. {choice.why}')
+    arguments = f"pretrained=True, width={choice.width:g}, resolutions='{resolutions}'"
+    print(f"model = timm.create_model('{network}', {arguments})")
+    print(f'model.set_resolution({choice.size})')
 
 
 @app.command()
@@ -239,6 +258,8 @@ def extract(
     width: Annotated[float, typer.Option(help='Width to take.')],
     format: Annotated[DenseFormat, typer.Option(help='Whose format.')] = 'timm',
     config: Annotated[Path | None, typer.Option(help="A detector's config, which runs and is kept whole.")] = None,
+    resolutions: Resolutions = None,
+    size: Pixels = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Extract one width as an ordinary network that opens without this package.
@@ -253,11 +274,13 @@ def extract(
         return
     if config:
         raise InputError(f'--config {config}: {network} is no slimmable detector; leave it out')
+    _check_resolution(resolutions, size)
     if format == 'timm':
         check_folder(target, overwrite)
     else:
         check_file(target, overwrite)
     model = open_network(network, width=width)
+    _set_resolution(model, resolutions, size)
     if format == 'timm':
         formats.save_timm_folder(model, width, target, tagged='tag' in model.pretrained_cfg)
         print(f"Open it: timm.create_model('local-dir:{target}', pretrained=True)")
@@ -279,6 +302,7 @@ def export(
     format: Annotated[ExportFormat, typer.Option(help='For which runtime; pt2 is an ExportedProgram of PyTorch.')],
     width: Annotated[list[float] | None, typer.Option(help='Widths; all unless given, repeat for each.')] = None,
     size: Annotated[int | None, typer.Option(help="Height and width of images; the network's unless given.")] = None,
+    resolutions: Resolutions = None,
     int8: Annotated[bool, typer.Option('--int8', help='Quantise to 8 bits, by the images of --calibration.')] = False,
     calibration: Annotated[Path | None, typer.Option(help='Folder of images like those of the task, for int8.')] = None,
     least_cosine: Annotated[
@@ -297,7 +321,10 @@ def export(
             '--int8, --calibration FOLDER and --least-cosine go together; give the first two, or none for float32'
         )
     check_format(format, int8=int8)
+    if resolutions is not None:
+        _check_resolution(resolutions, size)
     model = open_network(network)
+    _set_resolution(model, resolutions, size)
     images = None
     if calibration:
         from slimclr_hub.inference.sample import read_sample
@@ -365,6 +392,8 @@ def predict(
     skip_unreadable: Skip = False,
     cascade: Annotated[Path | None, typer.Option(help='Run wider only where unsure: `slimclr-hub cascade`.')] = None,
     budget: Annotated[float, typer.Option(help='Of a cascade: mean multiply-adds of an image, such as 5e6.')] = inf,
+    resolutions: Resolutions = None,
+    size: Pixels = None,
 ) -> None:
     """Print the most probable classes of images, by a network with a probe."""
     from slimclr_hub.inference import predict as prediction
@@ -378,9 +407,11 @@ def predict(
         if width is not None:
             raise InputError(f'--width {width:g}: a cascade chooses the width of each image; leave one of the two out')
         load_cascades(cascade)
+    _check_resolution(resolutions, size)
     listed = list_images(images)  # before a network is downloaded
-    # A cascade may run any width, else one is read.
-    model = _on_device(network, width, device, lazy=cascade is None)
+    # A cascade may run any width, and resolutions are of all of them, else one is read.
+    model = _on_device(network, width, device, lazy=cascade is None and resolutions is None)
+    _set_resolution(model, resolutions, size)
     if cascade is not None:
         chosen = model.load_cascades(cascade).within(budget)
         print(
@@ -440,6 +471,40 @@ def cascade(
     if figure:
         fitting.draw_cascades(rows, figure.with_suffix(''))
     print(f'{out}: fitted on {fitted.images} images. Use it: slimclr-hub predict {network} IMAGES --cascade {out}')
+
+
+@app.command()
+def resolutions(
+    network: Network,
+    images: Images,
+    size: Annotated[list[int], typer.Option(help="Height and width of images besides the network's; repeat for each.")],
+    out: Annotated[Path, typer.Option('--out', '-o', help='A .safetensors file.')],
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    device: Device = None,
+    skip_unreadable: Skip = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Estimate statistics of batch normalisation for images of other sizes, and show what each width reaches with them.
+
+    No labels are needed. Where images lie in folders named by the network's classes, the table shows accuracy, and
+    `choose` and `create_model` choose the best pair of width and size within a budget.
+    """
+    from slimclr_hub.hub.folder import check_file
+    from slimclr_hub.inference import resolutions as fitting
+    from slimclr_hub.inference.images import list_images
+    from slimclr_hub.inference.runner import InferenceConfig
+
+    check_file(out, overwrite)
+    listed = list_images(images)
+    model = _on_device(network, None, device, lazy=False)
+    config = InferenceConfig(batch_size, workers, skip_unreadable=skip_unreadable)
+    found, statistics = fitting.fit_resolutions(model, listed, size, config)
+    found.save(statistics, out)
+    costs = fitting.costs_of(model, found.pairs)
+    _print(fitting.resolutions_table(found, costs))
+    print(fitting.verdict(found, costs))
+    print(f'{out}: of {found.images} images. Use it: slimclr-hub choose {network} --max-macs 1e9 --resolutions {out}')
 
 
 @app.command()
@@ -661,6 +726,15 @@ def _known_accuracies(network: str, model: Any) -> dict[float, float]:
     return next((top1 for top1 in measured if set(model.widths) <= top1.keys()), {})
 
 
+def _pairs_table(needs: dict[Any, Any]) -> 'Table':
+    """A table of pairs of width and size, the best first: what each needs, and its accuracy where it is known."""
+    table = _table(['size', *next(iter(needs.values())).cells, 'accuracy (%)'])
+    for pair, each in needs.items():
+        known = '' if pair.accuracy is None else f'{100 * pair.accuracy:.1f}'
+        table.add_row(str(pair.size), *each.cells.values(), known)
+    return table
+
+
 def _needs_table(needs: list[Any], top1: dict[float, float]) -> 'Table':
     """A table of widths: what each needs, and its accuracy where it is known."""
     table = _table([*needs[0].cells, *(['top-1 (%)'] if top1 else [])])
@@ -682,6 +756,22 @@ def _on_device(network: str, width: float | None, device: str | None, *, lazy: b
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f'--device {device}: {str(error).partition(chr(10))[0]}') from error
+
+
+def _check_resolution(resolutions: Path | None, size: int | None) -> None:
+    """Raise an InputError, before any work, unless both are given, or none, and the file is one."""
+    from slimclr_hub.models.resolutions import load_resolutions
+
+    if (resolutions is None) != (size is None):
+        raise InputError('--resolutions FILE and --size go together; give both or none')
+    if resolutions is not None:
+        load_resolutions(resolutions)
+
+
+def _set_resolution(model: Any, resolutions: Path | None, size: int | None) -> None:
+    if resolutions is not None:
+        model.load_resolutions(resolutions)
+        model.set_resolution(size)
 
 
 def _table(headers: list[str], title: str | None = None) -> 'Table':

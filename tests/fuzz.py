@@ -28,11 +28,14 @@ from typing import Any
 import torch
 import yaml
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from slimclr_hub import cli
 from slimclr_hub.files import file_hash
 from slimclr_hub.hub.open import open_network
 from slimclr_hub.models.cascade import Cascade, FittedCascades
+from slimclr_hub.models.resolutions import Pair, Resolutions, statistics_of
 from slimclr_hub.runs.command_line import run_script
 from slimclr_hub.runs.result import Protocol, Result, save
 from slimclr_hub.train.command import parse_pretrain
@@ -303,6 +306,23 @@ def thresholds(case: Case) -> None:
     case.argv += ['--cascade', str(file), *case.random.choice(([], ['--budget', '1e7']))]
 
 
+def statistics(case: Case) -> None:
+    file = case.folder / 'resolutions.safetensors'
+    if case.random.random() < 0.5:
+        damage_safetensors(file, case.random)
+    else:
+        with safe_open(file, 'pt') as whole:
+            (key, text), *_ = whole.metadata().items()
+        save_file(load_file(file), file, {key: json.dumps(damaged(json.loads(text), case.random))})
+    net, given = str(case.folder / 'net'), ['--resolutions', str(file)]
+    case.argv = case.random.choice(
+        [
+            ['predict', net, str(case.folder / 'images'), '--workers', '0', '--size', '20', *given],
+            ['choose', net, '--max-macs', '1e7', *given],
+        ]
+    )
+
+
 def pretrain(case: Case) -> None:
     """The configuration of a new run, and that of a resumed one; training itself would take longer."""
     case.program = 'pretrain.py'
@@ -324,7 +344,7 @@ IMPORTED_BY_COMMANDS = (
     'slimclr_hub.inference.predict',
     'mmengine.logging',
 )
-KINDS = (safetensors, config, checkpoint, metrics, result, recipe, thresholds, pretrain)
+KINDS = (safetensors, config, checkpoint, metrics, result, recipe, thresholds, statistics, pretrain)
 PROGRAMS: dict[str, Callable[[], None]] = {
     'slimclr-hub': cli.main,
     'pretrain.py': lambda: run_script(lambda: (parse_pretrain(RECIPE), None)[1]),
@@ -338,6 +358,9 @@ def make_inputs(folder: Path) -> None:
     cascades = (Cascade((0.25,), 0.0, 2e6, 0.8), Cascade((0.25, 1.0), 0.5, 9e6, 1.0))
     weights = state_hash(open_network(str(folder / 'net')))
     FittedCascades(weights, 32, 20, cascades).save(folder / 'cascade.json')
+    own = statistics_of(open_network(str(folder / 'net')))
+    pairs = tuple(Pair(width, size, 0.5) for width in (1.0, 0.25) for size in (32, 20))
+    Resolutions(weights, 32, 20, 20, pairs).save({20: own}, folder / 'resolutions.safetensors')
     (folder / 'images').mkdir()
     for i in range(2):
         Image.new('RGB', (40, 32), (99 * i, 50, 0)).save(folder / 'images' / f'{i}.png')

@@ -22,9 +22,11 @@ from slimclr_hub import cli
 from slimclr_hub.inference.embed import embed
 from slimclr_hub.inference.predict import predict
 from slimclr_hub.models import DEFAULT_WIDTHS
+from slimclr_hub.models.resolutions import Pair, Resolutions, copy_statistics, statistics_of
 from slimclr_hub.runs.result import load
 from slimclr_hub.train.config import ModelConfig
 from slimclr_hub.train.setup import make_backbone
+from slimclr_hub.weights.hashes import state_hash
 from slimclr_hub.weights.published import PUBLISHED, SHIPPED
 from tests.data_room.files import some_images, write_pngs
 from tests.hub.files import ROOT, Ended, save_small, small_network
@@ -39,6 +41,7 @@ COMMANDS = (
     'embed',
     'predict',
     'cascade',
+    'resolutions',
     'latency',
     'choose',
     'push',
@@ -515,6 +518,45 @@ def test_cascade(succeed, refuse, tmp_path):
     refuse(*predicted, '--budget', 5e6, words=('--budget 5e+06 is of a cascade',))
     refuse(*predicted, '--cascade', out, '--budget', 5, words=('budget 5: the cheapest cascade has',))
     refuse(*predicted, '--cascade', out, '--width', 0.5, words=('--width 0.5: a cascade chooses',))
+
+
+def test_resolutions(succeed, refuse, tmp_path):
+    folder, out = write_pngs(tmp_path / 'images' / '0', some_images('test', 40)[0]).parent, tmp_path / 'r.safetensors'
+    said = succeed('resolutions', 'slimclr_resnet20', folder, '--size', 14, '-o', out, '--workers', 0)
+    assert 'On 20 images that were not for the statistics' in said
+    chosen = succeed('choose', 'slimclr_resnet20', '--max-macs', 6e5, '--resolutions', out)
+    assert f"width=0.25, resolutions='{out}')\nmodel.set_resolution(14)\n" in chosen
+    hint = succeed('choose', 'slimclr_resnet20', '--max-macs', 6e6)
+    assert 'slimclr-hub resolutions slimclr_resnet20 IMAGES --size PIXELS' in hint
+    predicted = ('predict', 'slimclr_resnet20', folder, '--workers', 0)
+    assert '0039.png' in succeed(*predicted, '--resolutions', out, '--size', 14)
+    refuse('choose', 'slimclr_resnet20', '--max-macs', 1, '--size', 0, words=('size is 0; give 1 or more',))
+    refuse(*predicted, '--size', 14, words=('--resolutions FILE and --size go together',))
+    refuse(
+        *predicted,
+        '--resolutions',
+        out,
+        '--size',
+        15,
+        words=('size 15 in place of 28: there are statistics of sizes 14, 28',),
+    )
+    refuse(
+        'choose', 'slimclr_resnet20', '--max-macs', 1, '--resolutions', out, '--size', 9, words=('--size 9: a size',)
+    )
+
+
+def test_extraction_at_another_size(succeed, tmp_path):
+    model = save_small(tmp_path / 'net', name='slimclr_resnet18', widths=(0.25,), num_classes=0)
+    pairs = tuple(Pair(0.25, size) for size in (32, 20))
+    statistics = {20: {name: tensor + 1 for name, tensor in statistics_of(model).items()}}
+    Resolutions(state_hash(model), 32, 9, 0, pairs).save(statistics, tmp_path / 'r.safetensors')
+    at = ('--width', 0.25, '--resolutions', tmp_path / 'r.safetensors', '--size', 20)
+    succeed('extract', tmp_path / 'net', tmp_path / 'dense', *at)
+    dense = open_folder(tmp_path / 'dense')
+    assert dense.pretrained_cfg['input_size'] == (3, 20, 20)
+    copy_statistics(statistics[20], model)
+    images = torch.randn(2, 3, 20, 20)
+    torch.testing.assert_close(dense(images), model(images), rtol=1e-4, atol=1e-4)
 
 
 # push and cards

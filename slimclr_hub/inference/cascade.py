@@ -113,9 +113,21 @@ def answer(model: SlimmableResNet, images: Sources, config: InferenceConfig) -> 
     return Answers(
         listed,
         dict(zip(model.widths, (tensor.cpu() for tensor in found.tensors), strict=True)),
-        _labels(model, listed.names),
+        labels_of(model, listed.names),
         {width: cost(model, width, size)[1] for width in model.widths},
     )
+
+
+def labels_of(model: SlimmableResNet, names: Sequence[str]) -> torch.Tensor | None:
+    """Class of each image [N], by the first folder of its name; None where one is no class of the network."""
+    subset = infer_imagenet_subset(model)
+    classes = model.pretrained_cfg.get('label_names') or (ImageNetInfo(subset).label_names() if subset else [])
+    numbers = {str(number): number for number in range(model.num_classes)}
+    numbers |= {name: number for number, name in enumerate(classes[: model.num_classes])}
+    folders = [name.partition('/')[0] for name in names]
+    if not all(folder in numbers and folder != name for folder, name in zip(folders, names, strict=True)):
+        return None
+    return torch.tensor([numbers[folder] for folder in folders])
 
 
 def fit_cascades(answers: Answers) -> tuple[Cascade, ...]:
@@ -249,17 +261,6 @@ def draw_cascades(rows: Sequence[Row], path: Path) -> None:
     axis.set_ylabel('agreement with the widest (%)' if rows[0].accuracy is None else 'accuracy (%)')
     axis.legend()
     save_figure(figure, path)
-
-
-def _labels(model: SlimmableResNet, names: Sequence[str]) -> torch.Tensor | None:
-    subset = infer_imagenet_subset(model)
-    classes = model.pretrained_cfg.get('label_names') or (ImageNetInfo(subset).label_names() if subset else [])
-    numbers = {str(number): number for number in range(model.num_classes)}
-    numbers |= {name: number for number, name in enumerate(classes[: model.num_classes])}
-    folders = [name.partition('/')[0] for name in names]
-    if not all(folder in numbers and folder != name for folder, name in zip(folders, names, strict=True)):
-        return None
-    return torch.tensor([numbers[folder] for folder in folders])
 
 
 def _agreement(answers: Answers) -> dict[float, torch.Tensor]:

@@ -2,13 +2,13 @@
 
 Milliseconds come from a query table, which `slimclr-hub latency` measures and keeps in huggingface_hub's cache of
 assets. Yang et al. 2020, MutualNet (https://arxiv.org/abs/1909.12978), choose width and resolution in this way; here
-the resolution is given, since a network's normalisations are those of its own.
+the resolution is the network's own, unless it has `slimclr_hub.models.resolutions`.
 """
 
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,8 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.files import write_text
 from slimclr_hub.machine import processors
 from slimclr_hub.models.cost import WidthNeeds, describe
+from slimclr_hub.models.resolutions import Pair, Resolutions
+from slimclr_hub.models.widths import check_width
 from slimclr_hub.settings import Count, at_least
 from slimclr_hub.text import human
 from slimclr_hub.version import __version__
@@ -146,17 +148,19 @@ class QueryTable:
 
 @dataclass(frozen=True)
 class Choice:
-    """The widest width within a budget.
+    """The best pair of width and size within a budget.
 
     Args:
         width: The width.
-        why: What it needs, and what the next wider one does.
-        needs: What each width needs.
+        size: Height and width of the images in pixels.
+        why: What it needs, and what the next better one does.
+        needs: What each pair needs, the best first.
     """
 
     width: float
+    size: int
     why: str
-    needs: list[WidthNeeds]
+    needs: dict[Pair, WidthNeeds]
 
 
 def table_path(model: 'SlimmableResNet') -> Path:
@@ -214,32 +218,46 @@ def read_table(path: Path) -> QueryTable:
         raise InputError(f'{path} is no table of times; remove it, and measure again: slimclr-hub latency') from error
 
 
-def choose(model: 'SlimmableResNet', budget: Budget, setting: Setting) -> Choice:
-    """Choose the widest width that fits.
+def choose(
+    model: 'SlimmableResNet', budget: Budget, setting: Setting, resolutions: Resolutions | None = None
+) -> Choice:
+    """Choose the widest width that fits, or the pair of width and size that was measured to be the most accurate.
 
     Args:
         model: The network, which may be on the meta device.
         budget: Limits.
         setting: How it is going to run, for `max_ms`; its size also counts for `max_macs`.
+        resolutions: Pairs to choose from instead, if their accuracies are known; of equal ones, the cheapest.
 
     Raises:
         InputError: No width fits; or there are no times of this machine, versions, widths and setting.
     """
-    needs = describe(model, setting.size)  # the widest first
-    times = None if budget.max_ms is None else _times(model, setting)
+    pairs = () if resolutions is None else resolutions.pairs
+    if not pairs or any(pair.accuracy is None for pair in pairs):
+        pairs = tuple(Pair(width, setting.size) for width in model.widths)  # the widest first
+    sizes = sorted({pair.size for pair in pairs})
+    at = {(each.width, size): each for size in sizes for each in describe(model, size)}
+    needs = {pair: at[check_width(pair.width, model.widths), pair.size] for pair in pairs}
+    if pairs[0].accuracy is not None:
+        needs = dict(sorted(needs.items(), key=lambda item: (-(item[0].accuracy or 0), item[1].multiply_adds)))
+    times = None if budget.max_ms is None else _times(model, [replace(setting, size=size) for size in sizes])
     beyond = ''
-    for each in needs:
-        words, problems = _judged(each, times, budget)
+    for pair, each in needs.items():
+        ms = None if times is None else times[each.width, pair.size]
+        words, problems = _judged(each, ms, budget)
         if not problems:
-            return Choice(each.width, f'width {each.width:g} needs {", ".join(words)}{beyond}', needs)
-        beyond = f'; width {each.width:g} would need {", ".join(problems)}'
+            return Choice(each.width, pair.size, f'{pair} needs {", ".join(words)}{beyond}', needs)
+        beyond = f'; {pair} would need {", ".join(problems)}'
     raise InputError(f'no width fits {_in_words(budget)}{beyond}')
 
 
-def _times(model: 'SlimmableResNet', setting: Setting) -> dict[float, float]:
+def _times(model: 'SlimmableResNet', settings: Sequence[Setting]) -> dict[tuple[float, int], float]:
+    """(width, size) -> milliseconds, of settings that differ in the size."""
+    setting = settings[0]
     command = (
-        f'slimclr-hub latency NETWORK --size {setting.size} --batch-size {setting.batch_size} '
-        f'--threads {setting.threads} --runtime {setting.runtime} --device {setting.device}'
+        f'slimclr-hub latency NETWORK {" ".join(f"--size {each.size}" for each in settings)} '
+        f'--batch-size {setting.batch_size} --threads {setting.threads} --runtime {setting.runtime} '
+        f'--device {setting.device}'
     )
     path = table_path(model)
     try:
@@ -251,22 +269,23 @@ def _times(model: 'SlimmableResNet', setting: Setting) -> dict[float, float]:
     for name, installed in versions_of(setting.runtime).items():
         if table.versions.get(name, installed) != installed:
             raise InputError(f'max_ms: {path} is of {name} {table.versions[name]}, not {installed}; again: {command}')
-    times = table.slowest(setting)
-    if missing := [f'{width:g}' for width in model.widths if width not in times]:
-        raise InputError(f'max_ms: nothing was measured at widths {", ".join(missing)} with {setting}; {command}')
-    return times
+    found: dict[tuple[float, int], float] = {}
+    for setting in settings:
+        times = table.slowest(setting)
+        if missing := [f'{width:g}' for width in model.widths if width not in times]:
+            raise InputError(f'max_ms: nothing was measured at widths {", ".join(missing)} with {setting}; {command}')
+        found |= {(width, setting.size): ms for width, ms in times.items()}
+    return found
 
 
-def _judged(
-    needs: WidthNeeds, times: Mapping[float, float] | None, budget: Budget
-) -> tuple[Sequence[str], Sequence[str]]:
+def _judged(needs: WidthNeeds, ms: float | None, budget: Budget) -> tuple[Sequence[str], Sequence[str]]:
     """What a width needs of what is limited, and the part of it that is too much."""
     found: list[tuple[float, float | None, str]] = [
         (needs.mib, budget.max_mib, f'{needs.mib:.2f} MiB'),
         (needs.multiply_adds, budget.max_macs, f'{human(needs.multiply_adds)} multiply-adds'),
     ]
-    if times is not None:
-        found.append((times[needs.width], budget.max_ms, f'{times[needs.width]:.3g} ms'))
+    if ms is not None:
+        found.append((ms, budget.max_ms, f'{ms:.3g} ms'))
     limited = [(need, limit, words) for need, limit, words in found if limit is not None]
     return [words for *_, words in limited], [words for need, limit, words in limited if need > limit]
 

@@ -11,11 +11,12 @@ from timm.models import _factory, build_model_with_cfg, generate_default_cfgs, r
 from timm.models._pretrained import PretrainedCfg
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.models.budget import Budget, Setting, choose
+from slimclr_hub.models.budget import Budget, Choice, Setting, choose
 from slimclr_hub.models.convert import convert
 from slimclr_hub.models.dense import DenseResNet
 from slimclr_hub.models.lazy import LazySlimmableResNet
 from slimclr_hub.models.loading import check_fits, check_head, checkpoint_filter_fn
+from slimclr_hub.models.resolutions import Resolutions, load_resolutions
 from slimclr_hub.models.slimmable_resnet import BasicBlock, Bottleneck, SlimmableFeatureGetter, SlimmableResNet
 from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_width, check_widths, width_key
 from slimclr_hub.weights import source
@@ -311,10 +312,16 @@ def _slimmable(
     max_ms: float | None = None,
     max_mib: float | None = None,
     max_macs: float | None = None,
+    resolutions: str | Path | None = None,
     **kwargs: Any,
 ) -> SlimmableResNet:
+    if resolutions is not None and (lazy or not pretrained or kwargs.get('features_only')):
+        raise InputError('resolutions=FILE is of whole networks: give pretrained=True, without lazy and features_only')
+    found = None if resolutions is None else load_resolutions(Path(resolutions))
+    size = None
     if budget := Budget(max_ms, max_mib, max_macs):
-        kwargs['width'] = _width_within(variant, budget, kwargs)
+        choice = _best_within(variant, budget, found, kwargs)
+        kwargs['width'], size = choice.width, choice.size
     if pad_channels and not kwargs.get('features_only'):
         raise InputError('pad_channels=True is for the maps of features_only=True; leave it out, or give both')
     if lazy and not pretrained:
@@ -326,7 +333,12 @@ def _slimmable(
     if pad_channels:  # timm's own wrappers, which a user may ask for, do not know it
         features['pad_channels'] = True
     cls = LazySlimmableResNet if lazy else SlimmableResNet
-    return build(cls, variant, pretrained, feature_cfg=features, **{**arch, **kwargs})
+    model = build(cls, variant, pretrained, feature_cfg=features, **{**arch, **kwargs})
+    if resolutions is not None:
+        model.load_resolutions(resolutions)
+        if size is not None:
+            model.set_resolution(size)
+    return model
 
 
 def _dense(variant: str, pretrained: bool, **kwargs: Any) -> DenseResNet:
@@ -336,16 +348,16 @@ def _dense(variant: str, pretrained: bool, **kwargs: Any) -> DenseResNet:
     return build(DenseResNet, variant, pretrained, feature_cfg=features, **arguments)
 
 
-def _width_within(variant: str, budget: Budget, kwargs: Mapping[str, Any]) -> float:
+def _best_within(variant: str, budget: Budget, resolutions: Resolutions | None, kwargs: Mapping[str, Any]) -> Choice:
     if 'width' in kwargs:
         raise InputError(f'width={kwargs["width"]} and a budget both choose the width; give one of them')
     of_features = ('features_only', 'out_indices')
     arguments = {key: value for key, value in kwargs.items() if key not in of_features}
     model = build(SlimmableResNet, variant, False, **{**_arch(variant), **arguments, 'device': 'meta'})
     device = torch.device(kwargs.get('device') or torch.get_default_device()).type
-    choice = choose(model, budget, Setting(model.pretrained_cfg['input_size'][-1], device=device))
+    choice = choose(model, budget, Setting(model.pretrained_cfg['input_size'][-1], device=device), resolutions)
     _logger.info('Within the budget %s', choice.why)
-    return choice.width
+    return choice
 
 
 @register_model

@@ -34,6 +34,14 @@ from slimclr_hub.models.layers import (
     slice_starts,
 )
 from slimclr_hub.models.loading import load_file
+from slimclr_hub.models.resolutions import (
+    Resolutions,
+    check_unchanged,
+    copy_statistics,
+    load_resolutions,
+    load_statistics,
+    statistics_of,
+)
 from slimclr_hub.models.slicing import Transient, cut, sliced_once
 from slimclr_hub.models.widths import (
     DEFAULT_WIDTHS,
@@ -241,6 +249,7 @@ class SlimmableResNet(PassesWidth):
         self.grad_checkpointing = False
         self._compiled = Transient()
         self._cascades: FittedCascades | None = None
+        self._statistics: dict[int, dict[str, torch.Tensor]] = {}
         _allow_graphs(len(self._widths))
 
         kernel, stride = (3, 1) if small_stem else (7, 2)
@@ -471,6 +480,49 @@ class SlimmableResNet(PassesWidth):
             check_width(width, self._widths)
         self._cascades = found
         return found
+
+    def load_resolutions(self, path: str | Path) -> Resolutions:
+        """Read the statistics for `set_resolution`, which `slimclr-hub resolutions` has estimated for this network.
+
+        Raises:
+            InputError: They are of another network, or of this one with other weights, dtype or size of images.
+        """
+        found = load_resolutions(Path(path))
+        if found.weights != state_hash(self) or found.size != self.pretrained_cfg['input_size'][-1]:
+            raise InputError(
+                f'{path} is of other weights or another size; make it again: slimclr-hub resolutions NETWORK IMAGES'
+            )
+        for pair in found.pairs:
+            check_width(pair.width, self._widths)
+        own = {name: tensor.clone() for name, tensor in statistics_of(self).items()}
+        others = [size for size in found.sizes if size != found.size]
+        self._statistics = {found.size: own, **load_statistics(Path(path), others, own)}
+        return found
+
+    def set_resolution(self, size: int) -> ExitStack:
+        """Switch the statistics of all widths, and the preprocessing, to images of `size` pixels, for inference.
+
+        `with model.set_resolution(20): ...` switches back on leaving, to the last bit. Thresholds of a cascade, which
+        are of one size, are dropped.
+
+        Raises:
+            InputError: There are no statistics of this size, or the network has changed since they were loaded.
+        """
+        if not self._statistics:
+            raise InputError('no statistics of other sizes: model.load_resolutions(FILE), of `slimclr-hub resolutions`')
+        before = self.pretrained_cfg['input_size'][-1]
+        if not {size, before} <= self._statistics.keys():
+            sizes, widths = (', '.join(f'{n:g}' for n in known) for known in (sorted(self._statistics), self._widths))
+            raise InputError(
+                f'size {size} in place of {before}: there are statistics of sizes {sizes}, each at widths {widths}'
+            )
+        check_unchanged(self._statistics[before], self)
+        copy_statistics(self._statistics[size], self)
+        self.pretrained_cfg['input_size'] = (self.in_chans, size, size)
+        self._cascades = None
+        back = ExitStack()
+        back.callback(self.set_resolution, before)
+        return back
 
     def cascade(self, images: torch.Tensor, budget: float = inf) -> Routed:
         """Run images [N, C, H, W] at the narrowest width, and at wider ones where the answer is unsure.

@@ -53,6 +53,7 @@ class TensorFile:
     Attributes:
         shapes: Name -> shape of every tensor.
         dtypes: Name -> type of every tensor.
+        metadata: Texts of the header.
 
     Raises:
         InputError: There is no such file, or it is not a complete safetensors file.
@@ -64,7 +65,7 @@ class TensorFile:
         self._file = path.open('rb', buffering=0)
         length = int.from_bytes(self._file.read(8), 'little')
         header = json.loads(self._file.read(length))
-        header.pop('__metadata__', None)
+        self.metadata: dict[str, str] = header.pop('__metadata__', None) or {}
         self._entries: dict[str, _Entry] = {}
         for name, entry in header.items():
             if entry['dtype'] not in _DTYPES:
