@@ -3,8 +3,6 @@
 import copy
 import json
 import os
-import subprocess
-import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -35,11 +33,11 @@ from slimclr_hub.models import DEFAULT_WIDTHS
 from slimclr_hub.models.layers import SlimmableConv2d, SwitchableBatchNorm2d
 from tests.hub.files import save_small, small_network
 from tests.networks import randomise_batchnorm
+from tests.scripts import Script, end_well, start_together
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / 'transfer' / 'torchvision_mask_rcnn.py'
 WIDTHS = DEFAULT_WIDTHS
-TIMEOUT = 300
 
 
 def images(count=2, size=48, channels=3):
@@ -279,18 +277,9 @@ print('equal')
 def test_two_processes(tmp_path):
     """Gradients of all widths are the mean over processes, and precision is that of all images."""
     (tmp_path / 'two.py').write_text(TWO)
-    launcher = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
-    finished = subprocess.run(
-        [*launcher, str(tmp_path / 'two.py')],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.split() in (['equal', 'equal'], ['equalequal'])  # lines of two processes may interleave
+    processes = start_together(2, tmp_path / 'two.py', folder=tmp_path, variables=os.environ)
+    end_well(*processes)
+    assert [process.stdout for process in processes] == ['equal\n'] * 2
 
 
 # One width as an ordinary detector
@@ -477,22 +466,13 @@ def test_average_precision_leaves_crowds_out():
 # The script
 
 
-def launch(folder, *arguments):
-    environment = {
-        **os.environ,
-        'ACCELERATE_USE_CPU': 'true',
-        'CUDA_VISIBLE_DEVICES': '',
-        'HF_HOME': str(folder / 'hf'),
-        'OMP_NUM_THREADS': '1',
-        'PYTHONPATH': str(ROOT),
-    }
-    launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--num_processes', '1']
-    command = [*launcher, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT)
+def start(folder, *arguments):
+    variables = {**os.environ, 'ACCELERATE_USE_CPU': 'true', 'CUDA_VISIBLE_DEVICES': ''}
+    return Script(SCRIPT, *arguments, folder=folder, variables=variables)
 
 
 def test_script(tmp_path):
-    """The real launcher makes a step, from weights to a table and a file that opens."""
+    """A step, from weights to a table and a file that opens."""
     folder = write_set(tmp_path / 'data', val=1)
     trained = save_small(tmp_path / 'network')
     options = {
@@ -505,8 +485,8 @@ def test_script(tmp_path):
         'workers': 0,
         'out': tmp_path / 'out',
     }
-    finished = launch(tmp_path, *(word for name, value in options.items() for word in (f'--{name}', value)))
-    assert finished.returncode == 0, finished.stderr
+    finished = start(tmp_path, *(word for name, value in options.items() for word in (f'--{name}', value)))
+    assert finished.end() == 0, finished.stderr
     assert 'Backbone weights from' in finished.stderr
     assert '1/1' in finished.stderr
     rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in finished.stdout.splitlines()]
@@ -523,7 +503,7 @@ def test_script(tmp_path):
 
 
 def test_script_says_what_is_missing(tmp_path):
-    finished = subprocess.run([sys.executable, SCRIPT, '--data', tmp_path / 'nothing'], capture_output=True, text=True)
-    assert finished.returncode == 1
+    finished = start(tmp_path, '--data', tmp_path / 'nothing')
+    assert finished.end() == 1
     assert 'Error: ' in finished.stderr
     assert 'nothing; a data set other than COCO 2017 has annotations/train.json and train' in finished.stderr
