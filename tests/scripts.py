@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
+from torch.multiprocessing import start_processes
 
 TIMEOUT = 300
 _SERVER = multiprocessing.get_context('forkserver')
@@ -35,7 +36,7 @@ class Script:
     """A script that runs in a process, and a session, of its own."""
 
     def __init__(self, script: Path, *arguments: object, folder: Path, variables: Mapping[str, str]) -> None:
-        self._outputs = Path(mkdtemp(prefix='output-', dir=folder))
+        self._outputs = Path(mkdtemp(prefix='output-', dir=folder.parent))
         for name in 'stdout', 'stderr':
             (self._outputs / name).touch()
         words = [str(argument) for argument in arguments]
@@ -92,6 +93,11 @@ def start_together(
     return [Script(script, *arguments, folder=folder, variables=each) for each in ranks]
 
 
+def in_processes(count: int, function: Callable[..., None], *arguments: object) -> None:
+    """Call `function(rank, *arguments)` in processes of its own, all at once."""
+    start_processes(function, arguments, count, start_method='forkserver')
+
+
 def end_well(*scripts: Script) -> str:
     """Wait for scripts that must succeed, and return what the first one has printed."""
     for script in scripts:
@@ -104,6 +110,7 @@ def _run(script: Path, arguments: list[str], folder: Path, variables: dict[str, 
     multiprocessing.set_start_method('fork', force=True)  # its own workers start as those of the script do
     os.environ.clear()
     os.environ.update(variables)
+    sys.path[:0] = [place for place in variables.get('PYTHONPATH', '').split(os.pathsep) if place]
     os.chdir(folder)
     for descriptor, name in enumerate(('stdout', 'stderr'), 1):
         with (outputs / name).open('w') as file:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -13,18 +12,17 @@ import torch
 from slimclr_hub import cli
 from slimclr_hub.detection.doctor import DISTRIBUTIONS, EXTRA, FORK, Package, Report
 from tests.hub.files import ROOT, Ended
+from tests.scripts import Script
 
 ALONE = "torchvision's Mask R-CNN needs torch, torchvision and timm alone; they are ok.\n"
 
 
-def doctor(*arguments: object, path: Path | None = None, cwd: Path | None = None) -> Ended:
-    """Run the command in a process that finds packages in `path` before the installed ones."""
-    environment = {name: value for name, value in os.environ.items() if name != 'COCO_ROOT'}
-    found = [str(path)] if path else []
-    environment['PYTHONPATH'] = os.pathsep.join([*found, str(ROOT)])
-    argv = [sys.executable, '-m', 'slimclr_hub.cli', 'doctor', *map(str, arguments)]
-    done = subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=cwd)
-    return Ended(done.returncode, done.stdout, done.stderr)
+def doctor(*arguments: object, folder: Path) -> Ended:
+    """Run the command in a process in `folder`, which finds packages there before the installed ones."""
+    variables = {name: value for name, value in os.environ.items() if name != 'COCO_ROOT'}
+    variables['PYTHONPATH'] = str(folder)
+    script = Script(Path(cli.__file__), 'doctor', *arguments, folder=folder, variables=variables)
+    return Ended(script.end(), script.stdout, script.stderr)
 
 
 def row(out: str, name: str) -> list[str]:
@@ -57,7 +55,7 @@ def install(site: Path, module: str, distribution: str, version: str, text: str 
 
 def test_here(tmp_path):
     """Everything is installed; COCO, which the default config needs, is missing."""
-    ended = doctor(cwd=tmp_path)
+    ended = doctor(folder=tmp_path)
     assert (ended.status, ended.err) == (1, '')
     for name, (distribution, *_) in DISTRIBUTIONS.items():
         assert row(ended.out, name)[1:4] == [metadata.version(distribution), 'ok', distribution]
@@ -88,7 +86,7 @@ def test_the_fork(tmp_path):
     """Python would import the fork, with compiled operators, though upstream's is installed, too."""
     install_fork(tmp_path, mmengine='0.10.12')
     (tmp_path / 'mmcv' / '_ext.py').touch()
-    ended = doctor('--data', coco(tmp_path / 'coco'), path=tmp_path)
+    ended = doctor('--data', coco(tmp_path / 'coco'), folder=tmp_path)
     assert (ended.status, ended.err) == (0, '')
     assert row(ended.out, 'mmengine')[1:] == ['0.10.12', 'ok', 'onedl-mmengine']
     assert row(ended.out, 'mmcv')[1:] == ['2.3.6', 'ok', 'onedl-mmcv', 'ops: compiled']
@@ -104,7 +102,7 @@ def test_too_old_and_broken(tmp_path):
     install_fork(tmp_path, mmengine='0.10.6')
     (tmp_path / 'mmcv' / '_ext.py').write_text("raise ImportError('_ext.so: undefined symbol: _ZN3c10\\nmore')")
     (tmp_path / 'mmdet' / '__init__.py').write_text("raise AssertionError('MMCV==9 is used but incompatible.')")
-    ended = doctor(path=tmp_path)
+    ended = doctor(folder=tmp_path)
     assert (ended.status, ended.err) == (1, '')
     assert row(ended.out, 'mmengine')[1:] == ['0.10.6', 'too old', 'onedl-mmengine', '0.10.7 or newer']
     assert row(ended.out, 'mmcv')[1:4] == ['2.3.6', 'broken', 'onedl-mmcv']
@@ -159,7 +157,7 @@ def test_compiled_mmcv_is_not_replaced(tmp_path):
     """The extra would install mmcv-lite over it."""
     install(tmp_path, 'mmcv', 'mmcv', '2.0.0')
     (tmp_path / 'mmcv' / '_ext.py').touch()
-    ended = doctor(path=tmp_path)
+    ended = doctor(folder=tmp_path)
     assert row(ended.out, 'mmcv')[1:] == ['2.0.0', 'too old', 'mmcv', '2.1.0 or newer, ops: compiled']
     (remedy,) = (line for line in ended.out.splitlines() if line.startswith('To install'))
     assert '"mmdet==3.3.0"' in remedy

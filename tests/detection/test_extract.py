@@ -134,6 +134,8 @@ def predict(model, images):
 """
 
 ALONE = f"""
+import sys
+sys.modules['transformers'] = None  # whose optimizers mmengine would import for seconds
 from slimclr_hub.detection.mmengine_files import parse_values
 from slimclr_hub.detection.ops import install_ops  # mmcv-lite has none
 install_ops()

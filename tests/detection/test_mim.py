@@ -13,13 +13,18 @@ import mmcv
 import pytest
 import torch
 
+from slimclr_hub import cli
 from slimclr_hub.detection.mmengine_files import allow_mmengine_checkpoints
+from tests.scripts import Script, end_well
 
 CONFIGS = Path(__file__).parents[2] / 'transfer'
 COINS = CONFIGS / 'mask_rcnn_slim_coins.py'
 WIDTHS = ('1.00', '0.75', '0.50', '0.25')
 SMALL = [
     'train_dataloader.dataset.times=1',
+    'train_dataloader.dataset.dataset.pipeline.2.scale=(96,96)',
+    'val_dataloader.dataset.pipeline.1.scale=(96,96)',
+    'test_dataloader.dataset.pipeline.1.scale=(96,96)',
     'train_dataloader.dataset.dataset.indices=4',
     'val_dataloader.dataset.indices=1',
     'test_dataloader.dataset.indices=1',
@@ -133,11 +138,11 @@ def linked(tmp_path_factory):
     folder = tmp_path_factory.mktemp('linked')
     shutil.copytree(Path(mmcv.__file__).parent, folder / 'mmcv')
     environment = {'PYTHONPATH': f'{folder}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'}
-    doctor = [sys.executable, '-m', 'slimclr_hub.cli', 'doctor', '--link-ops']
-    done = subprocess.run(doctor, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    words = 'doctor', '--link-ops'
+    printed = end_well(Script(Path(cli.__file__), *words, folder=folder, variables={**os.environ, **environment}))
     if type(mmcv._ext).__name__ == 'StandIn':  # not compiled
-        assert f'Written: {folder / "mmcv" / "_ext.py"}' in done.stdout
-        assert 'ops: torchvision (linked)' in done.stdout
+        assert f'Written: {folder / "mmcv" / "_ext.py"}' in printed
+        assert 'ops: torchvision (linked)' in printed
     return environment
 
 

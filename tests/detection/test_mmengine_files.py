@@ -15,6 +15,8 @@ import torch
 from slimclr_hub.detection.mmengine_files import allow_mmengine_checkpoints
 
 RUNNER = """
+import sys
+sys.modules['transformers'] = None  # whose optimizers mmengine would import for seconds
 import json, sys
 import numpy as np, torch
 from mmengine.evaluator import BaseMetric

@@ -231,6 +231,7 @@ def test_what_torchvision_cannot_do():
 WITHOUT_COMPILED = """
 import importlib.util, json, sys
 sys.modules['mmcv._ext'] = None  # not importable, compiled or not
+sys.modules['transformers'] = None  # whose optimizers mmengine would import for seconds
 from slimclr_hub.detection.ops import install_ops
 from slimclr_hub.errors import InputError
 told = {'installed': install_ops(), 'early': sorted(m for m in sys.modules if m.startswith(('mmcv.ops', 'mmdet')))}

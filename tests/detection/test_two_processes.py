@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
-from torch import multiprocessing
 
 from slimclr_hub.detection.coins import write_coins
 from slimclr_hub.detection.mmdetection.detectors import SlimmableDistributedDataParallel
 from slimclr_hub.errors import InputError
 from tests.detection.small import WIDTHS, batch, detector, width_gradients
 from tests.detection.test_loops import runner, training, validation
+from tests.scripts import in_processes
 
 WORLD = 2
 
@@ -81,7 +81,7 @@ def records(records_folder):
     folder = records_folder
     write_coins(folder / 'coins')
     (folder / 'work_dir').mkdir()
-    multiprocessing.spawn(worker, args=(folder,), nprocs=WORLD)
+    in_processes(WORLD, worker, folder)
     return [torch.load(folder / f'{rank}.pt', weights_only=True) for rank in range(WORLD)]
 
 

@@ -326,6 +326,7 @@ def test_what_torchvision_does_not_have(kwargs, width, message):
 # mmcv-lite comes without compiled operators. A ResNet uses none, but importing mmdet looks each of them up.
 MMDET = """
 import importlib.util, json, sys, types
+sys.modules['transformers'] = None  # whose optimizers mmengine would import for seconds
 if importlib.util.find_spec('mmcv._ext') is None:
     class Operators(types.ModuleType):
         def __getattr__(self, name):

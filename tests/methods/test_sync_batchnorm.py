@@ -6,10 +6,11 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 
 from slimclr_hub.methods import MoCoV3
 from slimclr_hub.methods.batchnorm import sync_batchnorm
+from tests.scripts import in_processes
 
 CPU = torch.device('cpu')
 WORLD = 2
@@ -77,7 +78,7 @@ def run_process(rank, folder):
 def ranks(tmp_path_factory):
     """What each process recorded."""
     folder = tmp_path_factory.mktemp('processes')
-    multiprocessing.spawn(run_process, (str(folder),), nprocs=WORLD)
+    in_processes(WORLD, run_process, str(folder))
     return [torch.load(folder / f'{rank}.pt') for rank in range(WORLD)]
 
 

@@ -6,13 +6,14 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from slimclr_hub.distributed import average_batchnorm
 from slimclr_hub.methods.batchnorm import sync_batchnorm
 from slimclr_hub.methods.registry import settings_of
 from tests.networks import method_of
+from tests.scripts import in_processes
 
 WORLD = 2
 WIDTHS = (1.0, 0.5, 0.25)
@@ -37,7 +38,8 @@ def make(case, parts=1):
     name, options = CASES[case]
     torch.manual_seed(0)  # on every process, as training does: DDP hands parameters round, but not the queue
     classes = 10 if name == 'supervised' else 0
-    backbone = timm.create_model('slimclr_resnet20', num_classes=classes, widths=WIDTHS, zero_init_last=False)
+    shape = {'layers': (1, 1, 1), 'widths': WIDTHS, 'num_classes': classes}
+    backbone = timm.create_model('slimclr_resnet20', **shape, zero_init_last=False)
     options = {'dim': 16, 'hidden_dim': 64, **options}
     options = {key: value for key, value in options.items() if key in settings_of(name)}
     if 'bn_splits' in options:
@@ -93,7 +95,7 @@ def run_process(rank, folder):
 def folder(tmp_path_factory):
     """What each process recorded."""
     folder = tmp_path_factory.mktemp('processes')
-    multiprocessing.spawn(run_process, (str(folder),), nprocs=WORLD)
+    in_processes(WORLD, run_process, str(folder))
     return folder
 
 

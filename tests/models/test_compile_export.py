@@ -119,8 +119,8 @@ def test_compile_all_widths_of_a_training_step():
 
 def test_compile_dense():
     x = images(2, 64)
-    model = make('slimclr_resnet50_025')
-    extracted = make().extract(0.5)
+    model = shallow('slimclr_resnet50_025')
+    extracted = shallow().extract(0.5)
     with torch.no_grad():
         for dense in model, extracted:
             compiled = torch.compile(dense, fullgraph=True, backend='aot_eager')
@@ -129,7 +129,7 @@ def test_compile_dense():
 
 @pytest.mark.parametrize('width', WIDTHS)
 def test_export_with_any_batch_size(width):
-    model = make(width=width)
+    model = shallow(width=width)
     exported = torch.export.export(model, (images(3),), dynamic_shapes={'x': {0: torch.export.Dim('batch')}})
     module = exported.module()
     with torch.no_grad():
@@ -138,14 +138,14 @@ def test_export_with_any_batch_size(width):
 
 
 def test_export_slimmable_resnet50():
-    model, x = make('slimclr_resnet50', width=0.5), images(2, 64)
+    model, x = shallow('slimclr_resnet50', width=0.5), images(2, 64)
     module = torch.export.export(model, (x,), dynamic_shapes={'x': {0: torch.export.Dim('batch')}}).module()
     with torch.no_grad():
         torch.testing.assert_close(module(images(3, 64)), model(images(3, 64)))
 
 
 def test_export_dense():
-    for dense in make('slimclr_resnet50_025'), make().extract(0.25):
+    for dense in shallow('slimclr_resnet50_025'), shallow().extract(0.25):
         exported = torch.export.export(dense, (images(),), dynamic_shapes={'x': {0: torch.export.Dim('batch')}})
         with torch.no_grad():
             torch.testing.assert_close(exported.module()(images(5)), dense(images(5)))

@@ -100,16 +100,16 @@ def test_a_damaged_file_is_refused(tmp_path, monkeypatch):
 # The 1,000 test images in the package are among the 10,000 of the recorded accuracies.
 
 
-def images_of(split, model):
+def images_of(split, model, count):
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-    images, labels = read_embedded(split)
+    images, labels = (array[:count] for array in read_embedded(split))
     tensors = torch.stack([transform(Image.fromarray(image).convert('RGB')) for image in images])
     return tensors, torch.from_numpy(labels).long()
 
 
 def test_probe_is_as_good_as_recorded():
     model = timm.create_model('slimclr_resnet20', pretrained=True).eval()
-    images, labels = images_of('test', model)
+    images, labels = images_of('test', model, 1000)
     recorded = next(result.top1 for result in load(SHIPPED[LINCLS].results) if result.protocol.kind == 'linear')
     with torch.inference_mode():
         for width in model.widths:
@@ -135,8 +135,7 @@ def test_neighbours_are_far_better_than_those_of_random_weights():
     model = timm.create_model(name, pretrained=True).eval()
     torch.manual_seed(0)
     random = timm.create_model(name, zero_init_last=False)  # its normalisations by the batch
-    (bank, bank_labels), (images, labels) = images_of('train', model), images_of('test', model)
-    bank, bank_labels = bank[:2000], bank_labels[:2000]
+    (bank, bank_labels), (images, labels) = images_of('train', model, 2000), images_of('test', model, 1000)
 
     def accuracy(network, width):
         network.set_width(width)
