@@ -33,15 +33,26 @@ _SERVER.set_forkserver_preload(
 
 
 class Script:
-    """A script that runs in a process, and a session, of its own."""
+    """A script, or a program given as text, that runs in a process, and a session, of its own."""
 
-    def __init__(self, script: Path, *arguments: object, folder: Path, variables: Mapping[str, str]) -> None:
+    def __init__(
+        self, script: Path | str, *arguments: object, folder: Path, variables: Mapping[str, str] = os.environ
+    ) -> None:
         self._outputs = Path(mkdtemp(prefix='output-', dir=folder.parent))
+        if isinstance(script, str):
+            program, script = script, self._outputs / 'program.py'
+            script.write_text(program)
         for name in 'stdout', 'stderr':
             (self._outputs / name).touch()
         words = [str(argument) for argument in arguments]
         self._process = _SERVER.Process(target=_run, args=(script, words, folder, dict(variables), self._outputs))
         self._process.start()
+
+    @property
+    def pid(self) -> int:
+        """Number of its process."""
+        assert self._process.pid is not None
+        return self._process.pid
 
     @property
     def stdout(self) -> str:
@@ -55,8 +66,7 @@ class Script:
 
     def send(self, number: int) -> None:
         """Send a signal to its process and to those that it has started, as a terminal does."""
-        assert self._process.pid is not None
-        os.killpg(self._process.pid, number)
+        os.killpg(self.pid, number)
 
     def kill(self) -> None:
         """End it with all that it has started."""

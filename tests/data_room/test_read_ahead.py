@@ -1,8 +1,6 @@
 """Workers that go on into the next epoch: the same batches, wherever one asks for them."""
 
 import os
-import subprocess
-import sys
 from functools import partial
 from itertools import islice
 
@@ -17,6 +15,7 @@ from slimclr_hub.data.streams.stream import StreamedChunks
 from slimclr_hub.data.training import TrainData
 from tests.data_room.files import some_images, write_idx_set, write_shards
 from tests.data_room.plain import plain_data
+from tests.scripts import Script, end_well
 
 VIEWS = ViewConfig(size=8)
 STEPS = 5
@@ -204,7 +203,7 @@ def test_after_a_failure_batches_are_the_right_ones(workers):
 
 
 @pytest.mark.parametrize('kind', ['indexed', 'stream'])
-def test_workers_end_with_their_process(roots, kind):
+def test_workers_end_with_their_process(roots, tmp_path, kind):
     script = (
         'import sys\n'
         'from slimclr_hub.data import DataConfig, ViewConfig\n'
@@ -215,9 +214,7 @@ def test_workers_end_with_their_process(roots, kind):
         'print(*[worker.pid for worker in data.feed.loader._iterator._workers])\n'
     )
     name = {'indexed': 'fashion-mnist', 'stream': 'wds/'}[kind]
-    command = [sys.executable, '-c', script, name, str(roots[kind])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
-    pids = [int(pid) for pid in done.stdout.split()]
+    pids = [int(pid) for pid in end_well(Script(script, name, roots[kind], folder=tmp_path)).split()]
     assert len(pids) == 2
     for pid in pids:
         with pytest.raises(ProcessLookupError):

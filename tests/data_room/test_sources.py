@@ -1,6 +1,4 @@
 import hashlib
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from slimclr_hub.evaluate.network import check_images
 from slimclr_hub.settings import differences
 from tests.data_room.files import idx_bytes, some_images, write_classes, write_idx, write_pngs, write_shards
 from tests.data_room.make_fashion_mnist_6k import first_of_each_class
+from tests.scripts import Script
 
 
 def pixels(dataset) -> np.ndarray:
@@ -408,9 +407,8 @@ def test_torchvision_data_set_that_is_not_there(tmp_path):
 def test_root_of_the_embedded_set_is_refused_by_the_recipe(tmp_path):
     """Were the folder passed over, the run would train on other images than its user's."""
     script = Path(__file__).parents[2] / 'recipes' / 'pretrain.py'
-    command = [sys.executable, str(script), '--data.root', str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert done.returncode == 2
+    done = Script(script, '--data.root', tmp_path, folder=tmp_path)
+    assert done.end() == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith(f'error: data.root {tmp_path}: data.name fashion-mnist-6k')
     assert '--data.name folder' in line

@@ -1,8 +1,6 @@
 """Exactness of streams: every sample once an epoch over processes and workers, and again after an interruption."""
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +16,7 @@ from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import DataError, InputError
 from tests.data_room.files import png_bytes, some_images, write_parquet, write_shards, write_tar
+from tests.scripts import Script, end_well
 
 LENGTHS = (13, 40, 7, 22, 18)  # a hundred
 TOTAL = sum(LENGTHS)
@@ -102,7 +101,7 @@ def test_unequal_turns(tmp_path):
     assert sorted(flat(labels(train_data(of).epoch(0)))) == list(range(12))
 
 
-def test_two_real_processes(sources):
+def test_two_real_processes(sources, tmp_path):
     """Each reads its share without knowing more of the other than its number."""
     script = (
         'import json, sys\n'
@@ -112,12 +111,8 @@ def test_two_real_processes(sources):
         'data = TrainData(config, ViewConfig(size=8), seed=3, processes=2, rank=int(sys.argv[1]))\n'
         'print(json.dumps([batch.labels.tolist() for batch in data.epoch(1)]))\n'
     )
-    command = [sys.executable, '-c', script]
-    running = [
-        subprocess.Popen([*command, str(rank), str(sources['wds'])], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    shares = [json.loads(process.communicate(timeout=300)[0]) for process in running]
+    running = [Script(script, rank, sources['wds'], folder=tmp_path) for rank in range(2)]
+    shares = [json.loads(end_well(process)) for process in running]
     assert sorted(flat(flat(shares))) == list(range(TOTAL))
     assert shares == seen(config('wds', sources['wds'], batch_size=20), epoch=1)
 

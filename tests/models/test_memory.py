@@ -25,51 +25,47 @@ def memory(name):
     with open('/proc/self/status') as file:
         return int(re.search(rf'{name}:\\s+(\\d+) kB', file.read())[1]) << 10
 
-def make():
+def make(name, kwargs):
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={'file': path}, **kwargs)
 
-name, path, kwargs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-first = make()
-with open('/proc/self/clear_refs', 'w') as file:
-    file.write('5')  # the peak is now what is in use
-before = memory('VmRSS')
-second = make()
-print(json.dumps([memory('VmHWM') - before, sum(tensor.nbytes for tensor in second.state_dict().values())]))
+path, cases = sys.argv[1], json.loads(sys.argv[2])
+for case in cases:
+    first = second = None
+    first = make(*case)
+    with open('/proc/self/clear_refs', 'w') as file:
+        file.write('5')  # the peak is now what is in use
+    before = memory('VmRSS')
+    second = make(*case)
+    print(json.dumps([memory('VmHWM') - before, sum(tensor.nbytes for tensor in second.state_dict().values())]))
 """
+ONE_WIDTH = [
+    ('slimclr_resnet50_025', {}),
+    ('slimclr_resnet50', {'width': 0.25, 'lazy': True}),
+    ('slimclr_resnet50', {'widths': [0.25]}),
+]
 
 
 @pytest.fixture(scope='module')
-def path(tmp_path_factory):
+def measured(tmp_path_factory):
+    """Bytes that the process had grown by at its peak, and bytes of the network: of one width, and of all."""
     path = tmp_path_factory.mktemp('memory') / 'model.safetensors'
     save_tensors(timm.create_model('slimclr_resnet50').state_dict(), path)
     assert path.stat().st_size > 100 << 20
-    yield path
-    path.unlink()
-
-
-def measure(path, name='slimclr_resnet50', **kwargs):
-    """Bytes that the process had grown by at its peak, and bytes of the network."""
-    command = [sys.executable, '-c', SCRIPT, name, str(path), json.dumps(kwargs)]
+    command = [sys.executable, '-c', SCRIPT, str(path), json.dumps([*ONE_WIDTH, ('slimclr_resnet50', {'width': 0.25})])]
     ran = subprocess.run(command, env={**os.environ, **GIVE_BACK}, check=True, capture_output=True, text=True)
-    return json.loads(ran.stdout)
+    path.unlink()
+    return [json.loads(line) for line in ran.stdout.splitlines()]
 
 
-@pytest.mark.parametrize(
-    ('name', 'kwargs'),
-    [
-        ('slimclr_resnet50_025', {}),
-        ('slimclr_resnet50', {'width': 0.25, 'lazy': True}),
-        ('slimclr_resnet50', {'widths': [0.25]}),
-    ],
-)
-def test_one_width(path, name, kwargs):
-    peak, size = measure(path, name, **kwargs)
+@pytest.mark.parametrize('case', range(len(ONE_WIDTH)))
+def test_one_width(measured, case):
+    peak, size = measured[case]
     dense = timm.create_model('slimclr_resnet50_025', device='meta')
     assert size == sum(tensor.nbytes for tensor in dense.state_dict().values()) < 9 << 20
     assert 0.9 * size < peak < 1.5 * size
 
 
-def test_the_measure_sees_what_all_widths_cost(path):
-    peak, size = measure(path, width=0.25)
+def test_the_measure_sees_what_all_widths_cost(measured):
+    peak, size = measured[-1]
     assert size > 110 << 20
     assert 0.9 * size < peak

@@ -29,18 +29,19 @@ from slimclr_hub.train.command import parse_pretrain
 from slimclr_hub.train.pretraining import pretrain
 from slimclr_hub.train.tracking import identity
 from tests.data_room.files import some_images, write_pngs
+from tests.scripts import Script
 from tests.train.runs import SCRIPT, contents, environment, make_place
 
-# Holds a folder as a run does, until its input ends.
+# Holds a folder as a run does, until it is killed.
 HOLD = """
-import sys
+import sys, time
 from pathlib import Path
 from accelerate import Accelerator
 from slimclr_hub.runs.job import StopSignals
 from slimclr_hub.runs.lock import folder_lock
 with folder_lock(Path(sys.argv[1]), Accelerator(cpu=True)):
     print('held', flush=True)
-    sys.stdin.read()
+    time.sleep(300)
 """
 
 # Notes signals as a run does.
@@ -207,20 +208,12 @@ def test_name_of_a_run_at_its_tracker(tmp_path):
 
 
 def test_second_job_in_a_folder(run, capsys):
-    holder = subprocess.Popen(
-        [sys.executable, '-c', HOLD, str(run)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, 'PYTHONPATH': str(SCRIPT.parents[1])},
-    )
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == 'held\n'
+    holder = Script(HOLD, run, folder=run)
+    assert holder.wait_for(lambda: holder.stdout == 'held\n')
     before = contents(run)
     assert f'is in use by process {holder.pid} on ' in refused(capsys, '--resume', str(run))
     assert contents(run) == before
     holder.kill()  # the system frees what a killed process held
-    holder.communicate()
     with folder_lock(run, Accelerator(cpu=True)):
         assert (run / '.lock').read_text().startswith(f'process {os.getpid()} on ')
     assert not (run / '.lock').exists()
