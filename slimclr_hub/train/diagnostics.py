@@ -274,7 +274,10 @@ def last_linear(method: nn.Module) -> torch.Tensor:
         assert isinstance(widths, tuple)
         classifier = classifier[width_key(max(widths))]
     if not isinstance(classifier, nn.Linear):
-        raise InputError(f'{type(method).__name__} has no head and no classifier, so it has no last linear layer')
+        raise InputError(
+            f'{type(method).__name__} has no head and no classifier, so no last linear layer; give '
+            '--diagnostics.gradients 0'
+        )
     return classifier.weight
 
 
