@@ -31,7 +31,7 @@ Workers = Annotated[int | None, typer.Option(help='Processes that decode images.
 Device = Annotated[str | None, typer.Option(help='Device, such as cuda:1; by default an accelerator if there is one.')]
 Encoder = Literal['online', 'momentum']
 DenseFormat = Literal['timm', 'torchvision', 'mmdet']
-ExportFormat = Literal['onnx', 'openvino', 'executorch', 'pt2']
+ExportFormat = Literal['onnx', 'openvino', 'executorch', 'litert', 'pt2']
 Precision = Literal['no', 'fp16', 'bf16']
 Resolutions = Annotated[Path | None, typer.Option(help='Statistics for --size: `slimclr-hub resolutions`.')]
 Pixels = Annotated[int | None, typer.Option(help='Height and width of images, with --resolutions.')]

@@ -726,7 +726,10 @@ def test_other_mistakes(refuse, small, published, images, tmp_path, arguments, w
             "'tensorflow' is not one of 'timm', 'torchvision', 'mmdet'",
         ),
         ('export {small} out', "missing option '--format'"),
-        ('export {small} out --format tflite', "'tflite' is not one of 'onnx', 'openvino', 'executorch', 'pt2'"),
+        (
+            'export {small} out --format tflite',
+            "'tflite' is not one of 'onnx', 'openvino', 'executorch', 'litert', 'pt2'",
+        ),
         ('embed {small} images', "missing option '--out'"),
         ('embed {small} images -o x.npy --precision int8', "'int8' is not one of 'no', 'fp16', 'bf16'"),
         ('convert a b --encoder teacher', "'teacher' is not one of 'online', 'momentum'"),

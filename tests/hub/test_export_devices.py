@@ -1,15 +1,18 @@
-"""Networks for OpenVINO and ExecuTorch, and in int8, each run in its own runtime."""
+"""Networks for OpenVINO, ExecuTorch and LiteRT, and in int8, each run in its own runtime."""
 
 import json
 import resource
+import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import onnx
 import onnxruntime
 import openvino
 import pytest
 import torch
+from ai_edge_litert.interpreter import Interpreter
 from executorch.runtime import Runtime
 from torch import nn
 
@@ -17,6 +20,7 @@ from slimclr_hub.errors import ExportError, InputError
 from slimclr_hub.hub.export import (
     Calibration,
     export_executorch,
+    export_litert,
     export_network,
     export_onnx,
     export_openvino,
@@ -90,6 +94,36 @@ def test_executorch_has_a_method_for_each_width(model, tmp_path):
     assert about['input_size'] == [3, SIZE, SIZE]
     assert about['label_names'] == list('abcdefghij')
     assert str(Path(__file__).parents[2]).encode() not in path.read_bytes()
+
+
+EXPORT_LITERT = """
+import sys
+from pathlib import Path
+import torch
+from slimclr_hub.hub.export import export_network
+
+model = torch.load(sys.argv[1], weights_only=False)
+for file in export_network(model, Path(sys.argv[2]), 'litert', size=16, widths=[1.0, 0.25]):
+    print(file.width, file.path, file.difference < 1e-4)
+"""
+
+
+def test_litert_has_a_signature_for_each_width(model, tmp_path):
+    """In a process of its own, as the converter starts threads of JAX, after which no process should fork."""
+    torch.save(model, tmp_path / 'model.pth')
+    command = [sys.executable, '-c', EXPORT_LITERT, tmp_path / 'model.pth', tmp_path / 'out']
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    path = tmp_path / 'out' / 'slimclr_resnet20.tflite'
+    assert printed.splitlines() == [f'{width} {path} True' for width in WIDTHS]
+    interpreter = Interpreter(model_path=str(path))
+    assert interpreter.get_signature_list().keys() == {'w100', 'w025'}
+    for width, signature in zip(WIDTHS, ('w100', 'w025'), strict=True):
+        runner = interpreter.get_signature_runner(signature)
+        found = [torch.from_numpy(runner(pixel_values=x.numpy())['logits']) for x in images().split(1)]
+        torch.testing.assert_close(torch.cat(found), expected(model, width, images()), rtol=0, atol=1e-4)
+    about = json.loads(ZipFile(path).read('slimclr_hub.json'))
+    assert about['widths'] == list(WIDTHS)
+    assert about['label_names'] == list('abcdefghij')
 
 
 def test_openvino(model, tmp_path):
@@ -175,12 +209,13 @@ def test_a_full_disk(tmp_path):
         ('openvino', 'nncf', 'openvino'),
         ('executorch', 'executorch.exir', 'executorch'),
         ('onnx', 'onnxruntime', 'export'),
+        ('litert', 'litert_torch', 'litert'),
     ],
 )
 def test_missing_package(model, calibration, tmp_path, monkeypatch, format, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(InputError, match=rf'needs {module}\b.*pip install "slimclr-hub\[{extra}\]"'):
-        export_network(model, tmp_path, format, size=SIZE, calibration=calibration)
+        export_network(model, tmp_path, format, size=SIZE, calibration=None if format == 'litert' else calibration)
     assert [*tmp_path.iterdir()] == []
 
 
@@ -189,7 +224,9 @@ def test_format_without_int8(model, calibration, tmp_path):
         export_network(model, tmp_path, 'pt2', calibration=calibration)
 
 
-@pytest.mark.parametrize(('export', 'suffix'), [(export_openvino, '.xml'), (export_executorch, '.pte')])
+@pytest.mark.parametrize(
+    ('export', 'suffix'), [(export_openvino, '.xml'), (export_executorch, '.pte'), (export_litert, '.tflite')]
+)
 def test_wrong_ending(model, tmp_path, export, suffix):
     with pytest.raises(InputError, match=rf'net\.txt does not end in \{suffix}'):
         export(model, tmp_path / 'net.txt', size=SIZE)

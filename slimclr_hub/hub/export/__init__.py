@@ -3,6 +3,7 @@
 from slimclr_hub.hub.export.checks import Calibration as Calibration
 from slimclr_hub.hub.export.checks import Exported as Exported
 from slimclr_hub.hub.export.executorch import export_executorch as export_executorch
+from slimclr_hub.hub.export.litert import export_litert as export_litert
 from slimclr_hub.hub.export.network import FORMATS as FORMATS
 from slimclr_hub.hub.export.network import check_format as check_format
 from slimclr_hub.hub.export.network import export_network as export_network

@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 from slimclr_hub.errors import InputError
 from slimclr_hub.hub.export.checks import Calibration, Exported, check_size
 from slimclr_hub.hub.export.executorch import export_executorch
+from slimclr_hub.hub.export.litert import export_litert
 from slimclr_hub.hub.export.onnx import data_name, export_onnx, export_shared_onnx, graph_name
 from slimclr_hub.hub.export.openvino import export_openvino
 from slimclr_hub.hub.export.pt2 import export_pt2
@@ -96,14 +97,24 @@ def _write_onnx(
     return _ONNX_ALONE.write(model, folder, name, size, widths, calibration)
 
 
-def _pte_names(name: str, widths: Sequence[float]) -> list[str]:
-    return [f'{name}.pte']
+def _one_file(export: Callable[..., list[Exported]], suffix: str) -> Format:
+    """A format that has all widths in one file."""
 
+    def names(name: str, widths: Sequence[float]) -> list[str]:
+        return [f'{name}{suffix}']
 
-def _write_pte(
-    model: SlimmableResNet, folder: Path, name: str, size: int, widths: Sequence[float], calibration: Calibration | None
-) -> list[Exported]:
-    return export_executorch(model, folder / f'{name}.pte', size=size, widths=widths, calibration=calibration)
+    def write(
+        model: SlimmableResNet,
+        folder: Path,
+        name: str,
+        size: int,
+        widths: Sequence[float],
+        calibration: Calibration | None,
+    ) -> list[Exported]:
+        options = {} if calibration is None else {'calibration': calibration}
+        return export(model, folder / f'{name}{suffix}', size=size, widths=widths, **options)
+
+    return Format(names, write)
 
 
 def _one_each(export: Callable[..., Exported], *suffixes: str) -> Format:
@@ -133,12 +144,13 @@ def _one_each(export: Callable[..., Exported], *suffixes: str) -> Format:
 
 _ONNX_ALONE = _one_each(export_onnx, '.onnx')
 _OPENVINO = _one_each(export_openvino, '.xml', '.bin')
-_EXECUTORCH = Format(_pte_names, _write_pte)
+_EXECUTORCH = _one_file(export_executorch, '.pte')
 
 FORMATS: Final = {
     'onnx': Format(_onnx_names, _write_onnx),
     'openvino': _OPENVINO,
     'executorch': _EXECUTORCH,
+    'litert': _one_file(export_litert, '.tflite'),
     'pt2': _one_each(export_pt2, '.pt2'),
 }
 """Name of a format -> how to write it in float32."""
