@@ -15,7 +15,14 @@ from tests.hub.files import Client, checkpoint, save_small
 from tests.hub_server import HubServer
 
 # Files that run for minutes; begun first, so that no core waits for another one's at the end.
-_LONG = ('train/test_survival.py', 'train/test_pretrain.py', 'detection/test_mim.py', 'test_timm_suite.py')
+_LONG = (
+    'train/test_survival.py',
+    'train/test_pretrain.py',
+    'detection/test_mim.py',
+    'finetune/test_finetune.py',
+    'hub/test_push.py',
+    'test_timm_suite.py',
+)
 _KINDS = {'mocov2_200e_in1k': 'mocov2', 'mocov3_300e_in1k': 'mocov3', 'mocov2_200e_lincls_in1k': 'probe'}
 
 

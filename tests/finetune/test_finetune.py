@@ -46,7 +46,8 @@ def place(tmp_path_factory) -> Path:
     three = labels < 3
     write_classes(place / 'photos', images[three][:96], labels[three][:96])
     torch.manual_seed(0)
-    model = timm.create_model('slimclr_resnet20', num_classes=0, in_chans=1, widths=WIDTHS, zero_init_last=False)
+    shape = {'layers': (1, 1, 1), 'widths': WIDTHS, 'in_chans': 1}
+    model = timm.create_model('slimclr_resnet20', num_classes=0, **shape, zero_init_last=False)
     assert isinstance(model, SlimmableResNet)
     batches = [torch.randn(32, 1, 16, 16) for _ in range(3)]
     for width in WIDTHS:
@@ -211,12 +212,11 @@ def test_mixing_accumulation_and_distillation(place, tmp_path):
 
 def test_starts(place, tmp_path):
     """From a folder, from a plain ResNet's checkpoint, from one width, and from random weights."""
-    model = open_start(str(place / 'network'), StartConfig())
-    dense = model.extract(1.0)
+    dense = timm.create_model('slimclr_resnet20', num_classes=0, in_chans=1, widths=(1.0,)).extract(1.0)
     torch.save({'state_dict': dense.state_dict()}, tmp_path / 'plain.pth')
     converted = open_start(str(tmp_path / 'plain.pth'), StartConfig(widths=(1.0, 0.25)))
     assert converted.widths == (1.0, 0.25)
-    assert converted.conv1.weight.equal(model.conv1.weight)
+    assert converted.conv1.weight.equal(dense.conv1.weight)
     drawn = [open_start(f'random weights of {place / "network"}', StartConfig()) for _ in range(2)]
     assert drawn[0].widths == WIDTHS
     assert not drawn[0].conv1.weight.equal(drawn[1].conv1.weight)

@@ -13,6 +13,7 @@ from tests.scripts import TIMEOUT, Script, start_together
 
 SCRIPT = Path(__file__).parents[2] / 'recipes' / 'pretrain.py'
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
+SHALLOW = {'args': {'zero_init_last': False, 'layers': [1, 1, 1]}}  # a block in each stage
 EPOCHS, STEPS = 4, 6  # 96 images in batches of 16
 QUERIES = 37  # which no batch and no number of processes divides
 OF_THE_CLOCK = ('images_per_second', 'data_wait', 'peak_memory_gib')

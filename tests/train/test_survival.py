@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from tests.data_room.files import write_shards
 from tests.scripts import TIMEOUT, end_well
-from tests.train.runs import SCRIPT, environment, make_place, read_metrics, start, start_two
+from tests.train.runs import SCRIPT, SHALLOW, environment, make_place, read_metrics, start, start_two
 
 EPOCHS, STEPS = 4, 6
 TOTAL = EPOCHS * STEPS
@@ -34,6 +34,7 @@ LAST = f'step-{TOTAL:08d}'
 def place(tmp_path_factory):
     return make_place(
         tmp_path_factory.mktemp('survival'),
+        model=SHALLOW,
         data={'num_workers': 2},
         optim={'epochs': EPOCHS},
         knn={'every': 2},
