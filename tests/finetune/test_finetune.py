@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def place(tmp_path_factory) -> Path:
     three = labels < 3
     write_classes(place / 'photos', images[three][:96], labels[three][:96])
     torch.manual_seed(0)
-    shape = {'layers': (1, 1, 1), 'widths': WIDTHS, 'in_chans': 1}
+    shape: dict[str, Any] = {'layers': (1, 1, 1), 'widths': WIDTHS, 'in_chans': 1}
     model = timm.create_model('slimclr_resnet20', num_classes=0, **shape, zero_init_last=False)
     assert isinstance(model, SlimmableResNet)
     batches = [torch.randn(32, 1, 16, 16) for _ in range(3)]

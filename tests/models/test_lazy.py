@@ -598,7 +598,7 @@ def test_first_passes_from_several_threads(path, eager):
             return [lazy.forward_at(x, width) for _ in range(3)]
 
     with ThreadPoolExecutor(len(DEFAULT_WIDTHS)) as pool:
-        for _ in range(40):
+        for _ in range(20):
             lazy = open_lazy(path).eval()
             start = threading.Barrier(len(DEFAULT_WIDTHS))
             widths = orders.sample(DEFAULT_WIDTHS, len(DEFAULT_WIDTHS))
