@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 
+from slimclr_hub.analysis.replay import Replay
 from slimclr_hub.data import DataConfig, ViewConfig
 from slimclr_hub.data.indexed import Known
 from slimclr_hub.data.loaders import eval_loader
@@ -204,6 +205,8 @@ def test_resumed_run_is_the_same(networks, tmp_path, on_the_cpu, method, cached)
     pretrain(parse_pretrain(place, ['--resume', str(part)]))
     assert (part / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()
     assert [table] == list((place / 'runs' / 'teachers').iterdir())
+    with pytest.raises(InputError, match='which a replay does not compute'):
+        Replay(whole)
 
 
 def test_two_processes_know_the_same(networks, tmp_path):
