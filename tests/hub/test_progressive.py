@@ -252,14 +252,15 @@ def test_a_private_repository(hub, user, pushed, cache):
 
 def test_fetch_for_a_machine_without_a_connection(hub, user, name, tmp_path):
     home = tmp_path / 'home'
-    with Client(hub.environment(home), tmp_path / 'work') as online:
+    online = Client(hub.environment(home), tmp_path / 'work')
+    offline = Client(hub.environment(home, HF_HUB_OFFLINE='1'), tmp_path / 'work')
+    with online, offline:
         ended = online.command('fetch', f'hf-hub:{name}', '--width', '0.5')
         assert ended.status == 0, ended.err
         assert 'widths up to 0.5' in ended.out
         assert f"timm.create_model('hf-hub:{name}', pretrained=True, width=0.5, lazy=True)" in ended.out
         assert downloads(hub) == PARTS[:2]
-    hub.requests.clear()
-    with Client(hub.environment(home, HF_HUB_OFFLINE='1'), tmp_path / 'work') as offline:
+        hub.requests.clear()
         offline.run(SETUP)
         offline.run(f"model = create('hf-hub:{name}', None, width=0.25, lazy=True); before = model(x)")
         error = offline.run('result = attempt(lambda: model.set_width(1.0))')
@@ -269,8 +270,7 @@ def test_fetch_for_a_machine_without_a_connection(hub, user, name, tmp_path):
         dense = offline.command('info', f'hf-hub:{name}')
         assert dense.status == 1
         assert 'no model.safetensors' in dense.err
-    assert hub.requests == []
-    with Client(hub.environment(home), tmp_path / 'work') as online:
+        assert hub.requests == []
         assert online.command('fetch', f'hf-hub:{name}').status == 0
         assert downloads(hub) == ['model.safetensors']
 
