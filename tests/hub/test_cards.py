@@ -121,7 +121,7 @@ def test_all_python_runs_as_printed(hub, reader, published):
     run: dict[bool, list[str]] = {}
     for tag in PUBLISHED:
         with_probe = PUBLISHED[tag].num_classes > 0
-        code = [block.replace(PUBLISHED[tag].name, 'NAME') for block in blocks(card(tag))]
+        code = [block.replace(tag, 'TAG') for block in blocks(card(tag))]
         if with_probe in run:
             assert code == run[with_probe]
             continue
