@@ -25,7 +25,7 @@ NOTHING_READ = 'no image of the evaluation can be read'
 LABELS, _HASH = 'labels', 'sha256'
 
 
-class Encoder(Protocol):
+class FeatureExtractor(Protocol):
     """What gives features: a network without a classifier, raw pixels, or a teacher."""
 
     @property
@@ -41,7 +41,7 @@ class Encoder(Protocol):
 
 @torch.inference_mode()
 def extract_features(
-    accelerator: Accelerator, backbone: Encoder, loader: Iterable, widths: Sequence[float]
+    accelerator: Accelerator, backbone: FeatureExtractor, loader: Iterable, widths: Sequence[float]
 ) -> tuple[dict[float, torch.Tensor], torch.Tensor]:
     """Compute pooled features in one pass over the images, and gather them and the labels from all processes.
 
@@ -119,7 +119,7 @@ class FeatureCache:
     and all ask together. The network is in eval mode, without a classifier, on the accelerator's device.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, backbone: Encoder, config: DataConfig) -> None:
+    def __init__(self, folder: Path, accelerator: Accelerator, backbone: FeatureExtractor, config: DataConfig) -> None:
         self._folder = folder
         self._accelerator = accelerator
         self._backbone = backbone

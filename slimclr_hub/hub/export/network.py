@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.hub.export.checks import Calibration, Exported, check_size
@@ -15,7 +15,8 @@ from slimclr_hub.hub.folder import check_file
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.widths import check_width, width_key
 
-Write = Callable[[SlimmableResNet, Path, str, int, Sequence[float], Calibration | None], list[Exported]]
+Write = Callable[..., list[Exported]]
+"""(model, folder, name, size, widths), and `calibration` for int8 -> each width and its file."""
 
 
 class Format(NamedTuple):
@@ -63,7 +64,8 @@ def export_network(
         check_file(folder / file, overwrite)
     _check_others(folder, name, names(name, chosen))
     folder.mkdir(parents=True, exist_ok=True)
-    return write(model, folder, name, pixels, chosen, calibration)
+    options = {} if calibration is None else {'calibration': calibration}
+    return write(model, folder, name, pixels, chosen, **options)
 
 
 def check_format(format: str, *, int8: bool) -> None:
@@ -90,31 +92,22 @@ def _onnx_names(name: str, widths: Sequence[float]) -> list[str]:
 
 
 def _write_onnx(
-    model: SlimmableResNet, folder: Path, name: str, size: int, widths: Sequence[float], calibration: Calibration | None
+    model: SlimmableResNet, folder: Path, name: str, size: int, widths: Sequence[float], **options: Any
 ) -> list[Exported]:
     if len(widths) > 1:
-        return export_shared_onnx(model, folder, name, size=size, widths=widths)
-    return _ONNX_ALONE.write(model, folder, name, size, widths, calibration)
+        return export_shared_onnx(model, folder, name, size=size, widths=widths, **options)
+    return _ONNX_ALONE.write(model, folder, name, size, widths, **options)
 
 
 def _one_file(export: Callable[..., list[Exported]], suffix: str) -> Format:
     """A format that has all widths in one file."""
 
-    def names(name: str, widths: Sequence[float]) -> list[str]:
-        return [f'{name}{suffix}']
-
     def write(
-        model: SlimmableResNet,
-        folder: Path,
-        name: str,
-        size: int,
-        widths: Sequence[float],
-        calibration: Calibration | None,
+        model: SlimmableResNet, folder: Path, name: str, size: int, widths: Sequence[float], **options: Any
     ) -> list[Exported]:
-        options = {} if calibration is None else {'calibration': calibration}
         return export(model, folder / f'{name}{suffix}', size=size, widths=widths, **options)
 
-    return Format(names, write)
+    return Format(lambda name, widths: [f'{name}{suffix}'], write)
 
 
 def _one_each(export: Callable[..., Exported], *suffixes: str) -> Format:
@@ -124,15 +117,9 @@ def _one_each(export: Callable[..., Exported], *suffixes: str) -> Format:
         return [f'{name}_{width_key(width)}{suffix}' for width in widths for suffix in suffixes]
 
     def write(
-        model: SlimmableResNet,
-        folder: Path,
-        name: str,
-        size: int,
-        widths: Sequence[float],
-        calibration: Calibration | None,
+        model: SlimmableResNet, folder: Path, name: str, size: int, widths: Sequence[float], **options: Any
     ) -> list[Exported]:
         exported = []
-        options = {} if calibration is None else {'calibration': calibration}
         for width in widths:
             path = folder / names(name, [width])[0]
             with model.set_width(width):
