@@ -70,7 +70,8 @@ def main() -> None:
             cases[f'{name}, {words}'] = partial(TrainingStep(config, shown, args.bf16, teacher), widths)
             if widths == FULL:
                 known = [teacher(view) for view in views[: 1 + neighbours]]
-                step = TrainingStep(config, shown, args.bf16, teacher, known)
+                config = replace(config, teacher=TeacherConfig(args.teacher, cached=True))
+                step = TrainingStep(config, views[: config.view_count * len(known)], args.bf16, teacher, known)
                 cases[f'{name}, {words}, cached'] = partial(step, widths)
 
     report = Report(

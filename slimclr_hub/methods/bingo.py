@@ -19,7 +19,7 @@ from slimclr_hub.models.widths import check_widths
 from slimclr_hub.settings import Count, Fraction, Positive, at_least, bounded, one_of
 
 
-@register_method('bingo', slow_start_epochs=0.0, teacher=True, neighbours=5)
+@register_method('bingo', views_cached=1, slow_start_epochs=0.0, teacher=True, neighbours=5)
 class BINGO(nn.Module):
     """Bag of instances aggregation (Xu et al. 2022, https://arxiv.org/abs/2107.01691), at every width.
 
@@ -104,19 +104,23 @@ class BINGO(nn.Module):
         """One step: losses of `widths` on images and neighbours, with the queue advanced.
 
         Args:
-            views: Query view and key view of the images, then of their neighbours, [B, C, H, W] each.
+            views: Query view and key view of the images, then of their neighbours, [B, C, H, W] each; with `cached`
+                the query views alone.
             widths: Widths to train in this step, the full one among them.
             momentum: None after the first microbatch of a step, whose queue the others then look at; else not used.
             labels: Not used.
-            cached: The teacher's embeddings [B, D] of images and neighbours, if it is not to look at the key views.
+            cached: The teacher's embeddings [B, D] of images and neighbours, if it is not to look at key views.
 
         Returns:
             As `Objective` returns: `info_nce` and `accuracy` are of queries and their own keys, `teacher` is the part
             of the loss that crosses over to the other image.
         """
         widths = check_widths(widths)
-        query, key, its_query, its_key = views
-        own, its = cached or (self.teacher(key), self.teacher(its_key))
+        if cached:
+            (query, its_query), (own, its) = views, cached
+        else:
+            query, key, its_query, its_key = views
+            own, its = self.teacher(key), self.teacher(its_key)
         if momentum is not None:
             self._earlier = self.queue.clone()  # the queue moves on before the backward needs it
         keys, its_keys, negatives = centred(self._earlier, own, its) if self.centre else (own, its, self._earlier)

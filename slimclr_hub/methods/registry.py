@@ -30,6 +30,7 @@ class Training:
 
     Args:
         views: Views of each image that the method takes, 1 or 2.
+        views_cached: Views of each image where the teacher's embeddings are known; as many unless given.
         momentum: Momentum of the key encoder at the first step; None for a method without one.
         momentum_schedule: `constant`, or `cosine` to one.
         sync_bn: Normalise over all processes.
@@ -44,6 +45,7 @@ class Training:
     """
 
     views: int = 2
+    views_cached: int | None = None
     momentum: float | None = None
     momentum_schedule: str = 'constant'
     sync_bn: bool = False

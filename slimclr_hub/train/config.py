@@ -423,7 +423,10 @@ class PretrainConfig:
     @property
     def view_count(self) -> int:
         """Views of each image that the method asks for."""
-        return training_of(self.method.name).views
+        training = training_of(self.method.name)
+        if self.teacher.cached and training.views_cached is not None:
+            return training.views_cached
+        return training.views
 
     def is_due(self, epoch: int, every: int) -> bool:
         """True every `every` epochs and after the last; `every=0` disables it."""
