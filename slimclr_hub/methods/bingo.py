@@ -5,13 +5,12 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from slimclr_hub.distributed import shared
 from slimclr_hub.methods.heads import SlimmableMLP, embed
 from slimclr_hub.methods.losses import DISTILLATIONS, full_precision, similarities, similarities_by_width
 from slimclr_hub.methods.objective import Losses, Objective
-from slimclr_hub.methods.queue import centred, enqueue, random_queue
+from slimclr_hub.methods.queue import QueueMethod, centred
 from slimclr_hub.methods.registry import register_method
 from slimclr_hub.methods.teacher import Teacher
 from slimclr_hub.models import SlimmableResNet
@@ -20,7 +19,7 @@ from slimclr_hub.settings import Count, Fraction, Positive, at_least, bounded, o
 
 
 @register_method('bingo', views_cached=1, slow_start_epochs=0.0, teacher=True, neighbours=5)
-class BINGO(nn.Module):
+class BINGO(QueueMethod):
     """Bag of instances aggregation (Xu et al. 2022, https://arxiv.org/abs/2107.01691), at every width.
 
     Each image x comes with one of its nearest neighbours x+ among the training images, as the teacher sees them. The
@@ -54,9 +53,6 @@ class BINGO(nn.Module):
         InputError: A value does not exist or is out of range.
     """
 
-    queue: torch.Tensor
-    queue_pointer: torch.Tensor
-
     def __init__(
         self,
         backbone: SlimmableResNet,
@@ -85,9 +81,7 @@ class BINGO(nn.Module):
         self.teacher = teacher
         features = backbone.full_features
         self.head = SlimmableMLP(features, hidden_dim, teacher.dim, widths=self.widths, overlap=backbone.overlap)
-        self.register_buffer('queue', random_queue(queue_size, teacher.dim))
-        self.register_buffer('queue_pointer', torch.zeros((), dtype=torch.long))
-        self._earlier = self.queue
+        self.make_queues(queue_size, queue=teacher.dim)
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the epoch of the next steps, from 0 on."""
@@ -122,8 +116,9 @@ class BINGO(nn.Module):
             query, key, its_query, its_key = views
             own, its = self.teacher(key), self.teacher(its_key)
         if momentum is not None:
-            self._earlier = self.queue.clone()  # the queue moves on before the backward needs it
-        keys, its_keys, negatives = centred(self._earlier, own, its) if self.centre else (own, its, self._earlier)
+            self.hold_queues()
+        negatives = self.earlier['queue']
+        keys, its_keys, negatives = centred(negatives, own, its) if self.centre else (own, its, negatives)
         both = [embed(self.backbone, self.head, view, widths) for view in (query, its_query)]
         pairs = {w: torch.cat([queries[w] for queries in both]) for w in widths}
         logits = similarities_by_width(pairs, torch.cat([keys, its_keys]), negatives)
@@ -141,7 +136,7 @@ class BINGO(nn.Module):
         target = torch.zeros(2 * len(own), dtype=torch.long, device=own.device)
         taught = {w: loss / terms for w, loss in further.items()}
         output = self.objective(logits, target, self.temperature, scale=2 * (1 - a) / terms, taught=taught)
-        enqueue(self.queue_pointer, [(self.queue, own)])
+        self.enqueue(queue=own)
         return output
 
     def _contrast(self, query: torch.Tensor, key: torch.Tensor, others_BK: torch.Tensor) -> torch.Tensor:

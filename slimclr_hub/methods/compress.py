@@ -10,7 +10,7 @@ from torch import nn
 from slimclr_hub.methods.losses import DISTILLATIONS, similarities
 from slimclr_hub.methods.momentum import EMA
 from slimclr_hub.methods.objective import Losses, Objective
-from slimclr_hub.methods.queue import enqueue, random_queue
+from slimclr_hub.methods.queue import QueueMethod
 from slimclr_hub.methods.registry import register_method
 from slimclr_hub.methods.teacher import Teacher
 from slimclr_hub.models import SlimmableResNet
@@ -20,7 +20,7 @@ from slimclr_hub.settings import Count, Positive, bounded, one_of
 
 
 @register_method('compress', views=1, momentum=0.999, slow_start_epochs=0.0, teacher=True)
-class CompRess(nn.Module):
+class CompRess(QueueMethod):
     """Compression by similarities (Abbasi Koohpayegani et al. 2020, https://arxiv.org/abs/2010.14713), at every width.
 
     The teacher compares a view with a queue of its features of earlier images, each width with a queue of its own
@@ -46,9 +46,6 @@ class CompRess(nn.Module):
         InputError: A value does not exist or is out of range.
     """
 
-    queue: torch.Tensor
-    queue_pointer: torch.Tensor
-
     def __init__(
         self,
         backbone: SlimmableResNet,
@@ -68,15 +65,10 @@ class CompRess(nn.Module):
         copies = {w: backbone.extract(w).requires_grad_(False) for w in self.widths}
         self.key_backbones = nn.ModuleDict({width_key(w): copy for w, copy in copies.items()})
         self.emas = [EMA([(copy, backbone)], w) for w, copy in copies.items()]
-        self.register_buffer('queue', random_queue(queue_size, teacher.dim))
-        for width, copy in copies.items():
-            self.register_buffer(f'queue_{width_key(width)}', random_queue(queue_size, copy.num_features))
-        self.register_buffer('queue_pointer', torch.zeros((), dtype=torch.long))
-        self._earlier = self.queue, self.student_queues()
-
-    def student_queues(self) -> dict[float, torch.Tensor]:
-        """Width -> its queue, whose rows are of the same images as those of `queue`."""
-        return {w: self.get_buffer(f'queue_{width_key(w)}') for w in self.widths}
+        # Width -> its queue, whose rows are of the same images as those of `queue`.
+        self.queues = {w: f'queue_{width_key(w)}' for w in self.widths}
+        own = {self.queues[w]: copy.num_features for w, copy in copies.items()}
+        self.make_queues(queue_size, queue=teacher.dim, **own)
 
     def forward(
         self,
@@ -104,19 +96,18 @@ class CompRess(nn.Module):
         with sliced_once([self.backbone], widths):
             features = self.backbone.forward_widths(views[0], widths)
         teacher, keys = self.teacher(views[0], *cached), self.next_keys(views[0], momentum)
-        of_teacher, of_students = self._earlier
-        target = F.softmax(similarities(teacher, None, of_teacher) / self.temperature, dim=1)
-        logits = {w: similarities(F.normalize(features[w], dim=1), None, of_students[w]) for w in widths}
+        target = F.softmax(similarities(teacher, None, self.earlier['queue']) / self.temperature, dim=1)
+        earlier = {w: self.earlier[self.queues[w]] for w in widths}
+        logits = {w: similarities(F.normalize(features[w], dim=1), None, earlier[w]) for w in widths}
         output = self.objective(logits, target, self.temperature)
-        queues = self.student_queues()
-        enqueue(self.queue_pointer, [(self.queue, teacher), *((queues[w], keys[w]) for w in self.widths)])
+        self.enqueue(queue=teacher, **{self.queues[w]: keys[w] for w in self.widths})
         return output
 
     @torch.no_grad()
     def next_keys(self, view: torch.Tensor, momentum: float | None) -> dict[float, torch.Tensor]:
-        """Features of each width, of unit length, after its copy has moved; holds on to the candidates of this step."""
+        """Features of each width, of unit length, after its copy has moved; notes the candidates of this step."""
         if momentum is not None:
             for ema in self.emas:
                 ema.update(momentum)
-            self._earlier = self.queue.clone(), {w: queue.clone() for w, queue in self.student_queues().items()}
+            self.hold_queues()
         return {w: F.normalize(self.key_backbones[width_key(w)](view), dim=1) for w in self.widths}

@@ -94,5 +94,5 @@ class DisCo(MoCoV2):
         }
         logits, positives = self._candidates(queries, keys)
         output = self.objective(logits, positives, self.temperature, taught=taught)
-        self.enqueue(keys)
+        self.enqueue(queue=keys)
         return output

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from slimclr_hub.distributed import gather, local_part, rank, shared_permutation, world_size
 from slimclr_hub.errors import InputError
@@ -14,7 +13,7 @@ from slimclr_hub.methods.heads import SlimmableLinearHead, SlimmableMLP, embed
 from slimclr_hub.methods.losses import similarities_by_width
 from slimclr_hub.methods.momentum import EMA
 from slimclr_hub.methods.objective import Losses, Objective
-from slimclr_hub.methods.queue import enqueue, random_queue
+from slimclr_hub.methods.queue import QueueMethod
 from slimclr_hub.methods.registry import register_method
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.widths import check_widths
@@ -24,7 +23,7 @@ HEADS = ('mlp', 'linear')
 
 
 @register_method('mocov2', momentum=0.999)
-class MoCoV2(nn.Module):
+class MoCoV2(QueueMethod):
     """Slimmable contrastive learning over a queue of keys: the paper's section 3, figure 2 (a), objective (7).
 
     Every width of the network and of its MLP head embeds the query; the momentum encoder, a dense network of the full
@@ -45,9 +44,6 @@ class MoCoV2(nn.Module):
     Raises:
         InputError: A value does not exist or is out of range.
     """
-
-    queue: torch.Tensor
-    queue_pointer: torch.Tensor
 
     def __init__(
         self,
@@ -87,9 +83,7 @@ class MoCoV2(nn.Module):
         self.ema = EMA(pairs, full)
         split_batchnorm(self.backbone, bn_splits)
         split_batchnorm(self.key_backbone, bn_splits)
-        self.register_buffer('queue', random_queue(queue_size, dim))
-        self.register_buffer('queue_pointer', torch.zeros((), dtype=torch.long))
-        self._negatives = self.queue
+        self.make_queues(queue_size, queue=dim)
 
     def forward(
         self,
@@ -116,7 +110,7 @@ class MoCoV2(nn.Module):
         keys = self.next_keys(key_view, momentum)
         logits, positives = self._candidates(queries, keys)
         output = self.objective(logits, positives, self.temperature)
-        self.enqueue(keys)
+        self.enqueue(queue=keys)
         return output
 
     def embed(self, view: torch.Tensor, widths: Sequence[float]) -> dict[float, torch.Tensor]:
@@ -128,8 +122,7 @@ class MoCoV2(nn.Module):
         """Embed keys after the momentum encoder has moved, and hold on to the negatives of this step."""
         if momentum is not None:
             self.update_key_encoder(momentum)
-            # A copy: the queue moves on before the backward needs these, and before the next part of the step does.
-            self._negatives = self.queue.clone()
+            self.hold_queues()
         return self.encode_keys(view)
 
     def _candidates(
@@ -138,7 +131,7 @@ class MoCoV2(nn.Module):
         batch, device = len(keys), keys.device
         if len(self.queue):
             target = torch.zeros(batch, dtype=torch.long, device=device)
-            return similarities_by_width(queries, keys, self._negatives), target
+            return similarities_by_width(queries, keys, self.earlier['queue']), target
         target = torch.arange(batch, device=device) + rank() * batch
         return similarities_by_width(queries, None, gather(keys)), target
 
@@ -157,8 +150,3 @@ class MoCoV2(nn.Module):
         order = shared_permutation(len(everything), view.device)
         keys = F.normalize(self.key_head(self.key_backbone(local_part(everything[order]))), dim=1)
         return local_part(gather(keys)[order.argsort()])
-
-    def enqueue(self, keys: torch.Tensor) -> None:
-        """Replace the oldest keys of the queue by those of all processes; [B, dim] on each."""
-        if len(self.queue):
-            enqueue(self.queue_pointer, [(self.queue, keys)])

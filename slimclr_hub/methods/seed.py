@@ -5,12 +5,11 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from slimclr_hub.methods.heads import SlimmableMLP, embed
 from slimclr_hub.methods.losses import DISTILLATIONS, similarities, similarities_by_width
 from slimclr_hub.methods.objective import Losses, Objective
-from slimclr_hub.methods.queue import centred, enqueue, random_queue
+from slimclr_hub.methods.queue import QueueMethod, centred
 from slimclr_hub.methods.registry import register_method
 from slimclr_hub.methods.teacher import Teacher
 from slimclr_hub.models import SlimmableResNet
@@ -19,7 +18,7 @@ from slimclr_hub.settings import Count, Positive, bounded, one_of
 
 
 @register_method('seed', views=1, slow_start_epochs=0.0, teacher=True)
-class SEED(nn.Module):
+class SEED(QueueMethod):
     """Self-supervised distillation of one teacher into every width (Fang et al. 2021, https://arxiv.org/abs/2101.04731).
 
     Teacher and student compare one view with candidates: the teacher's own embedding of it, and a queue of the
@@ -48,9 +47,6 @@ class SEED(nn.Module):
         InputError: A value does not exist or is out of range.
     """
 
-    queue: torch.Tensor
-    queue_pointer: torch.Tensor
-
     def __init__(
         self,
         backbone: SlimmableResNet,
@@ -75,9 +71,7 @@ class SEED(nn.Module):
         self.teacher = teacher
         hidden = features if hidden_dim is None else hidden_dim
         self.head = SlimmableMLP(features, hidden, teacher.dim, widths=self.widths, overlap=backbone.overlap)
-        self.register_buffer('queue', random_queue(queue_size, teacher.dim))
-        self.register_buffer('queue_pointer', torch.zeros((), dtype=torch.long))
-        self._earlier = self.queue
+        self.make_queues(queue_size, queue=teacher.dim)
 
     def forward(
         self,
@@ -104,9 +98,10 @@ class SEED(nn.Module):
         students = embed(self.backbone, self.head, views[0], widths)
         teacher = self.teacher(views[0], *cached)
         if momentum is not None:
-            self._earlier = self.queue.clone()  # the queue moves on before the backward needs it
-        own, earlier = centred(self._earlier, teacher) if self.centre else (teacher, self._earlier)
+            self.hold_queues()
+        earlier = self.earlier['queue']
+        own, earlier = centred(earlier, teacher) if self.centre else (teacher, earlier)
         target = F.softmax(similarities(own, own, earlier) / self.teacher_temperature, dim=1)
         output = self.objective(similarities_by_width(students, own, earlier), target, self.temperature)
-        enqueue(self.queue_pointer, [(self.queue, teacher)])
+        self.enqueue(queue=teacher)
         return output

@@ -116,11 +116,11 @@ def test_queue_is_a_ring():
     method = make(queue_size=12)
     first = method.queue.clone()
     batches = [F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(i)), dim=1) for i in range(5)]
-    method.enqueue(batches[0])
+    method.enqueue(queue=batches[0])
     assert torch.equal(method.queue, torch.cat([batches[0], first[4:]]))
     assert method.queue_pointer == 4
     for keys in batches[1:]:
-        method.enqueue(keys)
+        method.enqueue(queue=keys)
     assert torch.equal(method.queue, torch.cat([batches[3], batches[4], batches[2]]))
     assert method.queue_pointer == 8
 
@@ -129,7 +129,7 @@ def test_queue_of_one_batch():
     method = make(queue_size=8)
     for seed in 1, 2:
         keys = F.normalize(torch.randn(8, 8, generator=torch.Generator().manual_seed(seed)), dim=1)
-        method.enqueue(keys)
+        method.enqueue(queue=keys)
         assert torch.equal(method.queue, keys)
         assert method.queue_pointer == 0
 

@@ -13,7 +13,7 @@ from slimclr_hub.methods import MoCoV2, Teacher
 from slimclr_hub.methods.bingo import cutmix
 from slimclr_hub.methods.losses import info_nce, similarities, squared_distance
 from slimclr_hub.methods.momentum import EMA
-from slimclr_hub.methods.queue import enqueue, random_queue
+from slimclr_hub.methods.queue import QueueMethod
 from slimclr_hub.models.widths import width_key
 from tests.methods import plain
 from tests.networks import method_of, small_teacher
@@ -103,18 +103,21 @@ def test_targets_are_float32_under_autocast():
 
 def test_queues_stay_aligned_after_a_wrap_around():
     """Row i of both belongs to the same image, whatever their dimensions."""
-    pointer, wide, narrow = torch.zeros((), dtype=torch.long), random_queue(6, 3), random_queue(6, 1)
+    method = QueueMethod()
+    method.make_queues(6, wide=3, narrow=1)
     for step in range(5):
-        image = torch.arange(4 if step == 1 else 2).float()[:2, None] + 10 * step
-        enqueue(pointer, [(wide, image.expand(-1, 3) * 100), (narrow, image)])
-    assert torch.equal(wide, narrow.expand(-1, 3) * 100)
-    assert narrow[:, 0].tolist() == [30, 31, 40, 41, 20, 21]
-    assert pointer == 4
+        image = torch.arange(2.0)[:, None] + 10 * step
+        method.enqueue(wide=image.expand(-1, 3) * 100, narrow=image)
+    assert torch.equal(method.wide, method.narrow.expand(-1, 3) * 100)
+    assert method.narrow[:, 0].tolist() == [30, 31, 40, 41, 20, 21]
+    assert method.queue_pointer == 4
 
 
 def test_queue_that_is_no_multiple():
+    method = QueueMethod()
+    method.make_queues(6, queue=3)
     with pytest.raises(InputError, match=r'queue_size 6 .*batch of 4'):
-        enqueue(torch.zeros((), dtype=torch.long), [(random_queue(6, 3), torch.zeros(4, 3))])
+        method.enqueue(queue=torch.zeros(4, 3))
 
 
 # SEED
@@ -272,7 +275,7 @@ def test_compress_against_loops(widths):
         for parameter in method.backbone.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     other = copy.deepcopy(method)
-    earlier = method.queue.clone(), {w: queue.clone() for w, queue in method.student_queues().items()}
+    earlier = method.queue.clone(), {w: method.get_buffer(name).clone() for w, name in method.queues.items()}
     output = method([view], widths, 0.9)
     z_t = other.teacher(view)
     total = 0.0
@@ -288,7 +291,7 @@ def test_compress_against_loops(widths):
             for mine, its in zip(moved.parameters(), trained.parameters(), strict=True):
                 mine.copy_(0.9 * mine + 0.1 * its)
         keys = F.normalize(moved(view), dim=1)
-        queue = method.student_queues()[width]
+        queue = method.get_buffer(method.queues[width])
         torch.testing.assert_close(queue, torch.cat([keys, earlier[1][width][4:]]))
         assert not torch.allclose(keys, z_s)
     assert output['loss'].item() == pytest.approx(total, rel=1e-5)
@@ -302,8 +305,9 @@ def test_queues_of_compress_stay_aligned():
         method(views(seed), WIDTHS, 0.0)
     images = torch.cat([views(3)[0], views(2)[0]])
     torch.testing.assert_close(method.queue, method.teacher(images))
-    for width, queue in method.student_queues().items():
-        torch.testing.assert_close(queue, F.normalize(method.backbone.forward_at(images, width), dim=1))
+    for width, name in method.queues.items():
+        features = F.normalize(method.backbone.forward_at(images, width), dim=1)
+        torch.testing.assert_close(method.get_buffer(name), features)
     assert method.queue_pointer == 4
 
 
