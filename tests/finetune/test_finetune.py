@@ -248,7 +248,7 @@ def test_classifier_of_the_same_classes_is_kept(place, whole, tmp_path, capsys):
 
 
 def test_classifier_is_fitted_first(place, tmp_path):
-    """Where nothing else moves, accuracies are those of logistic regression on the network's features."""
+    """Where nothing else moves, accuracies are those of a regularised logistic regression on the network's features."""
     still = ['--optim.lr', '1e-12', '--model.frozen', '5', '--optim.epochs', '1']
     result = tuned(place, tmp_path / 'out', *still)
     config = parse_finetune(arguments(place, 'x'))
@@ -259,7 +259,7 @@ def test_classifier_is_fitted_first(place, tmp_path):
             (torch.cat([model.forward_at(images, 0.5) for images, _ in loader]), torch.cat([of for _, of in loader]))
             for loader in splits
         )
-    linear, mean, scale = fit_linear(bank, labels, floor=0.1)
+    linear, mean, scale = fit_linear(bank, labels, 5 / len(bank), floor=0.1)
     right = (linear((queries - mean) * scale).argmax(1) == truth).double().mean().item()
     assert result.top1[0.5] == pytest.approx(100 * right)
     random = tuned(place, tmp_path / 'random', *still, '--model.fit_head', 'false')
