@@ -1,7 +1,6 @@
 """Model cards: of networks that were trained or converted here, and of the published ones."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from slimclr_hub.runs.result import RAW_PIXELS, Result, load
 from slimclr_hub.weights.published import (
@@ -15,19 +14,17 @@ from slimclr_hub.weights.published import (
     published_facts,
 )
 
-_TRAINED = """\
+_OWN = """\
 ---
 library_name: timm
-license: apache-2.0
-tags:
-- image-feature-extraction
+{license}tags:
+- {task}
 - timm
 - slimclr
-- self-supervised-learning
----
-# {name}
+{tags}---
+# {title}
 
-A slimmable {architecture}, trained {how}: one file, {count} width{plural}.
+{intro}
 
 ```python
 import timm, slimclr_hub
@@ -35,79 +32,73 @@ model = timm.create_model('local-dir:{folder}', pretrained=True, width={smallest
 model.set_width({largest})
 ```
 
-From the Hugging Face Hub it is `hf-hub:USER/NAME` instead of `local-dir:`. `model.extract({smallest})` gives an
-ordinary dense network of that width.
-
-{table}
+{usage}{table}
 
 Parameters are those of the network at that width; multiply-adds are for one image of {size}x{size} pixels.{explained}
 
+{ending}
+"""
+
+_HUB = """\
+From the Hugging Face Hub it is `hf-hub:USER/NAME` instead of `local-dir:`. `model.extract({smallest})` gives an
+ordinary dense network of that width.
+
+"""
+
+_TRAINING = """\
 ## Training
 
 {epochs} epochs on `{data}`; every value is in `recipe.yaml` beside this file.
 
-Method: Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, https://arxiv.org/abs/2209.15525.
-"""
+Method: Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, https://arxiv.org/abs/2209.15525."""
 
-
-_FINETUNED = """\
----
-library_name: timm
-tags:
-- image-classification
-- timm
-- slimclr
----
-# {name}
-
-`{network}`, fine-tuned on `{data}`: one file, {count} width{plural}.
-
-```python
-import timm, slimclr_hub
-model = timm.create_model('local-dir:{folder}', pretrained=True, width={smallest})
-model.set_width({largest})
-```
-
-{table}
-
-Parameters are those of the network at that width; multiply-adds are for one image of {size}x{size} pixels. The last
-column is the top-1 accuracy (%) on the {images} images of the split `{split}`, after {epochs} epochs.
-
+_FINETUNING = """\
 All widths learned at once, from labels (Yu et al., Slimmable Neural Networks, https://arxiv.org/abs/1812.08928). The
-licence of the network that this began with holds for it, too.
-"""
+licence of the network that this began with holds for it, too."""
 
+_PROBE = """\
+Method: Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, https://arxiv.org/abs/2209.15525. The
+weights of the network are those of whoever made it, and so is their licence."""
 
-_CONVERTED = """\
----
-library_name: timm
-tags:
-- image-feature-extraction
-- timm
-- slimclr
----
-# {architecture} from {source}
-
-A slimmable network, converted from `{source}`: one file, {count} width{plural}.
-
-```python
-import timm, slimclr_hub
-model = timm.create_model('local-dir:{folder}', pretrained=True, width={smallest})
-model.set_width({largest})
-```
-
-{table}
-
-Parameters are those of the network at that width; multiply-adds are for one image of {size}x{size} pixels.
-{uncalibrated}
-The weights are those of whoever made `{source}`, and so is their licence.
-"""
-
-_UNCALIBRATED = """
+_UNCALIBRATED = """\
 Only width 1 is trained. The others have the leading channels of its weights: this is a start for slimmable training
 (`accelerate launch recipes/pretrain.py --model.name {architecture} --model.weights FOLDER`, with the folder that this
 file is in), and of no use as it is.
+
 """
+
+
+def _own_card(
+    facts: Sequence[WidthFacts],
+    results: Sequence[Result] = (),
+    *,
+    title: str,
+    intro: str,
+    folder: str,
+    size: int | str,
+    ending: str,
+    task: str = 'image-classification',
+    license: str = '',
+    tags: str = '',
+    usage: str = '',
+    explained: str = '',
+) -> str:
+    """Write the card of a network in a folder, whose license and tags are lines of the front matter."""
+    return _OWN.format(
+        title=title,
+        intro=intro,
+        folder=folder,
+        size=size,
+        ending=ending,
+        task=task,
+        license=license,
+        tags=tags,
+        usage=usage,
+        explained=explained,
+        smallest=facts[-1].width,
+        largest=facts[0].width,
+        table=card_table(facts, results),
+    )
 
 
 def training_card(facts: Sequence[WidthFacts], about: Mapping[str, str], results: Sequence[Result] = ()) -> str:
@@ -115,11 +106,20 @@ def training_card(facts: Sequence[WidthFacts], about: Mapping[str, str], results
 
     `about` gives `name`, `folder`, `architecture`, `method`, `data`, `epochs` and `size`.
     """
-    return _TRAINED.format(
-        **_widths(facts, results),
-        how='with labels' if about['method'] == 'supervised' else f'without labels by SlimCLR on {about["method"]}',
+    how = 'with labels' if about['method'] == 'supervised' else f'without labels by SlimCLR on {about["method"]}'
+    return _own_card(
+        facts,
+        results,
+        title=about['name'],
+        intro=f'A slimmable {about["architecture"]}, trained {how}: {_one_file(facts)}.',
+        folder=about['folder'],
+        size=about['size'],
+        task='image-feature-extraction',
+        license='license: apache-2.0\n',
+        tags='- self-supervised-learning\n',
+        usage=_HUB.format(smallest=facts[-1].width),
         explained=''.join(f' `{label}` is {_what(result)}.' for label, result in _by_label(results).items()),
-        **about,
+        ending=_TRAINING.format(epochs=about['epochs'], data=about['data']),
     )
 
 
@@ -134,7 +134,38 @@ def finetuned_card(facts: Sequence[WidthFacts], about: Mapping[str, str], result
 
     `about` gives `name`, `folder`, `network`, `data`, `split`, `epochs` and `size`.
     """
-    return _FINETUNED.format(**_widths(facts, [result]), images=result.images, **about)
+    return _own_card(
+        facts,
+        [result],
+        title=about['name'],
+        intro=f'`{about["network"]}`, fine-tuned on `{about["data"]}`: {_one_file(facts)}.',
+        folder=about['folder'],
+        size=about['size'],
+        explained=f' The last column is the top-1 accuracy (%) on the {result.images} images of the split '
+        f'`{about["split"]}`, after {about["epochs"]} epochs.',
+        ending=_FINETUNING,
+    )
+
+
+def probe_card(facts: Sequence[WidthFacts], about: Mapping[str, str], result: Result) -> str:
+    """Write the card of a network with a linear probe, whose result has its settings.
+
+    `about` gives `name`, `folder`, `data`, `split` and `size`.
+    """
+    settings, protocol = result.settings, result.protocol
+    choice = f', the {settings["chosen_by"]}' if len(settings['sweep']) > 1 else ''
+    return _own_card(
+        facts,
+        [result],
+        title=f'{about["name"]} with a linear probe',
+        intro=f'`{result.network}`, frozen, with a {protocol.head} linear classifier for the {settings["classes"]} '
+        f'classes of `{about["data"]}`.',
+        folder=about['folder'],
+        size=about['size'],
+        explained=f' The last column is the top-1 accuracy (%) of the classifier on {result.images} images of the '
+        f'split `{about["split"]}`, by {protocol} (learning rate {settings["chosen_lr"]:g}{choice}).',
+        ending=_PROBE,
+    )
 
 
 def converted_card(
@@ -144,9 +175,20 @@ def converted_card(
 
     `calibrated` is true if the normalisation of every width has seen images.
     """
-    uncalibrated = '' if calibrated else _UNCALIBRATED.format(architecture=architecture)
-    about = {'architecture': architecture, 'source': source, 'folder': folder, 'size': size}
-    return _CONVERTED.format(**_widths(facts), **about, uncalibrated=uncalibrated)
+    return _own_card(
+        facts,
+        title=f'{architecture} from {source}',
+        intro=f'A slimmable network, converted from `{source}`: {_one_file(facts)}.',
+        folder=folder,
+        size=size,
+        task='image-feature-extraction',
+        ending=('' if calibrated else _UNCALIBRATED.format(architecture=architecture))
+        + f'The weights are those of whoever made `{source}`, and so is their licence.',
+    )
+
+
+def _one_file(facts: Sequence[WidthFacts]) -> str:
+    return f'one file, {len(facts)} width{"" if len(facts) == 1 else "s"}'
 
 
 def card_table(facts: Sequence[WidthFacts], results: Sequence[Result] = ()) -> str:
@@ -169,16 +211,6 @@ def _markdown(rows: list[list[str]]) -> str:
 def _by_label(results: Sequence[Result]) -> dict[str, Result]:
     """The first, which is the best, of the results that would have the same column head."""
     return {result.protocol.label: result for result in reversed(results)}
-
-
-def _widths(facts: Sequence[WidthFacts], results: Sequence[Result] = ()) -> dict[str, Any]:
-    return {
-        'count': len(facts),
-        'plural': '' if len(facts) == 1 else 's',
-        'smallest': facts[-1].width,
-        'largest': facts[0].width,
-        'table': card_table(facts, results),
-    }
 
 
 # Published networks

@@ -13,7 +13,7 @@ import torch
 from slimclr_hub.data import DataConfig
 from slimclr_hub.evaluate.linear_eval.config import LinearEvalConfig
 from slimclr_hub.evaluate.linear_eval.training import Record
-from slimclr_hub.hub.card import card_table
+from slimclr_hub.hub.card import probe_card
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cost import width_facts
@@ -28,33 +28,6 @@ if TYPE_CHECKING:
 _CHOICE = 'highest mean top-1 over the widths on the validation split, after the last epoch'
 _ACROSS = 55  # letters above a panel
 _WORDNET = re.compile(r'n\d{8}')
-_CARD = """\
----
-library_name: timm
-tags:
-- image-classification
-- timm
-- slimclr
----
-# {name} with a linear probe
-
-`{network}`, frozen, with a {head} linear classifier for the {classes} classes of `{data}`.
-
-```python
-import timm, slimclr_hub
-model = timm.create_model('local-dir:{folder}', pretrained=True, width={smallest})
-model.set_width({largest})
-```
-
-{table}
-
-Parameters are those of the network at that width; multiply-adds are for one image of {size}x{size} pixels. The last
-column is the top-1 accuracy (%) of the classifier on {images} images of the split `{split}`, by linear evaluation
-({protocol}; learning rate {lr:g}{choice}).
-
-Method: Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, https://arxiv.org/abs/2209.15525. The
-weights of the network are those of whoever made it, and so is their licence.
-"""
 
 
 def best_rate(record: Record) -> int:
@@ -184,23 +157,14 @@ def save_with_head(
     settings, kind = result.settings, str(result.protocol.head)
     backbone.reset_classifier(settings['classes'], head=kind)
     backbone.fc.load_state_dict(head)
-    card = _CARD.format(
-        name=folder.name,
-        network=result.network,
-        head=kind,
-        classes=settings['classes'],
-        data=data.name,
-        folder=folder,
-        smallest=backbone.widths[-1],
-        largest=backbone.widths[0],
-        table=card_table(width_facts(backbone, data.size), [result]),
-        size=data.size,
-        images=result.images,
-        split=data.val_split,
-        protocol=result.protocol,
-        lr=settings['chosen_lr'],
-        choice=f', the {settings["chosen_by"]}' if len(settings['sweep']) > 1 else '',
-    )
+    about = {
+        'name': folder.name,
+        'folder': str(folder),
+        'data': data.name,
+        'split': str(data.val_split),
+        'size': str(data.size),
+    }
+    card = probe_card(width_facts(backbone, data.size), about, result)
     names = settings['class_names']
     if names is not None and (len(names) != settings['classes'] or all(map(_WORDNET.fullmatch, names))):
         names = None  # for ImageNet's own numbers there are better names, which timm knows
