@@ -14,6 +14,11 @@ from slimclr_hub.weights.published import (
     published_facts,
 )
 
+_METHOD = (
+    'Method: Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, '
+    'https://arxiv.org/abs/2209.15525.'
+)
+
 _OWN = """\
 ---
 library_name: timm
@@ -45,19 +50,19 @@ ordinary dense network of that width.
 
 """
 
-_TRAINING = """\
+_TRAINING = f"""\
 ## Training
 
-{epochs} epochs on `{data}`; every value is in `recipe.yaml` beside this file.
+{{epochs}} epochs on `{{data}}`; every value is in `recipe.yaml` beside this file.
 
-Method: Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, https://arxiv.org/abs/2209.15525."""
+{_METHOD}"""
 
 _FINETUNING = """\
 All widths learned at once, from labels (Yu et al., Slimmable Neural Networks, https://arxiv.org/abs/1812.08928). The
 licence of the network that this began with holds for it, too."""
 
-_PROBE = """\
-Method: Zhao et al., Slimmable Networks for Contrastive Self-supervised Learning, https://arxiv.org/abs/2209.15525. The
+_PROBE = f"""\
+{_METHOD} The
 weights of the network are those of whoever made it, and so is their licence."""
 
 _UNCALIBRATED = """\
@@ -72,25 +77,17 @@ def _own_card(
     facts: Sequence[WidthFacts],
     results: Sequence[Result] = (),
     *,
-    title: str,
-    intro: str,
-    folder: str,
-    size: int | str,
-    ending: str,
-    task: str = 'image-classification',
     license: str = '',
     tags: str = '',
     usage: str = '',
     explained: str = '',
+    **text: str,
 ) -> str:
-    """Write the card of a network in a folder, whose license and tags are lines of the front matter."""
+    """Write the card of a network in a folder, whose license and tags are lines of the front matter.
+
+    `text` gives `title`, `task`, `intro`, `folder`, `size` and `ending`; what else it has is not used.
+    """
     return _OWN.format(
-        title=title,
-        intro=intro,
-        folder=folder,
-        size=size,
-        ending=ending,
-        task=task,
         license=license,
         tags=tags,
         usage=usage,
@@ -98,6 +95,7 @@ def _own_card(
         smallest=facts[-1].width,
         largest=facts[0].width,
         table=card_table(facts, results),
+        **text,
     )
 
 
@@ -112,14 +110,13 @@ def training_card(facts: Sequence[WidthFacts], about: Mapping[str, str], results
         results,
         title=about['name'],
         intro=f'A slimmable {about["architecture"]}, trained {how}: {_one_file(facts)}.',
-        folder=about['folder'],
-        size=about['size'],
         task='image-feature-extraction',
         license='license: apache-2.0\n',
         tags='- self-supervised-learning\n',
         usage=_HUB.format(smallest=facts[-1].width),
         explained=''.join(f' `{label}` is {_what(result)}.' for label, result in _by_label(results).items()),
         ending=_TRAINING.format(epochs=about['epochs'], data=about['data']),
+        **about,
     )
 
 
@@ -139,11 +136,11 @@ def finetuned_card(facts: Sequence[WidthFacts], about: Mapping[str, str], result
         [result],
         title=about['name'],
         intro=f'`{about["network"]}`, fine-tuned on `{about["data"]}`: {_one_file(facts)}.',
-        folder=about['folder'],
-        size=about['size'],
+        task='image-classification',
         explained=f' The last column is the top-1 accuracy (%) on the {result.images} images of the split '
         f'`{about["split"]}`, after {about["epochs"]} epochs.',
         ending=_FINETUNING,
+        **about,
     )
 
 
@@ -160,11 +157,11 @@ def probe_card(facts: Sequence[WidthFacts], about: Mapping[str, str], result: Re
         title=f'{about["name"]} with a linear probe',
         intro=f'`{result.network}`, frozen, with a {protocol.head} linear classifier for the {settings["classes"]} '
         f'classes of `{about["data"]}`.',
-        folder=about['folder'],
-        size=about['size'],
+        task='image-classification',
         explained=f' The last column is the top-1 accuracy (%) of the classifier on {result.images} images of the '
         f'split `{about["split"]}`, by {protocol} (learning rate {settings["chosen_lr"]:g}{choice}).',
         ending=_PROBE,
+        **about,
     )
 
 
@@ -180,7 +177,7 @@ def converted_card(
         title=f'{architecture} from {source}',
         intro=f'A slimmable network, converted from `{source}`: {_one_file(facts)}.',
         folder=folder,
-        size=size,
+        size=str(size),
         task='image-feature-extraction',
         ending=('' if calibrated else _UNCALIBRATED.format(architecture=architecture))
         + f'The weights are those of whoever made `{source}`, and so is their licence.',
