@@ -51,7 +51,9 @@ def main() -> None:
     assert isinstance(model, SlimmableResNet)
     table = measure(model, [Setting(args.size, threads=threads)], args.repeats)
     table.save(table_path(model))
-    report = Report(setting('cpu', 'float32', args.model, f'{args.size}x{args.size}', f'{args.repeats} repeats'))
+    report = Report(
+        setting('cpu', 'float32', args.model, f'{args.size}x{args.size}', f'{args.repeats} repeats'), args.json
+    )
     rows: list[Row] = []
     for timing in sorted(table.timings, key=lambda timing: timing.slowest):
         numbers = {'--size': args.size, '--threads': threads, '--batches': args.batches}

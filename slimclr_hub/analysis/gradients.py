@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from slimclr_hub.analysis.base import Analysis, OutputOption, read_data, run_folders, write_data
+from slimclr_hub.analysis.base import Analysis, OutputOption, labels_of, read_data, run_folders, write_data
 from slimclr_hub.analysis.pca import Components, principal_components
 from slimclr_hub.analysis.replay import Replay, checkpoint_steps, recipe_of, slow_start_end, state_of
 from slimclr_hub.errors import InputError
@@ -251,7 +251,10 @@ def analyse_gradients(runs: Sequence[str], config: GradientsConfig) -> None:
     output = Path(config.output) if config.output is not None else folders[0] / 'analysis'
     settings = {'runs': [str(folder.resolve()) for folder in folders], **relevant(config)}
     read_data(output / 'gradients', settings)
-    found = [gradients_of(folder, config) for folder in folders]
+    found = [
+        replace(gradients_of(folder, config), name=label)
+        for folder, label in zip(folders, labels_of(folders), strict=True)
+    ]
     draw_imbalance(found, output / 'gradient_imbalance')
     draw_divergence(found, output / 'gradient_divergence')
     draw_divergence(found, output / 'gradient_directions', unit_length=True)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from timm.data import create_transform
-from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 
@@ -63,9 +62,7 @@ class AugmentConfig:
 
 def _check_policy(policy: str) -> None:
     try:
-        # As `create_transform` tells them apart.
-        make = rand_augment_transform if policy.startswith('rand') else auto_augment_transform
-        make(policy, {})
+        create_transform((3, 8, 8), is_training=True, auto_augment=policy)
     except (AssertionError, ValueError, KeyError, LookupError) as error:
         raise InputError(
             f'augment.auto_augment {policy!r} is no policy of timm; give one such as rand-m9-mstd0.5-inc1, or null'

@@ -169,7 +169,7 @@ def _holds_out(config: LabelledDataConfig) -> bool:
     if config.name != 'folder' or config.root is None or config.val_split is None or not config.hold_out:
         return False
     root = Path(config.root)
-    return root.is_dir() and _split_folder(root, config.val_split) is None
+    return root.is_dir() and split_folder(root, config.val_split) is None
 
 
 def labels_of(images: Images) -> np.ndarray | None:
@@ -250,7 +250,7 @@ def has_validation(config: DataConfig) -> bool:
         if isinstance(config, LabelledDataConfig) and _holds_out(config):
             return True
         root = Path(config.root)
-        val, train = _split_folder(root, config.val_split), _split_folder(root, config.train_split) or root
+        val, train = split_folder(root, config.val_split), split_folder(root, config.train_split) or root
         return val is not None and not val.resolve().is_relative_to(train.resolve())
     if config.name.startswith('wds/') and config.root is not None:
         held_out = shard_names(config.root, config.val_split)
@@ -304,7 +304,8 @@ def _read_idx(path: Path) -> np.ndarray:
         raise InputError(f'cannot read {path}: {error}; fetch the file again') from error
 
 
-def _split_folder(root: Path, split: str) -> Path | None:
+def split_folder(root: Path, split: str) -> Path | None:
+    """Folder of a split, by its name or one of the usual others for it; None if there is none."""
     return next((root / name for name in sorted(_synonyms(split)) if (root / name).is_dir()), None)
 
 
@@ -347,11 +348,11 @@ def _folder(config: DataConfig, split: str, where: str) -> Images:
         check_tar(root)
         return TarImages(open_by_timm(config, split, where).reader, config.mode)
     others = [name for group in _SPLIT_FOLDERS for name in sorted(group) if (root / name).is_dir()]
-    own = _split_folder(root, split)
+    own = split_folder(root, split)
     if others and own is None:
         raise InputError(f'{where}: there is no such split; there are {", ".join(others)}')
     # Classes are numbered by the training images, also where another split lacks some.
-    train = _split_folder(root, config.train_split)
+    train = split_folder(root, config.train_split)
     numbers = class_numbers(train) if train is not None and split != config.train_split else None
     return FolderImages(own or root, config.mode, numbers)
 

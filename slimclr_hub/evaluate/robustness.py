@@ -18,7 +18,7 @@ from timm.data import ImageNetInfo
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from slimclr_hub.data.loaders import eval_loader
-from slimclr_hub.data.sources import make_dataset
+from slimclr_hub.data.sources import make_dataset, split_folder
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import extract_features, with_progress
 from slimclr_hub.evaluate.linear_eval.probe import accuracies
@@ -129,7 +129,7 @@ def _has_folder(data: DataConfig) -> bool:
     """True if the images to test on are a folder of their own, wherever training images may be."""
     if data.name != 'folder' or data.root is None or data.val_split in (None, data.train_split):
         return False
-    return (Path(data.root) / str(data.val_split)).is_dir()
+    return split_folder(Path(data.root), str(data.val_split)) is not None
 
 
 def imagenet_classes(names: Sequence[str] | None) -> list[int] | None:

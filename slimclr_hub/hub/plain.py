@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from slimclr_hub.errors import InputError
+from slimclr_hub.hub.folder import check_overlap
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.convert import convert
 from slimclr_hub.text import first_line
@@ -41,7 +42,7 @@ def slimmable_of(
         drop_path_rate: As of the network.
 
     Raises:
-        InputError: They are of no ResNet that this package has.
+        InputError: They are of no ResNet that this package has, or of one whose widths do not overlap.
     """
     try:
         converted = convert(tensors, widths=widths)
@@ -49,6 +50,7 @@ def slimmable_of(
         raise InputError(f'{name}: {error}') from error
     layout = layout_of({key: tensor.shape for key, tensor in converted.items()})
     assert layout.architecture is not None  # or converting had failed
+    check_overlap(layout.overlap, name)
     model = timm.create_model(
         layout.architecture,
         widths=layout.widths,
@@ -58,5 +60,10 @@ def slimmable_of(
         head=layout.head if layout.num_classes else 'switchable',
     )
     assert isinstance(model, SlimmableResNet)
-    model.load_state_dict(converted)
+    try:
+        model.load_state_dict(converted)
+    except RuntimeError as error:
+        raise InputError(
+            f'{name} is no {layout.architecture} as this package builds it: {first_line(error)}'
+        ) from error
     return model

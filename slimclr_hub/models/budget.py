@@ -23,7 +23,7 @@ from slimclr_hub.models.cost import WidthNeeds, describe
 from slimclr_hub.models.resolutions import Pair, Resolutions
 from slimclr_hub.models.widths import check_width
 from slimclr_hub.settings import Count, at_least
-from slimclr_hub.text import human
+from slimclr_hub.text import first_line, human
 from slimclr_hub.version import __version__
 from slimclr_hub.weights.bounded import as_float, read_json
 
@@ -68,7 +68,7 @@ class Setting:
         batch_size: Images of a batch.
         threads: Threads of the CPU.
         runtime: One of `RUNTIMES`.
-        device: Type of the device, such as `cpu`; other runtimes than torch run there.
+        device: Of PyTorch, such as `cuda:1`, of which the type is kept; other runtimes than torch run on `cpu`.
     """
 
     size: Count
@@ -82,6 +82,10 @@ class Setting:
             at_least(name, getattr(self, name), 1)
         if self.runtime not in RUNTIMES:
             raise InputError(f'runtime {self.runtime!r:.60} is not one of {", ".join(RUNTIMES)}')
+        try:
+            object.__setattr__(self, 'device', torch.device(self.device).type)
+        except RuntimeError as error:
+            raise InputError(f'device {self.device!r:.60} is none of PyTorch: {first_line(error)}') from error
         if self.runtime != 'torch' and self.device != 'cpu':
             raise InputError(f'device {self.device!r:.60}: {self.runtime} is measured on the cpu')
 

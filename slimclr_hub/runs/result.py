@@ -6,6 +6,7 @@ What raw pixels reach by the same protocols comes last, under the name of the ne
 
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -304,7 +305,7 @@ def environment() -> dict[str, str]:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processors()
     return {
-        'command': ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        'command': shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         'hardware': device,
         'versions': f'slimclr_hub {__version__}, torch {torch.__version__}, timm {timm.__version__}, '
         f'Python {platform.python_version()}',

@@ -11,7 +11,7 @@ _LEAST_RANK = 1.1  # of random networks it is several times this
 
 
 class CollapseWatch:
-    """Tells when widths collapse, once until they have recovered; it looks at no epoch with warm-up.
+    """Tells when widths collapse, once until they have recovered; it looks at no epoch that ends in warm-up.
 
     A width has collapsed if its loss is that of chance in the last quarter of an epoch's lines in the log, to which it
     may have risen in the course of it, or if the effective rank of its features is about 1. `loss` names the loss in
@@ -34,7 +34,7 @@ class CollapseWatch:
         Chance is ln(`candidates`). `ranks` are those that were measured.
         """
         lines, self._lines = self._lines, []
-        if epoch - 1 < self._config.optim.warmup_epochs:
+        if epoch - 0.25 < self._config.optim.warmup_epochs:
             return {}
         signs: dict[float, str] = {}
         for width in self._config.model.widths:

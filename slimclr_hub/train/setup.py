@@ -115,7 +115,8 @@ def make_optimizer(
     parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
     groups: list[Any] = parameters
     if layer_decay is not None:
-        groups = param_groups_layer_decay(method, config.weight_decay, layer_decay=layer_decay)
+        of_layers = {'layer_decay': layer_decay, 'weight_decay_exclude_1d': config.filter_bias_and_bn}
+        groups = param_groups_layer_decay(method, config.weight_decay, **of_layers)
     elif config.filter_bias_and_bn:
         groups = [
             {'params': [p for p in parameters if p.ndim > 1]},

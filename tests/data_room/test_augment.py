@@ -17,7 +17,7 @@ CPU = torch.device('cpu')
 
 
 @pytest.mark.parametrize('channels', [1, 3])
-@pytest.mark.parametrize('policy', [None, 'rand-m9-mstd0.5-inc1'])
+@pytest.mark.parametrize('policy', [None, 'rand-m9-mstd0.5-inc1', 'augmix-m5-w4-d2'])
 def test_image_follows_from_the_numbers_alone(channels, policy):
     data = DataConfig(size=20, channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels)
     transform = TimmTransform(data, AugmentConfig(auto_augment=policy))

@@ -31,6 +31,7 @@ from slimclr_hub.models.cost import cost
 from slimclr_hub.runs.command_line import dump
 from slimclr_hub.runs.result import IMAGENET, Protocol, Result, save
 from slimclr_hub.runs.tables import TextTable
+from slimclr_hub.settings import RECIPE
 from slimclr_hub.text import human
 from slimclr_hub.train.config import PretrainConfig
 from slimclr_hub.train.report import compare_with_itself
@@ -147,6 +148,10 @@ def test_unfinished_run_has_cost_and_the_accuracies_so_far(place, tmp_path):
         (run / file).unlink()
     (entry,) = read_entries([str(run)])
     assert (entry.facts, entry.size, entry.results) == (finished.facts, 12, finished.results)
+    tagged = (run / RECIPE).read_text().replace('slimclr_resnet20', 'slimclr_resnet20.mocov3_fashionmnist')
+    (run / RECIPE).write_text(tagged)  # as a recipe has it that begins from a published network
+    (entry,) = read_entries([str(run)])
+    assert (entry.facts, entry.size) == (finished.facts, 12)
 
 
 def test_one_k_for_all_that_have_it(tmp_path):

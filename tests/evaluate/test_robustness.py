@@ -90,8 +90,8 @@ def test_refusals(wrong, words):
         RobustnessConfig(network=WITH_HEAD, **wrong)
 
 
-@pytest.mark.parametrize('named', ['synsets', 'numbers'])
-def test_some_classes_of_imagenet_compete_among_themselves(tmp_path, capsys, named):
+@pytest.mark.parametrize(('named', 'split'), [('synsets', 'odd'), ('numbers', 'val')])
+def test_some_classes_of_imagenet_compete_among_themselves(tmp_path, capsys, named, split):
     """As ImageNet-R, A and V2 have their folders, whose order is no class: against logits sorted by hand."""
     chosen = [7, 30, 200, 999]
     synsets = ImageNetInfo().label_names()
@@ -105,14 +105,15 @@ def test_some_classes_of_imagenet_compete_among_themselves(tmp_path, capsys, nam
         # Two of three images get the class that the full width finds among the four.
         place = int(logits[1.0][i].argmax()) if i % 3 else i % 4
         name = synsets[chosen[place]] if named == 'synsets' else str(chosen[place])
-        (tmp_path / 'odd' / name).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.numpy()).save(tmp_path / 'odd' / name / f'{i}.png')
+        (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.numpy()).save(tmp_path / split / name / f'{i}.png')
         for width, x in logits.items():
             right[width] += int(x[i].argmax()) == place
     for label in chosen:
-        (tmp_path / 'odd' / (synsets[label] if named == 'synsets' else str(label))).mkdir(exist_ok=True)
+        (tmp_path / split / (synsets[label] if named == 'synsets' else str(label))).mkdir(exist_ok=True)
     save_folder(model, tmp_path / 'net', size=28, mean=(0.286,) * 3, std=(0.353,) * 3, crop_pct=1.0, card='')
-    arguments = ['--network', str(tmp_path / 'net'), '--data.root', str(tmp_path), '--data.val_split', 'odd']
+    arguments = ['--network', str(tmp_path / 'net'), '--data.root', str(tmp_path)]
+    arguments += ['--data.val_split', split] if split == 'odd' else []  # val is found by itself
     robustness._robustness([*arguments, '--corruptions', '[]', '--data.num_workers', '0'])
     record = json.loads((tmp_path / 'net' / 'robustness' / 'robustness.json').read_text())
     assert record['top1'] == {'clean': {'0': {str(w): pytest.approx(100 * n / 12) for w, n in right.items()}}}

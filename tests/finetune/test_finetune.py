@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,9 @@ def test_every_parameter_is_in_one_group(place, tmp_path):
     assert scales[id(of['fc.w050.weight'])] == 1
     decays = {id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
     assert all(bool(decays[id(p)]) == (p.ndim > 1) for p in of.values())
+    on_all = replace(config, filter_bias_and_bn=False)
+    groups = make_optimizer(on_all, model, fused=False, layer_decay=config.layer_decay).param_groups
+    assert {group['weight_decay'] for group in groups} == {config.weight_decay}
     result = tuned(place, tmp_path / 'out', '--optim.layer_decay', '0.5', '--optim.clip_grad', '1')
     assert tuple(result.top1) == WIDTHS
 
@@ -223,6 +227,12 @@ def test_starts(place, tmp_path):
     assert not drawn[0].conv1.weight.equal(drawn[1].conv1.weight)
     statistics = [layer.num_batches_tracked for layer in drawn[0].modules() if isinstance(layer, _BatchNorm)]
     assert not any(statistics)
+    apart = timm.create_model('slimclr_resnet20', num_classes=0, in_chans=1, widths=WIDTHS, overlap=False)
+    pooled = timm.create_model('slimclr_resnet20', num_classes=3, in_chans=1, widths=WIDTHS, global_pool='catavgmax')
+    for network, words in (apart, 'do not overlap'), (pooled, 'is no slimclr_resnet20 as this package builds it: '):
+        torch.save(network.state_dict(), tmp_path / 'other.pth')
+        with pytest.raises(InputError, match=words):
+            open_start(str(tmp_path / 'other.pth'), StartConfig())
     for network in f'random weights of {place / "network"}', str(tmp_path / 'plain.pth'):
         with pytest.raises(InputError, match=r'model.frozen_norm: .* has no statistics of normalisation'):
             open_start(network, StartConfig(frozen_norm=True))

@@ -233,9 +233,14 @@ def test_measurement_runs_every_case_as_often(model):
     [
         ({'runtime': 'tvm'}, "runtime 'tvm' is not one of torch, onnxruntime, openvino"),
         ({'size': 0}, 'size is 0; give 1 or more'),
+        ({'device': 'gpu'}, "device 'gpu' is none of PyTorch"),
         ({'runtime': 'openvino', 'device': 'cuda'}, "device 'cuda': openvino is measured on the cpu"),
     ],
 )
 def test_settings(change, message):
     with pytest.raises(InputError, match=message):
         Setting(**{'size': 28, **change})
+
+
+def test_a_numbered_device_is_measured_as_its_kind():
+    assert Setting(28, device='cuda:0') == Setting(28, device='cuda')

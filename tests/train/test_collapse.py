@@ -74,7 +74,12 @@ def test_once_until_it_has_recovered_and_not_in_warm_up():
             watch.add(lines(loss - 0.05))
             watch.add(lines(loss + 0.05))
         told.append(list(watch.after(epoch, 65, HEALTHY)))
-    assert told == [[], [], list(WIDTHS), [], [], list(WIDTHS)]
+    assert told == [[], list(WIDTHS), [], [], [], list(WIDTHS)]
+    # Of an epoch whose last quarter comes after warm-up, that quarter is looked at: a run may have one epoch alone.
+    for warmup, told in (0.7, list(WIDTHS)), (0.8, []):
+        watch = CollapseWatch(replace(config, optim=OptimConfig(epochs=1, warmup_epochs=warmup)), 'info_nce')
+        watch.add(lines(4.17))
+        assert list(watch.after(1, 65, HEALTHY)) == told
     # A mean at chance of losses that are not is no collapse.
     watch = CollapseWatch(replace(config, optim=OptimConfig()), 'info_nce')
     for loss in (4.17 - 0.5, 4.17 + 0.5) * 4:

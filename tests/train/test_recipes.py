@@ -112,6 +112,38 @@ def test_individual_networks():
             config = recipe(f'{stem}_w{100 * width:03.0f}')
             assert config.model.widths == (width,)
             assert replace(config, model=recipe(stem).model) == recipe(stem)
+    for stem in 'mocov2_resnet50_imagenet_800e', 'mocov3_resnet50_imagenet_300e':
+        alone, four = recipe(f'{stem}_w100'), recipe(stem)
+        # The rate rises where narrower widths start, and here none does.
+        optim = replace(four.optim, lr_after_slow_start=None)
+        assert alone == replace(four, model=replace(four.model, widths=(1.0,)), optim=optim)
+
+
+def test_supervised_and_three_widths():
+    config = recipe('supervised_resnet50_imagenet_100e')
+    views, optim, method = config.views, config.optim, config.method
+    jitter = views.jitter_prob, views.brightness, views.contrast, views.saturation, views.hue
+    assert jitter == (1.0, 0.4, 0.4, 0.4, 0.0)
+    assert (optim.filter_bias_and_bn, method.distillation, method.loss_weights) == (True, 'none', 'none')
+    for stem, base in (
+        ('mocov2_resnet50_imagenet_200e_fig3', 'mocov2_resnet50_imagenet_200e_vanilla'),
+        ('supervised_resnet50_imagenet_100e_fig3', 'supervised_resnet50_imagenet_100e'),
+    ):
+        three, four = recipe(stem), recipe(base)
+        assert three.diagnostics.on
+        model = replace(four.model, widths=(1.0, 0.5, 0.25))
+        assert three == replace(four, model=model, diagnostics=three.diagnostics)
+
+
+@pytest.mark.parametrize(
+    'stem',
+    [
+        *('mocov2_resnet50_imagenet_200e', 'mocov3_resnet50_imagenet_300e'),
+        *('simclr_resnet50_imagenet_100e', 'supervised_resnet50_imagenet_100e'),
+    ],
+)
+def test_precision_is_the_papers(stem):
+    assert recipe(stem).run.precision == 'fp16'
 
 
 @pytest.mark.parametrize('stem', ['resnet20x4_cifar10_100e_fig5', 'resnet20_fashionmnist_20e_fig5'])

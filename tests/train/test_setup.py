@@ -109,6 +109,20 @@ def test_which_optimizers_are_fused(name, args, fused):
     assert optimizer.param_groups[0].get('fused') is fused
 
 
+def test_no_decay_of_biases_and_normalisation():
+    """Against the parameters' own dimensions, and SGD without gradients moves weights by decay alone."""
+    model = network()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    config = OptimConfig('momentum', lr=0.1, weight_decay=0.5, filter_bias_and_bn=True)
+    optimizer = make_optimizer(config, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        left = 0.95 if parameter.ndim > 1 else 1
+        torch.testing.assert_close(parameter, left * before[name], msg=name)
+
+
 def test_optimizer_that_does_not_exist():
     with pytest.raises(InputError, match=r"optim\.name 'nosuch'.*list_optimizers"):
         make_optimizer(OptimConfig('nosuch'), network())

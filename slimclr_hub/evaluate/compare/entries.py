@@ -126,10 +126,11 @@ def _open(network: str) -> tuple[SlimmableResNet, int]:
 def _unfinished(settings: Any) -> tuple[SlimmableResNet, int]:
     """The network that a recipe describes, with random weights, and the size of its images."""
     of_model, data = settings['model'], settings['data']
-    if of_model['name'] not in slimmable_models():
+    architecture, *_ = of_model['name'].partition('.')
+    if architecture not in slimmable_models():
         raise InputError(f'model.name {of_model["name"]!r} is none of {", ".join(slimmable_models())}')
     model = timm.create_model(
-        of_model['name'],
+        architecture,
         num_classes=settings.get('method', {}).get('num_classes') or 0,
         in_chans=data.get('channels', 3),
         widths=tuple(of_model['widths']),
