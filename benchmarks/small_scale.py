@@ -26,6 +26,29 @@ PARTS = {
     'slow_kd': '+ distillation',
     'slimclr': '+ loss weights: SlimCLR',
 }
+# Key of a network or probe -> its name in the tables of accuracy.
+NETWORKS = {
+    **PARTS,
+    'alone': 'each width alone',
+    'shared': 'slimmable probe on SlimCLR',
+    'unstandardised': 'switchable probe, features not standardised',
+    'unstandardised, shared': 'slimmable probe, features not standardised',
+    'random_weights': 'random weights',
+    'pixels': 'raw pixels',
+}
+# Name, what is compared with what, and the paper's gains of linear accuracy by width.
+GAINS = [
+    ('four widths together over alone', 'alone', 'vanilla', '-1.6 at 1.0'),
+    ('slow start', 'vanilla', 'slow', '1.1, 1.0, 1.2, 0.4'),
+    ('distillation', 'slow', 'slow_kd', '0.3, 0.0, 0.1, 0.0'),
+    ('loss weights', 'slow_kd', 'slimclr', '0.4, 0.2, -0.1, 0.2'),
+    ('distillation and loss weights', 'slow', 'slimclr', '0.7, 0.2, 0.0, 0.2'),
+    ('all three', 'vanilla', 'slimclr', '1.8, 1.2, 1.2, 0.6'),
+    ('SlimCLR over alone (table 1)', 'alone', 'slimclr', '0.2, 1.2, 3.6, 7.2'),
+    ('SlimCLR over raw pixels', 'pixels', 'slimclr', ''),
+    ('switchable probe', 'shared', 'slimclr', '0.8, 0.9, 1.7, 1.5'),
+    ('switchable probe, not standardised', 'unstandardised, shared', 'unstandardised', ''),
+]
 # (recipe, phase) -> name. During slow start, slow_kd and slimclr train exactly as slow.
 PHASES = {
     ('alone_w100', 'all'): 'width 1.0 alone',
@@ -36,6 +59,16 @@ PHASES = {
     ('slimclr', 'after S'): f'{PARTS["slimclr"]}, after S',
     ('supervised_w100', 'all'): 'supervised, width 1.0 alone',
     ('supervised', 'all'): 'supervised, four widths',
+}
+# What is compared with what, seed by seed: name -> two of the above.
+CHANGES = {
+    'four widths instead of one': (('alone_w100', 'all'), ('vanilla', 'all')),
+    'four widths instead of one, with labels': (('supervised_w100', 'all'), ('supervised', 'all')),
+    'four widths, without labels instead of with': (('supervised', 'all'), ('vanilla', 'all')),
+    'slow start, after S instead of before': (('slow', 'before S'), ('slow', 'after S')),
+    'slow start, after S, instead of none': (('vanilla', 'all'), ('slow', 'after S')),
+    'distillation, after S': (('slow', 'after S'), ('slow_kd', 'after S')),
+    'loss weights, after S': (('slow_kd', 'after S'), ('slimclr', 'after S')),
 }
 # Recipe -> its name, the recipe of the full width alone, and the excess of the second offset over it in the paper.
 TRAJECTORIES = {
@@ -99,13 +132,18 @@ class Runs:
                         found.setdefault(width, []).append(value)
         return found
 
-    def last(self, recipe: str, key: str) -> list[float]:
-        """Last value of a metric for each seed."""
+    def logged(self, recipe: str, key: str, at: int = -1) -> list[float]:
+        """A metric in the log of each seed's run: its last value, or with `at` 0 the first."""
         values = []
         for run in self.of(recipe):
             lines = (run / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
-            values.append([record[key] for record in map(json.loads, lines) if key in record][-1])
+            found = [record[key] for record in map(json.loads, lines) if key in record]
+            values += found[at : at + 1 or None]
         return values
+
+    def knn(self, recipe: str, at: int = -1) -> dict[float, list[float]]:
+        """Width -> top-1 of each seed by k-NN, at the end of training or before it."""
+        return {width: self.logged(recipe, f'knn/{width:g}', at) for width in WIDTHS}
 
     def analyses(self, file: str) -> list[dict]:
         """Contents of a data file of the analyses for each seed."""
@@ -117,48 +155,62 @@ def differences(values: Sequence[float], base: Sequence[float]) -> list[float]:
     return [value - before for value, before in zip(values, base, strict=True)]
 
 
+def gains(after: Mapping[float, Sequence[float]], before: Mapping[float, Sequence[float]], width: float) -> list[float]:
+    """What one has over the other, seed by seed; none if a seed of either was not measured."""
+    new, old = after.get(width, ()), before.get(width, ())
+    return differences(new, old) if len(new) == len(old) else []
+
+
 def cells(found: Mapping[float, Sequence[float]]) -> list[str]:
     return [spread(found.get(width, ())) for width in WIDTHS]
 
 
 def interference(runs: Runs) -> None:
-    rows = []
-    for what, alone, slimmable in (
-        ('linear, without labels', runs.linear('alone_w100')[1.0], runs.linear('vanilla')[1.0]),
-        ('k-NN, without labels', runs.last('alone_w100', 'knn/1'), runs.last('vanilla', 'knn/1')),
-        ('own classifier, with labels', runs.last('supervised_w100', 'top1/1'), runs.last('supervised', 'top1/1')),
-        ('linear, with labels', runs.linear('supervised_w100')[1.0], runs.linear('supervised')[1.0]),
-        ('k-NN, with labels', runs.last('supervised_w100', 'knn/1'), runs.last('supervised', 'knn/1')),
+    rows, costs = [], []
+    for labels, alone, four in (
+        ('without labels', 'alone_w100', 'vanilla'),
+        ('with labels', 'supervised_w100', 'supervised'),
     ):
-        rows.append([what, spread(alone), spread(slimmable), spread(differences(slimmable, alone))])
-    print_table(['accuracy of width 1.0 (%)', 'alone', 'in four', 'difference'], rows)
+        measures = {
+            'linear (%)': (runs.linear(alone)[1.0], runs.linear(four)[1.0]),
+            'k-NN (%)': (runs.logged(alone, 'knn/1'), runs.logged(four, 'knn/1')),
+            'own classifier (%)': (runs.logged(alone, 'top1/1'), runs.logged(four, 'top1/1')),
+            'InfoNCE (nats)': (runs.logged(alone, 'info_nce/1'), runs.logged(four, 'info_nce/1')),
+            'effective rank': (runs.logged(alone, 'rank/1'), runs.logged(four, 'rank/1')),
+        }
+        costs.append(differences(*reversed(measures['linear (%)'])))
+        for what, (one, all_four) in measures.items():
+            if one:
+                digits = 2 if 'nats' in what else 1
+                columns = one, all_four, differences(all_four, one)
+                rows.append([f'{labels}: {what}', *(spread(values, digits) for values in columns)])
+    rows.append(['without less with: linear (points)', '', '', spread(differences(*costs))])
+    print_table(['width 1.0', 'alone', 'in four', 'difference'], rows)
 
 
 def parts(runs: Runs) -> None:
-    rows = [[name, *cells(runs.linear(recipe))] for recipe, name in PARTS.items()]
-    alone = {width: runs.linear(recipe).get(width, []) for width, recipe in ALONE.items()}
-    rows.append(['each width alone', *cells(alone)])
-    rows.append(['slimmable probe on SlimCLR', *cells(runs.linear('slimclr', 'slimmable'))])
-    rows.append(['random weights', *cells(runs.linear('random_weights'))])
+    linear = {recipe: runs.linear(recipe) for recipe in (*PARTS, *ALONE.values(), 'random_weights')}
+    linear['shared'] = runs.linear('slimclr', 'slimmable')
+    linear['unstandardised'] = runs.linear('unstandardised_switchable')
+    linear['unstandardised, shared'] = runs.linear('unstandardised_slimmable', 'slimmable')
     (pixels,) = load(runs.folder / 'raw_pixels' / RESULT)
-    rows.append(['raw pixels', *cells({1.0: list(pixels.top1.values())})])
-    print_table(['linear accuracy (%)', *BY_WIDTH], rows)
-    pairs = [
-        ('slow start', 'vanilla', 'slow', '1.1, 1.0, 1.2, 0.4'),
-        ('distillation', 'slow', 'slow_kd', '0.3, 0.0, 0.1, 0.0'),
-        ('loss weights', 'slow_kd', 'slimclr', '0.4, 0.2, -0.1, 0.2'),
-        ('all three', 'vanilla', 'slimclr', ''),
-    ]
-    rows = []
-    for name, before, after, paper in pairs:
-        old, new = runs.linear(before), runs.linear(after)
-        rows.append([name, *cells({width: differences(new[width], old[width]) for width in WIDTHS}), paper])
-    shared, own = runs.linear('slimclr', 'slimmable'), runs.linear('slimclr')
-    gain = {w: differences(own[w], shared[w]) for w in WIDTHS if w in shared}
-    rows.append(['switchable probe', *cells(gain), '0.8, 0.9, 1.7, 1.5'])
-    gain = {w: differences(own[w], alone[w]) for w in WIDTHS if len(alone[w]) == len(own[w])}
-    rows.append(['SlimCLR over alone (table 1)', *cells(gain), '0.2, 1.2, 3.6, 7.2'])
-    print_table(['gain (points)', *BY_WIDTH, 'paper, table 3'], rows)
+    linear['pixels'] = {width: list(pixels.top1.values()) for width in WIDTHS}
+    knn = {recipe: runs.knn(recipe) for recipe in (*PARTS, *ALONE.values())}
+    knn['random_weights'] = runs.knn('slimclr', at=0)
+    knn['pixels'] = {width: runs.logged('slimclr', 'raw_pixels/knn') for width in WIDTHS}
+    for kind, found in ('linear', linear), ('k-NN', knn):
+        found['alone'] = {width: found[recipe].get(width, []) for width, recipe in ALONE.items()}
+        rows = [[name, *cells(found[key])] for key, name in NETWORKS.items() if key in found]
+        print_table([f'{kind} accuracy (%)', *BY_WIDTH], rows)
+        # One fit of raw pixels stands for all seeds.
+        every = len(runs.seeds)
+        found['pixels'] = {width: (values * every)[:every] for width, values in found['pixels'].items()}
+        rows = [
+            [name, *cells({width: gains(found[after], found[before], width) for width in WIDTHS}), paper]
+            for name, before, after, paper in GAINS
+            if before in found and after in found
+        ]
+        print_table([f'gain, {kind} (points)', *BY_WIDTH, 'paper, linear'], rows)
 
 
 def gradients(runs: Runs) -> None:
@@ -173,7 +225,14 @@ def gradients(runs: Runs) -> None:
     rows = [
         [name, *(spread(values, 2) for values in found[key].values())] for key, name in PHASES.items() if key in found
     ]
-    print_table(['mean over layers', 'all / 0.25', 'rest / 0.25', 'cosine to the next', 'norm, last layer'], rows)
+    headers = ['all / 0.25', 'rest / 0.25', 'cosine to the next', 'norm, last layer']
+    print_table(['mean over layers', *headers], rows)
+    rows = [
+        [name, *(spread(differences(values, found[before][key]), 2) for key, values in found[after].items())]
+        for name, (before, after) in CHANGES.items()
+        if before in found and after in found
+    ]
+    print_table(['change', *headers], rows)
 
 
 def offsets(runs: Runs) -> None:
@@ -183,15 +242,22 @@ def offsets(runs: Runs) -> None:
             trajectories = json.loads(file.read_text(encoding='utf-8'))
             for run, both in zip(trajectories['settings']['runs'], trajectories['trajectories'], strict=True):
                 found.setdefault(Path(run).name.rpartition('-')[0], []).append(both['none']['offsets'])
-    rows = []
+    rows, excess = [], {}
     for recipe, (name, alone, paper) in TRAJECTORIES.items():
-        if recipe in found:
-            first, second = ([each[i] for each in found[recipe]] for i in (0, 1))
-            against = ['', '']
-            if alone in found:
-                pairs = list(zip(found[recipe], found[alone], strict=True))
-                against = [spread([100 * (own[i] / base[i] - 1) for own, base in pairs], 0) for i in (0, 1)]
-            rows.append([name, spread(first, 2), spread(second, 2), *against, paper])
+        if recipe not in found:
+            continue
+        lengths = [spread([each[i] for each in found[recipe]], 2) for i in (0, 1)]
+        if alone in found:
+            pairs = list(zip(found[recipe], found[alone], strict=True))
+            excess[recipe] = [[100 * (own[i] / base[i] - 1) for own, base in pairs] for i in (0, 1)]
+        rows.append([name, *lengths, *(spread(values, 0) for values in excess.get(recipe, ([], []))), paper])
+    for name, less, more in (
+        ('SlimCLR less four widths together', 'vanilla', 'slimclr'),
+        ('four widths, without labels less with', 'supervised', 'vanilla'),
+    ):
+        if less in excess and more in excess:
+            changes = [spread(differences(excess[more][i], excess[less][i]), 0) for i in (0, 1)]
+            rows.append([name, '', '', *changes, '10.4' if less == 'supervised' else ''])
     headers = ['', '1st component', '2nd component', '1st over alone (%)', '2nd over alone (%)', 'paper, 2nd']
     print_table(headers, rows)
 
@@ -223,7 +289,7 @@ def collapse(runs: Runs) -> None:
         without, with_slow = (f'collapse-lr{rate}-slow{slow}' for slow in ('0', '0.5'))
         if not runs.of(without):
             continue
-        values = {recipe: [runs.last(recipe, key) for key, _ in columns] for recipe in (without, with_slow)}
+        values = {recipe: [runs.logged(recipe, key) for key, _ in columns] for recipe in (without, with_slow)}
         gains = [differences(new, old) for new, old in zip(values[with_slow], values[without], strict=True)]
         for name, found in (('no', values[without]), ('half an epoch', values[with_slow]), ('difference', gains)):
             cells = [spread(column, digits) for column, (_, digits) in zip(found, columns, strict=True)]

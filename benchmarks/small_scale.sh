@@ -31,7 +31,7 @@ for seed in $seeds; do
   "${judge[@]}" --network "$out/slimclr-$seed" --probe.head slimmable
   for head in switchable slimmable; do
     "${judge[@]}" --network "$out/slimclr-$seed" --probe.head "$head" --features.standardise false \
-      --optim.lr "[0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]" --run.output "$out/unstandardised/$head-$seed"
+      --optim.lr "[0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]" --run.output "$out/unstandardised_$head-$seed/linear_eval"
   done
   "${judge[@]}" --network "random weights of $out/slimclr-$seed" --run.output "$out/random_weights-$seed/linear_eval" --run.seed "$seed"
   python recipes/analyze.py condition "$out/slimclr-$seed"

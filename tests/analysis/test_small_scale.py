@@ -34,15 +34,20 @@ def folder(tmp_path) -> Path:
             run = tmp_path / f'{recipe}-{seed}'
             widths = (ALONE[recipe],) if recipe in ALONE else (1.0,) if recipe.endswith('w100') else WIDTHS
             save_probe(run, 'linear_eval', 'switchable', 70 + i + seed, widths)
-            lines = [{'knn/1': 50.0}, {'knn/1': 60.0 + i, 'top1/1': 80.0 + i}]
+            knn = {f'knn/{width:g}': 60.0 + i + seed for width in widths}
+            before = {**dict.fromkeys(knn, 50.0), 'raw_pixels/knn': 64.0 + seed}
+            kind = {'top1/1': 80.0 + i} if recipe.startswith('supervised') else {'info_nce/1': 4.5 + i / 10}
+            lines = [before, {**knn, **kind, 'rank/1': 20.0 + i * seed}]
             (run / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
         save_probe(tmp_path / f'random_weights-{seed}', 'linear_eval', 'switchable', 60, WIDTHS)
+        for head, height in ('switchable', 69), ('slimmable', 66 + seed):
+            save_probe(tmp_path / f'unstandardised_{head}-{seed}', 'linear_eval', head, height, WIDTHS)
         slimclr, analysis = tmp_path / f'slimclr-{seed}', tmp_path / f'analysis-{seed}'
         save_probe(slimclr, 'linear_eval-2', 'slimmable', 68, WIDTHS)
         values = dict.fromkeys(('mean', 'total', 'right', 'relative', 'own', 'shared'), 1.0)
         condition = {
             split: {width: {**values, 'images': images} for width in ('0.75', '0.5', '0.25')}
-            for split, images in (('train', 2048), ('validation', 1000))
+            for split, images in (('train', 2048), ('validation', 2048))
         }
         (slimclr / 'analysis').mkdir()
         (slimclr / 'analysis' / 'condition.json').write_text(json.dumps({'condition': condition}))
@@ -78,18 +83,25 @@ def test_tables_have_the_rows_of_results(folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', [str(SCRIPT), str(folder)])
     runpy.run_path(str(SCRIPT), run_name='__main__')
     printed = tables_of(capsys.readouterr().out)
-    # The first is of claims, the second of a part of the runs, and the last of another script.
-    _, part, *written, _ = tables_of((ROOT / 'RESULTS.md').read_text())
-    assert part[0] == printed[1][0]
-    assert len(printed) == len(written) == 7
+    # The first is of claims, and the last of another script.
+    _, *written, _ = tables_of((ROOT / 'RESULTS.md').read_text())
+    assert len(printed) == len(written) == 10
     for ours, theirs in zip(printed, written, strict=True):
         assert ours[0] == theirs[0]
         assert [row[0] for row in ours] == [row[0] for row in theirs]
         assert all(len(row) == len(ours[0]) for row in ours)
         for column in (i for i, title in enumerate(ours[0]) if title.startswith('paper')):
             assert [row[column] for row in ours] == [row[column] for row in theirs]
-    offsets = {row[0]: row[1:5] for row in printed[4]}
-    assert printed[6][1] == ['0.03', 'no', '2', '6.24 ± 0.00', '6.00 ± 0.00', '60.5 ± 6.4', '50.0 ± 0.0']
+    cost = {row[0]: row[3] for row in printed[0]}
+    assert cost['without labels: InfoNCE (nats)'] == '0.10 ± 0.00'
+    assert cost['without less with: linear (points)'] == '5.0 ± 0.0'
+    linear, knn = ({row[0]: row[1:5] for row in printed[number]} for number in (2, 4))
+    assert linear['SlimCLR over raw pixels'] == ['-8.1 ± 6.4', '-10.6 ± 6.4', '-13.1 ± 6.4', '-15.6 ± 6.4']
+    assert linear['switchable probe, not standardised'] == ['2.5 ± 6.4'] * 4
+    assert linear['four widths together over alone'] == ['1.0 ± 0.0', '-6.0 ± 0.0', '-7.0 ± 0.0', '-8.0 ± 0.0']
+    assert knn['SlimCLR over raw pixels'] == ['1.0 ± 0.0'] * 4
+    offsets = {row[0]: row[1:5] for row in printed[7]}
+    assert printed[9][1] == ['0.03', 'no', '2', '6.24 ± 0.00', '6.00 ± 0.00', '60.5 ± 6.4', '50.0 ± 0.0']
     assert offsets['MoCo v2, four widths together'] == ['5.00 ± 0.00', '3.00 ± 0.00', '25 ± 0', '50 ± 0']
 
 
