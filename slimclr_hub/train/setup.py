@@ -115,8 +115,10 @@ def make_optimizer(
     parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
     groups: list[Any] = parameters
     if layer_decay is not None:
-        of_layers = {'layer_decay': layer_decay, 'weight_decay_exclude_1d': config.filter_bias_and_bn}
-        groups = param_groups_layer_decay(method, config.weight_decay, **of_layers)
+        exclude = config.filter_bias_and_bn
+        groups = param_groups_layer_decay(
+            method, config.weight_decay, weight_decay_exclude_1d=exclude, layer_decay=layer_decay
+        )
     elif config.filter_bias_and_bn:
         groups = [
             {'params': [p for p in parameters if p.ndim > 1]},
