@@ -122,6 +122,33 @@ def test_random_weights_of_a_network(place, network, tmp_path, monkeypatch):
         linear_eval(configured(place, Path('random weights of nothing')))
 
 
+def test_baselines_stand_beside_the_network(place, network, tmp_path, monkeypatch, capsys):
+    """They are what the commands of their own find, an evaluation that is finished gets them, too, and once."""
+    monkeypatch.chdir(tmp_path)
+    alone = linear_eval(configured(place, network))
+    result = linear_eval(configured(place, network, '--baselines=true'))
+    drawn, pixels = (
+        linear_eval(configured(place, Path(name))) for name in (f'random weights of {network}', 'raw pixels')
+    )
+    assert (result.top1, result.start) == (alone.top1, drawn.top1)
+    assert [each.top1 for each in load(network / 'linear_eval' / 'result.json')] == [alone.top1, pixels.top1]
+    before = (network / 'linear_eval' / 'result.json').stat().st_mtime_ns
+    capsys.readouterr()
+    linear_eval(configured(place, network, '--baselines=true'))
+    printed = capsys.readouterr().out
+    assert (network / 'linear_eval' / 'result.json').stat().st_mtime_ns == before
+    assert f'{drawn.top1[0.25]:.1f}' in printed
+    assert 'raw pixels' in printed
+    compare_networks([str(network)], markdown=Path('-'), batch_size=None)
+    rows = [line for line in capsys.readouterr().out.splitlines() if 'random weights' in line or 'raw pixels' in line]
+    assert len(rows) == len(WIDTHS) + 1
+    for name in 'raw pixels', f'random weights of {network}':
+        with pytest.raises(InputError, match='which are one'):
+            configured(place, Path(name), '--baselines=true')
+    with pytest.raises(InputError, match='of 224 pixels say little'):
+        configured(place, network, '--baselines=true', '--data.size=224')
+
+
 @pytest.mark.parametrize('distillation', ['false', 'true'])
 def test_probe_is_as_good_as_scikit_learns(place, network, distillation):
     """Logistic regression on the very features that were cached, of real images, at every width."""

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field, fields
 from slimclr_hub.data import ViewConfig
 from slimclr_hub.data.config import LabelledDataConfig
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.network import data_defaults
+from slimclr_hub.evaluate.baselines import is_small
+from slimclr_hub.evaluate.network import data_defaults, drawn_anew
 from slimclr_hub.runs.command_line import make_parser, parse
-from slimclr_hub.runs.result import Protocol, data_name
+from slimclr_hub.runs.result import RAW_PIXELS, Protocol, data_name
 from slimclr_hub.settings import Incidental, above, at_least, check_fraction, check_precision, check_seed, one_of
 
 BATCH_SIZE = 256
@@ -176,11 +177,14 @@ class LinearNetworkConfig(Incidental):
             hf-hub:USER/NAME, or a file; `raw pixels` for what the images themselves reach, and `random weights of
             NETWORK` for what a network does before training.
         save_to: Folder to write the network to with the probe as its head, for `slimclr-hub predict` and timm.
+        baselines: Evaluate the network's random weights and raw pixels in the same way, too, of images of at most 64
+            pixels a side; `compare` shows them.
         seeds: Repetitions, with seeds from run.seed on; their mean and spread are told at the end.
     """
 
     network: str = ''
     save_to: str | None = None
+    baselines: bool = False
     seeds: int = 1
 
 
@@ -211,6 +215,10 @@ class LinearEvalConfig(LinearNetworkConfig):
         if not self.network:
             raise InputError('no network to test; give --network with the folder of a run, or a tag')
         at_least('seeds', self.seeds, 1)
+        if self.baselines and (self.network == RAW_PIXELS or drawn_anew(self.network)):
+            raise InputError(f'baselines of {self.network}, which are one; leave it out')
+        if self.baselines and not is_small(self.data):
+            raise InputError(f'baselines of images of {self.data.size} pixels say little and cost much; leave it out')
         if self.seeds > 1 and self.save_to is not None:
             raise InputError(f'save_to {self.save_to} is for one network, and seeds is {self.seeds}; leave one out')
 

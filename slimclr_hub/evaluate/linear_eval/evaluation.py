@@ -6,6 +6,7 @@ FOLDER/settings.json        the settings that decide the result, and a hash of t
        metrics.jsonl        one line an epoch: loss and accuracies of every learning rate
        accuracy.png, .pdf   the figure
        result.json          the accuracies; its presence says that the evaluation is finished
+       baselines/           the same of random weights and raw pixels, where they are asked for
 """
 
 import os
@@ -50,7 +51,7 @@ from slimclr_hub.runs.command_line import run_script
 from slimclr_hub.runs.figures import save_figure
 from slimclr_hub.runs.job import StopSignals
 from slimclr_hub.runs.launcher import launched
-from slimclr_hub.runs.result import RAW_PIXELS, RESULT, Result, load, save
+from slimclr_hub.runs.result import RANDOM_WEIGHTS, RAW_PIXELS, RESULT, Result, load, save
 from slimclr_hub.settings import plain, relevant
 from slimclr_hub.weights.hashes import state_hash
 from slimclr_hub.weights.tensor_file import TensorFile, save_tensors
@@ -106,19 +107,51 @@ def linear_eval(config: LinearEvalConfig) -> Result:
         accelerator.print(f'{folder}: {config.protocol}')
         with working_in(folder, accelerator):
             _train(config, accelerator, backbone, folder, weights)
-    (result,) = load(folder / RESULT)
+    if config.baselines:
+        _add_baselines(config, accelerator, folder)
+    result, *pixels = load(folder / RESULT)
     if accelerator.is_main_process:
         if config.save_to is not None:
             assert isinstance(backbone, SlimmableResNet)
             with TensorFile(folder / PROBE) as file:
                 head = {name: file.whole(name) for name in file.shapes}
             save_with_head(backbone, head, Path(config.save_to), result, config.data)
-        print_result(result, reported_probe(published_network(config.network), str(result.protocol.head)))
+        reported = reported_probe(published_network(config.network), str(result.protocol.head))
+        print_result(result, reported, pixels[0] if pixels else None)
         print(f'Result: {folder / RESULT}\nFigure: {folder / "accuracy.png"}')
         if config.save_to is not None:
             print(f'Network with its head: slimclr-hub predict {config.save_to} IMAGE ...')
     accelerator.wait_for_everyone()
     return result
+
+
+def _add_baselines(config: LinearEvalConfig, accelerator: Accelerator, folder: Path) -> None:
+    """Evaluate random weights and raw pixels by the same protocol, and add them to a result that has none yet."""
+    own, *others = load(folder / RESULT)
+    if others:
+        return
+    features = replace(config.features, cache=str(_features_folder(config)))
+    drawn, pixels = (
+        linear_eval(
+            replace(
+                config,
+                network=network,
+                save_to=None,
+                baselines=False,
+                features=features,
+                run=replace(config.run, output=str(folder / 'baselines' / name)),
+            )
+        )
+        for name, network in (('random', f'{RANDOM_WEIGHTS} of {config.network}'), ('pixels', RAW_PIXELS))
+    )
+    if accelerator.is_main_process:
+        save([replace(own, start=drawn.top1), pixels], folder)
+    accelerator.wait_for_everyone()
+
+
+def _features_folder(config: LinearEvalConfig) -> Path:
+    cache = config.features.cache
+    return Path(cache) if cache is not None else default_output(config.network, 'features')
 
 
 def check_frozen(backbone: Encoder, before: str) -> None:
@@ -137,8 +170,7 @@ def _train(
     """Train, and write the results into the folder, `result.json` last."""
     data, features = config.data, config.features
     assert data.val_split is not None
-    kept = Path(features.cache) if features.cache is not None else default_output(config.network, 'features')
-    cache = FeatureCache(kept, accelerator, backbone, data)
+    cache = FeatureCache(_features_folder(config), accelerator, backbone, data)
     validation, train = cache.features(data.val_split), None
     names, classes = validation.class_names, config.probe.num_classes
     classes = classes or (len(names) if names else None)

@@ -70,8 +70,8 @@ def make_result(
     )
 
 
-def print_result(result: Result, reported: Result | None) -> None:
-    """Print the accuracies of each width, those that the paper reports beside them, and how they were measured."""
+def print_result(result: Result, reported: Result | None, pixels: Result | None = None) -> None:
+    """Print the accuracies of each width, those that the paper reports and baselines beside them, and how they came."""
     protocol, settings = result.protocol, result.settings
     sentences = [
         f'{str(protocol.features).capitalize()} features, {protocol.head} head, '
@@ -88,6 +88,10 @@ def print_result(result: Result, reported: Result | None) -> None:
     if reported is not None:
         sentences.append(f'Reported: {reported.protocol.data}, {reported.protocol}.')
         measured |= {'top-1, reported': reported.top1, 'top-5, reported': reported.top5}
+    if result.start:
+        measured['random weights'] = result.start
+    if pixels is not None:
+        measured[pixels.network] = dict.fromkeys(result.top1, pixels.top1[1.0])
     columns = {'width': [f'{width:g}' for width in result.top1]}
     for title, values in measured.items():
         columns[title] = [f'{values[width]:.1f}' if width in values else '' for width in result.top1]
