@@ -166,6 +166,17 @@ def test_analyze_passes_its_arguments_on(command, tmp_path):
 # list and info
 
 
+def test_network_in_the_package_needs_no_connection(succeed, images, tmp_path, monkeypatch):
+    monkeypatch.setattr('socket.socket.connect', lambda *address: pytest.fail(f'a connection to {address[1:]}'))
+    tag = 'slimclr_resnet20.mocov3_fashionmnist'
+    linear = next(result for result in load(SHIPPED['mocov3_fashionmnist'].results) if result.protocol.kind == 'linear')
+    assert '31.2 M' in succeed('info', tag)
+    compared = succeed('compare', tag, '--no-speed')
+    assert all(f'{top1:.1f}' in compared for top1 in linear.top1.values())
+    embedded = succeed('embed', tag, images, '--out', tmp_path / 'x.npy', '--width', 0.5, '--workers', 0)
+    assert '5 images, 32 features each' in embedded
+
+
 def test_list(succeed):
     out = succeed('list')
     authors, ours = out.split('slimclr_resnet20.TAG')
