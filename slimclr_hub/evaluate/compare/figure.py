@@ -121,11 +121,11 @@ def _draw_paper(axis: 'Axes', entries: Sequence[Entry]) -> None:
 
 
 def _finish(axis: 'Axes', protocol: Protocol) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     axis.set_xscale('log')
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axis.xaxis.set_major_formatter(EngFormatter())
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.margins(x=0.1, y=0.12)
     axis.set_xlabel('multiply-adds for one image')
@@ -133,13 +133,6 @@ def _finish(axis: 'Axes', protocol: Protocol) -> None:
     axis.set_title('\n'.join([str(protocol.data), *wrap(str(protocol), 60)]), fontsize='medium')
     # Below the panel it covers nothing, and panels are of one size.
     axis.legend(loc='upper center', bbox_to_anchor=(0.5, -0.16), fontsize='small')
-
-
-def _short(value: float) -> str:
-    for unit, factor in ('G', 1e9), ('M', 1e6), ('k', 1e3):
-        if value >= factor:
-            return f'{value / factor:g} {unit}'
-    return f'{value:g}'
 
 
 def _is_like_the_papers(protocol: Protocol) -> bool:
