@@ -8,7 +8,7 @@ from slimclr_hub.errors import InputError
 
 
 def linear_predict(
-    queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, weight_decay: float = 1e-3, iterations: int = 100
+    queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, weight_decay: float = 1e-3
 ) -> torch.Tensor:
     """Classify `queries` by multinomial logistic regression on `bank`; shapes are those of `knn.knn_predict`.
 
@@ -17,7 +17,7 @@ def linear_predict(
     Raises:
         InputError: As `fit_linear`.
     """
-    linear, mean, scale = fit_linear(bank, labels, weight_decay, iterations)
+    linear, mean, scale = fit_linear(bank, labels, weight_decay)
     with torch.no_grad():
         return linear((queries - mean) * scale).argmax(1)
 

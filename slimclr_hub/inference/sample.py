@@ -8,9 +8,7 @@ from slimclr_hub.inference.images import ImageList, Sources, list_images
 from slimclr_hub.inference.runner import InferenceConfig, run_images
 
 
-def read_sample(
-    model: nn.Module, images: Sources, *, at_least: int, at_most: int, progress: bool = True
-) -> torch.Tensor:
+def read_sample(model: nn.Module, images: Sources, *, at_least: int, at_most: int) -> torch.Tensor:
     """Read images [N, C, H, W] with a network's preprocessing, on the CPU.
 
     Args:
@@ -18,7 +16,6 @@ def read_sample(
         images: Files or folders, as for `embed`.
         at_least: The fewest images to accept.
         at_most: The most to read; of more, that many at equal distances.
-        progress: Show a bar.
 
     Raises:
         InputError: There are fewer images, or one cannot be read.
@@ -33,4 +30,4 @@ def read_sample(
     def keep(batch: torch.Tensor) -> tuple[torch.Tensor]:
         return (batch.float().cpu(),)
 
-    return run_images(model, listed, keep, InferenceConfig(progress=progress), 'reading').tensors[0]
+    return run_images(model, listed, keep, InferenceConfig(), 'reading').tensors[0]
