@@ -77,6 +77,13 @@ def test_results_are_replaced_by_the_same_settings_alone(place, capsys):
     assert (place / 'runs' / 'one' / 'analysis' / 'gradients.json').read_bytes() == before
 
 
+def test_runs_of_one_name_are_told_apart(place):
+    make_run(place / 'more' / 'one')
+    analyse('gradients', 'runs/one', 'more/one', '--output', 'found')
+    summary = json.loads((place / 'found' / 'gradients.json').read_text())
+    assert [run['name'] for run in summary['runs']] == ['runs-one', 'more-one']
+
+
 def test_many_records_are_smoothed(place):
     records = [NormRecord(step, 0.25, 1.0, 2.0, 1.7, 4) for step in range(12, 300)]
     Records(place / 'runs' / 'one').add_norms(records)
