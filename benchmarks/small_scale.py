@@ -251,13 +251,13 @@ def offsets(runs: Runs) -> None:
             pairs = list(zip(found[recipe], found[alone], strict=True))
             excess[recipe] = [[100 * (own[i] / base[i] - 1) for own, base in pairs] for i in (0, 1)]
         rows.append([name, *lengths, *(spread(values, 0) for values in excess.get(recipe, ([], []))), paper])
-    for name, less, more in (
-        ('SlimCLR less four widths together', 'vanilla', 'slimclr'),
-        ('four widths, without labels less with', 'supervised', 'vanilla'),
+    for name, less, more, paper in (
+        ('SlimCLR less four widths together', 'vanilla', 'slimclr', ''),
+        ('four widths, without labels less with', 'supervised', 'vanilla', '10.4'),
     ):
         if less in excess and more in excess:
             changes = [spread(differences(excess[more][i], excess[less][i]), 0) for i in (0, 1)]
-            rows.append([name, '', '', *changes, '10.4' if less == 'supervised' else ''])
+            rows.append([name, '', '', *changes, paper])
     headers = ['', '1st component', '2nd component', '1st over alone (%)', '2nd over alone (%)', 'paper, 2nd']
     print_table(headers, rows)
 

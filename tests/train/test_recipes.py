@@ -138,8 +138,10 @@ def test_supervised_and_three_widths():
 @pytest.mark.parametrize(
     'stem',
     [
-        *('mocov2_resnet50_imagenet_200e', 'mocov3_resnet50_imagenet_300e'),
-        *('simclr_resnet50_imagenet_100e', 'supervised_resnet50_imagenet_100e'),
+        'mocov2_resnet50_imagenet_200e',
+        'mocov3_resnet50_imagenet_300e',
+        'simclr_resnet50_imagenet_100e',
+        'supervised_resnet50_imagenet_100e',
     ],
 )
 def test_precision_is_the_papers(stem):
