@@ -9,7 +9,6 @@ import gc
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -24,6 +23,8 @@ from rich.table import Table
 from slimclr_hub.machine import processor
 from slimclr_hub.runs.result import environment
 from slimclr_hub.runs.turns import in_turns as in_turns
+from slimclr_hub.runs.turns import seconds_of
+from slimclr_hub.runs.turns import synchronize as synchronize
 
 Row = dict[str, str | float | None]
 """A row of a table: column -> text, number, or None."""
@@ -51,31 +52,16 @@ def interleave(
         device: Device to synchronise before and after each measurement.
     """
     counts = {name: _count(call, warmup, device) for name, call in cases.items()}
-    return in_turns({name: partial(_seconds, call, counts[name], device) for name, call in cases.items()}, repeats)
+    return in_turns({name: partial(seconds_of, call, counts[name], device) for name, call in cases.items()}, repeats)
 
 
 def _count(call: Callable[[], object], warmup: int, device: torch.device | str) -> int:
     """Warm up, and return how many calls take a moment, at least 1."""
-    seconds = [_seconds(call, 1, device) for _ in range(warmup)]
+    seconds = [seconds_of(call, device=device) for _ in range(warmup)]
     if seconds and seconds[-1] < _LONG:
         # The first call is slower.
-        seconds.append(_seconds(call, 1, device))
+        seconds.append(seconds_of(call, device=device))
     return int(_MOMENT / seconds[-1]) + 1 if seconds else 1
-
-
-def _seconds(call: Callable[[], object], count: int, device: torch.device | str) -> float:
-    synchronize(device)
-    begun = time.perf_counter()
-    for _ in range(count):
-        call()
-    synchronize(device)
-    return (time.perf_counter() - begun) / count
-
-
-def synchronize(device: torch.device | str) -> None:
-    """Wait until an accelerator is idle."""
-    if torch.device(device).type != 'cpu':
-        torch.accelerator.synchronize(device)
 
 
 def spread(values: Sequence[float]) -> float | None:

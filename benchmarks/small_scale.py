@@ -298,14 +298,14 @@ def collapse(runs: Runs) -> None:
     print_table(headers, rows)
 
 
-def training_costs(size: int = 20) -> dict[str, float]:
+def training_costs() -> dict[str, float]:
     """Recipe -> multiply-adds of its training for each image of each epoch, in those of a forward at width 1.0.
 
     A backward counts as two forwards. What learned from a teacher has the cost of the teacher's own training with it.
     """
     model = timm.create_model('slimclr_resnet20', num_classes=0, in_chans=1)
     assert isinstance(model, SlimmableResNet)
-    each = {width: cost(model, width, size)[1] for width in WIDTHS}
+    each = {width: cost(model, width, 20)[1] for width in WIDTHS}
     full, all_four = 1.0, sum(each.values()) / each[1.0]
     both = (full + all_four) / 2  # with slow start in half of the epochs
     alone = 3 * full + full  # a query with its backward, and a key

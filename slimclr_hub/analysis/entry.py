@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'slimclr-hub analyze') -
 
 def _analyse(argv: list[str], prog: str) -> None:
     from slimclr_hub.errors import InputError
-    from slimclr_hub.runs.command_line import make_parser, parse
+    from slimclr_hub.runs.command_line import config_of, make_parser, parse
 
     if not argv or argv[0] not in _SUMMARIES:
         given = f'{argv[0]!r} is not an analysis' if argv else 'no analysis is named'
@@ -51,5 +51,4 @@ def _analyse(argv: list[str], prog: str) -> None:
     built = parse(parser, rest)
     if (processes := int(os.environ.get('WORLD_SIZE', '1'))) > 1:
         raise InputError(f'{processes} processes were launched, and an analysis runs on one; run {prog} by itself')
-    options = {key: built[key] for key in analysis.config.__dataclass_fields__}  # type: ignore[attr-defined]
-    analysis.work(built.networks, analysis.config(**options))
+    analysis.work(built.networks, config_of(analysis.config, built))

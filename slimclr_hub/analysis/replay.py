@@ -17,7 +17,7 @@ from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import InputError
 from slimclr_hub.methods import MoCoV2
 from slimclr_hub.methods.batchnorm import split_batchnorm
-from slimclr_hub.runs.checkpoints import STATE, read_state, verified
+from slimclr_hub.runs.checkpoints import STATE, checkpoint_path, read_state, verified
 from slimclr_hub.settings import RECIPE
 from slimclr_hub.train.command import load_recipe
 from slimclr_hub.train.config import PretrainConfig
@@ -53,7 +53,7 @@ def checkpoint_steps(folder: Path) -> tuple[int, ...]:
 
 def state_of(folder: Path, step: int) -> dict[str, Any]:
     """The state.json of a run's checkpoint; an InputError if it is not what a run writes."""
-    path = folder / 'checkpoints' / f'step-{step:08d}'
+    path = checkpoint_path(folder, step)
     try:
         return read_state(path)
     except (OSError, ValueError) as error:
@@ -66,9 +66,7 @@ def saved_weights(folder: Path) -> Mapping[int, Path]:
     Snapshots (`diagnostics.snapshots`) hold trained parameters and their modules' buffers in float32; a checkpoint also
     holds the momentum encoder (`key_...`) and the queue, and is preferred.
     """
-    checkpoints = {
-        step: folder / 'checkpoints' / f'step-{step:08d}' / 'model.safetensors' for step in checkpoint_steps(folder)
-    }
+    checkpoints = {step: checkpoint_path(folder, step) / 'model.safetensors' for step in checkpoint_steps(folder)}
     return dict(sorted((Records(folder).weights() | checkpoints).items()))
 
 
@@ -129,7 +127,7 @@ class Replay:
 
     def load(self, step: int) -> None:
         """Load the checkpoint after `step`; an InputError if it is missing, damaged, or does not fit the run."""
-        path = self.folder / 'checkpoints' / f'step-{step:08d}'
+        path = checkpoint_path(self.folder, step)
         if step not in self.steps:
             known = ', '.join(map(str, self.steps)) or 'none; run.keep_checkpoints says how many a run keeps'
             raise InputError(f'{self.folder} has no checkpoint after step {step}; there are: {known}')

@@ -44,12 +44,13 @@ def check_classes(annotations: str, names: Sequence[str], classes: Sequence[str]
         raise InputError(f'{annotations} has the classes {shorten(names)} in this order: {"; ".join(problems)}')
 
 
-def class_names(root: str | Path, annotations: str = 'annotations/train.json') -> tuple[str, ...]:
-    """Names of the classes in annotations of COCO's format, in their order, which is that of labels.
+def class_names(root: str | Path) -> tuple[str, ...]:
+    """Names of the classes in `annotations/train.json` of a folder, in COCO's format, in their order, that of labels.
 
     Raises:
         InputError: The file is missing, is not in COCO's format, or names no class or one twice.
     """
+    annotations = 'annotations/train.json'
     path = Path(root) / annotations
     check_files(Path(root), (annotations,), 'COCO_ROOT (environment) is the folder of your images and annotations')
     try:

@@ -35,7 +35,7 @@ from slimclr_hub.evaluate.rank import RANK_IMAGES, gram_matrix, rank_of_gram, ra
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.calibrate import is_calibrated
 from slimclr_hub.models.widths import check_width, check_widths
-from slimclr_hub.runs.command_line import make_parser, parse, run_script
+from slimclr_hub.runs.command_line import config_of, make_parser, parse, run_script
 from slimclr_hub.runs.figures import GREY, line_style, marker, new_figure, save_figure
 from slimclr_hub.runs.launcher import launched
 from slimclr_hub.runs.progress import progress_bar
@@ -130,8 +130,7 @@ def main() -> None:
 def _knn_eval(argv: Sequence[str]) -> None:
     parser = make_parser(KNNEvalConfig, 'knn_eval.py', '--network NETWORK', 'Weighted k-NN at every width.')
     parser.set_defaults(data_defaults(argv))
-    built = parse(parser, argv)
-    config = KNNEvalConfig(**{name: built[name] for name in KNNEvalConfig.__dataclass_fields__})
+    config = config_of(KNNEvalConfig, parse(parser, argv))
     check_network(config.network)
     check_images(config.data)
     accelerator = launched(config.precision, 'precision', trains=False)

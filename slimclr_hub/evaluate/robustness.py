@@ -25,7 +25,7 @@ from slimclr_hub.evaluate.linear_eval.probe import accuracies
 from slimclr_hub.evaluate.network import check_channels, check_images, data_defaults, default_output, open_for_test
 from slimclr_hub.files import write_text
 from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.runs.command_line import make_parser, parse, run_script
+from slimclr_hub.runs.command_line import config_of, make_parser, parse, run_script
 from slimclr_hub.runs.figures import line_style, marker, new_figure, save_figure
 from slimclr_hub.runs.launcher import launched
 from slimclr_hub.runs.result import environment
@@ -101,8 +101,7 @@ def _robustness(argv: Sequence[str]) -> None:
         RobustnessConfig, 'robustness.py', '--network NETWORK', 'Accuracy on corrupted images at every width.'
     )
     parser.set_defaults(data_defaults(argv))
-    built = parse(parser, argv)
-    config = RobustnessConfig(**{name: built[name] for name in RobustnessConfig.__dataclass_fields__})
+    config = config_of(RobustnessConfig, parse(parser, argv))
     if not _has_folder(config.data):
         check_images(config.data)
     accelerator = launched(config.precision, 'precision', trains=False)

@@ -25,7 +25,7 @@ from slimclr_hub.evaluate.features import FeatureCache, SplitFeatures
 from slimclr_hub.evaluate.logistic import fit_linear
 from slimclr_hub.evaluate.network import check_images, data_defaults, default_output, open_encoder
 from slimclr_hub.files import write_text
-from slimclr_hub.runs.command_line import make_parser, parse, run_script
+from slimclr_hub.runs.command_line import config_of, make_parser, parse, run_script
 from slimclr_hub.runs.figures import line_style, marker, new_figure, save_figure
 from slimclr_hub.runs.launcher import launched
 from slimclr_hub.runs.lock import folder_lock
@@ -99,8 +99,7 @@ def _suite_eval(argv: Sequence[str]) -> None:
         '--network NETWORK --suite FILE',
         'Logistic regression on several data sets, at every width.',
     )
-    built = parse(parser, list(argv))
-    config = SuiteConfig(**{name: built[name] for name in SuiteConfig.__dataclass_fields__})
+    config = config_of(SuiteConfig, parse(parser, argv))
     look = {key.removeprefix('data.'): value for key, value in data_defaults(argv).items()}
     sets = read_suite(Path(config.suite), {key: look[key] for key in _LOOK})
     accelerator = launched(config.precision, 'precision', trains=False)

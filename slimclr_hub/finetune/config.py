@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from slimclr_hub.data.augment import AugmentConfig
@@ -11,7 +11,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.network import data_defaults
 from slimclr_hub.methods.losses import DISTILLATIONS
 from slimclr_hub.models.widths import check_widths
-from slimclr_hub.runs.command_line import early, make_parser, parse
+from slimclr_hub.runs.command_line import config_of, early, make_parser, parse
 from slimclr_hub.runs.result import Protocol, data_name
 from slimclr_hub.settings import Incidental, above, at_least, at_most, check_all, check_fraction, one_of, problem
 from slimclr_hub.train.config import NumericsConfig, OptimizerConfig, TrackerConfig
@@ -187,5 +187,4 @@ def parse_finetune(argv: Sequence[str] | None = None) -> FinetuneConfig:
     if early(argv, '--data.root') is not None and early(argv, '--data.name') is None:
         defaults['data.name'] = 'folder'  # photos of one's own, whatever the network was trained on
     parser.set_defaults(defaults)
-    built = parse(parser, argv)
-    return FinetuneConfig(**{part.name: built[part.name] for part in fields(FinetuneConfig)})
+    return config_of(FinetuneConfig, parse(parser, argv))

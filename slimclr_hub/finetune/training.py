@@ -1,6 +1,5 @@
 """Training of all widths at once on labels, with a test after each epoch."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,7 +31,6 @@ from slimclr_hub.train.run_folder import RunFolder
 from slimclr_hub.train.setup import make_optimizer
 from slimclr_hub.train.tracking import start_tracker
 
-_CHECKPOINT_SECONDS = 60  # an epoch of few images takes less than its checkpoint
 _TOP = 5
 
 
@@ -119,7 +117,6 @@ class FineTuning(NetworkJob):
         self.validation = validation.prepared(accelerator)
         self.folder = folder
         self.checkpoints = Checkpoints(folder.path, accelerator, keep=1)
-        self.saved_at = time.monotonic()
 
     @property
     def network(self) -> SlimmableResNet:
@@ -180,12 +177,7 @@ class FineTuning(NetworkJob):
     def checkpoint_is_due(self, epoch: int | None) -> bool:
         """True every run.checkpoint_steps steps, and after an epoch that ends a minute after the last checkpoint."""
         steps = self.config.run.checkpoint_steps
-        if epoch is None:
-            return steps is not None and self.step % steps == 0
-        (due,) = self.agreement.any(time.monotonic() - self.saved_at > _CHECKPOINT_SECONDS)
-        if due:
-            self.saved_at = time.monotonic()
-        return due or (steps is not None and self.step % steps == 0)
+        return (steps is not None and self.step % steps == 0) or (epoch is not None and self.a_minute_unsaved())
 
     def state(self) -> dict[str, Any]:
         """Nothing besides the step: the settings stand in the folder."""

@@ -124,14 +124,7 @@ def _call(model: SlimmableResNet, width: float, setting: Setting, folder: Path, 
     images = torch.randn(setting.batch_size, model.in_chans, setting.size, setting.size)
     if setting.runtime == 'torch':
         images = images.to(next(model.parameters()))
-        accelerated = images.device.type != 'cpu'
-
-        def run() -> None:
-            model.forward_at(images, width)
-            if accelerated:
-                torch.accelerator.synchronize()
-
-        return partial(seconds_of, run)
+        return partial(seconds_of, partial(model.forward_at, images, width), device=images.device)
     path = folder / f'{width:g}-{setting.size}.onnx'
     if not path.exists():
         with model.set_width(width), torch.inference_mode(False):

@@ -91,12 +91,12 @@ def predict(
     return predictions
 
 
-def predictions_table(predictions: Sequence[Prediction], title: str | None = None) -> 'Table':
+def predictions_table(predictions: Sequence[Prediction]) -> 'Table':
     """Return a table for rich with a row for each class of each image, the image named at its first row."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title)
+    table = Table()
     table.add_column('image', overflow='fold')
     table.add_column('class', overflow='fold')
     table.add_column('probability (%)', justify='right', no_wrap=True)

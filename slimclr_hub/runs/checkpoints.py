@@ -76,6 +76,11 @@ def newest(folder: Path) -> Found:
     return Found(skipped=tuple(skipped))
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where a run in `folder` keeps its checkpoint after `step`."""
+    return folder / 'checkpoints' / f'step-{step:08d}'
+
+
 def _listed(folder: Path) -> list[Path]:
     """Checkpoints under their own names, in order of steps; none only where there is no such folder."""
     try:
@@ -115,7 +120,7 @@ class Checkpoints:
         Raises:
             OSError: It could not be written, or not be read again; older checkpoints are as they were.
         """
-        final = self._folder / f'step-{state["step"]:08d}'
+        final = checkpoint_path(self._run, state['step'])
         if self._accelerator.is_main_process:
             for path in self._damaged:
                 _put_aside(path)
@@ -238,7 +243,7 @@ def read_state(path: Path) -> dict[str, Any]:
         value = state.get(name)
         if type(value) is not kind or (type(value) is int and value < 1):
             raise ValueError(f'{STATE} has no {name}, but {str(value)[:40]!r}')
-    if path.name != f'step-{state["step"]:08d}':
+    if path.name != checkpoint_path(path, state['step']).name:
         raise ValueError(f'{STATE} is of step {state["step"]}')
     for name, hash_ in state['files'].items():
         if not isinstance(hash_, str) or Path(name).name != name:

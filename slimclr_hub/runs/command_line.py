@@ -10,9 +10,10 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from accelerate import PartialState
@@ -22,6 +23,8 @@ from slimclr_hub.errors import DataError, DivergedError, InputError, PreemptedEr
 from slimclr_hub.files import file_hash
 from slimclr_hub.settings import RECIPE, read_yaml, to_dict
 from slimclr_hub.text import print_anything, printable
+
+C = TypeVar('C')
 
 _MAX_BASES = 9
 _FAST = 'the fast path is always on'
@@ -93,6 +96,12 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
         if message.startswith('Problems parsing config') and files:
             message = f'{files}: {message}'
         raise InputError(_shortened(message)) from error
+
+
+def config_of(kind: type[C], built: Namespace, **other: Any) -> C:
+    """The dataclass whose fields a parser of `make_parser` has built; `other` are those that it has not."""
+    names = [field.name for field in fields(kind) if field.name not in other]  # type: ignore[arg-type]
+    return kind(**{name: built[name] for name in names}, **other)
 
 
 def _check_nulls(parser: ArgumentParser, values: Namespace) -> None:

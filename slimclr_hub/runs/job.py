@@ -35,6 +35,7 @@ _LATE = signal.SIGALRM
 _LAUNCHED = 'ACCELERATE_DYNAMO_MODE'  # which `accelerate launch` always sets, and hardly anyone else
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 _SHARED_MEMORY = '/dev/shm'
+_CHECKPOINT_SECONDS = 60  # an epoch of few images, or on cached features, takes less than its checkpoint
 _START_OF_WORKERS = _MultiProcessingDataLoaderIter.__init__.__code__
 
 BatchT = TypeVar('BatchT')
@@ -208,6 +209,7 @@ class Job(ABC, Generic[BatchT]):
         self._stop = self._ended = False
         self._trouble: str | None = None
         self._others: set[Any] = set()
+        self._saved_at = time.monotonic()
         self._start_clock()
 
     # For subclasses
@@ -331,6 +333,11 @@ class Job(ABC, Generic[BatchT]):
         any_failed, self._stop, self._ended = self.agreement.any(failed(), self._asked_to_stop, ended)
         return any_failed
 
+    def a_minute_unsaved(self) -> bool:
+        """True, in all processes, once a minute has passed since the last checkpoint, or since there is this job."""
+        (passed,) = self.agreement.any(time.monotonic() - self._saved_at > _CHECKPOINT_SECONDS)
+        return passed
+
     def evaluate_or_stop(self, epoch: int) -> None:
         """Call `evaluate`; of a single process, a signal breaks it off, unless it is quick, and it is done on resuming.
 
@@ -349,6 +356,7 @@ class Job(ABC, Generic[BatchT]):
             StorageError: It could not be written; the one before is kept.
         """
         state = {'step': self.step, 'steps_per_epoch': self.steps_per_epoch, 'evaluated': evaluated}
+        self._saved_at = time.monotonic()
         try:
             return self.checkpoints.save({**state, **self.state()}, self.all_own())
         except OSError as error:

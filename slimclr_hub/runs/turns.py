@@ -1,8 +1,10 @@
 """Times of several cases, taken in turns, so that a drift of the machine's speed favours none."""
 
-import time
 from collections.abc import Callable, Mapping
+from time import perf_counter
 from typing import TypeVar
+
+import torch
 
 K = TypeVar('K')
 T = TypeVar('T')
@@ -21,8 +23,17 @@ def in_turns(cases: Mapping[K, Callable[[], T]], repeats: int) -> dict[K, list[T
     return returned
 
 
-def seconds_of(call: Callable[[], object]) -> float:
-    """Seconds that a call takes."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def seconds_of(call: Callable[[], object], count: int = 1, device: torch.device | str = 'cpu') -> float:
+    """Mean seconds of `count` calls, from an idle device until it is idle again."""
+    synchronize(device)
+    begun = perf_counter()
+    for _ in range(count):
+        call()
+    synchronize(device)
+    return (perf_counter() - begun) / count
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait until an accelerator is idle."""
+    if torch.device(device).type != 'cpu':
+        torch.accelerator.synchronize(device)

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, make_dataclass, replace
+from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.methods import METHODS
 from slimclr_hub.methods.objective import Objective
 from slimclr_hub.methods.registry import Training, settings_of
-from slimclr_hub.runs.command_line import early, make_parser, parse, read_recipes
+from slimclr_hub.runs.command_line import config_of, early, make_parser, parse, read_recipes
 from slimclr_hub.settings import RECIPE, differences
 from slimclr_hub.train.config import MethodConfig, PretrainConfig
 
@@ -117,9 +117,8 @@ def _parse(argv: Sequence[str]) -> Command:
         '--allow_changes', type=bool, default=False, help='resume although the configuration is another one'
     )
     built = parse(parser, argv)
-    values = {field.name: built[field.name] for field in fields(PretrainConfig)}
-    values['method'] = MethodConfig(**vars(built.method))
-    return Command(PretrainConfig(**values), built.resume, built.allow_changes)
+    config = config_of(PretrainConfig, built, method=MethodConfig(**vars(built.method)))
+    return Command(config, built.resume, built.allow_changes)
 
 
 def _method_section() -> type:

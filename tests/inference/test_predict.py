@@ -118,7 +118,7 @@ def test_table():
         Prediction('b.png', (ClassProbability(0, 'top', 1.0),)),
     ]
     console = Console(width=60, record=True)
-    console.print(predictions_table(predictions, 'what it sees'))
+    console.print(predictions_table(predictions))
     rows = [[cell.strip() for cell in line.split('│')[1:-1]] for line in console.export_text().splitlines()]
     rows = [row for row in rows if row]
     # A long name goes on in the next line rather than being cut off, brackets and all.

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from statistics import mean, quantiles
@@ -21,6 +22,7 @@ from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cost import WidthFacts, width_facts
 from slimclr_hub.models.registry import slimmable_models
 from slimclr_hub.runs.result import RAW_PIXELS, Protocol, Result, load, results_in
+from slimclr_hub.runs.turns import seconds_of
 from slimclr_hub.settings import RECIPE, read_yaml
 from slimclr_hub.text import first_line
 
@@ -243,15 +245,15 @@ def measure_speed(entries: Sequence[Entry], batch_size: int, seconds: float = 20
             for width in entry.model.to(device).widths
         ]
         # The first pass is slower; the second one tells how many forwards fit in a moment.
-        _ = [_time(entries[i].model, images, width, 1) for i, width, images in turns]
-        times = [_time(entries[i].model, images, width, 1) for i, width, images in turns]
-        counts = [int(_MOMENT / time) + 1 for time in times]
+        calls = [partial(entries[i].model.forward_at, images, width) for i, width, images in turns]
+        _ = [seconds_of(call, device=device) for call in calls]
+        counts = [int(_MOMENT / seconds_of(call, device=device)) + 1 for call in calls]
         measured: list[list[float]] = [[] for _ in turns]
         for repetition in range(_REPETITIONS):
             if repetition >= _LEAST_REPETITIONS and perf_counter() - begun > seconds:
                 break
-            for turn, ((i, width, images), count) in enumerate(zip(turns, counts, strict=True)):
-                measured[turn].append(_time(entries[i].model, images, width, count))
+            for times, call, count in zip(measured, calls, counts, strict=True):
+                times.append(seconds_of(call, count, device))
     except (torch.OutOfMemoryError, RuntimeError) as error:  # of a GPU, and of the CPU
         if 'memory' not in str(error):
             raise
@@ -262,18 +264,3 @@ def measure_speed(entries: Sequence[Entry], batch_size: int, seconds: float = 20
         speed = {**result[i].speed, width: batch_size / middle}
         result[i] = replace(result[i], speed=speed, spread=max(result[i].spread, (third - first) / middle))
     return result
-
-
-def _time(model: SlimmableResNet, images: torch.Tensor, width: float, count: int) -> float:
-    """Mean seconds of one forward, of `count`."""
-    _synchronise(images.device)
-    begun = perf_counter()
-    for _ in range(count):
-        model.forward_at(images, width)
-    _synchronise(images.device)
-    return (perf_counter() - begun) / count
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type != 'cpu':
-        torch.accelerator.synchronize(device)

@@ -2,14 +2,14 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 
 from slimclr_hub.data import ViewConfig
 from slimclr_hub.data.config import LabelledDataConfig
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.baselines import is_small
 from slimclr_hub.evaluate.network import data_defaults, drawn_anew
-from slimclr_hub.runs.command_line import make_parser, parse
+from slimclr_hub.runs.command_line import config_of, make_parser, parse
 from slimclr_hub.runs.result import RAW_PIXELS, Protocol, data_name
 from slimclr_hub.settings import Incidental, above, at_least, check_fraction, check_precision, check_seed, one_of
 
@@ -248,5 +248,4 @@ def parse_linear_eval(argv: Sequence[str] | None = None) -> LinearEvalConfig:
         'Train linear classifiers on a frozen network, at all of its widths.',
     )
     parser.set_defaults({**data_defaults(argv), 'data.batch_size': BATCH_SIZE})
-    built = parse(parser, argv)
-    return LinearEvalConfig(**{part.name: built[part.name] for part in fields(LinearEvalConfig)})
+    return config_of(LinearEvalConfig, parse(parser, argv))

@@ -1,6 +1,5 @@
 """Training of linear probes on features of augmented views or of centre crops, with a test after each epoch."""
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,6 @@ from slimclr_hub.runs.job import Job, StopSignals
 Record = dict[str, Any]
 """Record of an epoch: `epoch`, `loss` of each learning rate, and `top1` (and `top5`) of each, by width."""
 
-_CHECKPOINT_SECONDS = 60  # an epoch on cached features takes less than its checkpoint
 _TOP = 5
 
 
@@ -137,7 +135,6 @@ class ProbeTraining(Job[FeatureBatch]):
         self.optimizer = make_optimizer(self.inner, config.optim)
         self.checkpoints = Checkpoints(folder, accelerator, keep=1)
         self.history: list[Record] = []
-        self.saved_at = time.monotonic()
 
     def run(self) -> list[Record]:
         """Train to the end, from the newest checkpoint if there is one, and return the record of each epoch.
@@ -203,12 +200,7 @@ class ProbeTraining(Job[FeatureBatch]):
 
     def checkpoint_is_due(self, epoch: int | None) -> bool:
         """True after an epoch that ends a minute or more after the last checkpoint, unless it is the last epoch."""
-        if epoch is None or epoch == self.epochs:
-            return False
-        (due,) = self.agreement.any(time.monotonic() - self.saved_at > _CHECKPOINT_SECONDS)
-        if due:
-            self.saved_at = time.monotonic()
-        return due
+        return epoch is not None and epoch != self.epochs and self.a_minute_unsaved()
 
     def state(self) -> dict[str, Any]:
         """The records of the epochs."""
