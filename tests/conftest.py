@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from slimclr_hub.hub.folder import convert_file
@@ -62,6 +63,24 @@ def module_on_the_cpu() -> Iterator[None]:
     """The same for all tests of a module together, and for what they share."""
     with _on_the_cpu():
         yield
+
+
+@pytest.fixture
+def accelerator(on_the_cpu) -> Accelerator:
+    return Accelerator()
+
+
+@pytest.fixture(scope='module')
+def module_accelerator(module_on_the_cpu) -> Accelerator:
+    return Accelerator()
+
+
+@pytest.fixture
+def hub_cache(tmp_path_factory, monkeypatch) -> None:
+    """What `datasets` converts on the way goes to a folder of the tests."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(tmp_path_factory.mktemp('cache')))
 
 
 @pytest.fixture(scope='session')

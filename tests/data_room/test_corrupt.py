@@ -14,6 +14,8 @@ from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import DataError, InputError
 from tests.data_room.files import png_bytes, some_images, write_classes, write_parquet, write_shards, write_tar
 
+pytestmark = pytest.mark.usefixtures('hub_cache')
+
 VIEWS = ViewConfig(size=8)
 
 
@@ -26,13 +28,6 @@ def jpeg_bytes() -> bytes:
 
 DAMAGED = {'truncated JPEG': jpeg_bytes()[:900], 'empty': b'', 'text': b'this is no image', 'half a PNG': b''}
 DAMAGED['half a PNG'] = png_bytes(some_images('train', 1)[0][0])[:60]
-
-
-@pytest.fixture(autouse=True)
-def hub_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(tmp_path_factory.mktemp('cache')))
 
 
 @pytest.fixture(scope='module')

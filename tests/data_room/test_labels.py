@@ -19,16 +19,13 @@ from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import DataError, InputError
 from tests.data_room.files import png_bytes, some_images, write_tar
 
+pytestmark = pytest.mark.usefixtures('hub_cache')
+
 COUNT = 12
 PNGS = [png_bytes(image) for image in some_images('train', COUNT)[0]]
 PICTURES = [{'bytes': png, 'path': None} for png in PNGS]
 NAMES = ['bee', 'ant', 'cat 10', 'cat 2'] * 3
 STORED = datasets.Image(decode=False)
-
-
-@pytest.fixture(autouse=True)
-def hub_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(tmp_path_factory.mktemp('cache')))
 
 
 def write_table(root: Path, features: dict[str, Any], split: str = 'train', **columns: list) -> Path:

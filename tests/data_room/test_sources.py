@@ -17,6 +17,8 @@ from tests.data_room.files import idx_bytes, some_images, write_classes, write_i
 from tests.data_room.make_fashion_mnist_6k import first_of_each_class
 from tests.scripts import Script
 
+pytestmark = pytest.mark.usefixtures('hub_cache')
+
 
 def pixels(dataset) -> np.ndarray:
     return np.stack([np.asarray(image) for image, _ in (dataset[i] for i in range(len(dataset)))])
@@ -331,12 +333,6 @@ def hub_folder(tmp_path_factory):
         table = datasets.Dataset.from_dict(rows, features=features)
         table.to_parquet(str(root / 'data' / f'{name}-00000-of-00001.parquet'))
     return root
-
-
-@pytest.fixture(autouse=True)
-def hub_cache(tmp_path_factory, monkeypatch):
-    """What `datasets` converts on the way goes to a folder of the tests."""
-    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path_factory.getbasetemp() / 'datasets-cache')
 
 
 def test_hub_data_set(hub_folder):

@@ -18,6 +18,8 @@ from slimclr_hub.errors import DataError, InputError
 from tests.data_room.files import png_bytes, some_images, write_parquet, write_shards, write_tar
 from tests.scripts import Script, end_well
 
+pytestmark = pytest.mark.usefixtures('hub_cache')
+
 LENGTHS = (13, 40, 7, 22, 18)  # a hundred
 TOTAL = sum(LENGTHS)
 VIEWS = ViewConfig(size=8)
@@ -29,13 +31,6 @@ def sources(tmp_path_factory) -> dict[str, Path]:
     write_shards(root / 'wds', LENGTHS)
     write_parquet(root / 'hfids', LENGTHS)
     return {'wds': root / 'wds', 'hfids': root / 'hfids'}
-
-
-@pytest.fixture(autouse=True)
-def hub_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(tmp_path_factory.mktemp('cache')))
 
 
 def config(kind: str, folder: Path, **values) -> DataConfig:

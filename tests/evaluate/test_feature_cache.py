@@ -7,8 +7,6 @@ import datasets
 import pytest
 import timm
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -23,13 +21,6 @@ from tests.networks import randomise_batchnorm
 from tests.train.runs import contents
 
 IMAGES = 50
-
-
-@pytest.fixture(scope='module')
-def accelerator():
-    AcceleratorState._reset_state(True)
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope='module')

@@ -4,19 +4,10 @@ import shutil
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import file_hash
 from slimclr_hub.runs.checkpoints import Checkpoints, newest, read_state
-
-
-@pytest.fixture
-def accelerator():
-    AcceleratorState._reset_state(True)
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture

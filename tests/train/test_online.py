@@ -6,8 +6,6 @@ import datasets
 import pytest
 import timm
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
@@ -31,17 +29,15 @@ BANK, QUERIES = 400, 200
 
 
 @pytest.fixture(scope='module')
-def accelerator():
-    AcceleratorState._reset_state(True)
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(True)
-
-
-@pytest.fixture(scope='module')
 def config(tmp_path_factory):
     root = write_idx_set(tmp_path_factory.mktemp('idx'), BANK, QUERIES)
     data = DataConfig(name='fashion-mnist', root=str(root), size=16, batch_size=64, num_workers=0)
     return replace(PretrainConfig(), data=data, knn=KNNConfig(k=20, bank=300), probe=ProbeConfig(every=2))
+
+
+@pytest.fixture(scope='module')
+def accelerator(module_accelerator):
+    return module_accelerator
 
 
 @pytest.fixture(scope='module')
@@ -347,11 +343,6 @@ def hub_data(root, config: PretrainConfig, labels: list, damaged: int = 0) -> Pr
         rows = [None, {'bytes': b'cut', 'path': None}][:damaged] + rows[damaged:]
     data = replace(config.data, name=f'hfds/{root}', root=None)
     return replace(config, data=data)
-
-
-@pytest.fixture
-def hub_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(tmp_path_factory.mktemp('cache')))
 
 
 @pytest.mark.usefixtures('hub_cache')

@@ -3,21 +3,12 @@ import os
 from dataclasses import replace
 
 import pytest
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from slimclr_hub import files as whole
 from slimclr_hub.errors import InputError
 from slimclr_hub.train.command import load_recipe
 from slimclr_hub.train.config import DataConfig, PretrainConfig, RunConfig
 from slimclr_hub.train.run_folder import RunFolder, find_run
-
-
-@pytest.fixture
-def accelerator():
-    AcceleratorState._reset_state(True)
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(True)
 
 
 def config(tmp_path, **values) -> PretrainConfig:
