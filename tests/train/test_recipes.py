@@ -11,6 +11,7 @@ from slimclr_hub.methods import METHODS
 from slimclr_hub.runs.command_line import dump
 from slimclr_hub.train.command import load_recipe
 from slimclr_hub.train.config import PretrainConfig
+from slimclr_hub.train.diagnostics import last_linear
 from slimclr_hub.train.setup import make_method, make_optimizer, make_schedule
 from tests.networks import small_teacher
 
@@ -36,7 +37,8 @@ def kind(config: PretrainConfig) -> tuple[object, ...]:
     """What a step runs: the recipe without its numbers, which the configuration checks where it is built."""
     method = tuple(value for _, value in sorted(vars(config.method).items()) if isinstance(value, bool | str))
     network = config.model.name, config.model.overlap, len(config.model.widths) > 1
-    return method, network, config.optim.name, config.optim.filter_bias_and_bn, config.view_count
+    observed = config.diagnostics.gradients > 0
+    return method, network, config.optim.name, config.optim.filter_bias_and_bn, config.view_count, observed
 
 
 @pytest.fixture(scope='module')
@@ -55,6 +57,8 @@ def test_recipe_trains(path, tmp_path, trained):
     method = make_method(small(config), small_teacher(config.data.channels)).train()
     assert isinstance(method, METHODS[config.method.name])
     assert method.backbone.widths == tuple(sorted(config.model.widths, reverse=True))
+    if config.diagnostics.gradients:
+        assert last_linear(method).requires_grad
     optimizer = make_optimizer(config.optim, method)
     schedule = make_schedule(config, steps_per_epoch=10)
     size = min(config.views.size or config.data.size, SIZE)
