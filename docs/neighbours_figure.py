@@ -8,9 +8,9 @@ import timm
 import torch
 from PIL import Image
 
-import slimclr_hub  # noqa: F401
 from slimclr_hub.data.sources import read_embedded
 from slimclr_hub.inference.embed import embed
+from slimclr_hub.models import SlimmableResNet
 
 NEAREST = 5
 SHOWN = (0, 2, 3, 6, 7)  # T-shirt, pullover, dress, shirt, sneaker: the first test image of each
@@ -20,6 +20,7 @@ def main() -> None:
     """Print the share of the five nearest that are of the same class, by width; draw the first of some classes."""
     images, labels = read_embedded('test')
     model = timm.create_model('slimclr_resnet20', pretrained=True)
+    assert isinstance(model, SlimmableResNet)
     found = {'raw pixels': search(images.reshape(len(images), -1).astype(np.float32))}
     for width in model.widths:
         model.set_width(width)
