@@ -23,7 +23,7 @@ ABOUT = {
 }
 
 
-def metrics(evaluated: bool = True, slow_epochs: int = 1) -> list[dict]:
+def metrics(evaluated: tuple[str, ...] = ('knn',), slow_epochs: int = 1) -> list[dict]:
     """Four epochs of five steps, of which the first train the full width alone."""
     records = []
     for epoch in range(5):
@@ -32,8 +32,8 @@ def metrics(evaluated: bool = True, slow_epochs: int = 1) -> list[dict]:
             losses = {f'info_nce/{width:g}': 5.0 - epoch / width for width in widths}
             records.append({'kind': 'train', 'epoch': epoch, 'step': 5 * epoch, 'loss': 1.0, **losses})
         if evaluated:
-            accuracies = {f'knn/{width:g}': 50 + 5 * epoch * width for width in WIDTHS}
-            records.append({'kind': 'eval', 'epoch': epoch, 'step': 5 * epoch, **accuracies})
+            found = {f'{name}/{width:g}': 50 + 5 * epoch * width for name in evaluated for width in WIDTHS}
+            records.append({'kind': 'eval', 'epoch': epoch, 'step': 5 * epoch, **found})
     return records
 
 
@@ -45,7 +45,11 @@ def read_png(path) -> np.ndarray:
         return np.asarray(image.convert('RGB'))
 
 
-@pytest.mark.parametrize(('evaluated', 'width'), [(True, 1500), (False, 750)], ids=['with k-NN', 'without'])
+@pytest.mark.parametrize(
+    ('evaluated', 'width'),
+    [(('knn', 'rank'), 2250), (('knn',), 1500), ((), 750)],
+    ids=['with k-NN and rank', 'with k-NN', 'without'],
+)
 def test_figure(tmp_path, evaluated, width):
     path = tmp_path / 'training.png'
     draw_figure(metrics(evaluated), WIDTHS, path.with_suffix(''))
