@@ -117,6 +117,12 @@ class Runs:
         self.folder = folder
         self.seeds = sorted({int(path.parent.name.rpartition('-')[2]) for path in folder.glob('*-*/metrics.jsonl')})
 
+    def judged(self, recipe: str) -> 'Runs':
+        """The same, of the seeds for which the network of a recipe has a linear classifier."""
+        runs = Runs(self.folder)
+        runs.seeds = [seed for seed in self.seeds if (self.folder / f'{recipe}-{seed}/linear_eval/{RESULT}').is_file()]
+        return runs
+
     def of(self, recipe: str) -> list[Path]:
         """Folders of the runs by a recipe, in the order of their seeds."""
         return [run for seed in self.seeds if (run := self.folder / f'{recipe}-{seed}').is_dir()]
@@ -320,20 +326,22 @@ def training_costs() -> dict[str, float]:
 
 
 def teachers(runs: Runs) -> None:
-    costs, rows = training_costs(), []
+    costs, rows, more = training_costs(), [], []
     figure, (axis,) = new_figure()
     for number, (recipe, name) in enumerate(TEACHERS.items()):
-        found = runs.linear(recipe)
-        if recipe == 'alone':
-            found = {width: runs.linear(of).get(width, []) for width, of in ALONE.items()}
-        if not found:
+        of = runs.judged('alone_w100' if recipe == 'alone' else recipe)
+        if not of.seeds:
             continue
-        count = str(min(len(values) for values in found.values()))
-        rows.append([name, count, *cells(found), f'{costs[recipe]:.1f}'])
-        known = [mean(found[width]) for width in WIDTHS if found[width]]
+        found = of.linear(recipe)
+        if recipe == 'alone':
+            found = {width: of.linear(single)[width] for width, single in ALONE.items()}
+        rows.append([name, str(len(of.seeds)), *cells(found), f'{costs[recipe]:.1f}'])
+        if recipe not in ('alone', 'slimclr'):
+            over = {width: gains(found, of.linear('slimclr'), width) for width in WIDTHS}
+            more.append([f'{name} over SlimCLR', str(len(of.seeds)), *cells(over), ''])
         style = {**line_style(number), 'marker': marker(number), 'linestyle': 'none'}
-        axis.plot([costs[recipe]] * len(known), known, label=name, **style)
-    print_table(['linear accuracy (%)', 'n', *BY_WIDTH, 'cost of training'], rows)
+        axis.plot([costs[recipe]] * len(WIDTHS), [mean(found[width]) for width in WIDTHS], label=name, **style)
+    print_table(['linear accuracy (%)', 'n', *BY_WIDTH, 'cost of training'], [*rows, *more])
     axis.set(xlabel="training (forwards of width 1.0 an image), teacher's with it", ylabel='linear accuracy (%)')
     axis.legend(fontsize=7)
     save_figure(figure, runs.folder / 'teachers')

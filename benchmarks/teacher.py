@@ -47,12 +47,14 @@ def main() -> None:
     queue = args.queue // args.batch * args.batch
     plain = configure('mocov2', args.student, args.batch, args.size, FULL)
     plain = replace(plain, method=plain.method.replace(queue_size=queue))
+    slimclr = replace(plain, model=replace(plain.model, widths=DEFAULT_WIDTHS))
     without = TrainingStep(plain, views[:2], args.bf16)
     keys = torch.nn.functional.normalize(torch.randn(args.batch, 128, device=args.device), dim=1)
     without.method.encode_keys = lambda view: keys
     cases: dict[str, Callable[[], object]] = {
         'plain MoCo v2, one width': partial(TrainingStep(plain, views[:2], args.bf16), FULL),
         'plain MoCo v2 without the forward of its keys': partial(without, FULL),
+        'SlimCLR on MoCo v2, four widths': partial(TrainingStep(slimclr, views[:2], args.bf16), DEFAULT_WIDTHS),
         'forward of the teacher': partial(teacher, views[0].contiguous(memory_format=torch.channels_last)),
     }
     for name in TAUGHT:

@@ -109,12 +109,19 @@ def test_teachers_beside_slimclr(folder, capsys, monkeypatch):
     for seed in 0, 1:
         save_probe(folder / f'seed-{seed}', 'linear_eval', 'switchable', 80 + seed, WIDTHS)
         (folder / f'seed-{seed}' / 'metrics.jsonl').write_text('')
+    save_probe(folder / 'compress-1', 'linear_eval', 'switchable', 85, WIDTHS)
+    for seed in 0, 1:  # the first has not ended
+        (folder / f'compress-{seed}').mkdir(exist_ok=True)
+        (folder / f'compress-{seed}' / 'metrics.jsonl').write_text('')
     monkeypatch.setattr(sys, 'argv', [str(SCRIPT), str(folder)])
     script = runpy.run_path(str(SCRIPT), run_name='__main__')
     headers, *rows = tables_of(capsys.readouterr().out)[-1]
     assert headers[-1] == 'cost of training'
-    assert [row[:2] for row in rows] == [['each width alone', '2'], ['SlimCLR', '2'], ['SEED', '2']]
+    names = ['each width alone', 'SlimCLR', 'SEED', 'CompRess', 'SEED over SlimCLR', 'CompRess over SlimCLR']
+    assert [row[:2] for row in rows] == [[name, '1' if 'CompRess' in name else '2'] for name in names]
     assert rows[2][2:6] == ['80.5 ± 6.4', '78.0 ± 6.4', '75.5 ± 6.4', '73.0 ± 6.4']
+    assert rows[4][2:6] == ['5.0 ± 0.0'] * 4
+    assert rows[5][2:6] == ['9.0'] * 4  # of the seed that both have, though there is a run of the other
     assert (folder / 'teachers.png').stat().st_size > 1000
     # Of widths 1, w, ... a forward costs about 1, w^2, ...: SEED trains all in each epoch, and has its teacher's cost.
     roughly = sum(width**2 for width in WIDTHS)
