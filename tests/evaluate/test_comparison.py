@@ -280,7 +280,7 @@ def test_markdown_parsed_back(place, tmp_path, capsys):
     assert compare_networks(networks, markdown=file, batch_size=None) == [file]
     (rows,) = parse_markdown(file.read_text())
     (entry,) = read_entries(networks[:1])
-    assert rows == [
+    assert rows[:3] == [
         {
             'network': name, 'width': f'{width:g}', 'parameters': human(cost(entry.model, width, 12)[0]),
             'multiply-adds': human(cost(entry.model, width, 12)[1]), 'k-NN': knn, 'linear eval': linear,
@@ -288,6 +288,11 @@ def test_markdown_parsed_back(place, tmp_path, capsys):
         for name, width, knn, linear in (
             ('slim', 1.0, '71.3', '80.0 / 89.0'), ('slim', 0.5, '66.3', '75.0 / 84.0'), ('alone', 0.5, '63.0', '')
         )
+    ]  # fmt: skip
+    # Of each network that costs something else.
+    assert [[cell for cell in row.values() if cell] for row in rows[3:]] == [
+        ['random weights of slim', '1', '30.0'], ['random weights of slim', '0.5', '25.0'],
+        ['random weights of alone', '0.5', '20.0'],
     ]  # fmt: skip
     printed = capsys.readouterr().out
     assert '80.0 / 89.0' in printed
@@ -297,7 +302,8 @@ def test_markdown_parsed_back(place, tmp_path, capsys):
 
 
 def test_data_sets_stand_apart(place, capsys):
-    compare_networks([str(place / name) for name in ('slim', 'other')], markdown=Path('-'), batch_size=None)
+    networks = [str(place / name) for name in ('slim', 'other')]
+    compare_networks(networks, markdown=Path('-'), baselines=False, batch_size=None)
     text = capsys.readouterr().out
     first, second = parse_markdown(text)
     assert {row['network'] for row in first} == {'slim'}
@@ -312,7 +318,7 @@ def test_protocols_stand_apart(place, tmp_path, capsys):
     other = save_run(tmp_path / 'k', (1.0, 0.5), [10, 20])
     recipe = other / 'recipe.yaml'
     recipe.write_text(recipe.read_text().replace('k: 20', 'k: 5'))
-    compare_networks([str(place / 'alone'), str(other)], markdown=Path('-'), batch_size=None)
+    compare_networks([str(place / 'alone'), str(other)], markdown=Path('-'), baselines=False, batch_size=None)
     (rows,) = parse_markdown(capsys.readouterr().out)
     ours, theirs = (next(title for title in rows[0] if title.startswith(f'k-NN, k={k}')) for k in (20, 5))
     assert [(row[ours], row[theirs]) for row in rows] == [('63.0', ''), ('', '20.0'), ('', '15.0')]
@@ -321,7 +327,7 @@ def test_protocols_stand_apart(place, tmp_path, capsys):
 def test_network_without_accuracy_has_its_cost(place, capsys):
     """Beside one that has some; alone it is `cost by width`."""
     networks = [str(place / name) for name in ('slim', 'bare', 'other')]
-    compare_networks(networks, markdown=Path('-'), batch_size=None)
+    compare_networks(networks, markdown=Path('-'), baselines=False, batch_size=None)
     first, second = parse_markdown(capsys.readouterr().out)
     assert [(row['network'], row['linear eval']) for row in first if row['width'] == '1'] == [
         ('slim', '80.0 / 89.0'), ('bare', ''),
@@ -378,6 +384,7 @@ def test_rank_is_a_column_and_no_accuracy(place, tmp_path, capsys):
     (rows,) = parse_markdown(text)
     assert [(row['k-NN'], row['rank'], row['rank eval']) for row in rows] == [
         ('60.0', '14.1', '20.0'), ('55.0', '7.0', '9.0'), ('63.0', '', ''),
+        ('30.0', '14.1', ''), ('25.0', '7.0', ''), ('20.0', '', ''),
     ]  # fmt: skip
     assert 'rank: effective rank (RankMe), while training; 1 where' in text
     assert 'standard error' not in text
@@ -442,6 +449,7 @@ def test_runs_that_differ_in_their_seed_alone(tmp_path):
     assert [(row['network'], row['width'], row['k-NN'], row['linear eval']) for row in rows] == [
         ('a', '0.5', '66.0 ± 1.4', '80.0 / 89.0 (of 1)'), ('a', '0.25', '63.5 ± 1.4', '75.0 / 84.0 (of 1)'),
         ('b-0', '0.5', '55.0', ''), ('b-0', '0.25', '52.5', ''),
+        ('random weights', '0.5', '25.3 ± 0.6', ''), ('random weights', '0.25', '22.8 ± 0.6', ''),
     ]  # fmt: skip
     assert f'a: mean and standard deviation of 2 runs that differ in their seed alone ({runs[0]}, {runs[2]})' in (
         result.stdout

@@ -9,6 +9,7 @@ from typing import Any
 
 from slimclr_hub.evaluate.compare.entries import Entry
 from slimclr_hub.evaluate.reported import REPORTED, REPORTED_DETECTION, TABLE_1, TABLE_2, ReportedNetwork
+from slimclr_hub.models.cost import WidthFacts
 from slimclr_hub.runs.result import RANDOM_WEIGHTS, RAW_PIXELS, RESULT, Protocol, Result
 from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.text import human
@@ -203,7 +204,7 @@ def _table(entries: Sequence[Entry], data: str | None, alone: bool, batch_size: 
             row += [f'{entry.speed[fact.width]:,.0f}'] if entry.speed else []
             rows.append([*row, *(_cell(entry, protocol, fact.width) for protocol in protocols)])
     blank = [''] * (len(headers) - len(protocols) - 1)
-    for name, width, cells in _baselines(entries, protocols, alone):
+    for name, width, cells in _baselines(entries, protocols):
         first = [f'{name} {width}'.rstrip()] if alone else [name, width]
         rows.append([*first, *blank, *cells])
     what = 'accuracies (%)' if accuracies else 'effective rank'
@@ -239,14 +240,18 @@ def _cell(entry: Entry, protocol: Protocol, width: float) -> str:
     return cell + (f' (of {len(found)})' if 1 < len(entry.networks) != len(found) else '')
 
 
-def _baselines(
-    entries: Sequence[Entry], protocols: Sequence[Protocol], alone: bool
-) -> Iterator[tuple[str, str, list[str]]]:
-    """Name, width and accuracies of random weights, of a network that stands alone, and of raw pixels."""
-    for fact in entries[0].facts if alone else ():
-        start = [entries[0].values(protocol, 'start', fact.width) for protocol in protocols]
-        if any(start):
-            yield RANDOM_WEIGHTS, f'{fact.width:g}', [_mean(values) if values else '' for values in start]
+def _baselines(entries: Sequence[Entry], protocols: Sequence[Protocol]) -> Iterator[tuple[str, str, list[str]]]:
+    """Name, width and accuracies of random weights, of networks of one cost together, and of raw pixels."""
+    alike: dict[tuple[WidthFacts, ...], list[Entry]] = {}
+    for entry in entries:
+        if any(entry.values(protocol, 'start', fact.width) for protocol in protocols for fact in entry.facts):
+            alike.setdefault(tuple(entry.facts), []).append(entry)
+    for facts, of in alike.items():
+        name = RANDOM_WEIGHTS if len(alike) == 1 else f'{RANDOM_WEIGHTS} of {of[0].name}'
+        for fact in facts:
+            start = [[top1 for entry in of for top1 in entry.values(each, 'start', fact.width)] for each in protocols]
+            if any(start):
+                yield name, f'{fact.width:g}', [_mean(values) if values else '' for values in start]
     for name, found in raw_pixels_of(entries, protocols).items():
         tops = [(*found[of].top1.values(), *found[of].top5.values()) if of in found else () for of in protocols]
         yield name, '', [' / '.join(f'{top:.1f}' for top in each) for each in tops]
