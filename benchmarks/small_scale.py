@@ -339,8 +339,11 @@ def teachers(runs: Runs) -> None:
         if recipe not in ('alone', 'slimclr'):
             over = {width: gains(found, of.linear('slimclr'), width) for width in WIDTHS}
             more.append([f'{name} over SlimCLR', str(len(of.seeds)), *cells(over), ''])
+        heights = [mean(found[width]) for width in WIDTHS]
         style = {**line_style(number), 'marker': marker(number), 'linestyle': 'none'}
-        axis.plot([costs[recipe]] * len(WIDTHS), [mean(found[width]) for width in WIDTHS], label=name, **style)
+        axis.plot([costs[recipe]] * len(WIDTHS), heights, label=f'{name}, n = {len(of.seeds)}', **style)
+        for width, height in zip(BY_WIDTH, heights, strict=True) if recipe == 'slimclr' else ():
+            axis.annotate(width, (costs[recipe], height), (6, 0), textcoords='offset points', va='center', fontsize=7)
     print_table(['linear accuracy (%)', 'n', *BY_WIDTH, 'cost of training'], [*rows, *more])
     axis.set(xlabel="training (forwards of width 1.0 an image), teacher's with it", ylabel='linear accuracy (%)')
     axis.legend(fontsize=7)

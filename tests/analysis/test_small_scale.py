@@ -79,13 +79,20 @@ def tables_of(text: str) -> list[list[list[str]]]:
     return [[first, *others] for first, _, *others in rows]
 
 
+def teach(folder: Path, recipe: str, seed: int, height: float) -> None:
+    save_probe(folder / f'{recipe}-{seed}', 'linear_eval', 'switchable', height, WIDTHS)
+    (folder / f'{recipe}-{seed}' / 'metrics.jsonl').write_text('')
+
+
 def test_tables_have_the_rows_of_results(folder, capsys, monkeypatch):
+    for recipe in 'seed', 'compress', 'disco':
+        teach(folder, recipe, 0, 80)
     monkeypatch.setattr(sys, 'argv', [str(SCRIPT), str(folder)])
     runpy.run_path(str(SCRIPT), run_name='__main__')
     printed = tables_of(capsys.readouterr().out)
     # The first is of claims, and the last of another script.
     _, *written, _ = tables_of((ROOT / 'RESULTS.md').read_text())
-    assert len(printed) == len(written) == 10
+    assert len(printed) == len(written) == 11
     for ours, theirs in zip(printed, written, strict=True):
         assert ours[0] == theirs[0]
         assert [row[0] for row in ours] == [row[0] for row in theirs]
@@ -107,12 +114,10 @@ def test_tables_have_the_rows_of_results(folder, capsys, monkeypatch):
 
 def test_teachers_beside_slimclr(folder, capsys, monkeypatch):
     for seed in 0, 1:
-        save_probe(folder / f'seed-{seed}', 'linear_eval', 'switchable', 80 + seed, WIDTHS)
-        (folder / f'seed-{seed}' / 'metrics.jsonl').write_text('')
-    save_probe(folder / 'compress-1', 'linear_eval', 'switchable', 85, WIDTHS)
-    for seed in 0, 1:  # the first has not ended
-        (folder / f'compress-{seed}').mkdir(exist_ok=True)
-        (folder / f'compress-{seed}' / 'metrics.jsonl').write_text('')
+        teach(folder, 'seed', seed, 80 + seed)
+    teach(folder, 'compress', 1, 85)
+    (folder / 'compress-0').mkdir()  # a run that has not ended
+    (folder / 'compress-0' / 'metrics.jsonl').write_text('')
     monkeypatch.setattr(sys, 'argv', [str(SCRIPT), str(folder)])
     script = runpy.run_path(str(SCRIPT), run_name='__main__')
     headers, *rows = tables_of(capsys.readouterr().out)[-1]
