@@ -117,10 +117,13 @@ class Runs:
         self.folder = folder
         self.seeds = sorted({int(path.parent.name.rpartition('-')[2]) for path in folder.glob('*-*/metrics.jsonl')})
 
-    def judged(self, recipe: str) -> 'Runs':
-        """The same, of the seeds for which the network of a recipe has a linear classifier."""
+    def judged(self, *recipes: str) -> 'Runs':
+        """The same, of the seeds for which the networks of all these recipes have a linear classifier."""
         runs = Runs(self.folder)
-        runs.seeds = [seed for seed in self.seeds if (self.folder / f'{recipe}-{seed}/linear_eval/{RESULT}').is_file()]
+        files = {
+            seed: [self.folder / f'{recipe}-{seed}/linear_eval/{RESULT}' for recipe in recipes] for seed in self.seeds
+        }
+        runs.seeds = [seed for seed, needed in files.items() if all(file.is_file() for file in needed)]
         return runs
 
     def of(self, recipe: str) -> list[Path]:
@@ -329,7 +332,7 @@ def teachers(runs: Runs) -> None:
     costs, rows, more = training_costs(), [], []
     figure, (axis,) = new_figure()
     for number, (recipe, name) in enumerate(TEACHERS.items()):
-        of = runs.judged('alone_w100' if recipe == 'alone' else recipe)
+        of = runs.judged(*(ALONE.values() if recipe == 'alone' else [recipe]))
         if not of.seeds:
             continue
         found = of.linear(recipe)
@@ -337,13 +340,16 @@ def teachers(runs: Runs) -> None:
             found = {width: of.linear(single)[width] for width, single in ALONE.items()}
         rows.append([name, str(len(of.seeds)), *cells(found), f'{costs[recipe]:.1f}'])
         if recipe not in ('alone', 'slimclr'):
-            over = {width: gains(found, of.linear('slimclr'), width) for width in WIDTHS}
+            slimclr = of.linear('slimclr')
+            over = {width: gains(found, slimclr, width) for width in WIDTHS}
             more.append([f'{name} over SlimCLR', str(len(of.seeds)), *cells(over), ''])
         heights = [mean(found[width]) for width in WIDTHS]
         style = {**line_style(number), 'marker': marker(number), 'linestyle': 'none'}
         axis.plot([costs[recipe]] * len(WIDTHS), heights, label=f'{name}, n = {len(of.seeds)}', **style)
-        for width, height in zip(BY_WIDTH, heights, strict=True) if recipe == 'slimclr' else ():
-            axis.annotate(width, (costs[recipe], height), (6, 0), textcoords='offset points', va='center', fontsize=7)
+        if recipe == 'slimclr':
+            for width, height in zip(BY_WIDTH, heights, strict=True):
+                at = costs[recipe], height
+                axis.annotate(width, at, (6, 0), textcoords='offset points', va='center', fontsize=7)
     print_table(['linear accuracy (%)', 'n', *BY_WIDTH, 'cost of training'], [*rows, *more])
     axis.set(xlabel="training (forwards of width 1.0 an image), teacher's with it", ylabel='linear accuracy (%)')
     axis.legend(fontsize=7)

@@ -70,11 +70,6 @@ def accelerator(on_the_cpu) -> Accelerator:
     return Accelerator()
 
 
-@pytest.fixture(scope='module')
-def module_accelerator(module_on_the_cpu) -> Accelerator:
-    return Accelerator()
-
-
 @pytest.fixture
 def hub_cache(tmp_path_factory, monkeypatch) -> None:
     """What `datasets` converts on the way goes to a folder of the tests."""

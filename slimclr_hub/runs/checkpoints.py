@@ -78,7 +78,11 @@ def newest(folder: Path) -> Found:
 
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where a run in `folder` keeps its checkpoint after `step`."""
-    return folder / 'checkpoints' / f'step-{step:08d}'
+    return folder / 'checkpoints' / _name(step)
+
+
+def _name(step: int) -> str:
+    return f'step-{step:08d}'
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -243,7 +247,7 @@ def read_state(path: Path) -> dict[str, Any]:
         value = state.get(name)
         if type(value) is not kind or (type(value) is int and value < 1):
             raise ValueError(f'{STATE} has no {name}, but {str(value)[:40]!r}')
-    if path.name != checkpoint_path(path, state['step']).name:
+    if path.name != _name(state['step']):
         raise ValueError(f'{STATE} is of step {state["step"]}')
     for name, hash_ in state['files'].items():
         if not isinstance(hash_, str) or Path(name).name != name:

@@ -6,6 +6,7 @@ import datasets
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
@@ -36,8 +37,8 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def accelerator(module_accelerator):
-    return module_accelerator
+def accelerator(module_on_the_cpu):
+    return Accelerator()
 
 
 @pytest.fixture(scope='module')
