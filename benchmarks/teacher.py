@@ -71,7 +71,7 @@ def main() -> None:
             )
             cases[f'{name}, {words}'] = partial(TrainingStep(config, shown, args.bf16, teacher), widths)
             if widths == FULL:
-                known = [teacher(view) for view in views[: 1 + neighbours]]
+                known = [teacher.features(view) for view in views[: 1 + neighbours]]
                 config = replace(config, teacher=TeacherConfig(args.teacher, cached=True))
                 step = TrainingStep(config, views[: config.view_count * len(known)], args.bf16, teacher, known)
                 cases[f'{name}, {words}, cached'] = partial(step, widths)

@@ -39,7 +39,7 @@ OPTIMIZERS = {
 
 
 class TrainingStep:
-    """Training steps of one configuration, always on the same views, and `embeddings` where the teacher looks once."""
+    """Training steps of one configuration, always on the same views, and `features` where the teacher looks once."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class TrainingStep:
         views: Sequence[torch.Tensor],
         bf16: bool,
         teacher: Teacher | None = None,
-        embeddings: Sequence[torch.Tensor] = (),
+        features: Sequence[torch.Tensor] = (),
     ) -> None:
         device = views[0].device
         self.method: Any = make_method(config, teacher)
@@ -58,7 +58,7 @@ class TrainingStep:
         layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
         labels = torch.full([len(views[0])], -1, device=device)
         placed = tuple(view.contiguous(memory_format=layout) for view in views)
-        self.batch = Batch(placed, labels, embeddings=tuple(embeddings))
+        self.batch = Batch(placed, labels, features=tuple(features))
         self.meter = Meter()
         self.autocast = partial(autocast, device, bf16)
 

@@ -17,26 +17,26 @@ _logger = logging.getLogger(__name__)
 class Sample(NamedTuple):
     """Views [C, H, W] of an image, its class or -1, and how many samples of a stream's share are used with it.
 
-    Views of a neighbour follow those of the image where there is one; `embeddings` [D] are a teacher's, of each.
+    Views of a neighbour follow those of the image where there is one; `features` [F] are a teacher's, of each.
     """
 
     views: tuple[torch.Tensor, ...]
     label: int
     consumed: int = 0
-    embeddings: tuple[torch.Tensor, ...] = ()
+    features: tuple[torch.Tensor, ...] = ()
 
 
 class Chunk(TypedDict):
     """Samples of one worker; a plain dictionary, so that torch's loader pins its tensors.
 
-    `views` are uint8 tensors [n, C, H, W], `labels` and `consumed` are [n], `embeddings` [n, D] as those of samples;
+    `views` are uint8 tensors [n, C, H, W], `labels` and `consumed` are [n], `features` [n, F] as those of samples;
     `role` is the share that they come from. n is 0 where a worker reports nothing but problems.
     """
 
     views: tuple[torch.Tensor, ...]
     labels: torch.Tensor
     consumed: torch.Tensor
-    embeddings: tuple[torch.Tensor, ...]
+    features: tuple[torch.Tensor, ...]
     role: int
     problems: list[Problem]
 
@@ -51,14 +51,14 @@ class Batch:
         position: Position of this process in its stream after the batch, for a checkpoint; None where epoch and step
             suffice.
         corrupt: Names of unreadable images that were replaced.
-        embeddings: A teacher's embeddings [b, D] of the images and of their neighbours, as far as they are known.
+        features: A teacher's features [b, F] of the images and of their neighbours, as far as they are known.
     """
 
     views: tuple[torch.Tensor, ...]
     labels: torch.Tensor
     position: dict[str, Any] | None = None
     corrupt: tuple[str, ...] = ()
-    embeddings: tuple[torch.Tensor, ...] = ()
+    features: tuple[torch.Tensor, ...] = ()
 
 
 def make_chunk(samples: Sequence[Sample], problems: list[Problem], role: int = 0) -> Chunk:
@@ -67,7 +67,7 @@ def make_chunk(samples: Sequence[Sample], problems: list[Problem], role: int = 0
         'views': _stacked([sample.views for sample in samples]),
         'labels': torch.tensor([sample.label for sample in samples], dtype=torch.int64),
         'consumed': torch.tensor([sample.consumed for sample in samples], dtype=torch.int64),
-        'embeddings': _stacked([sample.embeddings for sample in samples]),
+        'features': _stacked([sample.features for sample in samples]),
         'role': role,
         'problems': problems,
     }

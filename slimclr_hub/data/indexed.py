@@ -25,11 +25,11 @@ class Known:
     """What a teacher knows of N training images.
 
     Args:
-        embeddings: Its embeddings [N, D], which come with the images; None where they do not.
+        features: Its pooled features [N, F], which come with the images; None where they do not.
         neighbours: The k nearest other images of each [N, k], of which one comes with it; None where none does.
     """
 
-    embeddings: np.ndarray | None = None
+    features: np.ndarray | None = None
     neighbours: np.ndarray | None = None
 
 
@@ -107,9 +107,9 @@ class IndexedImages(Dataset[tuple[Sample | None, list[Problem]]]):
             with drawing(self.seed, epoch, index, _NEIGHBOUR):
                 views = (*views, *self.transform(image))
             shown.append(neighbour)
-        table = self.known.embeddings
-        embeddings = () if table is None else tuple(torch.from_numpy(table[i].copy()) for i in shown)
-        return Sample(views, label, embeddings=embeddings), problems
+        table = self.known.features
+        features = () if table is None else tuple(torch.from_numpy(table[i].copy()) for i in shown)
+        return Sample(views, label, features=features), problems
 
     def _read(self, candidates: Iterable[int], problems: list[Problem]) -> tuple[int, Image.Image, int] | None:
         """Index, image and class of the first one that can be read; None where too many before it cannot."""

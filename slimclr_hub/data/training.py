@@ -104,10 +104,10 @@ class TrainData:
             if len(chunk['labels']) < self.size:
                 continue
             self._check_labels(chunk['labels'])
-            labels, *tensors = self.to_device((chunk['labels'], *chunk['embeddings'], *chunk['views']))
-            embeddings, views = tensors[: len(chunk['embeddings'])], tensors[len(chunk['embeddings']) :]
+            labels, *tensors = self.to_device((chunk['labels'], *chunk['features'], *chunk['views']))
+            features, views = tensors[: len(chunk['features'])], tensors[len(chunk['features']) :]
             corrupt = tuple(name for name, _ in chunk['problems'])
-            yield Batch(self._views(views, epoch, micro), labels, after, corrupt, tuple(embeddings))
+            yield Batch(self._views(views, epoch, micro), labels, after, corrupt, tuple(features))
             micro += 1
             if micro == end:
                 return

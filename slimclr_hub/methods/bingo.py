@@ -103,7 +103,7 @@ class BINGO(QueueMethod):
             widths: Widths to train in this step, the full one among them.
             momentum: None after the first microbatch of a step, whose queue the others then look at; else not used.
             labels: Not used.
-            cached: The teacher's embeddings [B, D] of images and neighbours, if it is not to look at key views.
+            cached: The teacher's features [B, F] of images and neighbours, if it is not to look at key views.
 
         Returns:
             As `Objective` returns: `info_nce` and `accuracy` are of queries and their own keys, `teacher` is the part
@@ -111,7 +111,8 @@ class BINGO(QueueMethod):
         """
         widths = check_widths(widths)
         if cached:
-            (query, its_query), (own, its) = views, cached
+            query, its_query = views
+            own, its = (self.teacher(query, features) for features in cached)
         else:
             query, key, its_query, its_key = views
             own, its = self.teacher(key), self.teacher(its_key)

@@ -86,7 +86,7 @@ class CompRess(QueueMethod):
             momentum: Momentum of the copies; None after the first microbatch of a step: they and the candidates then
                 stay as they were.
             labels: Not used.
-            cached: The teacher's embedding [B, D] of the images, if it is not to look at the view.
+            cached: The teacher's features [B, F] of the images, if it is not to look at the view.
 
         Returns:
             As `Objective` returns; `accuracy` is the share of images whose student finds the image of the queue that

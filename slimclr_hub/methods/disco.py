@@ -81,7 +81,7 @@ class DisCo(MoCoV2):
     ) -> Losses:
         """One step on a pair of views; arguments and result are `MoCoV2.forward`'s, with `teacher/w` besides.
 
-        `cached` is the teacher's embedding [B, D] of the images, if it is not to look at the views.
+        `cached` are the teacher's features [B, F] of the images, if it is not to look at the views.
         """
         widths = check_widths(widths)
         query_view, key_view = views

@@ -30,7 +30,7 @@ class Training:
 
     Args:
         views: Views of each image that the method takes, 1 or 2.
-        views_cached: Views of each image where the teacher's embeddings are known; as many unless given.
+        views_cached: Views of each image where the teacher's features are known; as many unless given.
         momentum: Momentum of the key encoder at the first step; None for a method without one.
         momentum_schedule: `constant`, or `cosine` to one.
         sync_bn: Normalise over all processes.
@@ -38,7 +38,7 @@ class Training:
         classifier: `slimmable` or `switchable` for a backbone with such a classifier, whose number of classes is a
             setting; None for one without.
         negatives_in_batch: Negatives are the other images of a microbatch.
-        teacher: The constructor takes a `Teacher` after the backbone, and `forward` its embeddings as `cached` where
+        teacher: The constructor takes a `Teacher` after the backbone, and `forward` its features as `cached` where
             they are known.
         neighbours: Default number of nearest images, as the teacher sees them, of which one comes with each image; its
             views follow. None for a method without.

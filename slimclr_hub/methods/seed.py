@@ -88,7 +88,7 @@ class SEED(QueueMethod):
             widths: Widths to train in this step, the full one among them.
             momentum: None after the first microbatch of a step, whose queue the others then look at; else not used.
             labels: Not used.
-            cached: The teacher's embedding [B, D] of the images, if it is not to look at the view.
+            cached: The teacher's features [B, F] of the images, if it is not to look at the view.
 
         Returns:
             As `Objective` returns; `accuracy` is the share of images whose student finds the candidate that its teacher

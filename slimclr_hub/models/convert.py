@@ -71,7 +71,7 @@ def convert(
         raise InputError(f'encoder {encoder!r} is not one of {", ".join(_PREFIXES)}')
     for name, tensor in tensors.items():
         check_form(name, tensor)
-    names = with_batch_counts({_WRAPPERS.sub(r'\1', name): tensor for name, tensor in tensors.items()})
+    names = with_batch_counts(plain_names(tensors))
     ours = _body(names, encoder)
     if not any(switched_key(name) for name in ours):
         # The switchable probe is part of the network; any other head served pre-training, or is of one width alone.
@@ -83,6 +83,31 @@ def convert(
     for name, tensor in ours.items():
         check_values(name, tensor)
     return {name: tensor.contiguous() for name, tensor in ours.items()}
+
+
+def plain_names(tensors: Tensors) -> dict[str, torch.Tensor]:
+    """The same under timm's names, with the prefix of the network, and without `module.` and `_orig_mod.`."""
+    return _renamed({_WRAPPERS.sub(r'\1', name): tensor for name, tensor in tensors.items()})
+
+
+def prefix_of(names: Tensors, encoder: str) -> str:
+    """What the `plain_names` of a ResNet's tensors begin with, as `encoder_q.`.
+
+    Raises:
+        InputError: There is no such network, or several.
+    """
+    prefix = next((prefix for prefix in _PREFIXES[encoder] if prefix + _FIRST in names), None)
+    if prefix is None and encoder == 'online':
+        found = [name.removesuffix(_FIRST) for name in names if name.endswith(f'.{_FIRST}')]
+        networks = [prefix for prefix in found if f'{prefix}layer1.0.{_FIRST}' in names]
+        if len(networks) > 1:
+            raise InputError(f'several ResNets are there, {", ".join(networks)}; save the state dict of one of them')
+        prefix = next(iter(networks), None)
+    if prefix is None:
+        wanted = ', '.join(prefix + _FIRST for prefix in _PREFIXES[encoder])
+        begin = f'the tensors begin with {", ".join([*names][:3])}' if names else 'there are no tensors'
+        raise InputError(f'no {encoder} network that is a ResNet: none of {wanted} is there; {begin}')
+    return prefix
 
 
 def backbone_name(reference: str, stages: Sequence[int], keys: Sequence[str]) -> str:
@@ -103,18 +128,7 @@ def backbone_name(reference: str, stages: Sequence[int], keys: Sequence[str]) ->
 
 
 def _body(names: Tensors, encoder: str) -> dict[str, torch.Tensor]:
-    names = _renamed(names)
-    prefix = next((prefix for prefix in _PREFIXES[encoder] if prefix + _FIRST in names), None)
-    if prefix is None and encoder == 'online':
-        found = [name.removesuffix(_FIRST) for name in names if name.endswith(f'.{_FIRST}')]
-        networks = [prefix for prefix in found if f'{prefix}layer1.0.{_FIRST}' in names]
-        if len(networks) > 1:
-            raise InputError(f'several ResNets are there, {", ".join(networks)}; save the state dict of one of them')
-        prefix = next(iter(networks), None)
-    if prefix is None:
-        wanted = ', '.join(prefix + _FIRST for prefix in _PREFIXES[encoder])
-        begin = f'the tensors begin with {", ".join([*names][:3])}' if names else 'there are no tensors'
-        raise InputError(f'no {encoder} network that is a ResNet: none of {wanted} is there; {begin}')
+    prefix = prefix_of(names, encoder)
     return {name.removeprefix(prefix): tensor for name, tensor in names.items() if name.startswith(prefix)}
 
 

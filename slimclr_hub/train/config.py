@@ -187,19 +187,22 @@ class TeacherConfig:
         network: A name of timm's such as resnet50.a1_in1k, hf-hub:USER/NAME, a folder that timm opens, such as that of
             a run, a checkpoint's file, or a tag of this package's such as slimclr_resnet20.mocov3_fashionmnist.
         width: Width of a slimmable one; its widest where null.
+        head: Embed by the projection head that a checkpoint's file has, as the papers do, rather than by features.
         cached: Let it look once at the centre crop of each training image rather than at each view in each epoch. What
-            it sees is kept in the folder `teachers` of run.output, where other runs find it.
+            it sees is kept in the folder `teacher_features` of run.output, where other runs find it.
     """
 
     network: str | None = None
     width: float | None = None
+    head: bool = False
     cached: bool = False
 
     def __post_init__(self) -> None:
         if self.width is not None and self.network is None:
             raise InputError(f'teacher.width {self.width} is that of no teacher; give --teacher.network')
-        if self.cached and self.network is None:
-            raise InputError('teacher.cached is true, and there is no teacher; give --teacher.network')
+        for name in 'head', 'cached':
+            if getattr(self, name) and self.network is None:
+                raise InputError(f'teacher.{name} is true, and there is no teacher; give --teacher.network')
 
 
 @dataclass(frozen=True)

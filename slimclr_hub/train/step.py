@@ -44,7 +44,7 @@ def forward_backward(
             views = [view.contiguous(memory_format=torch.channels_last) for view in views]
         with nullcontext() if i == len(microbatches) - 1 else no_sync():
             with autocast():
-                known = {'cached': batch.embeddings} if batch.embeddings else {}
+                known = {'cached': batch.features} if batch.features else {}
                 output = method(views, widths, momentum if i == 0 else None, batch.labels, **known)
             if backward is not None:
                 backward(output['loss'] / len(microbatches))

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
@@ -18,13 +19,14 @@ from slimclr_hub.hub.open import open_any
 from slimclr_hub.hub.plain import is_timm, open_timm, slimmable_of
 from slimclr_hub.methods.teacher import Teacher
 from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.projection import projection_head
 from slimclr_hub.models.widths import check_width, width_key
 from slimclr_hub.train.config import PretrainConfig, TeacherConfig
 from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.tensor_file import TensorFile
 
 _MAX_MESSAGE = 300  # characters
-_FOLDER = 'teachers'  # in run.output
+_FOLDER = 'teacher_features'  # in run.output
 _CHUNK = 1024  # images of all processes whose neighbours are searched at a time
 
 
@@ -35,14 +37,15 @@ def open_teacher(config: PretrainConfig) -> Teacher | None:
     the student's views. A teacher of RGB images sees gray views in three equal channels.
 
     Raises:
-        InputError: There is no such network, its weights cannot be had, it does not have the width, or does not take
-            images of this size or number of channels.
+        InputError: There is no such network, its weights cannot be had, it does not have the width or the head, or does
+            not take images of this size or number of channels.
     """
     if config.teacher.network is None:
         return None
     name = config.teacher.network
     with torch.random.fork_rng(devices=[]):  # random weights are drawn before those of the file replace them
-        network = _open(config.teacher).eval()
+        network, head = _open(config.teacher)
+    network.eval()
     cfg: Mapping[str, Any] = {} if folder_of(name).is_file() else getattr(network, 'pretrained_cfg', {})
     channels = getattr(network, 'in_chans', cfg.get('input_size', (3,))[0])
     if config.data.channels not in (1, channels):
@@ -55,11 +58,12 @@ def open_teacher(config: PretrainConfig) -> Teacher | None:
     shift = [(ours - its) / by for ours, its, by in zip(mean, its_mean, its_std, strict=True)]
     sizes = [config.views.size or config.data.size, *([config.data.size] if _looks_once(config) else [])]
     dims = [_features(name, network, channels, size) for size in sizes]
-    return Teacher(network, dims[0], scale, shift)
+    dim = dims[0] if head is None else _projected(name, head, dims[0])
+    return Teacher(network, dim, scale, shift, head)
 
 
 def known_images(config: PretrainConfig, teacher: Teacher, accelerator: Accelerator) -> Known:
-    """What a recipe wants to be known of the training images: the teacher's embeddings of centre crops, and neighbours.
+    """What a recipe wants to be known of the training images: the teacher's features of centre crops, and neighbours.
 
     All processes look together, once for all runs with this teacher, these images and this `run.output`. The network is
     moved to the device. Of P processes each searches the neighbours of 1/P of the images among 1/P of them.
@@ -77,15 +81,15 @@ def known_images(config: PretrainConfig, teacher: Teacher, accelerator: Accelera
         path, loader = cache.file(config.data.train_split)
     with TensorFile(path) as file:
         (count,) = file.shapes[LABELS]
-        embeddings = file.mapped(width_key(1.0))
+        features = file.mapped(width_key(1.0))
     if count < loader.total:
         raise InputError(
             f'{loader.total - count} of {loader.total} training images cannot be read, and the teacher has to see each '
             'of them; remove them'
         )
     k = config.method.neighbours
-    neighbours = None if k is None else _neighbours(embeddings, k, accelerator)
-    return Known(embeddings if config.teacher.cached else None, None if neighbours is None else neighbours.numpy())
+    neighbours = None if k is None else _neighbours(features, k, accelerator)
+    return Known(features if config.teacher.cached else None, None if neighbours is None else neighbours.numpy())
 
 
 class _CentreCrops(nn.Module):
@@ -101,17 +105,18 @@ class _CentreCrops(nn.Module):
         self._teacher = (teacher,)
 
     def forward_widths(self, images: torch.Tensor, widths: Sequence[float]) -> dict[float, torch.Tensor]:
-        """Images [B, C, H, W] -> embeddings [B, D], of unit length."""
-        return {width: self._teacher[0](images) for width in widths}
+        """Images [B, C, H, W] -> features [B, F]."""
+        return {width: self._teacher[0].features(images) for width in widths}
 
 
-def _neighbours(embeddings: np.ndarray, k: int, accelerator: Accelerator) -> torch.Tensor:
-    """Numbers of the k nearest other images of each, [N, k], by embeddings [N, D] of unit length."""
-    count, world = len(embeddings), accelerator.num_processes
+def _neighbours(features: np.ndarray, k: int, accelerator: Accelerator) -> torch.Tensor:
+    """Numbers of the k nearest other images of each, [N, k], by the cosine of features [N, F]."""
+    count, world = len(features), accelerator.num_processes
     if k >= count:
         raise InputError(f'method.neighbours {k} is not below the {count} training images; lower it')
     mine = np.arange(accelerator.process_index, count, world)
-    share, labels = (torch.from_numpy(x).to(accelerator.device) for x in (embeddings[mine], mine))
+    share, labels = (torch.from_numpy(x).to(accelerator.device) for x in (features[mine], mine))
+    share = F.normalize(share, dim=1)
     found = torch.cat([n.labels for n in neighbours_in_all(accelerator, share, share, labels, k + 1, _CHUNK)])
     # An image is its own nearest, unless others are the same; to the end with it.
     last = (found == labels[:, None]).to(torch.uint8).argsort(dim=1, stable=True)
@@ -139,14 +144,20 @@ def check_identity(teacher: Mapping[str, Any], state: Mapping[str, Any], checkpo
         )
 
 
-def _open(config: TeacherConfig) -> nn.Module:
+def _open(config: TeacherConfig) -> tuple[nn.Module, nn.Module | None]:
+    """The network, and its projection head if the recipe wants it."""
     name = config.network
     assert name is not None
     path = folder_of(name)
     network: Any
+    head = None
     try:
-        if path.is_file() and path.suffix != '.safetensors':
-            network = slimmable_of(read_checkpoint(path), name, (1.0,))
+        if config.head and not path.is_file():
+            raise InputError('it is no file of a checkpoint, which alone has a projection head; drop teacher.head')
+        if path.is_file() and (config.head or path.suffix != '.safetensors'):
+            tensors = read_checkpoint(path)
+            network = slimmable_of(tensors, name, (1.0,))
+            head = projection_head(tensors) if config.head else None
         elif is_timm(name):
             network = open_timm(name)
         else:
@@ -154,13 +165,15 @@ def _open(config: TeacherConfig) -> nn.Module:
             network = open_any(name)
         if isinstance(network, SlimmableResNet):
             width = network.widths[0] if config.width is None else check_width(config.width, network.widths)
+            if config.head and width != network.widths[0]:
+                raise InputError(f'its projection head is that of {network.widths[0]}; drop teacher.width {width}')
             network = network.extract(width)
         elif config.width is not None:
             raise InputError(f'it has no widths; drop teacher.width {config.width}')
     except InputError as error:
         raise InputError(f'teacher.network {name}: {error}') from error
     network.reset_classifier(0)
-    return network
+    return network, head
 
 
 def _for_channels(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
@@ -183,3 +196,11 @@ def _features(name: str, network: nn.Module, channels: int, size: int) -> int:
     if features.ndim != 2:
         raise InputError(f'teacher.network {name} gives {list(features.shape)} for an image, not a row of features')
     return features.shape[1]
+
+
+def _projected(name: str, head: nn.Module, features: int) -> int:
+    """Dimension of the projection of features."""
+    try:
+        return int(head(torch.zeros(1, features)).shape[1])
+    except RuntimeError as error:
+        raise InputError(f'teacher.network {name}: its head does not take {features} features, as it has') from error

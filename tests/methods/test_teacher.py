@@ -409,17 +409,17 @@ def test_cutmix_pastes_one_box_and_tells_the_share():
             assert (inside.int().diff().abs().sum() <= 2).item()
 
 
-# Known embeddings
+# Known features
 
 
 @pytest.mark.parametrize('name', TAUGHT)
-def test_known_embeddings_take_the_place_of_a_look(name):
+def test_known_features_take_the_place_of_a_look(name):
     """The same loss where they are those of the views; and the teacher is not asked."""
     method, of = make(name), views_for(name)
     other = copy.deepcopy(method)
     if name == 'disco':
         of[1] = of[0]
-    seen = [method.teacher(view) for view in (of[1::2] if name == 'bingo' else of[:1])]
+    seen = [method.teacher.features(view) for view in (of[1::2] if name == 'bingo' else of[:1])]
     needed = of[::2] if name == 'bingo' else of  # nobody looks at the others
     asked: list[int] = []
     for each in method, other:

@@ -46,11 +46,23 @@ def networks(tmp_path_factory) -> Path:
         save_folder(model, place / name, size=28, mean=(0.3,), std=(0.2,), crop_pct=1.0, card='')
     torch.save(timm.create_model('resnet18', num_classes=0).state_dict(), place / 'plain.pth')
     save_for_hf(timm.create_model('test_vit'), place / 'vit', safe_serialization=True)
+    # MoCo v2's of a small ResNet with its head, and of one whose head takes other features; a run's of two widths.
+    head = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8)).state_dict()
+    last = {name: tensor for name, tensor in head.items() if name.startswith('2')}
+    slim = open_network(str(place / 'slim'))
+    wide, both = (of.state_dict() for of in (slim.extract(1.0), slim))
+    for name, body, tensors, backbone, at in (
+        ('moco.pth', wide, head, 'module.encoder_q.', 'module.encoder_q.fc.'),
+        ('odd.pth', wide, last, 'module.encoder_q.', 'module.encoder_q.fc.'),
+        ('run.pth', both, {f'fc1.{key}': head[f'0.{key}'] for key in ('weight', 'bias')}, 'backbone.', 'head.'),
+    ):
+        whole = {f'{backbone}{key}': value for key, value in body.items() if not key.startswith('fc.')}
+        torch.save({'state_dict': whole | {f'{at}{key}': value for key, value in tensors.items()}}, place / name)
     return place
 
 
-def opened(network, width=None, data=None):
-    teacher = TeacherConfig(str(network), width)
+def opened(network, width=None, data=None, head=False):
+    teacher = TeacherConfig(str(network), width, head)
     return open_teacher(
         PretrainConfig(method=MethodConfig('seed', queue_size=128), teacher=teacher, data=data or DataConfig())
     )
@@ -107,6 +119,37 @@ def test_teacher_that_does_not_fit(networks, name, width, data, named):
     assert '\n' not in str(caught.value)
 
 
+def test_teacher_with_its_projection_head(networks):
+    teacher, view = opened(networks / 'moco.pth', head=True), torch.randn(4, 1, 28, 28)
+    plain = opened(networks / 'moco.pth')
+    first, second = (
+        [torch.load(networks / 'moco.pth')['state_dict'][f'module.encoder_q.fc.{n}.{of}'] for of in ('weight', 'bias')]
+        for n in (0, 2)
+    )
+    expected = F.linear(F.linear(plain.network(view), *first).relu(), *second)
+    assert (teacher.dim, plain.dim) == (8, 64)
+    torch.testing.assert_close(teacher(view), F.normalize(expected, dim=1))
+    torch.testing.assert_close(plain(view), F.normalize(plain.network(view), dim=1))
+    assert teacher.hash().startswith(plain.hash())
+    assert teacher.hash() != plain.hash()
+
+
+@pytest.mark.parametrize(
+    ('name', 'width', 'named'),
+    [
+        ('slim', None, r'no file of a checkpoint, .*drop teacher\.head'),
+        ('plain.pth', None, r'no projection head beside conv1\.weight'),
+        ('run.pth', 0.5, r'its projection head is that of 1\.0; drop teacher\.width 0\.5'),
+        ('odd.pth', None, r'its head does not take 64 features, as it has'),
+    ],
+)
+def test_teacher_without_that_head(networks, name, width, named):
+    with pytest.raises(InputError, match=named) as caught:
+        opened(networks / name, width, head=True)
+    assert str(caught.value).startswith(f'teacher.network {networks / name}: ')
+    assert '\n' not in str(caught.value)
+
+
 def test_size_of_views_counts(networks):
     """Not that of the images: of 28 pixels, as above, the transformer takes none."""
     teacher = TeacherConfig(str(networks / 'vit'))
@@ -121,6 +164,9 @@ def test_methods_with_and_without():
         PretrainConfig(teacher=TeacherConfig(SHIPPED))
     with pytest.raises(InputError, match=r'teacher\.width 0\.5 is that of no teacher'):
         TeacherConfig(width=0.5)
+    for name in 'head', 'cached':
+        with pytest.raises(InputError, match=rf'teacher\.{name} is true, and there is no teacher'):
+            TeacherConfig(**{name: True})
 
 
 # What is known of all images
@@ -151,8 +197,9 @@ def test_neighbours_and_embeddings(networks, tmp_path):
     teacher = open_teacher(config)
     known = known_images(config, teacher, Accelerator(cpu=True))
     loader = eval_loader(data, 'train', None, 0)
-    expected = torch.cat([teacher(images) for images, _ in loader])
-    torch.testing.assert_close(torch.tensor(known.embeddings), expected)
+    features = torch.cat([teacher.features(images) for images, _ in loader])
+    torch.testing.assert_close(torch.tensor(known.features), features)
+    expected = F.normalize(features, dim=1)
     nearest = (expected @ expected.T).fill_diagonal_(-2).topk(3, dim=1).indices
     assert known.neighbours.tolist() == nearest.tolist()
 
@@ -175,14 +222,14 @@ def test_pairs_follow_from_seed_epoch_and_index(tmp_path):
         feed = TrainData(data, ViewConfig(), seed=3, processes=2, rank=rank, known=known)
         for epoch in 0, 1, 2:
             for batch in feed.epoch(epoch):
-                own, its = (of[:, 0].int().tolist() for of in batch.embeddings)
+                own, its = (of[:, 0].int().tolist() for of in batch.features)
                 assert [len(view) for view in batch.views] == [4] * 4
                 assert all(b in table[a] for a, b in zip(own, its, strict=True))
                 seen |= {(epoch, a): (b, views) for a, b, *views in zip(own, its, *batch.views, strict=True)}
     one = TrainData(data, ViewConfig(), seed=3, known=known)
     for epoch in 0, 1, 2:
         for batch in one.epoch(epoch, start=2):
-            for a, b, *views in zip(*(of[:, 0].int().tolist() for of in batch.embeddings), *batch.views, strict=True):
+            for a, b, *views in zip(*(of[:, 0].int().tolist() for of in batch.features), *batch.views, strict=True):
                 neighbour, before = seen[epoch, a]
                 assert b == neighbour
                 assert all(map(torch.equal, views, before))
@@ -191,21 +238,28 @@ def test_pairs_follow_from_seed_epoch_and_index(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('method', 'cached'), [('seed', True), ('compress', True), ('disco', True), ('bingo', True), ('bingo', False)]
+    ('method', 'cached', 'network'),
+    [
+        ('seed', True, 'slim'),
+        ('compress', True, 'slim'),
+        ('disco', True, 'slim'),
+        ('bingo', True, 'moco.pth'),
+        ('bingo', False, 'moco.pth'),
+    ],
 )
-def test_resumed_run_is_the_same(networks, tmp_path, on_the_cpu, method, cached):
+def test_resumed_run_is_the_same(networks, tmp_path, on_the_cpu, method, cached, network):
     place = place_of(tmp_path, method)
-    options = ['--config', str(place / 'tiny.yaml'), '--teacher.network', str(networks / 'slim')]
-    options += ['--teacher.cached', str(cached).lower()]
+    options = ['--config', str(place / 'tiny.yaml'), '--teacher.network', str(networks / network)]
+    options += ['--teacher.cached', str(cached).lower(), '--teacher.head', str(network == 'moco.pth').lower()]
     whole = pretrain(parse_pretrain(place, [*options, '--run.name', 'whole']))
-    (table,) = (place / 'runs' / 'teachers').iterdir() if cached or method == 'bingo' else [None]
+    (table,) = (place / 'runs' / 'teacher_features').iterdir() if cached or method == 'bingo' else [None]
     part = place / 'runs' / 'part'
     shutil.copytree(whole, part)
     shutil.rmtree(max((part / 'checkpoints').iterdir()))
     (part / 'model.safetensors').unlink()
     pretrain(parse_pretrain(place, ['--resume', str(part)]))
     assert (part / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()
-    assert [table] == list((place / 'runs' / 'teachers').iterdir())
+    assert [table] == list((place / 'runs' / 'teacher_features').iterdir())
     with pytest.raises(InputError, match='which a replay does not compute'):
         Replay(whole)
 

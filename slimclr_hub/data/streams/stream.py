@@ -274,7 +274,7 @@ def _joined(tails: list[Chunk], size: int, consumed: list[int]) -> Iterator[Chun
             'views': tuple(view[part] for view in views),
             'labels': labels[part],
             'consumed': used[part],
-            'embeddings': (),
+            'features': (),
             'role': roles[start],
             'problems': [],
         }
