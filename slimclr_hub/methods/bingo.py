@@ -31,9 +31,9 @@ class BINGO(QueueMethod):
 
     Without the second and the third term, and at a = 0, that is MoCo v2 with the teacher as its key encoder.
 
-    The paper keeps the teacher's projection head; a network here has none, so that its pooled features are the
-    embedding, and the student's head maps to as many dimensions. `centre` is ours, as in `SEED`. No width waits for
-    slow start or learns from the full width, unless `slow_start_epochs` and `distillation` say so.
+    The paper keeps the teacher's projection head; without one (`Teacher`) its pooled features are the embedding. The
+    student's head maps to as many dimensions. `centre` is ours, as in `SEED`. No width waits for slow start or learns
+    from the full width, unless `slow_start_epochs` and `distillation` say so.
 
     Args:
         backbone: Network without a classifier, whose widths are trained.

@@ -23,9 +23,9 @@ class DisCo(MoCoV2):
     squared distance to it. In objective (7) the sum of both takes the place of L, so that narrower widths learn from
     the full one, too, unless `distillation` is none; a single width is the paper's DisCo.
 
-    The paper keeps the teacher's projection head; a network here has none, so that its pooled features are the
-    embedding, and the student's head maps to as many dimensions. The authors' trainer puts the teacher into train mode
-    with the student; here it stays in eval mode.
+    The paper keeps the teacher's projection head; without one (`Teacher`) its pooled features are the embedding. The
+    student's head maps to as many dimensions. The authors' trainer puts the teacher into train mode with the student;
+    here it stays in eval mode.
 
     Args:
         backbone: Network without a classifier, whose widths are trained.

@@ -25,11 +25,10 @@ class SEED(QueueMethod):
     teacher's embeddings of earlier images. The loss is the cross-entropy of the student's softmax under the teacher's.
     The teacher looks once for all widths.
 
-    The paper keeps the teacher's projection head; a network here has none, so that its pooled features are the
-    embedding, and the student's head maps to as many dimensions. Such features share a large mean, which leaves little
-    to tell images apart by: `centre` takes it off. A teacher never changes, so all widths train from the
-    first step, and learn from the teacher rather than from the full width, unless `slow_start_epochs` and
-    `distillation` say otherwise.
+    The paper keeps the teacher's projection head. Without one (`Teacher`) the teacher's pooled features are the
+    embedding, which share a large mean that leaves little to tell images apart by: `centre` takes it off. The student's
+    head maps to as many dimensions. A teacher never changes, so all widths train from the first step, and learn from
+    the teacher rather than from the full width, unless `slow_start_epochs` and `distillation` say otherwise.
 
     Args:
         backbone: Network without a classifier, whose widths are trained.

@@ -154,8 +154,8 @@ def _open(config: TeacherConfig) -> tuple[nn.Module, nn.Module | None]:
     try:
         if config.head and not path.is_file():
             raise InputError('it is no file of a checkpoint, which alone has a projection head; drop teacher.head')
-        if path.is_file() and (config.head or path.suffix != '.safetensors'):
-            tensors = read_checkpoint(path)
+        tensors = read_checkpoint(path) if path.is_file() else {}
+        if tensors and (config.head or path.suffix != '.safetensors' or 'conv1.weight' not in tensors):
             network = slimmable_of(tensors, name, (1.0,))
             head = projection_head(tensors) if config.head else None
         elif is_timm(name):

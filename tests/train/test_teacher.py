@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 from slimclr_hub.analysis.replay import Replay
@@ -57,7 +57,9 @@ def networks(tmp_path_factory) -> Path:
         ('run.pth', both, {f'fc1.{key}': head[f'0.{key}'] for key in ('weight', 'bias')}, 'backbone.', 'head.'),
     ):
         whole = {f'{backbone}{key}': value for key, value in body.items() if not key.startswith('fc.')}
-        torch.save({'state_dict': whole | {f'{at}{key}': value for key, value in tensors.items()}}, place / name)
+        whole |= {f'{at}{key}': value for key, value in tensors.items()}
+        torch.save({'state_dict': whole}, place / name)
+    save_file(whole, place / 'run.safetensors')
     return place
 
 
@@ -77,6 +79,7 @@ def opened(network, width=None, data=None, head=False):
         ('slim', 0.5, 32),
         ('slim/model.safetensors', 0.5, 32),
         ('plain.pth', None, 512),
+        ('run.safetensors', 0.5, 32),
     ],
 )
 def test_what_can_be_a_teacher(networks, name, width, dim):
