@@ -18,6 +18,7 @@ from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cost import cost
 from slimclr_hub.runs.figures import line_style, marker, new_figure, save_figure
 from slimclr_hub.runs.result import RESULT, load
+from slimclr_hub.runs.tables import markdown
 
 # Recipe -> its name in RESULTS.md; each adds one component to the recipe before.
 PARTS = {
@@ -103,11 +104,7 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    print('| ' + ' | '.join(headers) + ' |')
-    print('| --- |' + ' ---: |' * (len(headers) - 1))
-    for row in rows:
-        print('| ' + ' | '.join(row) + ' |')
-    print()
+    print(markdown(headers, rows), end='\n\n')
 
 
 class Runs:

@@ -137,6 +137,11 @@ class DataConfig(LoaderConfig, ImagesConfig):
             raise InputError(f'data.name {self.name} needs data.root{hint.get(self.name, "")}')
         return self.root
 
+    @property
+    def look(self) -> dict[str, Any]:
+        """What a network's folder says of the images that it takes."""
+        return {name: getattr(self, name) for name in ('size', 'mean', 'std', 'crop_pct')}
+
     def fingerprint(self) -> dict[str, Any]:
         """Return what identifies the images of an evaluation, as JSON has it.
 

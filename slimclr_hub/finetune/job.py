@@ -12,7 +12,6 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from accelerate import Accelerator, PartialState
@@ -202,8 +201,7 @@ def _train(
             environment=environment(),
         )
         card = finetuned_card(width_facts(trained, data.size), _about(config, path), result)
-        look: dict[str, Any] = {'size': data.size, 'mean': data.mean, 'std': data.std, 'crop_pct': data.crop_pct}
-        save_folder(trained, path, **look, card=card, label_names=names)
+        save_folder(trained, path, **data.look, card=card, label_names=names)
         draw_figure(metrics, trained.widths, path / 'training')
         save([result], path)
         shutil.rmtree(path / 'checkpoints', ignore_errors=True)

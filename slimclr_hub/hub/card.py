@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from slimclr_hub.runs.result import RAW_PIXELS, Result, load
+from slimclr_hub.runs.tables import markdown
 from slimclr_hub.weights.published import (
     ARCHITECTURE,
     AUTHORS_REPOSITORY,
@@ -197,12 +198,7 @@ def card_table(facts: Sequence[WidthFacts], results: Sequence[Result] = ()) -> s
                 rows[0].append(title)
                 for row, fact in zip(rows[1:], facts, strict=True):
                     row.append(f'{accuracies[fact.width]:.1f}' if fact.width in accuracies else '')
-    return _markdown(rows)
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    rows.insert(1, ['---:'] * len(rows[0]))
-    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+    return markdown(rows[0], rows[1:], names=0)
 
 
 def _by_label(results: Sequence[Result]) -> dict[str, Result]:
@@ -352,7 +348,7 @@ def _reported_table(published: Published) -> str:
         for fact in published_facts(published.num_classes)
         for reported in [published.reported[fact.width]]
     ]
-    return _markdown([[*rows[0]], *([*row.values()] for row in rows)])
+    return markdown([*rows[0]], [[*row.values()] for row in rows], names=0)
 
 
 # Networks in the package

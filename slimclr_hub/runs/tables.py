@@ -26,10 +26,8 @@ class TextTable:
 
     def markdown(self) -> str:
         """Return the table in Markdown, with title and notes."""
-        rules = ['---' if i < self.names else '---:' for i in range(len(self.headers))]
-        cells = [self.headers, rules, *self.rows]
-        lines = ['| ' + ' | '.join(cell.replace('|', r'\|') for cell in row) + ' |' for row in cells]
-        return '\n'.join([f'**{self.title}**', '', *lines, '', *(f'- {note}' for note in self.notes)]).rstrip() + '\n'
+        table = markdown(self.headers, self.rows, self.names)
+        return '\n'.join([f'**{self.title}**', '', table, '', *(f'- {note}' for note in self.notes)]).rstrip() + '\n'
 
     def latex(self) -> str:
         """Return the table as a LaTeX `table`, with the title as its caption and notes as comments."""
@@ -73,6 +71,13 @@ class TextTable:
         console.print(table)
         for note in self.notes:
             console.print(printable(note), soft_wrap=True)
+
+
+def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1) -> str:
+    """Format a table in Markdown, whose first `names` columns are aligned left."""
+    rules = ['---' if i < names else '---:' for i in range(len(headers))]
+    lines = [' | '.join(cell.replace('|', r'\|') for cell in row) for row in (headers, rules, *rows)]
+    return '\n'.join(f'| {line} |' for line in lines)
 
 
 def _escaped(text: str) -> str:

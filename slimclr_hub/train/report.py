@@ -57,8 +57,7 @@ def write_result(
             'size': str(data.size),
         }
         card = training_card(width_facts(backbone, data.size), about, results)
-        look: dict[str, Any] = {'size': data.size, 'mean': data.mean, 'std': data.std, 'crop_pct': data.crop_pct}
-        save_folder(backbone, folder.path, **look, card=card)
+        save_folder(backbone, folder.path, **data.look, card=card)
         if results:
             save(results, folder.path)
         draw_figure(metrics, backbone.widths, folder.path / 'training', config.slow_start)

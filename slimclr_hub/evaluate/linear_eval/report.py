@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -172,7 +172,6 @@ def save_with_head(
     names = settings['class_names']
     if names is not None and (len(names) != settings['classes'] or all(map(_WORDNET.fullmatch, names))):
         names = None  # for ImageNet's own numbers there are better names, which timm knows
-    look: dict[str, Any] = {'size': data.size, 'mean': data.mean, 'std': data.std, 'crop_pct': data.crop_pct}
-    save_folder(backbone, folder, **look, card=card, label_names=names)
+    save_folder(backbone, folder, **data.look, card=card, label_names=names)
     save([result], folder / 'linear_eval')  # where comparisons find it
     backbone.reset_classifier(0)
