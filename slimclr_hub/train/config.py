@@ -187,7 +187,8 @@ class TeacherConfig:
         network: A name of timm's such as resnet50.a1_in1k, hf-hub:USER/NAME, a folder that timm opens, such as that of
             a run, a checkpoint's file, or a tag of this package's such as slimclr_resnet20.mocov3_fashionmnist.
         width: Width of a slimmable one; its widest where null.
-        head: Embed by the projection head that a checkpoint's file has, as the papers do, rather than by features.
+        head: Embed by its projection head, as the papers do, rather than by features: the head in a checkpoint's file,
+            or in the newest checkpoint of a run.
         cached: Let it look once at the centre crop of each training image rather than at each view in each epoch. What
             it sees is kept in the folder `teacher_features` of run.output, where other runs find it.
     """

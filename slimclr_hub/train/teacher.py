@@ -21,6 +21,7 @@ from slimclr_hub.methods.teacher import Teacher
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.projection import projection_head
 from slimclr_hub.models.widths import check_width, width_key
+from slimclr_hub.runs.checkpoints import newest
 from slimclr_hub.train.config import PretrainConfig, TeacherConfig
 from slimclr_hub.weights.checkpoint import read_checkpoint
 from slimclr_hub.weights.tensor_file import TensorFile
@@ -152,12 +153,11 @@ def _open(config: TeacherConfig) -> tuple[nn.Module, nn.Module | None]:
     network: Any
     head = None
     try:
-        if config.head and not path.is_file():
-            raise InputError('it is no file of a checkpoint, which alone has a projection head; drop teacher.head')
         tensors = read_checkpoint(path) if path.is_file() else {}
+        if config.head:
+            head = projection_head(tensors or _last_checkpoint(path))
         if tensors and (config.head or path.suffix != '.safetensors' or 'conv1.weight' not in tensors):
             network = slimmable_of(tensors, name, (1.0,))
-            head = projection_head(tensors) if config.head else None
         elif is_timm(name):
             network = open_timm(name)
         else:
@@ -174,6 +174,17 @@ def _open(config: TeacherConfig) -> tuple[nn.Module, nn.Module | None]:
         raise InputError(f'teacher.network {name}: {error}') from error
     network.reset_classifier(0)
     return network, head
+
+
+def _last_checkpoint(run: Path) -> dict[str, torch.Tensor]:
+    """Tensors of the newest checkpoint of a run, which has the head that the run's own file has not."""
+    found = newest(run).path if run.is_dir() else None
+    if found is None:
+        raise InputError(
+            'it is neither the file of a checkpoint nor a run that has kept one, and no other has a projection head; '
+            'drop teacher.head'
+        )
+    return read_checkpoint(found / 'model.safetensors')
 
 
 def _for_channels(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:

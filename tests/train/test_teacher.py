@@ -140,7 +140,7 @@ def test_teacher_with_its_projection_head(networks):
 @pytest.mark.parametrize(
     ('name', 'width', 'named'),
     [
-        ('slim', None, r'no file of a checkpoint, .*drop teacher\.head'),
+        ('slim', None, r'neither the file of a checkpoint nor a run .*drop teacher\.head'),
         ('plain.pth', None, r'no projection head beside conv1\.weight'),
         ('run.pth', 0.5, r'its projection head is that of 1\.0; drop teacher\.width 0\.5'),
         ('odd.pth', None, r'its head does not take 64 features, as it has'),
@@ -326,6 +326,11 @@ def test_run_goes_on_with_its_teacher_alone(networks, tmp_path, on_the_cpu):
     tensors = load_file(last / 'model.safetensors')
     assert {'queue', 'queue_pointer', 'backbone.conv1.weight'} <= tensors.keys()
     assert not any(name.startswith('teacher') for name in tensors)
+    # A run that has kept its checkpoint teaches with its own head.
+    view, following = torch.randn(4, 1, 16, 16), opened(whole, head=True)
+    hidden = F.linear(following.features(view), tensors['head.fc1.weight'], tensors['head.fc1.bias']).relu()
+    expected = F.linear(hidden, tensors['head.fc2.weight'], tensors['head.fc2.bias'])
+    torch.testing.assert_close(following(view), F.normalize(expected, dim=1))
     part = place / 'runs' / 'part'
     shutil.copytree(whole, part)
     shutil.rmtree(part / 'checkpoints' / last.name)
