@@ -85,6 +85,8 @@ def _layer(name: str, tensors: dict[str, torch.Tensor]) -> tuple[nn.Module, int,
         layer = nn.Linear(takes, gives, bias='bias' in tensors, device='meta')
     else:
         raise InputError(f'{name} is neither a linear layer nor a batch normalisation')
+    if not takes or not gives:
+        raise InputError(f'{name} takes {takes} features and gives {gives}; a layer has some of both')
     found = {leaf: tuple(tensor.shape) for leaf, tensor in tensors.items()}
     if found != {leaf: tuple(tensor.shape) for leaf, tensor in layer.state_dict().items()}:
         raise InputError(f'{name} has tensors {found}, which are not those of {layer}')

@@ -86,6 +86,12 @@ def test_heads_of_our_own_runs(tmp_path, name, widths):
         ),
         ('encoder_q.fc.', {'encoder_q.fc.1.weight': torch.ones(32, 32, 1, 1)}, r'fc\.1 is neither a linear layer nor'),
         ('encoder_q.fc.', {'encoder_q.fc.3.weight': torch.ones(4, 9)}, r'fc\.3 takes 9 features, .*before it gives 8'),
+        ('encoder_q.fc.', {'encoder_q.fc.2.weight': torch.ones(0, 32)}, r'fc\.2 takes 32 features and gives 0'),
+        (
+            'encoder_q.fc.',
+            {'encoder_q.fc.1.running_mean': torch.tensor(1.0)},
+            r'fc\.1 has tensors .*not those of B',
+        ),
         ('encoder_q.fc.', {'encoder_q.fc.2.bias': torch.full([8], torch.nan)}, r'fc\.2\.bias holds NaN'),
         ('encoder_q.fc.', {'encoder_q.fc.2.weight': torch.ones(8, 32).long()}, r'fc\.2\.weight is of torch\.int64'),
         ('encoder_q.fc.', {'encoder_q.fc.2.weight': torch.ones(8, 32).to_sparse()}, r'fc\.2\.weight is sparse'),
