@@ -45,7 +45,7 @@ def test_analysis(run, arguments, data, capsys):
         (found,) = content['runs']
         assert (found['norms_from'], found['gradients_from']) == ('records', 'records')
     if name == 'trajectory':
-        assert content['trajectories'][0]['none']['steps'] == [0, 93, 186, 192]
+        assert content['trajectories'][0]['none']['steps'] == [0, 186, 187, 192]
 
 
 def test_recipes_of_results_record_alike():
