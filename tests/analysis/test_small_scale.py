@@ -1,5 +1,6 @@
 """benchmarks/small_scale.py prints the tables of RESULTS.md from runs as its script leaves them."""
 
+import itertools
 import json
 import re
 import runpy
@@ -63,8 +64,8 @@ def folder(tmp_path) -> Path:
             settings = {'runs': [str(tmp_path / f'{recipe}-{seed}') for recipe in runs]}
             file = analysis / f'trajectory+{"+".join(runs)}.json'
             file.write_text(json.dumps({'settings': settings, 'trajectories': trajectories}))
-        for slow in '0', '0.5':
-            run = tmp_path / f'collapse-lr0.03-slow{slow}-{seed}'
+        for rate, slow in itertools.product(('0.03', '0.06'), ('0', '0.5')):
+            run = tmp_path / f'collapse-lr{rate}-slow{slow}-{seed}'
             run.mkdir()
             lines = [{'info_nce/1': 6.24, 'info_nce/0.25': 6.0}, {'knn/1': 60.0 + seed, 'knn/0.25': 50.0}]
             (run / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))

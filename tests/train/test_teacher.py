@@ -29,7 +29,7 @@ from slimclr_hub.train.pretraining import pretrain
 from slimclr_hub.train.teacher import _neighbours, known_images, open_teacher
 from tests.data_room.files import some_images, write_classes, write_idx_set
 from tests.scripts import end_well
-from tests.train.runs import make_place, read_metrics, start, start_two
+from tests.train.runs import make_place, read_metrics, start_two
 
 SHIPPED = 'slimclr_resnet20.mocov3_fashionmnist'
 RGB = DataConfig(size=28, channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -267,12 +267,12 @@ def test_resumed_run_is_the_same(networks, tmp_path, on_the_cpu, method, cached,
         Replay(whole)
 
 
-def test_two_processes_know_the_same(networks, tmp_path):
+def test_two_processes_know_the_same(networks, tmp_path, on_the_cpu):
     """Neighbours are searched in shares; losses are those of one process on the same batch."""
     place = place_of(tmp_path, 'bingo')
     options = ['--config', str(place / 'tiny.yaml'), '--teacher.network', str(networks / 'slim'), '--optim.lr', '1e-3']
     options += ['--teacher.cached', 'true', '--method.sync_bn', 'true', '--run.name']
-    end_well(start(place, *options, 'of1'))
+    pretrain(parse_pretrain(place, [*options, 'of1']))
     end_well(*start_two(place, *options, 'of2'))
     runs = [place / 'runs' / name for name in ('of1', 'of2')]
     losses = [[line['loss'] for line in read_metrics(run, 'train')] for run in runs]
