@@ -110,4 +110,7 @@ def on_one_line(loader: Iterable[T]) -> Iterator[T]:
         message = str(error)
         if '\nOriginal Traceback' not in message:
             raise
-        raise DataError(message.strip().splitlines()[-1].partition(': ')[2]) from error
+        # torch's frames refer to the error that refers to them, and to the workers: collected as a cycle these would be
+        # waited for, five seconds each.
+        cause = error.with_traceback(None)
+        raise DataError(message.strip().splitlines()[-1].partition(': ')[2]) from cause
