@@ -86,7 +86,7 @@ def teach(folder: Path, recipe: str, seed: int, height: float) -> None:
 
 
 def test_tables_have_the_rows_of_results(folder, capsys, monkeypatch):
-    for recipe in 'seed', 'compress', 'disco':
+    for recipe in 'seed', 'compress', 'disco', 'bingo':
         teach(folder, recipe, 0, 80)
     monkeypatch.setattr(sys, 'argv', [str(SCRIPT), str(folder)])
     runpy.run_path(str(SCRIPT), run_name='__main__')
