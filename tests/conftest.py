@@ -1,6 +1,5 @@
 """What several modules share because making it takes long: a Hub, its clients, and the authors' files converted."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,12 +25,6 @@ _LONG = (
     'test_timm_suite.py',
 )
 _KINDS = {'mocov2_200e_in1k': 'mocov2', 'mocov3_300e_in1k': 'mocov3', 'mocov2_200e_lincls_in1k': 'probe'}
-
-
-def pytest_xdist_auto_num_workers() -> int:
-    """Half as many again as there are cores, since tests wait a quarter of the time for processes to begin and end."""
-    cores = os.cpu_count() or 1
-    return cores + cores // 2
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
