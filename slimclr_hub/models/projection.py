@@ -9,7 +9,7 @@ from torch import nn
 from slimclr_hub.errors import InputError, shorten
 from slimclr_hub.models.convert import plain_names, prefix_of
 from slimclr_hub.weights.checkpoint import check_form, check_values
-from slimclr_hub.weights.slices import key_width
+from slimclr_hub.weights.slices import key_width, with_batch_counts
 
 # Those of MoCo and SwAV are a sequence; lightly's is one called `layers`, and in this package's layers have names.
 _TENSOR = re.compile(
@@ -33,7 +33,7 @@ def projection_head(tensors: Mapping[str, torch.Tensor]) -> nn.Sequential:
         InputError: There is none, or several; or a layer is of another kind, does not take what the one before gives,
             or has a NaN or infinite value.
     """
-    names = plain_names(tensors)
+    names = with_batch_counts(plain_names(tensors))
     prefix = prefix_of(names, 'online')
     # Beside the layers of the backbone (encoder_q.fc.0), or beside the backbone (projection_head.0).
     places = {prefix, prefix[: prefix.rstrip('.').rfind('.') + 1]}
@@ -79,7 +79,6 @@ def _layer(name: str, tensors: dict[str, torch.Tensor]) -> tuple[nn.Module, int,
     if 'running_mean' in tensors:
         takes = gives = tensors['running_mean'].numel()
         layer = nn.BatchNorm1d(gives, affine='weight' in tensors, device='meta')
-        tensors = {'num_batches_tracked': torch.tensor(0), **tensors}
     elif 'weight' in tensors and tensors['weight'].ndim == 2:
         gives, takes = tensors['weight'].shape
         layer = nn.Linear(takes, gives, bias='bias' in tensors, device='meta')

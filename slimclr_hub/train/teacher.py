@@ -153,14 +153,14 @@ def _open(config: TeacherConfig) -> tuple[nn.Module, nn.Module | None]:
     network: Any
     head = None
     try:
-        tensors = read_checkpoint(path) if path.is_file() else {}
-        if config.head:
-            head = projection_head(tensors or _last_checkpoint(path))
-        if tensors and (config.head or path.suffix != '.safetensors' or 'conv1.weight' not in tensors):
+        if path.is_file() and (config.head or not _is_network(path)):
+            tensors = read_checkpoint(path)
             network = slimmable_of(tensors, name, (1.0,))
-        elif is_timm(name):
+            head = projection_head(tensors) if config.head else None
+        elif not config.head and is_timm(name):
             network = open_timm(name)
         else:
+            head = projection_head(_last_checkpoint(path)) if config.head else None
             check_network(name)
             network = open_any(name)
         if isinstance(network, SlimmableResNet):
@@ -174,6 +174,14 @@ def _open(config: TeacherConfig) -> tuple[nn.Module, nn.Module | None]:
         raise InputError(f'teacher.network {name}: {error}') from error
     network.reset_classifier(0)
     return network, head
+
+
+def _is_network(path: Path) -> bool:
+    """True for the file of a network by itself, as this package writes it, whose names have no prefix."""
+    if path.suffix != '.safetensors':
+        return False
+    with TensorFile(path) as file:
+        return 'conv1.weight' in file.shapes
 
 
 def _last_checkpoint(run: Path) -> dict[str, torch.Tensor]:
