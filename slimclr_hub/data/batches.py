@@ -106,11 +106,13 @@ def on_one_line(loader: Iterable[T]) -> Iterator[T]:
     """Batches of a loader; a DataError of a worker without the traceback that torch makes its message of."""
     try:
         yield from loader
-    except DataError as error:
+    except Exception as error:
         message = str(error)
         if '\nOriginal Traceback' not in message:
             raise
         # torch's frames refer to the error that refers to them, and to the workers: collected as a cycle these would be
-        # waited for, five seconds each.
-        cause = error.with_traceback(None)
-        raise DataError(message.strip().splitlines()[-1].partition(': ')[2]) from cause
+        # waited for, five seconds each. The worker's own traceback is in the message.
+        error.with_traceback(None)
+        if isinstance(error, DataError):
+            raise DataError(message.strip().splitlines()[-1].partition(': ')[2]) from error
+        raise error

@@ -168,7 +168,8 @@ def eval_loader(
         dataset,
         batch_size=batch_size,
         collate_fn=partial(_collate, (config.channels, config.size, config.size)),
-        **loader_options(config, seed),
+        # Most pass over the images once; workers that outlive it would hold memory until the process ends.
+        **loader_options(config, seed) | {'persistent_workers': False},
     )
     return EvalLoader(loader, source, total, batch_size, corrupt or CorruptImages(config.max_corrupt, 'left out'))
 

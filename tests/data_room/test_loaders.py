@@ -62,9 +62,17 @@ def test_bank_is_a_fixed_choice(root):
     assert torch.cat([label for _, label in batches]).tolist() == labels[first].tolist()
 
 
+def test_workers_end_with_their_pass(root):
+    before = set(multiprocessing.active_children())
+    loader = eval_loader(config(root, num_workers=2), 'train', None, 0)
+    for _ in range(2):
+        assert sum(len(labels) for _, labels in loader) == 50
+        assert not set(multiprocessing.active_children()) - before
+
+
 @pytest.mark.parametrize('prepared', [False, True])
 def test_signal_in_the_start_of_workers(root, monkeypatch, prepared):
-    """Each worker is known by the time it is answered, to be ended; loaders of accelerate start them late."""
+    """Each worker is known by the time it is answered, and ends; loaders of accelerate start them late."""
     loader, fork, started = eval_loader(config(root, num_workers=2), 'train', None, 0), os.fork, []
     loader = loader.prepared(Accelerator(cpu=True)) if prepared else loader
     before = set(multiprocessing.active_children())
@@ -83,9 +91,11 @@ def test_signal_in_the_start_of_workers(root, monkeypatch, prepared):
     monkeypatch.setattr(os, 'fork', fork_and_signal)
     with StopSignals() as signals:
         signals.wait(evaluate, 0)
-    workers = set(multiprocessing.active_children()) - before
-    for worker in workers:
+    for worker in set(multiprocessing.active_children()) - before:
         worker.kill()
+        worker.join()
     assert signals.received is signal.SIGTERM
-    assert sorted(started) == sorted(worker.pid for worker in workers)
     assert len(started) == 2
+    for process in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)

@@ -1,5 +1,6 @@
 """Workers that go on into the next epoch: the same batches, wherever one asks for them."""
 
+import multiprocessing
 import os
 from functools import partial
 from itertools import islice
@@ -189,6 +190,7 @@ def test_after_a_failure_batches_are_the_right_ones(workers):
     images[:, 0, 0] = range(20)  # what tells them apart
     batches = EpochBatches(20, 0, 4, 1, 0, count=5)
     order = [[index for _, index in keys] for keys in islice(batches, 10)]
+    before = set(multiprocessing.active_children())
     dataset = IndexedImages(ArrayImages(images, labels, 'L'), partial(fails_on, order[1][2]), 0, 0)
     feed = IndexedFeed(dataset, batches, {'num_workers': workers, 'persistent_workers': workers > 0})
     for _ in range(2):
@@ -200,6 +202,8 @@ def test_after_a_failure_batches_are_the_right_ones(workers):
             next(feed.chunks(0, 1, None))
     assert [chunk['views'][0].flatten().tolist() for chunk, _ in feed.chunks(0, 2, None)] == order[2:5]
     assert next(feed.chunks(1, 0, None))[0]['views'][0].flatten().tolist() == order[5]
+    del feed, epoch
+    assert not set(multiprocessing.active_children()) - before  # no error has kept them
 
 
 @pytest.mark.parametrize('kind', ['indexed', 'stream'])
