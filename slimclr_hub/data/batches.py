@@ -96,10 +96,9 @@ class CorruptImages:
                 _logger.warning('%s an image that cannot be read: %s (%s)', self.done, name, why)
         if len(self.reasons) > self.at_most:
             listed = shorten([f'{name} ({why})' for name, why in self.reasons.items()])
-            raise DataError(
-                f'{len(self.reasons)} images cannot be read: {listed}; restore or remove them, or allow more than '
-                f'data.max_corrupt {self.at_most}'
-            )
+            what = '1 image' if len(self.reasons) == 1 else f'{len(self.reasons)} images'
+            more = f', or allow more than data.max_corrupt {self.at_most}' if self.at_most else ''
+            raise DataError(f'{what} cannot be read: {listed}; restore or remove them{more}')
 
 
 def on_one_line(loader: Iterable[T]) -> Iterator[T]:

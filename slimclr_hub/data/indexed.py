@@ -150,7 +150,7 @@ class IndexedFeed:
     notes: tuple[str, ...] = ()
 
     def __init__(self, images: IndexedImages, batches: EpochBatches, options: dict[str, Any]) -> None:
-        self.batches = batches
+        self.images, self.batches = images, batches
         self.loader = DataLoader(images, batch_sampler=batches, collate_fn=collate, **options)
         self._running: Iterator[Chunk] = iter(())
         self._next: tuple[int, int] | None = None

@@ -31,7 +31,7 @@ class TrainData:
     `views` where that is None. With a transform in the place of `views`, which makes uint8 tensors [C, H, W] of PIL
     images and draws from torch's global generator, there is one. Batches lie on `device`. With `num_classes`, which
     messages call `classes_key`, every image has a label below it. `images` are those of the split, where they are open
-    already, and `known` is what a teacher knows of them; with neighbours their views follow those of the images.
+    already.
 
     Raises:
         InputError: There is no such source, or the batch does not fit the data, the processes or the microbatches; or
@@ -53,7 +53,6 @@ class TrainData:
         num_classes: int | None = None,
         classes_key: str = 'method.num_classes',
         images: Images | None = None,
-        known: Known | None = None,
     ) -> None:
         _check_batch(config.batch_size, processes, microbatches)
         if view_count not in (1, 2):
@@ -67,15 +66,12 @@ class TrainData:
         self.corrupt = CorruptImages(config.max_corrupt)
         self.num_classes, self.classes_key, self.name = num_classes, classes_key, config.name
         self.to_device = ToDevice(torch.device(device))
-        self.known = known or Known()
         self.normalize = Normalize(config.mean, config.std, self.to_device.device)
         self.augment, self.distributions = None, []
         if isinstance(views, ViewConfig):
             self.distributions = [views, second_views or views][:view_count]
             self.augment = _device_augmentation() if views.backend == 'kornia' else None
             transform = Views(*(self._transform(each, each.size or config.size) for each in self.distributions))
-            if self.known.neighbours is not None:
-                self.distributions *= 2
         else:
             transform = Views(views)
         if config.streams:
@@ -85,6 +81,16 @@ class TrainData:
             self.feed, length = self._indexed_feed(config, dataset, transform)
         self.notes: tuple[str, ...] = self.feed.notes  # sentences that a user must read before training starts
         self.steps_per_epoch = length // config.batch_size
+
+    def know(self, known: Known) -> None:
+        """Let images by index come with what a teacher knows of them; once, before the first epoch.
+
+        Views of a neighbour follow those of its image.
+        """
+        assert isinstance(self.feed, IndexedFeed)
+        self.feed.images.known = known
+        if known.neighbours is not None:
+            self.distributions *= 2
 
     def epoch(self, epoch: int, start: int = 0, position: Position = None) -> Iterator[Batch]:
         """Yield microbatches of an epoch from optimizer step `start` on, both counted from 0; a stream may end early.
@@ -163,7 +169,7 @@ class TrainData:
                 f'data.name {config.name}: images have {classes} classes, and {self.classes_key} is '
                 f'{self.num_classes}; give --{self.classes_key} {classes}'
             )
-        images = IndexedImages(dataset, transform, self.seed, config.max_corrupt, self.known)
+        images = IndexedImages(dataset, transform, self.seed, config.max_corrupt)
         count = self._layout(config, length).batches
         batches = EpochBatches(length, self.seed, self.size, self.processes, self.rank, count)
         return IndexedFeed(images, batches, loader_options(config, self.seed)), length

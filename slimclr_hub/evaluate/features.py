@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.labels import UNREADABLE
 from slimclr_hub.data.loaders import EvalLoader, eval_loader
+from slimclr_hub.distributed import from_main_process
 from slimclr_hub.errors import DataError, InputError
 from slimclr_hub.models.widths import width_key
 from slimclr_hub.runs.progress import progress_bar
@@ -54,20 +56,30 @@ def extract_features(
     Raises:
         DataError: None can be read.
     """
-    features: dict[float, list[torch.Tensor]] = {width: [] for width in widths}
-    labels = []
+    features, labels = [], []
+    for by_width, label in _gathered(accelerator, backbone, loader, widths):
+        features.append(by_width)
+        labels.append(label)
+    return _joined(features, labels)
+
+
+def _gathered(
+    accelerator: Accelerator, backbone: FeatureExtractor, loader: Iterable, widths: Sequence[float]
+) -> Iterator[tuple[dict[float, torch.Tensor], torch.Tensor]]:
     for images, label in loader:
         with accelerator.autocast():
             outputs = backbone.forward_widths(images, widths)
-        gathered = accelerator.gather_for_metrics((*[output.float() for output in outputs.values()], label))
-        for width, output in zip(widths, gathered[:-1], strict=True):
-            features[width].append(output)
-        labels.append(gathered[-1])
-    found, by_width = torch.cat(labels), {width: torch.cat(parts) for width, parts in features.items()}
-    by_width, found = readable(by_width, found)
-    if not len(found):
+        *found, labels = accelerator.gather_for_metrics((*[output.float() for output in outputs.values()], label))
+        yield dict(zip(widths, found, strict=True)), labels
+
+
+def _joined(
+    features: list[dict[float, torch.Tensor]], labels: list[torch.Tensor]
+) -> tuple[dict[float, torch.Tensor], torch.Tensor]:
+    if not labels or all((of == UNREADABLE).all() for of in labels):
         raise DataError(NOTHING_READ)
-    return by_width, found
+    widths = [*features[0]] if features else []
+    return readable({w: torch.cat([batch.pop(w) for batch in features]) for w in widths}, torch.cat(labels))
 
 
 def readable(
@@ -115,22 +127,42 @@ class FeatureCache:
     """Features of the splits of a data set by one frozen network, kept on disk.
 
     The name of a file depends on the network's weights and widths, the precision, and the images: their number, a hash
-    of them where that is quick to compute, size, crop and normalisation. Each process holds all of a split in memory,
-    and all ask together. The network is in eval mode, without a classifier, on the accelerator's device.
+    of them where that is quick to compute, size, crop and normalisation. All processes ask together; while features are
+    computed, the main process collects them in main memory.
+
+    Args:
+        folder: Folder of the files.
+        accelerator: Accelerator of the processes.
+        backbone: The network, in eval mode, without a classifier, on the accelerator's device.
+        config: The images.
+        key: The setting that names the folder, for errors.
+        precision: Precision of the features where it is not the accelerator's.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, backbone: FeatureExtractor, config: DataConfig) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        backbone: FeatureExtractor,
+        config: DataConfig,
+        key: str = 'features.cache',
+        precision: str | None = None,
+    ) -> None:
         self._folder = folder
         self._accelerator = accelerator
         self._backbone = backbone
         self._config = config
+        self._key = key
+        self._precision = precision or accelerator.mixed_precision
         self._weights = tensors_hash(backbone.state_dict())
 
     def features(self, split: str, at_most: int | None = None) -> SplitFeatures:
         """Read or compute features of a split on the device; of `at_most` images, a fixed random choice, if given.
 
         Raises:
-            InputError: There is no such split, or the source is a stream and there are several processes.
+            InputError: There is no such split, the source is a stream and there are several processes, or the features
+                cannot be kept.
+            DataError: More images than allowed cannot be read, or none can.
         """
         path, loader = self.file(split, at_most)
         with TensorFile(path) as file:
@@ -163,7 +195,7 @@ class FeatureCache:
         facts = {
             'weights': self._weights,
             'widths': self._backbone.widths,
-            'precision': self._accelerator.mixed_precision,
+            'precision': self._precision,
             'split': split,
             'images': loader.source.fingerprint(),
             'count': loader.total,
@@ -175,17 +207,28 @@ class FeatureCache:
 
     def _compute(self, loader: EvalLoader, split: str, path: Path) -> None:
         accelerator, backbone = self._accelerator, self._backbone
+        from_main_process(lambda: self._kept(lambda: TemporaryFile(dir=self._folder).close()))  # before the work
         counted = with_progress(accelerator, loader.prepared(accelerator), loader.total, f'features of {split}')
-        features, labels = extract_features(accelerator, backbone, counted, backbone.widths)
-        if accelerator.is_main_process:
-            try:
-                tensors = {**{width_key(w): x for w, x in features.items()}, LABELS: labels}
-                save_tensors({**tensors, _HASH: _as_tensor(tensors_hash(tensors))}, path)
-            except OSError as error:
-                raise InputError(
-                    f'features cannot be kept in {self._folder} ({error.strerror}); give another features.cache'
-                ) from error
-        accelerator.wait_for_everyone()
+        parts, labels = [], []
+        with torch.inference_mode():
+            for features, label in _gathered(accelerator, backbone, counted, backbone.widths):
+                labels.append(label.cpu())
+                if accelerator.is_main_process:
+                    parts.append({width: x.cpu() for width, x in features.items()})
+        by_width, found = _joined(parts, labels)
+        tensors = {**{width_key(w): x for w, x in by_width.items()}, LABELS: found}
+        from_main_process(
+            lambda: self._kept(lambda: save_tensors({**tensors, _HASH: _as_tensor(tensors_hash(tensors))}, path))
+        )
+
+    def _kept(self, write: Callable[[], None]) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write()
+        except OSError as error:
+            raise InputError(
+                f'features cannot be kept in {self._folder} ({error.strerror}); give another {self._key}'
+            ) from error
 
     def _is_whole(self, path: Path) -> bool:
         try:

@@ -164,7 +164,7 @@ def evaluate(config: SuiteConfig, sets: Mapping[str, SuiteSet], accelerator: Acc
             accelerator.print(f'{name}: measured before')
             found[name] = recorded[name]
             continue
-        cache = FeatureCache(config.folder / 'features', accelerator, encoder, each.data)
+        cache = FeatureCache(config.folder / 'features', accelerator, encoder, each.data, 'output')
         assert each.data.val_split is not None
         train, test = cache.features(each.data.train_split), cache.features(each.data.val_split)
         scores, decays = from_main_process(partial(_scores, name, each, train, test, config))

@@ -349,6 +349,16 @@ class Job(ABC, Generic[BatchT]):
         elif not self._wait(lambda: self.evaluate(epoch) is None, 0):
             self._save_and_stop(evaluated=False)
 
+    def stop_if_asked(self) -> None:
+        """Stop if a signal asks any process to; for work of all processes that lies between steps and takes long.
+
+        Raises:
+            PreemptedError: As `train`.
+        """
+        (self._stop,) = self.agreement.any(self._asked_to_stop)
+        if self._stop:
+            self._save_and_stop()
+
     def save(self, evaluated: bool = True) -> Path:
         """Write a checkpoint; `evaluated` is false if the evaluation after this step is still to be done.
 

@@ -1,6 +1,7 @@
 """The teacher that a recipe names: opened, brought to the student's views, and recognised when a run goes on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from slimclr_hub.data.indexed import Known
 from slimclr_hub.errors import InputError
-from slimclr_hub.evaluate.features import LABELS, FeatureCache
+from slimclr_hub.evaluate.features import FeatureCache
 from slimclr_hub.evaluate.knn_eval import neighbours_in_all
 from slimclr_hub.evaluate.network import check_network, folder_of
 from slimclr_hub.hub.open import open_any
@@ -57,39 +58,39 @@ def open_teacher(config: PretrainConfig) -> Teacher | None:
     mean, std, its_mean, its_std = (_for_channels(name, values, channels) for values in look)
     scale = [ours / its for ours, its in zip(std, its_std, strict=True)]
     shift = [(ours - its) / by for ours, its, by in zip(mean, its_mean, its_std, strict=True)]
-    sizes = [config.views.size or config.data.size, *([config.data.size] if _looks_once(config) else [])]
+    sizes = [config.views.size or config.data.size, *([config.data.size] if looks_once(config) else [])]
     dims = [_features(name, network, channels, size) for size in sizes]
     dim = dims[0] if head is None else _projected(name, head, dims[0])
     return Teacher(network, dim, scale, shift, head)
 
 
-def known_images(config: PretrainConfig, teacher: Teacher, accelerator: Accelerator) -> Known:
+def looks_once(config: PretrainConfig) -> bool:
+    """True if the teacher looks at all training images before the first step."""
+    return config.teacher.cached or config.method.neighbours is not None
+
+
+def known_images(
+    config: PretrainConfig, teacher: Teacher, accelerator: Accelerator, between: Callable[[], None] = lambda: None
+) -> Known:
     """What a recipe wants to be known of the training images: the teacher's features of centre crops, and neighbours.
 
     All processes look together, once for all runs with this teacher, these images and this `run.output`. The network is
-    moved to the device. Of P processes each searches the neighbours of 1/P of the images among 1/P of them.
+    moved to the device. Of P processes each searches the neighbours of 1/P of the images among 1/P of them. All call
+    `between` before each batch of either.
 
     Raises:
-        InputError: An image cannot be read, or there are no more images than neighbours are asked for.
-        DataError: More images than allowed cannot be read.
+        InputError: There are no more images than neighbours are asked for, or the features cannot be kept.
+        DataError: An image cannot be read.
     """
-    if not _looks_once(config):
-        return Known()
+    crops = _CentreCrops(teacher.to(accelerator.device), between)
+    data = replace(config.data, max_corrupt=0)  # each image has its row
     with torch.random.fork_rng(devices=[]):
-        cache = FeatureCache(
-            Path(config.run.output) / _FOLDER, accelerator, _CentreCrops(teacher.to(accelerator.device)), config.data
-        )
-        path, loader = cache.file(config.data.train_split)
+        cache = FeatureCache(Path(config.run.output) / _FOLDER, accelerator, crops, data, 'run.output', precision='no')
+        path, _ = cache.file(config.data.train_split)
     with TensorFile(path) as file:
-        (count,) = file.shapes[LABELS]
         features = file.mapped(width_key(1.0))
-    if count < loader.total:
-        raise InputError(
-            f'{loader.total - count} of {loader.total} training images cannot be read, and the teacher has to see each '
-            'of them; remove them'
-        )
     k = config.method.neighbours
-    neighbours = None if k is None else _neighbours(features, k, accelerator)
+    neighbours = None if k is None else _neighbours(features, k, accelerator, between)
     return Known(features if config.teacher.cached else None, None if neighbours is None else neighbours.numpy())
 
 
@@ -98,36 +99,40 @@ class _CentreCrops(nn.Module):
 
     widths = (1.0,)
 
-    def __init__(self, teacher: Teacher) -> None:
+    def __init__(self, teacher: Teacher, between: Callable[[], None]) -> None:
         super().__init__()
         self.network = teacher.network
         self.register_buffer('scale', teacher.scale)
         self.register_buffer('shift', teacher.shift)
         self._teacher = (teacher,)
+        self._between = between
 
     def forward_widths(self, images: torch.Tensor, widths: Sequence[float]) -> dict[float, torch.Tensor]:
         """Images [B, C, H, W] -> features [B, F]."""
+        self._between()
         return {width: self._teacher[0].features(images) for width in widths}
 
 
-def _neighbours(features: np.ndarray, k: int, accelerator: Accelerator) -> torch.Tensor:
+def _neighbours(
+    features: np.ndarray, k: int, accelerator: Accelerator, between: Callable[[], None] = lambda: None
+) -> torch.Tensor:
     """Numbers of the k nearest other images of each, [N, k], by the cosine of features [N, F]."""
     count, world = len(features), accelerator.num_processes
     if k >= count:
         raise InputError(f'method.neighbours {k} is not below the {count} training images; lower it')
     mine = np.arange(accelerator.process_index, count, world)
     share, labels = (torch.from_numpy(x).to(accelerator.device) for x in (features[mine], mine))
-    share = F.normalize(share, dim=1)
-    found = torch.cat([n.labels for n in neighbours_in_all(accelerator, share, share, labels, k + 1, _CHUNK)])
+    F.normalize(share, dim=1, out=share)  # there is no room for a second one of millions of images
+    nearest = []
+    for chunk in neighbours_in_all(accelerator, share, share, labels, k + 1, _CHUNK):
+        between()
+        nearest.append(chunk.labels)
+    found = torch.cat(nearest)
     # An image is its own nearest, unless others are the same; to the end with it.
     last = (found == labels[:, None]).to(torch.uint8).argsort(dim=1, stable=True)
     others = torch.zeros(-(-count // world), k, dtype=torch.long, device=accelerator.device)
     others[: len(mine)] = found.gather(1, last)[:, :k]
     return accelerator.gather(others).view(world, -1, k).transpose(0, 1).reshape(-1, k)[:count].cpu()
-
-
-def _looks_once(config: PretrainConfig) -> bool:
-    return config.teacher.cached or config.method.neighbours is not None
 
 
 def identity(config: TeacherConfig, teacher: Teacher) -> dict[str, Any]:
@@ -160,9 +165,12 @@ def _open(config: TeacherConfig) -> tuple[nn.Module, nn.Module | None]:
         elif not config.head and is_timm(name):
             network = open_timm(name)
         else:
-            head = projection_head(_last_checkpoint(path)) if config.head else None
+            tensors = _last_checkpoint(path) if config.head else {}
+            head = projection_head(tensors) if tensors else None
             check_network(name)
             network = open_any(name)
+            if tensors:
+                _check_same(network, tensors)
         if isinstance(network, SlimmableResNet):
             width = network.widths[0] if config.width is None else check_width(config.width, network.widths)
             if config.head and width != network.widths[0]:
@@ -193,6 +201,15 @@ def _last_checkpoint(run: Path) -> dict[str, torch.Tensor]:
             'drop teacher.head'
         )
     return read_checkpoint(found / 'model.safetensors')
+
+
+def _check_same(network: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise an InputError if a run's checkpoint is of other weights than its network; statistics are averaged there."""
+    if not all(p.equal(tensors.get(f'backbone.{name}', p.new_empty(0))) for name, p in network.named_parameters()):
+        raise InputError(
+            'its newest checkpoint has other weights than its network, which is of an earlier end; let the run end, or '
+            "give a checkpoint's model.safetensors"
+        )
 
 
 def _for_channels(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:

@@ -25,7 +25,7 @@ from slimclr_hub.train.network_job import NetworkJob
 from slimclr_hub.train.online import TITLES, Qualities, online_evaluation
 from slimclr_hub.train.run_folder import RunFolder
 from slimclr_hub.train.setup import arrange, make_method, make_optimizer, make_schedule
-from slimclr_hub.train.teacher import check_identity, identity, known_images, open_teacher
+from slimclr_hub.train.teacher import check_identity, identity, known_images, looks_once, open_teacher
 from slimclr_hub.train.tracking import start_tracker
 
 
@@ -43,7 +43,7 @@ class Trainer(NetworkJob):
 
     def __init__(self, config: PretrainConfig, accelerator: Accelerator, signals: StopSignals) -> None:
         self.config = config
-        teacher = open_teacher(config)
+        self.teacher = teacher = open_teacher(config)
         self._teacher = None if teacher is None else identity(config.teacher, teacher)
         data = TrainData(
             config.data,
@@ -56,7 +56,6 @@ class Trainer(NetworkJob):
             view_count=config.view_count,
             device=accelerator.device,
             num_classes=config.method.num_classes,
-            known=None if teacher is None else known_images(config, teacher, accelerator),
         )
         super().__init__(
             accelerator,
@@ -113,6 +112,8 @@ class Trainer(NetworkJob):
         if resumed:
             self._next_recipe, self._resumed_step = recipe, self.step
             self._drop_metrics(found)
+        if self.teacher is not None and looks_once(config):
+            self.data.know(known_images(config, self.teacher, accelerator, self.stop_if_asked))
         epoch, start = divmod(self.step, self.steps_per_epoch)
         if start == 0 and not found.state.get('evaluated', False):
             self.evaluate_or_stop(epoch)

@@ -1,6 +1,9 @@
 """The teacher of a recipe: what can be one, how it sees views, mistakes, and a run that goes on."""
 
+import os
 import shutil
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +21,14 @@ from slimclr_hub.data import DataConfig, ViewConfig
 from slimclr_hub.data.indexed import Known
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.training import TrainData
-from slimclr_hub.errors import InputError
+from slimclr_hub.errors import DataError, InputError, PreemptedError
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.hub.open import open_network
+from slimclr_hub.methods import Teacher
 from slimclr_hub.methods.registry import settings_of
 from slimclr_hub.models import SlimmableResNet
-from slimclr_hub.train.command import parse_pretrain
+from slimclr_hub.settings import RECIPE
+from slimclr_hub.train.command import load_recipe, parse_pretrain
 from slimclr_hub.train.config import MethodConfig, OptimConfig, PretrainConfig, RunConfig, TeacherConfig
 from slimclr_hub.train.pretraining import pretrain
 from slimclr_hub.train.teacher import _neighbours, known_images, open_teacher
@@ -222,14 +227,16 @@ def test_pairs_follow_from_seed_epoch_and_index(tmp_path):
     known = Known(np.arange(40, dtype=np.float32)[:, None], table)
     seen = {}
     for rank in 0, 1:
-        feed = TrainData(data, ViewConfig(), seed=3, processes=2, rank=rank, known=known)
+        feed = TrainData(data, ViewConfig(), seed=3, processes=2, rank=rank)
+        feed.know(known)
         for epoch in 0, 1, 2:
             for batch in feed.epoch(epoch):
                 own, its = (of[:, 0].int().tolist() for of in batch.features)
                 assert [len(view) for view in batch.views] == [4] * 4
                 assert all(b in table[a] for a, b in zip(own, its, strict=True))
                 seen |= {(epoch, a): (b, views) for a, b, *views in zip(own, its, *batch.views, strict=True)}
-    one = TrainData(data, ViewConfig(), seed=3, known=known)
+    one = TrainData(data, ViewConfig(), seed=3)
+    one.know(known)
     for epoch in 0, 1, 2:
         for batch in one.epoch(epoch, start=2):
             for a, b, *views in zip(*(of[:, 0].int().tolist() for of in batch.features), *batch.views, strict=True):
@@ -312,8 +319,47 @@ def test_unreadable_image_has_no_place_in_the_table(networks, tmp_path):
         data=data,
         run=RunConfig(output=str(tmp_path)),
     )
-    with pytest.raises(InputError, match=r'1 of \d+ training images cannot be read, .*remove them'):
+    with pytest.raises(DataError, match=r'^1 image cannot be read: .*\.png \(.*\); restore or remove them$'):
         known_images(config, open_teacher(config), Accelerator(cpu=True))
+    assert not list((tmp_path / 'teacher_features').iterdir())
+
+
+def test_a_look_at_all_images(networks, tmp_path, on_the_cpu, monkeypatch):
+    """After all that can be refused; a signal stops it between two batches, and the run goes on from its beginning."""
+    place = place_of(tmp_path, 'bingo')
+    table = place / 'runs' / 'teacher_features'
+    options = ['--config', str(place / 'tiny.yaml'), '--teacher.network', str(networks / 'slim'), '--run.name', 'run']
+    with pytest.raises(InputError, match=r"optim\.name 'none'"):
+        pretrain(parse_pretrain(place, [*options, '--optim.name', 'none']))
+    (place / 'runs' / 'run').mkdir(parents=True)
+    with pytest.raises(InputError, match=r'run\.name run: .* is there already'):
+        pretrain(parse_pretrain(place, options))
+    (place / 'runs' / 'run').rmdir()
+    assert not table.exists()
+
+    features, seen = Teacher.features, []
+
+    def interrupted(teacher, view):
+        seen.append(len(view))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return features(teacher, view)
+
+    monkeypatch.setattr(Teacher, 'features', interrupted)
+    with pytest.raises(PreemptedError, match=r'SIGTERM after step 0 .*no state yet'):
+        pretrain(parse_pretrain(place, options))
+    assert seen == [16]
+    assert not list(table.iterdir())
+    monkeypatch.setattr(Teacher, 'features', features)
+    run = pretrain(parse_pretrain(place, ['--resume', str(place / 'runs' / 'run')]))
+    assert (run / 'model.safetensors').exists()
+
+    (place / 'file').mkdir()
+    (place / 'file' / 'teacher_features').write_text('')
+    config = replace(load_recipe(run / RECIPE), run=RunConfig(output=str(place / 'file')))
+    monkeypatch.setattr(Teacher, 'features', interrupted)
+    with pytest.raises(InputError, match=r'cannot be kept .* give another run\.output'):
+        known_images(config, open_teacher(config), Accelerator(cpu=True))
+    assert seen == [16]
 
 
 def test_run_goes_on_with_its_teacher_alone(networks, tmp_path, on_the_cpu):
@@ -331,6 +377,10 @@ def test_run_goes_on_with_its_teacher_alone(networks, tmp_path, on_the_cpu):
     hidden = F.linear(following.features(view), tensors['head.fc1.weight'], tensors['head.fc1.bias']).relu()
     expected = F.linear(hidden, tensors['head.fc2.weight'], tensors['head.fc2.bias'])
     torch.testing.assert_close(following(view), F.normalize(expected, dim=1))
+    save_file({**tensors, 'backbone.conv1.weight': tensors['backbone.conv1.weight'] + 1}, last / 'model.safetensors')
+    with pytest.raises(InputError, match='newest checkpoint has other weights than its network'):
+        opened(whole, head=True)
+    save_file(tensors, last / 'model.safetensors')
     part = place / 'runs' / 'part'
     shutil.copytree(whole, part)
     shutil.rmtree(part / 'checkpoints' / last.name)
