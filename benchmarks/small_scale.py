@@ -315,13 +315,14 @@ def training_costs() -> dict[str, float]:
     full, all_four = 1.0, sum(each.values()) / each[1.0]
     both = (full + all_four) / 2  # with slow start in half of the epochs
     alone = 3 * full + full  # a query with its backward, and a key
+    look = cost(model, 1.0, 28)[1] / each[1.0] / 6  # at the centre crop, once in all epochs
     return {
         'alone': sum(alone * each[width] / each[1.0] for width in WIDTHS),
         'slimclr': 3 * both + full,
         'seed': 3 * all_four + full + alone,
         'compress': 3 * all_four + all_four + full + alone,  # each width has a momentum copy
         'disco': 2 * 3 * both + full + 2 * full + alone,  # both views train and are seen by the teacher
-        'bingo': 3 * 3 * all_four + 2 * full + alone,  # image, neighbour and their CutMix
+        'bingo': 3 * 3 * all_four + 2 * full + look + alone,  # image, neighbour and their CutMix
     }
 
 

@@ -29,6 +29,7 @@ from slimclr_hub.weights.tensor_file import TensorFile
 # Errors of timm and PyTorch about arguments, which a config.json may have of any kind.
 _OF_ARGUMENTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
 _MAX_MESSAGE = 500  # characters
+_MOST = 1e6  # of a mean or a standard deviation of pixels: far above any
 _KINDS = 'a tag such as slimclr_resnet50.mocov2_200e_in1k, a folder, a .safetensors file, or hf-hub:USER/NAME'
 
 
@@ -154,6 +155,9 @@ def read_config(file: Path, name: object) -> dict[str, Any]:
         value = cfg.get(key, [])
         if not isinstance(value, list) or not all(isinstance(number, int | float) for number in value):
             raise InputError(f'{name}: {key} in its config.json is {reprlib.repr(value)}, not a list of numbers')
+    for key, least in ('mean', -_MOST), ('std', 0):
+        if not all(least < number < _MOST for number in cfg.get(key, [])):  # nor NaN
+            raise InputError(f'{name}: {key} in its config.json is {reprlib.repr(cfg[key])}, which normalises no image')
     size = cfg.get('input_size', [])
     if not all(isinstance(number, int) and 0 < number <= MAX_IMAGE_SIZE for number in size) or len(size) not in (0, 3):
         raise InputError(f'{name}: input_size in its config.json is {size}, not channels, height and width of images')

@@ -30,7 +30,8 @@ class QueueMethod(nn.Module):
 
     def hold_queues(self) -> None:
         """Note what the queues hold, before the first microbatch of a step."""
-        self.earlier = {name: self.get_buffer(name).clone() for name in self.earlier}
+        names, self.earlier = [*self.earlier], {}  # what the step before has held makes room first
+        self.earlier = {name: self.get_buffer(name).clone() for name in names}
 
     @torch.no_grad()
     def enqueue(self, **rows: torch.Tensor) -> None:

@@ -14,9 +14,9 @@ from slimclr_hub.weights.slices import key_width, with_batch_counts
 # Those of MoCo and SwAV are a sequence; lightly's is one called `layers`, and in this package's layers have names.
 _TENSOR = re.compile(
     r'(?P<head>fc|head|projector|projection_head)\.(?:layers\.)?'
-    r'(?:(?P<number>\d{1,3})|(?P<name>fc1|bn1|fc2|bn2))\.(?:(?P<width>w\d{3,})\.)?(?P<leaf>\w+)'
+    r'(?:(?P<number>\d{1,3})|(?P<name>fc|fc1|bn1|fc2|bn2))\.(?:(?P<width>w\d{3,})\.)?(?P<leaf>\w+)'
 )
-_NUMBERS = {'fc1': 0, 'bn1': 1, 'fc2': 3, 'bn2': 4}
+_NUMBERS = {'fc': 0, 'fc1': 0, 'bn1': 1, 'fc2': 3, 'bn2': 4}
 
 
 def projection_head(tensors: Mapping[str, torch.Tensor]) -> nn.Sequential:
@@ -89,6 +89,7 @@ def _layer(name: str, tensors: dict[str, torch.Tensor]) -> tuple[nn.Module, int,
     found = {leaf: tuple(tensor.shape) for leaf, tensor in tensors.items()}
     if found != {leaf: tuple(tensor.shape) for leaf, tensor in layer.state_dict().items()}:
         raise InputError(f'{name} has tensors {found}, which are not those of {layer}')
+    # Copies: what was read may be mapped to a file, which others write.
     floats = {leaf: tensor.float() if tensor.is_floating_point() else tensor for leaf, tensor in tensors.items()}
-    layer.load_state_dict(floats, assign=True)
+    layer.load_state_dict({leaf: tensor.clone() for leaf, tensor in floats.items()}, assign=True)
     return layer, takes, gives

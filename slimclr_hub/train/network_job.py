@@ -152,6 +152,7 @@ class NetworkJob(Job[list[Batch]]):
             **self.all_own(),
             'views': [list(microbatch.views) for microbatch in batch],
             'labels': [microbatch.labels for microbatch in batch],
+            'features': [list(microbatch.features) for microbatch in batch],
             'output': output,
         }
         path = self.checkpoints.save_aside(f'diverged-at-step-{self.step:08d}', {'step': self.step, **facts}, own)

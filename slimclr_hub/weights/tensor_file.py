@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import mmap
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -133,7 +134,7 @@ class TensorFile:
         """Map a tensor into memory that processes share, to read rows of a large one at random."""
         entry = self._entries[name]
         dtype = torch.empty(0, dtype=entry.dtype).numpy().dtype
-        return np.memmap(self.path, dtype, 'r', entry.begin, entry.shape)
+        return _Mapped(self.path, dtype, 'r', entry.begin, entry.shape)
 
     def copy_leading(self, name: str, target: torch.Tensor) -> None:
         """Read the leading block of a tensor into `target`, of any shape, dtype and device but without gradient."""
@@ -154,6 +155,15 @@ class TensorFile:
                 raise InputError(f'{self.path} became shorter while it was read')
             rest = rest[count:]
         return tensor
+
+
+class _Mapped(np.memmap):
+    """A map that a process that is not forked makes anew, where it would be sent all that is mapped."""
+
+    def __reduce__(self) -> Any:
+        if not isinstance(self.base, mmap.mmap):  # a part of one
+            return super().__reduce__()
+        return _Mapped, (self.filename, self.dtype, 'r', self.offset, self.shape)
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 
 import pytest
 import timm
@@ -111,6 +112,24 @@ def test_queues_stay_aligned_after_a_wrap_around():
     assert torch.equal(method.wide, method.narrow.expand(-1, 3) * 100)
     assert method.narrow[:, 0].tolist() == [30, 31, 40, 41, 20, 21]
     assert method.queue_pointer == 4
+
+
+def test_queues_of_the_step_before_make_room(monkeypatch):
+    """They are as large as the queues, and are gone before the first of these is copied."""
+    method = QueueMethod()
+    method.make_queues(6, wide=3, narrow=1)
+    method.hold_queues()
+    before, copies, clone = [weakref.ref(of) for of in method.earlier.values()], [], torch.Tensor.clone
+
+    def copy_of(tensor):
+        assert not any(of() is not None for of in before)
+        copies.append(clone(tensor))
+        return copies[-1]
+
+    monkeypatch.setattr(torch.Tensor, 'clone', copy_of)
+    method.hold_queues()
+    assert all(map(torch.equal, copies, (method.wide, method.narrow)))
+    assert [*method.earlier.values()] == copies
 
 
 def test_queue_that_is_no_multiple():

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from slimclr_hub.errors import InputError
@@ -59,19 +60,32 @@ def test_heads_of_others(backbone, place, make):
     torch.testing.assert_close(found(x), head(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('name', ['mocov2', 'mocov3', 'simclr'])
+@pytest.mark.parametrize('name', ['mocov2', 'linear', 'mocov3', 'simclr'])
 @pytest.mark.parametrize('widths', [(1.0, 0.5), (0.5,)])
 def test_heads_of_our_own_runs(tmp_path, name, widths):
     """At the largest width, whatever narrower ones stand beside it."""
     torch.manual_seed(0)
     backbone = timm.create_model('slimclr_resnet20', num_classes=0, widths=widths)
-    sizes = {'queue_size': 8} if name == 'mocov2' else {}
-    method = METHODS[name](backbone, hidden_dim=32, dim=8, **sizes)
-    method.train()([torch.randn(4, 3, 12, 12) for _ in range(training_of(name).views)], widths, 0.9)
+    if name == 'linear':
+        method = METHODS['mocov2'](backbone, head='linear', dim=8, queue_size=8)
+    else:
+        method = METHODS[name](backbone, hidden_dim=32, dim=8, **({'queue_size': 8} if name == 'mocov2' else {}))
+        method.train()([torch.randn(4, 3, 12, 12) for _ in range(training_of(name).views)], widths, 0.9)
     torch.save(method.eval().state_dict(), tmp_path / 'run.pth')
     found = projection_head(read_checkpoint(tmp_path / 'run.pth'))
     x = torch.randn(5, int(64 * widths[0]))
     torch.testing.assert_close(found(x), method.head(x, widths[0]))
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_a_head_is_a_copy_of_its_file(tmp_path, suffix):
+    path, tensors = tmp_path / f'run{suffix}', checkpoint('encoder_q.', 'encoder_q.fc.', moco_v2())
+    torch.save(tensors, path) if suffix == '.pth' else save_file(tensors, path)
+    found, x = projection_head(read_checkpoint(path)), torch.randn(5, 64)
+    before = found(x)
+    with path.open('r+b') as file:
+        file.write(bytes(path.stat().st_size))
+    assert found(x).equal(before)
 
 
 @pytest.mark.parametrize(

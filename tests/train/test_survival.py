@@ -317,6 +317,7 @@ def test_divergence_keeps_the_state_that_led_to_it(place):
     assert all(parameters[name].equal(last[name]) for name in backbone)
     own = torch.load(kept / 'process_0.pt')
     assert [view.shape for view in own['views'][0]] == [(16, 1, 16, 16)] * 2
+    assert own['features'] == [[]]  # of no teacher
     assert not own['output']['loss'].isfinite()
     # What the message proposes.
     arguments = [

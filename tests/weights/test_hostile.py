@@ -140,6 +140,10 @@ OTHERS = """
 {"pretrained_cfg": null}
 {"pretrained_cfg": "x"}
 {"pretrained_cfg": {"mean": "x"}}
+{"pretrained_cfg": {"mean": [NaN, 0, 0]}}
+{"pretrained_cfg": {"std": [0, 1, 1]}}
+{"pretrained_cfg": {"std": [1e999, 1, 1]}}
+{"pretrained_cfg": {"std": [1000000000, 1, 1]}}
 {"pretrained_cfg": {"input_size": [null]}}
 {"pretrained_cfg": {"crop_pct": "x"}}
 {"model_args": []}

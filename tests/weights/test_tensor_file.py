@@ -9,6 +9,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -158,6 +159,22 @@ def test_copies_nothing_beside_the_target(path, tensors):
     assert_equal(around[:64, :48], tensors['conv'])
     assert_equal(around.flatten()[-2048:], tensors['norm'])
     assert (around[:64, 48:] == 5).all()
+
+
+def test_a_map_is_sent_as_its_place(tmp_path):
+    """To a process that is not forked; parts of it, and copies, go as other arrays."""
+    rows = torch.arange(6000.0).view(1000, 6)
+    save_tensors({'before': torch.zeros(3), 'rows': rows}, tmp_path / 'rows.safetensors')
+    with TensorFile(tmp_path / 'rows.safetensors') as file:
+        mapped = file.mapped('rows')
+    sent = pickle.dumps(mapped)
+    assert len(sent) < 1000
+    for _ in range(2):
+        again = pickle.loads(sent)
+        assert np.array_equal(again, rows.numpy())
+        sent = pickle.dumps(again)
+    for part in mapped[5:9], mapped[3], mapped[[1, 2]], mapped[5:9].copy():
+        assert np.array_equal(pickle.loads(pickle.dumps(part)), part)
 
 
 # What cannot be read
