@@ -133,6 +133,7 @@ def latency(
 
     from slimclr_hub.inference.latency import draw_timings, measure, timings_table
     from slimclr_hub.models.budget import RUNTIMES, Setting, read_table, table_path, versions_of
+    from slimclr_hub.runs.figures import figure_name
 
     _check_drawing(figure)
     for name in runtime or RUNTIMES[:1]:
@@ -156,7 +157,7 @@ def latency(
     table.save(path)
     _print(timings_table(found.timings))
     if figure:
-        draw_timings(found.timings, _known_accuracies(network, model), figure.with_suffix(''))
+        draw_timings(found.timings, _known_accuracies(network, model), figure_name(figure))
     print(f'{found.machine}: kept in {path}')
 
 
@@ -195,7 +196,7 @@ def choose(
     if found is None:
         _print(_needs_table(list(choice.needs.values()), _known_accuracies(network, model)))
         print(choice.why)
-        print(f"timm.create_model('{network}', pretrained=True, width={choice.width:g})")
+        print(f"timm.create_model('{_in_timm(network)}', pretrained=True, width={choice.width:g})")
         if max_ms or max_macs:
             command = f'slimclr-hub resolutions {network} IMAGES --size PIXELS --out resolutions.safetensors'
             print(f'Smaller images may be better than fewer channels: {command}')
@@ -203,7 +204,7 @@ def choose(
     _print(_pairs_table(choice.needs))
     print(choice.why if found.tested else f'No accuracies are known of sizes. {choice.why}')
     arguments = f"pretrained=True, width={choice.width:g}, resolutions='{resolutions}'"
-    print(f"model = timm.create_model('{network}', {arguments})")
+    print(f"model = timm.create_model('{_in_timm(network)}', {arguments})")
     print(f'model.set_resolution({choice.size})')
 
 
@@ -216,7 +217,8 @@ def fetch(network: Network, width: Width = None) -> None:
     model = open_network(network, **arguments)
     words = ''.join(f', {key}={value}' for key, value in arguments.items()) if len(model.widths) > 1 else ''
     print(printable(f'{network}: widths up to {width or model.widths[0]:g} are on this machine'))
-    print(printable(f"Without a connection: HF_HUB_OFFLINE=1, timm.create_model('{network}', pretrained=True{words})"))
+    call = f"timm.create_model('{_in_timm(network)}', pretrained=True{words})"
+    print(printable(f'Without a connection: HF_HUB_OFFLINE=1, {call}'))
 
 
 @app.command()
@@ -454,6 +456,7 @@ def cascade(
     from slimclr_hub.inference import cascade as fitting
     from slimclr_hub.inference.images import list_images
     from slimclr_hub.inference.runner import InferenceConfig
+    from slimclr_hub.runs.figures import figure_name
 
     check_file(out, overwrite)
     _check_drawing(figure)
@@ -469,7 +472,7 @@ def cascade(
     _print(fitting.cascades_table(rows, len(held_out.images)))
     print(fitting.verdict(rows, len(held_out.images)))
     if figure:
-        fitting.draw_cascades(rows, figure.with_suffix(''))
+        fitting.draw_cascades(rows, figure_name(figure))
     print(f'{out}: fitted on {fitted.images} images. Use it: slimclr-hub predict {network} IMAGES --cascade {out}')
 
 
@@ -743,13 +746,23 @@ def _needs_table(needs: list[Any], top1: dict[float, float]) -> 'Table':
     return table
 
 
+def _in_timm(network: str) -> str:
+    """The name by which timm opens a network, which has a prefix for folders."""
+    return f'local-dir:{network}' if Path(network).is_dir() else network
+
+
 def _on_device(network: str, width: float | None, device: str | None, *, lazy: bool = True) -> Any:
     import torch
 
     from slimclr_hub.hub.open import open_network
 
-    # One width is asked for, so one is read.
-    model = open_network(network, lazy=lazy, **({} if width is None else {'width': width}))
+    arguments = {} if width is None else {'width': width}
+    try:
+        model = open_network(network, lazy=lazy, **arguments)  # one width is asked for, so one is read
+    except InputError:
+        if not lazy or not Path(network).exists():
+            raise
+        model = open_network(network, **arguments)  # of a format, or of widths, that are read whole
     if device is None:
         device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else 'cpu'
     try:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from slimclr_hub.errors import InputError
+
 
 @contextmanager
 def atomic_files(folder: Path) -> Iterator[Path]:
@@ -46,6 +48,19 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f'{prefix}{os.getpid()}-') as name:
         yield Path(name)
+
+
+def try_folder(folder: Path, key: str) -> None:
+    """Make a folder and write into it, before there is work to lose.
+
+    Raises:
+        InputError: It takes no files; the message names it as the setting `key`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f'{key} {folder} takes no files ({error.strerror}); give another') from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -105,7 +105,16 @@ class EvalLoader:
                 yield images[kept], labels[kept]
 
     def prepared(self, accelerator: Any) -> 'EvalLoader':
-        """The same batches, divided over the processes of an accelerator and on its device."""
+        """The same batches, divided over the processes of an accelerator and on its device.
+
+        Raises:
+            InputError: They are of a stream, and there are several processes.
+        """
+        if isinstance(self.source, EvalStream) and accelerator.num_processes > 1:
+            raise InputError(
+                f'{self.source.name}: a stream does not come in equal parts for several processes, and evaluation has '
+                'to see each image once; run one process'
+            )
         loader = accelerator.prepare_data_loader(self._loader)
         return EvalLoader(loader, self.source, self.total, self.batch_size, self.corrupt)
 
@@ -198,6 +207,7 @@ class EvalStream(IterableDataset[_Item]):
     """Transformed images of a stream, each once, as `EvalImages` has them; workers take turns in the shards.
 
     Attributes:
+        name: Words for it.
         total: Number of images, as far as the stream tells, or `data.num_samples`.
         class_names: Names of the classes by their number, if known.
     """
@@ -205,7 +215,7 @@ class EvalStream(IterableDataset[_Item]):
     def __init__(self, config: DataConfig, split: str, transform: Callable[[Any], torch.Tensor]) -> None:
         self.transform = transform
         self.mode = config.mode
-        where = f'data.name {config.name}, split {split}'
+        self.name = where = f'data.name {config.name}, split {split}'
         if config.name.startswith('tfds/'):
             dataset = open_by_timm(config, split, where)
             # timm divides it over workers by itself.

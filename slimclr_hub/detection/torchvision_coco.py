@@ -22,6 +22,7 @@ from slimclr_hub.detection.torchvision_backbone import slimmable_backbone
 from slimclr_hub.detection.widths import unwrapped
 from slimclr_hub.distributed import world_size
 from slimclr_hub.errors import InputError
+from slimclr_hub.models.mode import evaluating
 
 
 class CocoInstances(torch.utils.data.Dataset):
@@ -115,9 +116,7 @@ def evaluate_widths(
     device = next(detector.parameters()).device
     truth: dict[int, Any] = {}
     found: dict[float, dict[int, Any]] = {width: {} for width in widths}
-    was_training = detector.training
-    detector.eval()
-    try:
+    with evaluating(detector):
         for images, targets in loader:
             images = [image.to(device) for image in images]
             for image, target in zip(images, targets, strict=True):
@@ -128,8 +127,6 @@ def evaluate_widths(
                 for target, output in zip(targets, outputs, strict=True):
                     masks = output['masks'].squeeze(1) > 0.5
                     found[width][int(target['image_id'])] = _instances(output, masks)
-    finally:
-        detector.train(was_training)
     truth = _of_all_processes(truth)
     return {width: _precision(truth, _of_all_processes(of_width)) for width, of_width in found.items()}
 

@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +16,7 @@ from slimclr_hub.data.labels import UNREADABLE
 from slimclr_hub.data.loaders import EvalLoader, eval_loader
 from slimclr_hub.distributed import from_main_process
 from slimclr_hub.errors import DataError, InputError
+from slimclr_hub.files import try_folder
 from slimclr_hub.models.widths import width_key
 from slimclr_hub.runs.progress import progress_bar
 from slimclr_hub.weights.hashes import tensors_hash
@@ -176,11 +176,6 @@ class FeatureCache:
         Its tensors are the `width_key` of each width, and `LABELS`. Arguments and errors are those of `features`.
         """
         accelerator = self._accelerator
-        if self._config.streams and accelerator.num_processes > 1:
-            raise InputError(
-                f'data.name {self._config.name}: a stream does not come in equal parts for several processes, and '
-                'evaluation has to see each image once; run one process'
-            )
         loader = eval_loader(self._config, split, at_most, 0, accelerator.num_processes)
         path = self._path(split, loader)
         # The main process decides for all: it may be writing the file while another one looks.
@@ -207,7 +202,7 @@ class FeatureCache:
 
     def _compute(self, loader: EvalLoader, split: str, path: Path) -> None:
         accelerator, backbone = self._accelerator, self._backbone
-        from_main_process(lambda: self._kept(lambda: TemporaryFile(dir=self._folder).close()))  # before the work
+        from_main_process(lambda: try_folder(self._folder, self._key))
         counted = with_progress(accelerator, loader.prepared(accelerator), loader.total, f'features of {split}')
         parts, labels = [], []
         with torch.inference_mode():
@@ -217,14 +212,11 @@ class FeatureCache:
                     parts.append({width: x.cpu() for width, x in features.items()})
         by_width, found = _joined(parts, labels)
         tensors = {**{width_key(w): x for w, x in by_width.items()}, LABELS: found}
-        from_main_process(
-            lambda: self._kept(lambda: save_tensors({**tensors, _HASH: _as_tensor(tensors_hash(tensors))}, path))
-        )
+        from_main_process(lambda: self._keep(tensors, path))
 
-    def _kept(self, write: Callable[[], None]) -> None:
+    def _keep(self, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            write()
+            save_tensors({**tensors, _HASH: _as_tensor(tensors_hash(tensors))}, path)
         except OSError as error:
             raise InputError(
                 f'features cannot be kept in {self._folder} ({error.strerror}); give another {self._key}'

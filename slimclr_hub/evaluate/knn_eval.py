@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from slimclr_hub.data import DataConfig
 from slimclr_hub.data.labels import UNREADABLE
 from slimclr_hub.data.loaders import EvalLoader, eval_loader
+from slimclr_hub.distributed import from_main_process
 from slimclr_hub.errors import DataError, InputError
 from slimclr_hub.evaluate.baselines import Encoder, RawPixels, is_small, random_weights, raw_pixels
 from slimclr_hub.evaluate.features import NOTHING_READ, readable, with_progress
@@ -32,6 +33,7 @@ from slimclr_hub.evaluate.network import (
     open_for_test,
 )
 from slimclr_hub.evaluate.rank import RANK_IMAGES, gram_matrix, rank_of_gram, rank_rows
+from slimclr_hub.files import try_folder
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.calibrate import is_calibrated
 from slimclr_hub.models.widths import check_width, check_widths
@@ -178,6 +180,7 @@ def evaluate(config: KNNEvalConfig, accelerator: Accelerator) -> list[Result]:
     bank_loader = eval_loader(config.data, config.data.train_split, config.bank, config.seed, share=share)
     query_loader = eval_loader(config.data, config.data.val_split, None, config.seed, share=share)
     _check_k(config, bank_loader.total)
+    from_main_process(lambda: try_folder(config.folder, 'output'))
     model.to(accelerator.device)
     bank, labels = _share_features(accelerator, model, bank_loader, widths)
     ranks = {width: _rank_in_all(accelerator, bank[width], bank_loader.total) for width in widths}

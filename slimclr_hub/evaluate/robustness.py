@@ -19,11 +19,12 @@ from slimclr_hub.data import DataConfig
 from slimclr_hub.data.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import make_dataset, split_folder
+from slimclr_hub.distributed import from_main_process
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import extract_features, with_progress
 from slimclr_hub.evaluate.linear_eval.probe import accuracies
 from slimclr_hub.evaluate.network import check_channels, check_images, data_defaults, default_output, open_for_test
-from slimclr_hub.files import write_text
+from slimclr_hub.files import try_folder, write_text
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import config_of, make_parser, parse, run_script
 from slimclr_hub.runs.figures import line_style, marker, new_figure, save_figure
@@ -106,9 +107,9 @@ def _robustness(argv: Sequence[str]) -> None:
         check_images(config.data)
     accelerator = launched(config.precision, 'precision', trains=False)
     model = open_for_test(config.network)
+    from_main_process(lambda: try_folder(config.folder, 'output'))
     found, tested = evaluate(config, accelerator, model)
     if accelerator.is_main_process:
-        config.folder.mkdir(parents=True, exist_ok=True)
         record = {
             'settings': {**plain(asdict(config)), 'weights': state_hash(model)},
             'images': tested,

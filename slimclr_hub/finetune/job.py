@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
@@ -21,6 +22,7 @@ from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.sources import Images, known_classes, labels_of, make_dataset
 from slimclr_hub.distributed import from_main_process
 from slimclr_hub.errors import InputError, shorten
+from slimclr_hub.evaluate.features import check_labels
 from slimclr_hub.evaluate.network import check_channels, check_images, default_output
 from slimclr_hub.evaluate.repetitions import print_spread, repetitions
 from slimclr_hub.evaluate.settings_folder import find_folder, working_in
@@ -31,6 +33,7 @@ from slimclr_hub.hub.card import finetuned_card
 from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cost import width_facts
+from slimclr_hub.runs.checkpoints import newest
 from slimclr_hub.runs.command_line import run_script
 from slimclr_hub.runs.job import StopSignals
 from slimclr_hub.runs.result import RESULT, Result, environment, load, save
@@ -137,6 +140,8 @@ def _classes(config: FinetuneConfig, images: _Splits, accelerator: Accelerator) 
         raise InputError(f'{where} does not tell how many classes there are; give --model.num_classes')
     if classes == 0:
         raise InputError(f'{where}: the images have no classes; let each class have a folder')
+    if images.test is not None and (tested := labels_of(images.test)) is not None:
+        check_labels(torch.from_numpy(tested), classes, str(data.val_split), 'model.num_classes')
     return classes, names if names and len(names) == classes else None
 
 
@@ -145,7 +150,7 @@ def _note_missing(
 ) -> None:
     assert images.test is not None
     tested = labels_of(images.test)
-    if tested is None:
+    if tested is None or tested.min() < 0:
         return
     for split, missing in (
         (config.data.val_split, np.setdiff1d(labels, tested)),
@@ -183,7 +188,7 @@ def _train(
     load = partial(eval_loader, data, seed=config.run.seed, processes=accelerator.num_processes)
     validation = load(data.val_split, None, images=images.test)
     folder = RunFolder(path, accelerator)
-    begins = from_main_process(lambda: not (path / 'checkpoints').exists())
+    begins = from_main_process(lambda: newest(path).path is None)
     if begins and config.model.fit_head and not kept and has_statistics(network):
         fit_head(network, load(data.train_split, _FITTED, images=images.train), data.train_split, accelerator)
     with StopSignals() as signals:

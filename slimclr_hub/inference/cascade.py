@@ -14,10 +14,11 @@ from timm.layers import get_device_dtype
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.inference.images import ImageList, Sources, list_images
-from slimclr_hub.inference.runner import InferenceConfig, evaluating, preprocessing, run_images
+from slimclr_hub.inference.runner import InferenceConfig, preprocessing, run_images
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cascade import Cascade, FittedCascades, last_widths, margins, mean_cost, route
 from slimclr_hub.models.cost import cost
+from slimclr_hub.models.mode import evaluating
 from slimclr_hub.runs.progress import progress_bar
 from slimclr_hub.runs.turns import in_turns, seconds_of
 from slimclr_hub.text import human

@@ -13,9 +13,9 @@ import torch
 
 from slimclr_hub.hub.export.checks import INPUT
 from slimclr_hub.hub.export.onnx import export_onnx, open_session
-from slimclr_hub.inference.runner import evaluating
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.budget import QueryTable, Setting, Timing, machine_of, versions_of
+from slimclr_hub.models.mode import evaluating
 from slimclr_hub.runs.progress import progress_bar
 from slimclr_hub.runs.turns import in_turns, seconds_of
 from slimclr_hub.settings import at_least

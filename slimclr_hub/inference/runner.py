@@ -2,8 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from slimclr_hub.errors import InputError
 from slimclr_hub.images import CentreFirst, Problem, reason
 from slimclr_hub.inference.images import ImageList, Sources, find_unreadable, list_images, unreadable_error
+from slimclr_hub.models.mode import evaluating
 from slimclr_hub.runs.progress import progress_bar
 from slimclr_hub.settings import at_least, one_of
 
@@ -160,15 +160,3 @@ def _loader(
         pin_memory=device.type == 'cuda',
         generator=torch.Generator(),  # of its own, to leave the global one as it was
     )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set a network to eval mode, and each of its modules back to its own on leaving."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

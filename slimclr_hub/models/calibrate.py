@@ -9,8 +9,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.models.layers import SwitchableBatchNorm2d
+from slimclr_hub.models.mode import evaluating
 from slimclr_hub.models.slimmable_resnet import SlimmableResNet
-from slimclr_hub.models.widths import width_key
+from slimclr_hub.models.widths import check_widths, width_key
 from slimclr_hub.weights.slices import BATCH_COUNT
 
 
@@ -52,6 +53,7 @@ def calibrate_width(
         raise InputError('the loader gave no images to calibrate with')
     device = next(model.parameters()).device
     images = (_images(batch).to(device, non_blocking=True) for batch in chain([first], batches))
+    (width,) = check_widths([width])
     added = width not in model.widths
     if added:
         model.add_width(width)
@@ -88,22 +90,20 @@ def calibrate_batchnorm(model: SlimmableResNet, width: float, images: Iterable[t
         if not isinstance(norm, _BatchNorm):
             raise InputError(f'a normalisation is frozen ({type(norm).__name__}); unfreeze it to calibrate a width')
         norms.append(norm)
-    momenta, modes = [norm.momentum for norm in norms], {module: module.training for module in model.modules()}
+    momenta = [norm.momentum for norm in norms]
     before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative mean
-        norm.train()
-    try:
-        for batch in images:
-            model.forward_at(batch, width)
-    except BaseException:
-        for norm, buffers in zip(norms, before, strict=True):
-            norm.load_state_dict(buffers, strict=False)
-        raise
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, training in modes.items():
-            module.training = training  # one by one: some may be frozen
+    with evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative mean
+            norm.train()
+        try:
+            for batch in images:
+                model.forward_at(batch, width)
+        except BaseException:
+            for norm, buffers in zip(norms, before, strict=True):
+                norm.load_state_dict(buffers, strict=False)
+            raise
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum

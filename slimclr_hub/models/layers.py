@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.models.slicing import SlicedWeight, part
@@ -118,16 +119,17 @@ class SwitchableBatchNorm2d(Switchable):
         self.full_features = num_features
 
     @torch.no_grad()
-    def add(self, width: float, wider: float) -> None:
-        """Add a width: the leading channels of the normalisation of `wider`."""
+    def sibling(self, width: float, wider: float) -> nn.Module:
+        """A normalisation for another width: the leading channels of that of `wider`; an InputError if it is frozen."""
         norm = copy.deepcopy(self[width_key(wider)])
-        assert isinstance(norm, nn.BatchNorm2d)
+        if not isinstance(norm, _BatchNorm):
+            raise InputError(f'a normalisation is frozen ({type(norm).__name__}); unfreeze it to add a width')
         norm.num_features = scale_channels(self.full_features, width)
         for name in ('weight', 'bias', 'running_mean', 'running_var'):
             old = getattr(norm, name)
             new = old[: norm.num_features].clone()
             setattr(norm, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
-        self[width_key(width)] = norm
+        return norm
 
 
 class SwitchableBatchNorm1d(Switchable):
@@ -158,15 +160,15 @@ class SwitchableLinear(Switchable):
         self.multiplier = multiplier
 
     @torch.no_grad()
-    def add(self, width: float, wider: float) -> None:
-        """Add a width: the layer of `wider` at the leading features."""
+    def sibling(self, width: float, wider: float) -> nn.Module:
+        """A layer for another width: that of `wider` at the leading features."""
         linear = copy.deepcopy(self[width_key(wider)])
         assert isinstance(linear, nn.Linear)
         features = scale_channels(self.full_features, width)
         blocks = linear.weight.unflatten(1, (self.multiplier, -1))
         linear.weight = nn.Parameter(blocks[..., :features].flatten(1).clone(), linear.weight.requires_grad)
         linear.in_features = features * self.multiplier
-        self[width_key(width)] = linear
+        return linear
 
 
 class PassesWidth(nn.Module):

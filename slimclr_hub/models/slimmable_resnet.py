@@ -345,8 +345,7 @@ class SlimmableResNet(PassesWidth):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
             elif zero_init_last and isinstance(module, BasicBlock):
                 for norm in module.last()[0].values():
-                    assert isinstance(norm, nn.BatchNorm2d)
-                    nn.init.zeros_(norm.weight)
+                    nn.init.zeros_(norm.get_parameter('weight'))
         self.init_head()
 
     def init_head(self) -> None:
@@ -397,14 +396,16 @@ class SlimmableResNet(PassesWidth):
                 f'width {width:g} cannot be added to a network with overlap=False, as its channels would be those of '
                 f'others; train a network that has it among its widths'
             )
+        (width,) = check_widths([width])
         widths = check_widths((*self._widths, width))
         if widths[0] != self._widths[0]:
             raise InputError(f"width {width:g} exceeds this network's tensors, which are those of {self._widths[0]:g}")
         active, wider = self.width, widths[widths.index(width) - 1]
         self._ready(wider)
-        for module in self.modules():
-            if isinstance(module, SwitchableBatchNorm2d | SwitchableLinear):
-                module.add(width, wider)
+        switchables = [m for m in self.modules() if isinstance(m, SwitchableBatchNorm2d | SwitchableLinear)]
+        siblings = [module.sibling(width, wider) for module in switchables]  # all of them, or an error and none
+        for module, sibling in zip(switchables, siblings, strict=True):
+            module[width_key(width)] = sibling
         self._widths = widths
         self._held = tuple(sorted({*self._held, width}, reverse=True))
         self._active = widths.index(active)

@@ -60,6 +60,11 @@ def mark_baseline(axis: 'Axes', name: str, value: float) -> None:
     axis.axhline(value, label=name, color=GREY, linestyle='-.', linewidth=1, zorder=1)
 
 
+def figure_name(path: Path) -> Path:
+    """The name for `save_figure` of a file that a user has given, with or without a suffix of a figure."""
+    return path.with_suffix('') if path.suffix in ('.png', '.pdf') else path
+
+
 def save_figure(figure: 'Figure', path: Path) -> None:
     """Write a figure as `path`.png and `path`.pdf into a folder that is made if need be, and close it."""
     from matplotlib import pyplot as plt

@@ -2,6 +2,7 @@ import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -16,7 +17,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import FeatureCache, check_labels
 from slimclr_hub.text import GARMENTS
 from slimclr_hub.weights.hashes import state_hash
-from tests.data_room.files import some_images, write_classes, write_idx, write_idx_set
+from tests.data_room.files import some_images, write_classes, write_idx, write_idx_set, write_shards
 from tests.networks import randomise_batchnorm
 from tests.train.runs import contents
 
@@ -142,9 +143,16 @@ def test_a_damaged_file_is_written_again(tmp_path, accelerator, data, backbone, 
     assert 'computed again' in capsys.readouterr().out
 
 
+def test_a_stream_is_not_divided(data, tmp_path):
+    root = write_shards(tmp_path, (8,))[0].parent
+    loader = eval_loader(replace(data, name='wds/', root=str(root), num_samples=8), 'train', None, 0)
+    with pytest.raises(InputError, match=r'data\.name wds/, split train: a stream .*run one process'):
+        loader.prepared(SimpleNamespace(num_processes=2))
+
+
 def test_no_place_for_them(tmp_path, accelerator, data, backbone):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(InputError, match=r'features cannot be kept in .*file.* give another features\.cache'):
+    with pytest.raises(InputError, match=r'features\.cache .*file takes no files \(.*\); give another'):
         FeatureCache(tmp_path / 'file', accelerator, backbone, data).features('validation')
 
 

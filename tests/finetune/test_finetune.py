@@ -274,6 +274,12 @@ def test_classifier_is_fitted_first(place, tmp_path):
     assert result.top1[0.5] == pytest.approx(100 * right)
     random = tuned(place, tmp_path / 'random', *still, '--model.fit_head', 'false')
     assert random.top1 != result.top1
+    # Again after a kill in the first checkpoint, which has left a part of it.
+    for path in (tmp_path / 'out').iterdir():
+        if path.name != 'settings.json':
+            path.unlink()
+    (tmp_path / 'out' / 'checkpoints' / 'step-00000001.partial').mkdir(parents=True)
+    assert tuned(place, tmp_path / 'out', *still).top1 == result.top1
 
 
 # Few labels
@@ -376,7 +382,13 @@ def unlabelled(root: Path) -> None:
         write_pngs(root / split, some_images('train', 12)[0])
 
 
+def flat(root: Path) -> None:
+    shutil.rmtree(root / 'val')
+    write_pngs(root / 'val', some_images('train', 12)[0])
+
+
 BAD = {
+    'validation without classes': (flat, (), 'split validation has images without a label'),
     'a class that training does not have': (
         lambda root: (root / 'val' / sorted(path.name for path in (root / 'val').iterdir())[0]).rename(
             root / 'val' / 'zebra'

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from slimclr_hub.errors import InputError
+from slimclr_hub.hub.folder import save_folder
 from slimclr_hub.inference import cascade as fitting
 from slimclr_hub.inference.images import ImageList
 from slimclr_hub.inference.predict import predict
@@ -182,6 +183,12 @@ def test_labels_are_known_where_folders_are_classes(model, folder, tmp_path):
     images = sorted(folder.glob('*/*.png'))
     assert fitting.answer(model, images, QUIET).labels is None  # names begin with the path as given
     assert fitting.answer(model, folder, QUIET).labels is not None
+
+
+def test_a_lazy_network_knows_its_thresholds(model, fitted_file, tmp_path):
+    save_folder(model, tmp_path / 'net', size=28, mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, card='# A card\n')
+    lazy = timm.create_model(f'local-dir:{tmp_path / "net"}', pretrained=True, width=0.25, lazy=True)
+    assert lazy.load_cascades(fitted_file) == load_cascades(fitted_file)
 
 
 def test_budget_and_predict(model, fitted_file, folder):

@@ -368,6 +368,18 @@ def test_frozen_network_is_extracted_saved_opened_and_exported(frozen, trained, 
 def test_frozen_network_is_not_calibrated(frozen):
     with pytest.raises(InputError, match=r'a normalisation is frozen .*unfreeze it to calibrate a width'):
         calibrate_width(frozen, 0.5, batches())
+    names = [*frozen.state_dict()]
+    with pytest.raises(InputError, match=r'a normalisation is frozen .*unfreeze it to add a width'):
+        calibrate_width(frozen, NEW, batches())
+    assert [*frozen.state_dict()] == names
+    assert frozen.widths == WIDTHS
+
+
+def test_widths_as_arithmetic_gives_them(trained):
+    model = copy.deepcopy(trained)
+    for width in 0.2 + 2 * 0.2, 0.6, 0.5 + 1e-9:
+        calibrate_width(model, width, batches())
+    assert model.widths == (1.0, 0.75, 0.6, 0.5, 0.25)
 
 
 def test_weights_without_counts_load(trained, tmp_path):

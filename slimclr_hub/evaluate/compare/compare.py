@@ -10,6 +10,7 @@ from slimclr_hub.evaluate.compare.entries import SameRecipe, measure_speed, read
 from slimclr_hub.evaluate.compare.figure import draw_pareto
 from slimclr_hub.evaluate.compare.tables import comparison_tables, csv_text, reported_networks, reported_tables
 from slimclr_hub.files import write_text
+from slimclr_hub.runs.figures import figure_name
 from slimclr_hub.runs.result import environment
 from slimclr_hub.text import printable
 
@@ -79,8 +80,8 @@ def compare_networks(
         elif file is not None:
             write_text(file, texts[option])
             written.append(file)
-    if figure is not None and draw_pareto(entries, figure.with_suffix(''), reported):
-        written += [figure.with_suffix(suffix) for suffix in ('.png', '.pdf')]
+    if figure is not None and draw_pareto(entries, name := figure_name(figure), reported):
+        written += [name.with_name(name.name + suffix) for suffix in ('.png', '.pdf')]
     return written
 
 
