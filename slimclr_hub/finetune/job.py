@@ -132,26 +132,25 @@ def _classes(config: FinetuneConfig, images: _Splits, accelerator: Accelerator) 
     names = list(train.class_names) if train.class_names else None
     classes = config.model.num_classes or (len(names) if names else known_classes(train))
     where = f'data.name {data.name}, data.root {data.root}'
-    if labels is not None and labels.min() >= 0:
-        if len(np.unique(labels)) == 1:
-            raise InputError(f'{where}: all training images are of one class; there is nothing to tell apart')
-        _note_missing(config, labels, images, names, accelerator)
+    if labels is not None and labels.min() < 0:
+        labels = None
+    if labels is not None and len(np.unique(labels)) == 1:
+        raise InputError(f'{where}: all training images are of one class; there is nothing to tell apart')
     if classes is None:
         raise InputError(f'{where} does not tell how many classes there are; give --model.num_classes')
     if classes == 0:
         raise InputError(f'{where}: the images have no classes; let each class have a folder')
-    if images.test is not None and (tested := labels_of(images.test)) is not None:
+    assert images.test is not None
+    if (tested := labels_of(images.test)) is not None:
         check_labels(torch.from_numpy(tested), classes, str(data.val_split), 'model.num_classes')
+        if labels is not None:
+            _note_missing(config, labels, tested, names, accelerator)
     return classes, names if names and len(names) == classes else None
 
 
 def _note_missing(
-    config: FinetuneConfig, labels: np.ndarray, images: _Splits, names: list[str] | None, accelerator: Accelerator
+    config: FinetuneConfig, labels: np.ndarray, tested: np.ndarray, names: list[str] | None, accelerator: Accelerator
 ) -> None:
-    assert images.test is not None
-    tested = labels_of(images.test)
-    if tested is None or tested.min() < 0:
-        return
     for split, missing in (
         (config.data.val_split, np.setdiff1d(labels, tested)),
         (config.data.train_split, np.setdiff1d(tested, labels)),
@@ -188,8 +187,8 @@ def _train(
     load = partial(eval_loader, data, seed=config.run.seed, processes=accelerator.num_processes)
     validation = load(data.val_split, None, images=images.test)
     folder = RunFolder(path, accelerator)
-    begins = from_main_process(lambda: newest(path).path is None)
-    if begins and config.model.fit_head and not kept and has_statistics(network):
+    fits = config.model.fit_head and not kept and has_statistics(network)
+    if fits and from_main_process(lambda: newest(path).path is None):
         fit_head(network, load(data.train_split, _FITTED, images=images.train), data.train_split, accelerator)
     with StopSignals() as signals:
         training = FineTuning(config, accelerator, signals, network, images.train, validation, folder)

@@ -11,10 +11,8 @@ import torch
 from torch import nn
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.models.cascade import FittedCascades
 from slimclr_hub.models.layers import SwitchableBatchNorm2d, SwitchableLinear, shapes_at, tensors_of
 from slimclr_hub.models.loading import FIRST_CONV, expects_head, fit, load_file, read_first_conv
-from slimclr_hub.models.resolutions import Resolutions
 from slimclr_hub.models.slicing import SlicedWeight, memory_format
 from slimclr_hub.models.slimmable_resnet import HEAD_STD, SlimmableResNet
 from slimclr_hub.models.widths import DEFAULT_WIDTHS, check_width, check_widths, width_key
@@ -89,15 +87,9 @@ class LazySlimmableResNet(SlimmableResNet):
         """The widths whose tensors are in memory, in descending order."""
         return self._held
 
-    def load_cascades(self, path: str | Path) -> FittedCascades:
-        """As of other networks; it reads all widths, by whose tensors the file tells its network."""
-        self.hold()
-        return super().load_cascades(path)
-
-    def load_resolutions(self, path: str | Path) -> Resolutions:
-        """As of other networks; it reads all widths, by whose tensors the file tells its network."""
-        self.hold()
-        return super().load_resolutions(path)
+    def _hash(self) -> str:
+        self.hold()  # files tell their network by the tensors of all widths
+        return super()._hash()
 
     def hold(self, widths: Iterable[float] | None = None) -> None:
         """Read the tensors of `widths`, all of them unless given, that are not in memory: all together or none.

@@ -475,12 +475,15 @@ class SlimmableResNet(PassesWidth):
             InputError: They are of another network, or of this one with other weights or another dtype.
         """
         found = load_cascades(Path(path))
-        if found.weights != state_hash(self):
+        if found.weights != self._hash():
             raise InputError(f'{path} is of other weights; fit it again: slimclr-hub cascade NETWORK IMAGES')
         for width in {width for cascade in found.cascades for width in cascade.widths}:
             check_width(width, self._widths)
         self._cascades = found
         return found
+
+    def _hash(self) -> str:
+        return state_hash(self)
 
     def load_resolutions(self, path: str | Path) -> Resolutions:
         """Read the statistics for `set_resolution`, which `slimclr-hub resolutions` has estimated for this network.
@@ -489,7 +492,7 @@ class SlimmableResNet(PassesWidth):
             InputError: They are of another network, or of this one with other weights, dtype or size of images.
         """
         found = load_resolutions(Path(path))
-        if found.weights != state_hash(self) or found.size != self.pretrained_cfg['input_size'][-1]:
+        if found.weights != self._hash() or found.size != self.pretrained_cfg['input_size'][-1]:
             raise InputError(
                 f'{path} is of other weights or another size; make it again: slimclr-hub resolutions NETWORK IMAGES'
             )

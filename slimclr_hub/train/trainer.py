@@ -44,7 +44,7 @@ class Trainer(NetworkJob):
     def __init__(self, config: PretrainConfig, accelerator: Accelerator, signals: StopSignals) -> None:
         self.config = config
         self.teacher = teacher = open_teacher(config)
-        self._teacher = None if teacher is None else identity(config.teacher, teacher)
+        self._identity = None if teacher is None else identity(config.teacher, teacher)
         data = TrainData(
             config.data,
             config.views,
@@ -131,8 +131,8 @@ class Trainer(NetworkJob):
                 f'{self.folder.path / RECIPE} is not that of {found.path}: {"; ".join(changed)}; restore it, or give '
                 '--allow_changes true'
             )
-        if self._teacher is not None:
-            check_identity(self._teacher, found.state, found.path)
+        if self._identity is not None:
+            check_identity(self._identity, found.state, found.path)
 
     def _drop_metrics(self, found: Found) -> None:
         """Leave the metrics of the steps that the run goes on from."""
@@ -146,8 +146,8 @@ class Trainer(NetworkJob):
     def _notes(self) -> Iterator[str]:
         config = self.config
         yield from self.data.notes
-        if self._teacher is not None:
-            yield f'Teacher: {self._teacher["network"]}, weights {self._teacher["hash"][:8]}'
+        if self._identity is not None:
+            yield f'Teacher: {self._identity["network"]}, weights {self._identity["hash"][:8]}'
         if (config.method.queue_size or 0) > self.steps_per_epoch * config.data.batch_size:
             yield (
                 f'Warning: method.queue_size {config.method.queue_size} exceeds the images of an epoch; an image will '
@@ -192,7 +192,7 @@ class Trainer(NetworkJob):
 
     def state(self) -> dict[str, Any]:
         """The settings that have led to it, and the teacher, whose own weights no checkpoint holds."""
-        return {'settings': self._settings, **({} if self._teacher is None else {'teacher': self._teacher})}
+        return {'settings': self._settings, **({} if self._identity is None else {'teacher': self._identity})}
 
     def checkpoint_is_due(self, epoch: int | None) -> bool:
         """True every run.checkpoint_every epochs, every run.checkpoint_steps steps, and after the last epoch."""
