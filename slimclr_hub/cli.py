@@ -154,8 +154,8 @@ def latency(
         table = read_table(path).with_timings(found)
     except (FileNotFoundError, InputError):  # what cannot be read is replaced
         table = found
-    table.save(path)
     _print(timings_table(found.timings))
+    table.save(path)
     if figure:
         draw_timings(found.timings, _known_accuracies(network, model), figure_name(figure))
     print(f'{found.machine}: kept in {path}')
@@ -191,7 +191,7 @@ def choose(
     if found is not None:
         model.load_resolutions(resolutions)  # which are of these weights, or refused
     pixels = model.pretrained_cfg['input_size'][-1] if size is None else size
-    setting = Setting(pixels, batch_size, threads or torch.get_num_threads(), runtime, device)
+    setting = Setting(pixels, batch_size, torch.get_num_threads() if threads is None else threads, runtime, device)
     choice = choose_width(model, budget, setting, found)
     if found is None:
         _print(_needs_table(list(choice.needs.values()), _known_accuracies(network, model)))
@@ -315,6 +315,7 @@ def export(
 ) -> None:
     """Export each width for other runtimes, and check it against PyTorch."""
     from slimclr_hub.hub.export import Calibration, check_format, export_network
+    from slimclr_hub.hub.export.checks import check_size
     from slimclr_hub.hub.open import open_network
     from slimclr_hub.text import human
 
@@ -323,6 +324,8 @@ def export(
             '--int8, --calibration FOLDER and --least-cosine go together; give the first two, or none for float32'
         )
     check_format(format, int8=int8)
+    if size is not None:
+        check_size(size)
     if resolutions is not None:
         _check_resolution(resolutions, size)
     model = open_network(network)
@@ -452,6 +455,7 @@ def cascade(
     """
     from dataclasses import replace
 
+    from slimclr_hub.files import try_folder
     from slimclr_hub.hub.folder import check_file
     from slimclr_hub.inference import cascade as fitting
     from slimclr_hub.inference.images import list_images
@@ -459,6 +463,7 @@ def cascade(
     from slimclr_hub.runs.figures import figure_name
 
     check_file(out, overwrite)
+    try_folder(out.parent, '--out')
     _check_drawing(figure)
     listed = list_images(images)
     model = _on_device(network, None, device, lazy=False)
@@ -493,12 +498,14 @@ def resolutions(
     No labels are needed. Where images lie in folders named by the network's classes, the table shows accuracy, and
     `choose` and `create_model` choose the best pair of width and size within a budget.
     """
+    from slimclr_hub.files import try_folder
     from slimclr_hub.hub.folder import check_file
     from slimclr_hub.inference import resolutions as fitting
     from slimclr_hub.inference.images import list_images
     from slimclr_hub.inference.runner import InferenceConfig
 
     check_file(out, overwrite)
+    try_folder(out.parent, '--out')
     listed = list_images(images)
     model = _on_device(network, None, device, lazy=False)
     config = InferenceConfig(batch_size, workers, skip_unreadable=skip_unreadable)
@@ -719,13 +726,14 @@ def _known_accuracies(network: str, model: Any) -> dict[float, float]:
     from slimclr_hub.weights.published import PUBLISHED, SHIPPED
 
     tag = model.pretrained_cfg.get('tag')
+    found: list[Any] = []
     if Path(network).is_dir():
         found = [result for results in results_in(Path(network)).values() for result in results]
     elif tag in SHIPPED:
         found = load(SHIPPED[tag].results)
-    else:
-        return {width: each.top1 for width, each in PUBLISHED[tag].reported.items()} if tag in PUBLISHED else {}
     measured = [dict(result.top1) for result in found if result.protocol.kind in ('classifier', 'linear')]
+    if tag in PUBLISHED and not Path(network).is_dir():
+        measured.append({width: each.top1 for width, each in PUBLISHED[tag].reported.items()})
     return next((top1 for top1 in measured if set(model.widths) <= top1.keys()), {})
 
 

@@ -74,7 +74,11 @@ def open_image(source: str | os.PathLike[str] | BytesIO) -> Image.Image:
     """Open an image without decoding it; exceptions are of any kind."""
     if not isinstance(source, BytesIO) and not stat.S_ISREG(os.stat(source).st_mode):
         raise OSError('not a file')  # to open a pipe would be to wait for its writer
-    return Image.open(source)
+    image = Image.open(source)
+    if image.format == 'EPS':
+        image.close()
+        raise OSError('PostScript, which is a program and is not run; convert it to PNG')
+    return image
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:

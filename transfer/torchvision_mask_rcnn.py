@@ -19,11 +19,13 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 from typer import Option
 
+from slimclr_hub.data.batches import on_one_line
 from slimclr_hub.detection.precision import precision_table
 from slimclr_hub.detection.torchvision_backbone import backward_widths, slimmable_mask_rcnn
 from slimclr_hub.detection.torchvision_coco import CocoInstances, evaluate_widths
 from slimclr_hub.distributed import average_batchnorm
 from slimclr_hub.errors import InputError
+from slimclr_hub.runs.command_line import run_script
 from slimclr_hub.runs.launcher import launched
 from slimclr_hub.weights.tensor_file import save_tensors
 
@@ -49,11 +51,11 @@ def main(
     weights: Annotated[str | None, Option(help='Tag, hf-hub:USER/NAME, folder or file; random unless given.')] = None,
     name: Annotated[str, Option(help="Name of the network in timm's registry.")] = 'slimclr_resnet50',
     widths: Annotated[str, Option(help='Widths to train, separated by commas.')] = '1.0,0.75,0.5,0.25',
-    epochs: int = 12,
+    epochs: Annotated[int, Option(min=1)] = 12,
     lr: Annotated[float, Option(help='Learning rate; scale it with the batch size.')] = 0.0025,
-    batch_size: Annotated[int, Option(help='Images per process.')] = 2,
-    min_size: Annotated[int, Option(help='Shorter side of the images in pixels.')] = 800,
-    workers: Annotated[int, Option(help='Processes that read images.')] = 2,
+    batch_size: Annotated[int, Option(min=1, help='Images per process.')] = 2,
+    min_size: Annotated[int, Option(min=1, help='Shorter side of the images in pixels.')] = 800,
+    workers: Annotated[int, Option(min=0, help='Processes that read images.')] = 2,
     seed: int = 0,
     out: Annotated[Path, Option(help='Folder of the result.')] = Path('work_dirs/torchvision_mask_rcnn'),
 ) -> None:
@@ -73,7 +75,11 @@ def main(
     val_set = CocoInstances(data, 'val', to_float, crowds=True)
     if train_set.names != val_set.names:
         raise InputError(f'{data}: train has the classes {train_set.names}, val {val_set.names}')
-    loading: dict[str, Any] = {'batch_size': batch_size, 'num_workers': workers, 'collate_fn': collate}
+    loading: dict[str, Any] = {
+        'batch_size': batch_size * accelerator.num_processes,
+        'num_workers': workers,
+        'collate_fn': collate,
+    }
 
     model = slimmable_mask_rcnn(weights, held, len(train_set.names) + 1, name, min_size=min_size)
     if accelerator.num_processes > 1 and accelerator.device.type == 'cuda':
@@ -88,7 +94,7 @@ def main(
     with tqdm(total=steps, disable=not accelerator.is_main_process, unit='step') as bar:
         for _ in range(epochs):
             model.train()
-            for step, (images, targets) in enumerate(train):
+            for step, (images, targets) in enumerate(on_one_line(train)):
                 losses = backward_widths(model, images, targets, backward=accelerator.backward)
                 accelerator.clip_grad_norm_(model.parameters(), MAX_NORM)
                 optimizer.step()
@@ -101,14 +107,11 @@ def main(
     average_batchnorm(accelerator.unwrap_model(model))  # without SyncBN each process has its own statistics
     if accelerator.is_main_process:
         save_tensors(accelerator.unwrap_model(model).state_dict(), result)
-    results = evaluate_widths(model, val)
+    results = evaluate_widths(model, on_one_line(val))
     if accelerator.is_main_process:
         print(f'{precision_table(results, accelerator.unwrap_model(model).backbone.body)}\n{result}')
     accelerator.end_training()
 
 
 if __name__ == '__main__':
-    try:
-        typer.run(main)
-    except InputError as error:
-        raise SystemExit(f'Error: {error}') from None
+    run_script(lambda: typer.run(main))

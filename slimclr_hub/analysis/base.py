@@ -43,20 +43,20 @@ class OutputOption(Incidental):
 
 
 def run_folders(runs: Sequence[str]) -> list[Path]:
-    """Return the folders of runs; refuse what is not the folder of a run, and one that is given twice."""
-    folders = [Path(run) for run in runs]
+    """Return the full paths of runs; refuse what is not the folder of a run, and one that is given twice."""
+    folders = [Path(run).resolve() for run in runs]
     for folder in folders:
         recipe_of(folder)
-    if len({folder.resolve() for folder in folders}) < len(folders):
+    if len({*folders}) < len(folders):
         raise InputError(f'a run is given twice: {" ".join(runs)}; drop one')
     return folders
 
 
 def labels_of(folders: Sequence[Path]) -> list[str]:
     """Return the names of runs, with the parent folder's name in front if two runs share theirs."""
-    names = [folder.resolve().name for folder in folders]
+    names = [folder.name for folder in folders]
     return [
-        name if names.count(name) == 1 else f'{folder.resolve().parent.name}-{name}'
+        name if names.count(name) == 1 else f'{folder.parent.name}-{name}'
         for folder, name in zip(folders, names, strict=True)
     ]
 

@@ -259,6 +259,9 @@ def measure_condition(network: str, config: ConditionConfig) -> Results:
     widths = narrower(backbone.widths, config.widths)
     backbone.reset_classifier(0)
     full = backbone.widths[0]
+    if config.ridge == 0 and config.images < backbone.num_features:
+        few = f'{config.images} images, and width {full:g} has {backbone.num_features} features'
+        raise InputError(f'{few}, which are then not independent; give --images {backbone.num_features} or more')
     results: Results = {}
     for split in config.splits:
         named = config.data.train_split if split == 'train' else config.data.val_split

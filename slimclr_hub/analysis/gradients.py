@@ -104,13 +104,18 @@ def gradients_of(folder: Path, options: GradientsConfig) -> RunGradients:
     steps, gradients = torch.zeros(0), torch.zeros(0, 0)
     if not options.from_checkpoints:
         norms, (steps, gradients) = Records(folder).norms(), Records(folder).gradients()
+    # In float16 a step may overflow; the optimizer skips it, after its gradients were recorded.
+    kept, finite = [record for record in norms if isfinite(record.all)], gradients.isfinite().all(1)
+    notes: tuple[str, ...] = ()
+    if lost := len(norms) - len(kept) + int((~finite).sum()):
+        notes = (f'{folder.name}: {lost} records whose gradient is not finite are left out',)
+    norms, steps, gradients = kept, steps[finite], gradients[finite]
     if smallest is not None and any(record.width != smallest for record in norms):
         raise InputError(
             f'{folder} has recorded the share of width {norms[0].width:g}, not of {smallest:g}; drop --smallest, or '
             'give --from_checkpoints true'
         )
     recorded_norms, recorded_gradients = bool(norms), len(steps) >= _MIN_GRADIENTS
-    notes: tuple[str, ...] = ()
     if not (recorded_norms and recorded_gradients):
         if (count := len(checkpoint_steps(folder))) < _MIN_GRADIENTS:
             raise InputError(
@@ -119,8 +124,8 @@ def gradients_of(folder: Path, options: GradientsConfig) -> RunGradients:
             )
         diagnostics = replace(config.diagnostics, smallest=smallest or config.diagnostics.smallest)
         width = diagnostics.smallest_of(config.model.widths, config.model.overlap)
-        replayed, *others, notes = _replay_gradients(Replay(folder), width, options.batches)
-        norms = norms or replayed
+        replayed, *others, replay_notes = _replay_gradients(Replay(folder), width, options.batches)
+        norms, notes = norms or replayed, (*notes, *replay_notes)
         if not recorded_gradients:
             steps, gradients = others
     return RunGradients(
@@ -249,7 +254,7 @@ def analyse_gradients(runs: Sequence[str], config: GradientsConfig) -> None:
     """
     folders = run_folders(runs)
     output = Path(config.output) if config.output is not None else folders[0] / 'analysis'
-    settings = {'runs': [str(folder.resolve()) for folder in folders], **relevant(config)}
+    settings = {'runs': [str(folder) for folder in folders], **relevant(config)}
     read_data(output / 'gradients', settings)
     found = [
         replace(gradients_of(folder, config), name=label)

@@ -34,6 +34,7 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.knn import knn_predict
 from slimclr_hub.files import append_json_line, read_json_lines
 from slimclr_hub.methods.batchnorm import split_batchnorm
+from slimclr_hub.methods.objective import LOSSES
 from slimclr_hub.runs.figures import save_figure
 from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.settings import above, at_least, differences, one_of
@@ -140,7 +141,8 @@ class ErrorMeasure:
             left -= len(batch)
             found.append((batch.to(replay.device), labels.to(replay.device)))
         if not found:
-            raise InputError(f'{images} images of {split} make no batch of {size}; give --images {size} or more')
+            few = f'{min(images, loader.total)} images of {split} make no batch of {size}'
+            raise InputError(f'{few}; give --images {size} or more where there are so many, or --quantity full')
         return found
 
     @torch.no_grad()
@@ -264,7 +266,7 @@ def analyse_surface(runs: Sequence[str], config: SurfaceConfig) -> None:
         write_data(stem, settings, runs=measured)
         for partial in partials:
             partial.unlink()
-    keys, label = _height(config, methods[0], measured)
+    keys, label = _height(config, measured)
     panels = [
         Panel(name, path, axes, run['values'][key])
         for name, path, run, key in zip(labels_of(folders), paths, measured, keys, strict=True)
@@ -302,19 +304,17 @@ def _measure_all(
     return results
 
 
-def _height(config: SurfaceConfig, method: str, runs: Sequence[dict[str, Any]]) -> tuple[list[str], str]:
+def _height(config: SurfaceConfig, runs: Sequence[dict[str, Any]]) -> tuple[list[str], str]:
     """Key of each run's quantity to draw, and its label."""
     if config.quantity == 'total':
         return ['loss'] * len(runs), 'training loss, all widths (nats)'
-    if config.quantity == 'error':
-        name, label = 'error', 'error (%)'
-    elif method == 'supervised':
-        name, label = 'cross_entropy', 'cross-entropy (nats)'
-    else:
-        name, label = 'info_nce', 'InfoNCE loss (nats)'
+    labels = {'error': 'error (%)', **{name: f'{words} (nats)' for name, words in LOSSES.items()}}
+    found = [[key for key in run['values'] if key.partition('/')[0] in labels] for run in runs]
+    if not all(found):
+        raise InputError(f'the method logs no {" and no ".join(LOSSES)} of each width; give --quantity total')
     # The widest of each run, which may be a narrower width alone.
-    keys = [[key for key in run['values'] if key.startswith(f'{name}/')] for run in runs]
-    return [max(each, key=lambda key: float(key.partition('/')[2])) for each in keys], label
+    keys = [max(each, key=lambda key: float(key.partition('/')[2])) for each in found]
+    return keys, labels[keys[0].partition('/')[0]]
 
 
 def _table(panels: Sequence[Panel], label: str) -> TextTable:

@@ -1,6 +1,7 @@
 """Configuration of training and evaluation images."""
 
 from dataclasses import dataclass, fields
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,10 @@ class ImagesConfig:
         for name in ('mean', 'std'):
             if len(getattr(self, name)) != self.channels:
                 raise InputError(f'data.{name} has {len(getattr(self, name))} values for data.channels {self.channels}')
-        if min(self.std) <= 0:
+        if not all(0 < value < inf for value in self.std):
             raise InputError(f'data.std {list(self.std)} holds a value that is not above 0')
+        if not all(map(isfinite, self.mean)):
+            raise InputError(f'data.mean {list(self.mean)} holds a value that is no number')
         if not 0 < self.crop_pct <= 1:
             raise InputError(f'data.crop_pct is {self.crop_pct}; give a fraction in (0, 1]')
 

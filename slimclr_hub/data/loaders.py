@@ -172,7 +172,7 @@ def eval_loader(
             total = at_most
             chosen = np.sort(np.random.default_rng(seed).permutation(len(source))[:at_most])
         dataset = EvalImages(source, transform, chosen[share[0] :: share[1]])
-    batch_size = min(config.batch_size // processes, _EVAL_BATCH) * processes
+    batch_size = min(max(config.batch_size // processes, 1), _EVAL_BATCH) * processes
     loader = DataLoader(
         dataset,
         batch_size=batch_size,

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,18 @@ _LISTS = {'image': 'images', 'category': 'categories'}
 def coco_root() -> Path:
     """Folder of COCO as the configs read it: the environment variable `COCO_ROOT`, or `data/coco`."""
     return Path(os.environ.get('COCO_ROOT') or 'data/coco')
+
+
+@contextmanager
+def in_format(annotations: Path | str) -> Iterator[None]:
+    """Turn what reading a malformed file of annotations raises into an InputError that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        reason = f'{type(error).__name__} {error}'.strip()
+        raise InputError(f"{annotations} is not in COCO's format: {reason}") from error
 
 
 def check_files(root: Path, names: Iterable[str], remedy: str) -> None:
@@ -53,10 +66,8 @@ def class_names(root: str | Path) -> tuple[str, ...]:
     annotations = 'annotations/train.json'
     path = Path(root) / annotations
     check_files(Path(root), (annotations,), 'COCO_ROOT (environment) is the folder of your images and annotations')
-    try:
+    with in_format(path):
         names = tuple(category['name'] for category in json.loads(path.read_bytes())['categories'])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not in COCO's format: {type(error).__name__} {error}") from error
     if not names or len({*names}) != len(names):
         raise InputError(f'{path} names {f"a class twice: {shorten(names)}" if names else "no class"}')
     return names
@@ -65,9 +76,14 @@ def class_names(root: str | Path) -> tuple[str, ...]:
 def check_annotations(annotations: str, content: dict[str, Any], images: Path, masks: bool) -> None:
     """Raise an InputError for what would be left out without a word, or end a run in its middle.
 
-    That is an annotation without a key that training or evaluation reads, one of an image or category that the file
-    lacks, and an image that is not in its folder.
+    That is an image or annotation without a key that training or evaluation reads, an annotation of an image or
+    category that the file lacks, and an image that is not in its folder.
     """
+    of_images = ('id', 'file_name', 'height', 'width')
+    for image in content['images']:
+        if lacking := [key for key in of_images if image.get(key) is None]:
+            name = f'{annotations}: image {image.get("id")}'
+            raise InputError(f'{name} has no {", ".join(lacking)}; each needs {", ".join(of_images)}')
     keys = ('image_id', 'category_id', 'bbox', 'area', 'iscrowd', *(['segmentation'] if masks else []))
     known = {f'{kind}_id': {entry['id'] for entry in content[plural]} for kind, plural in _LISTS.items()}
     for annotation in content.get('annotations', []):

@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from slimclr_hub.detection.coco import FILES, coco_root
+from slimclr_hub.errors import InputError
 from slimclr_hub.text import first_line
 
 CONFIG = Path('transfer/mask_rcnn_slim.py')
@@ -51,12 +52,16 @@ class Package:
 
 @dataclass
 class Report:
-    """Result of `examine`; `files` counts the files at each required path, 0 if it is missing or empty."""
+    """Result of `examine`; `files` counts the files at each required path, 0 if it is missing or empty.
+
+    `problem` says why they are not known, where a config cannot be run.
+    """
 
     packages: dict[str, Package]
     gpus: int
     config: Path
     files: dict[Path, int]
+    problem: str = ''
 
     @property
     def installed(self) -> bool:
@@ -66,7 +71,7 @@ class Report:
     @property
     def ready(self) -> bool:
         """True if training could start: every needed package is ok, and no required file is missing."""
-        return self.installed and all(self.files.values())
+        return self.installed and not self.problem and all(self.files.values())
 
     def lines(self) -> list[str]:
         """Return what to install, what to type, and which files are there, a line each."""
@@ -86,6 +91,8 @@ class Report:
         for path, count in self.files.items():
             there = f'{count:,} files' if path.is_dir() else 'ok'
             lines.append(f'{path}: {there if count else "missing"}')
+        if self.problem:
+            lines.append(self.problem)
         return lines
 
     def _all_ok(self, names: Iterable[str]) -> bool:
@@ -114,6 +121,8 @@ def examine(config: Path | None = None, data: Path | None = None, with_files: bo
     Raises:
         InputError: `config` does not exist.
     """
+    if config is not None and not config.is_file():
+        raise InputError(f'{config} does not exist or is not a file')
     if data is not None:
         os.environ['COCO_ROOT'] = str(data)  # as configs read it
     with warnings.catch_warnings():
@@ -129,7 +138,10 @@ def examine(config: Path | None = None, data: Path | None = None, with_files: bo
         mim.notes.append(path or 'no command mim beside python or on PATH')
     report = Report(packages, gpus, config or CONFIG, {})
     if with_files and (config is None or report.installed):
-        report.files = _files(config)
+        try:
+            report.files = _files(config)
+        except InputError as error:  # a config that reads the classes of a file, and the file is missing
+            report.problem = str(error)
     return report
 
 

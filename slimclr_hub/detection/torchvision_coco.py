@@ -16,12 +16,12 @@ from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from slimclr_hub.detection.coco import check_files
+from slimclr_hub.detection.coco import check_annotations, check_files, in_format
 from slimclr_hub.detection.precision import KINDS, METRICS
 from slimclr_hub.detection.torchvision_backbone import slimmable_backbone
 from slimclr_hub.detection.widths import unwrapped
 from slimclr_hub.distributed import world_size
-from slimclr_hub.errors import InputError
+from slimclr_hub.errors import DataError
 from slimclr_hub.models.mode import evaluating
 
 
@@ -41,6 +41,7 @@ class CocoInstances(torch.utils.data.Dataset):
 
     Raises:
         InputError: A file is missing or is not in COCO's format.
+        DataError: An image, when it is asked for, cannot be read or is of another size than annotations say.
     """
 
     def __init__(
@@ -52,16 +53,13 @@ class CocoInstances(torch.utils.data.Dataset):
             names = f'annotations/instances_{split}2017.json', f'{split}2017'
         check_files(folder, names, remedy)
         annotations, self.folder = (folder / name for name in names)
-        try:
+        with in_format(annotations):
             with redirect_stdout(StringIO()):
                 self.coco = COCO(str(annotations))
+            check_annotations(str(annotations), self.coco.dataset, self.folder, masks=True)
             self.image_ids = sorted(self.coco.imgs)
             self.labels = {number: label for label, number in enumerate(sorted(self.coco.cats), start=1)}
             self.names = tuple(self.coco.cats[number]['name'] for number in self.labels)
-        except (ValueError, KeyError, AssertionError) as error:
-            raise InputError(f"{annotations} is not in COCO's format: {error}") from error
-        if without := [number for number, a in self.coco.anns.items() if not a.get('segmentation')]:
-            raise InputError(f'{annotations} has no mask for annotation {without[0]}; Mask R-CNN needs all')
         self.transform = transform
         self.crowds = crowds
 
@@ -70,14 +68,18 @@ class CocoInstances(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
         image_id = self.image_ids[index]
-        path = self.folder / self.coco.imgs[image_id]['file_name']
+        entry = self.coco.imgs[image_id]
+        path = self.folder / entry['file_name']
         try:
             with Image.open(path) as file:
                 image = tv_tensors.Image(pil_to_tensor(file.convert('RGB')))
         except OSError as error:
-            raise InputError(f'{path} cannot be read: {error}') from error
+            raise DataError(f'{path} cannot be read: {error}') from error
         size = tuple(image.shape[-2:])
-        known = [a for a in self.coco.imgToAnns[image_id] if self.crowds or not a.get('iscrowd')]
+        if size != (entry['height'], entry['width']):
+            found, said = f'{size[1]} x {size[0]}', f'{entry["width"]} x {entry["height"]}'
+            raise DataError(f'{path} is of {found} pixels, and annotations say {said}; correct either')
+        known = [a for a in self.coco.imgToAnns[image_id] if self.crowds or not a['iscrowd']]
         known = [a for a in known if min(a['bbox'][2:]) >= 1]  # COCO has boxes of no area, which torchvision refuses
         boxes = torch.tensor([a['bbox'] for a in known]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
@@ -86,7 +88,7 @@ class CocoInstances(torch.utils.data.Dataset):
             'boxes': tv_tensors.BoundingBoxes(boxes, format='XYXY', canvas_size=size, dtype=torch.float32),
             'labels': torch.tensor([self.labels[a['category_id']] for a in known], dtype=torch.int64),
             'masks': tv_tensors.Mask(torch.from_numpy(masks)),
-            'iscrowd': torch.tensor([a.get('iscrowd', 0) for a in known], dtype=torch.int64),
+            'iscrowd': torch.tensor([a['iscrowd'] for a in known], dtype=torch.int64),
             'image_id': image_id,
         }
         return (image, target) if self.transform is None else self.transform(image, target)

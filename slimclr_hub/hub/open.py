@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import CustomDatasetInfo
 from timm.models import parse_model_name
 from torch import nn
 
@@ -28,6 +29,12 @@ from slimclr_hub.weights.tensor_file import TensorFile
 
 # Errors of timm and PyTorch about arguments, which a config.json may have of any kind.
 _OF_ARGUMENTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+_LEAST_CROP = 0.05
+_HOW = {
+    'interpolation': ('bicubic', 'bilinear', 'lanczos', 'nearest', 'box', 'hamming'),
+    'crop_mode': ('center', 'squash', 'border'),
+}
+_OF_EXTRACTED = {'in_chans', 'global_pool', 'channels', 'output_stride'}
 _MAX_MESSAGE = 500  # characters
 _MOST = 1e6  # of a mean or a standard deviation of pixels: far above any
 _KINDS = 'a tag such as slimclr_resnet50.mocov2_200e_in1k, a folder, a .safetensors file, or hf-hub:USER/NAME'
@@ -161,12 +168,24 @@ def read_config(file: Path, name: object) -> dict[str, Any]:
     size = cfg.get('input_size', [])
     if not all(isinstance(number, int) and 0 < number <= MAX_IMAGE_SIZE for number in size) or len(size) not in (0, 3):
         raise InputError(f'{name}: input_size in its config.json is {size}, not channels, height and width of images')
-    names = config.get('label_names', cfg.get('label_names'))
+    names, about = (config.get(key, cfg.get(key)) for key in ('label_names', 'label_descriptions'))
     if not isinstance(names, list | None):
         raise InputError(f'{name}: label_names in its config.json is {reprlib.repr(names)}, not a list')
+    if names:
+        try:
+            CustomDatasetInfo(names, about)
+        except (ValueError, TypeError) as error:
+            raise InputError(f'{name}: label_names or label_descriptions in its config.json: {error}') from error
     for key in ('crop_pct', 'num_classes'):
         if not isinstance(cfg.get(key), int | float | None):
             raise InputError(f'{name}: {key} in its config.json is {reprlib.repr(cfg[key])}, not a number')
+    crop = cfg.get('crop_pct')
+    if crop is not None and not _LEAST_CROP <= crop <= 1:  # an image is resized to the size over it
+        raise InputError(f'{name}: crop_pct in its config.json is {crop}, not from {_LEAST_CROP} to 1')
+    for key, known in _HOW.items():
+        if cfg.get(key, known[0]) not in known:
+            problem = f'{key} in its config.json is {reprlib.repr(cfg[key])}'
+            raise InputError(f'{name}: {problem}, not one of {", ".join(known)}')
     return config
 
 
@@ -175,6 +194,8 @@ def _check_extracted(config: dict[str, Any]) -> None:
     width, arguments = config.get(WIDTH, 1.0), config.get('model_args', {})
     if not isinstance(width, int | float) or not 0 < width <= 1:
         raise InputError(f'{WIDTH} in its config.json is {width!r:.60}, not a width')
+    if unknown := arguments.keys() - _OF_EXTRACTED:
+        raise InputError(f'model_args in its config.json has {shorten(sorted(unknown))}, of no extracted network')
     channels, classes = arguments.get('channels', (64, 128, 256, 512)), config.get('num_classes', 0)
     check_sizes((3, 8, 36, 3)[: len(channels)], channels, (1.0,), arguments.get('in_chans', 3), classes)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -31,6 +32,8 @@ _NEEDED = ('config.json', WEIGHTS, 'README.md')
 # Files of a run that a reader of the card may want; not its checkpoints.
 _OPTIONAL = (RECIPE, 'metrics.jsonl', '*.png', RESULT, f'*/{RESULT}')
 _SYSTEMS = (PurePosixPath, PureWindowsPath)
+# A path within a word, up to its last part; https://... is none.
+_FOLDERS = re.compile(r'(?<![\w./~\\-])(?:~|/(?!/)|[A-Za-z]:[\\/])[^\[\](),=\'"]*[\\/]')
 _LOCAL = re.compile(r"(?<=['\"`])local-dir:[^'\"`\n]+|local-dir:[^'\"`\s]+")
 _ABOUT_LOCAL = re.compile(r'From the Hugging Face Hub it is `hf-hub:USER/NAME` instead of `local-dir:`\.\s*')
 
@@ -61,8 +64,8 @@ def plan_push(folder: Path, repo: str) -> Plan:
     A slimmable network goes as weights in parts, too (`weights.progressive`), so that others fetch it by size. They are
     made here and not by training, as a folder on the disk is read by slices and would only take twice the space. In the
     card, `local-dir:...` becomes `hf-hub:REPO`, so that its usage works for its readers, and the accuracies in
-    the folder's `result.json` become evaluation results of the Hub. In the recipe and results, of an absolute path only
-    the last part stays.
+    the folder's `result.json` become evaluation results of the Hub. In the recipe and results, commands included, of an
+    absolute path only the last part stays.
 
     Args:
         folder: A folder that timm opens, as `save_folder` or `slimclr-hub convert` write it.
@@ -133,9 +136,18 @@ def _last_parts(value: Any) -> Any:
         return {_last_parts(key): _last_parts(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_last_parts(each) for each in value]
-    if isinstance(value, str) and (value.startswith('~') or any(kind(value).is_absolute() for kind in _SYSTEMS)):
+    if not isinstance(value, str):
+        return value
+    if value.startswith('~') or any(kind(value).is_absolute() for kind in _SYSTEMS):
         return PureWindowsPath(value).name  # which knows either separator
-    return value
+    try:
+        words, command = shlex.split(value), True  # whose paths may have spaces
+    except ValueError:  # an apostrophe
+        words, command = value.split(), False
+    shortened = [_FOLDERS.sub('', word) for word in words]
+    if shortened == words:
+        return value
+    return shlex.join(shortened) if command else ' '.join(shortened)
 
 
 def _with_results(text: str, folder: Path, repo: str) -> str:
@@ -143,7 +155,10 @@ def _with_results(text: str, folder: Path, repo: str) -> str:
     results = [results[0] for results in results_in(folder).values() if results and results[0].top1]
     if not results:
         return text
-    card = ModelCard(text)
+    try:
+        card = ModelCard(text)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise InputError(f'{folder / "README.md"} has metadata that the Hub refuses: {first_line(error)}') from error
     assert isinstance(card.data, ModelCardData)
     card.data.model_name = repo.partition('/')[2]
     card.data.eval_results = [
@@ -196,6 +211,8 @@ def push(plan: Plan, *, private: bool = False, revision: str | None = None, mess
         status = error.response.status_code
         remedy = '; `hf auth login` with a token that may write there' if status in (401, 403) else ''
         raise InputError(f'the Hub refused {plan.repo} with {status}{remedy}: {first_line(error)}') from error
+    except ValueError as error:  # the client's, about the card's metadata
+        raise InputError(f'{plan.repo}: {" ".join(str(error).split())}') from error
     except Exception as error:
         if not (is_transport_error(error) or isinstance(error, OSError)):
             raise

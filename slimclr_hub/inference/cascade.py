@@ -9,7 +9,6 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
-from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.layers import get_device_dtype
 
 from slimclr_hub.errors import InputError
@@ -18,6 +17,7 @@ from slimclr_hub.inference.runner import InferenceConfig, preprocessing, run_ima
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.cascade import Cascade, FittedCascades, last_widths, margins, mean_cost, route
 from slimclr_hub.models.cost import cost
+from slimclr_hub.models.labels import class_info
 from slimclr_hub.models.mode import evaluating
 from slimclr_hub.runs.progress import progress_bar
 from slimclr_hub.runs.turns import in_turns, seconds_of
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _QUANTILES = 49
 _LEAST_IMAGES = 20
 _TIMED = 64
+_LONGEST = 4  # widths of a cascade, where there are more to choose from
+_MOST_WIDTHS = 16  # of which there are 2,516 ways of at most four
 _REPEATS = 3
 
 
@@ -93,9 +95,11 @@ def answer(model: SlimmableResNet, images: Sources, config: InferenceConfig) -> 
     by their numbers.
 
     Raises:
-        InputError: The network has no two widths or no two classes, there are fewer than 20 images, or as in
-            `run_images`.
+        InputError: The network has no two widths or no two classes, or more than 16 widths, there are fewer than 20
+            images, or as in `run_images`.
     """
+    if len(model.widths) > _MOST_WIDTHS:
+        raise InputError(f'{len(model.widths)} widths have too many cascades to try; give a network of {_MOST_WIDTHS}')
     if len(model.widths) < 2 or model.num_classes < 2:
         raise InputError(
             f'a cascade needs a network with a classifier and several widths, not {model.num_classes} classes at '
@@ -121,8 +125,8 @@ def answer(model: SlimmableResNet, images: Sources, config: InferenceConfig) -> 
 
 def labels_of(model: SlimmableResNet, names: Sequence[str]) -> torch.Tensor | None:
     """Class of each image [N], by the first folder of its name; None where one is no class of the network."""
-    subset = infer_imagenet_subset(model)
-    classes = model.pretrained_cfg.get('label_names') or (ImageNetInfo(subset).label_names() if subset else [])
+    info = class_info(model)
+    classes = [] if info is None else info.label_names()
     numbers = {str(number): number for number in range(model.num_classes)}
     numbers |= {name: number for number, name in enumerate(classes[: model.num_classes])}
     folders = [name.partition('/')[0] for name in names]
@@ -134,14 +138,14 @@ def labels_of(model: SlimmableResNet, names: Sequence[str]) -> torch.Tensor | No
 def fit_cascades(answers: Answers) -> tuple[Cascade, ...]:
     """Choose cascades by their agreement with the widest width, which takes no labels.
 
-    Of all ways through the widths and of 49 margins each, those remain that no mix of two others reaches: the upper
-    hull of agreement over cost.
+    Of all ways through the widths, of four at most, and of 49 margins each, those remain that no mix of two others
+    reaches: the upper hull of agreement over cost.
     """
     at = {width: margins(p) for width, p in answers.probabilities.items()}
     agrees = _agreement(answers)
     ascending = sorted(at)
     found = []
-    for length in range(1, len(ascending) + 1):
+    for length in range(1, min(len(ascending), _LONGEST) + 1):
         for widths in combinations(ascending, length):
             share = torch.linspace(0, 1, _QUANTILES + 2)[1:-1]
             for margin in torch.quantile(at[widths[0]], share).unique().tolist() if length > 1 else (0.0,):

@@ -15,7 +15,16 @@ from slimclr_hub.inference.runner import InferenceConfig, run_images
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.models.calibrate import calibrate_batchnorm
 from slimclr_hub.models.cost import cost
-from slimclr_hub.models.resolutions import Pair, Resolutions, Statistics, copy_statistics, moved, statistics_of
+from slimclr_hub.models.resolutions import (
+    MOST_SIZES,
+    Pair,
+    Resolutions,
+    Statistics,
+    copy_statistics,
+    moved,
+    statistics_of,
+)
+from slimclr_hub.settings import at_most
 from slimclr_hub.text import human
 from slimclr_hub.weights.hashes import state_hash
 
@@ -49,6 +58,7 @@ def fit_resolutions(
     own_size = model.pretrained_cfg['input_size'][-1]
     for size in (sizes := sorted({*sizes, own_size})):
         check_size(size)
+    at_most('sizes', len(sizes), MOST_SIZES)
     listed = list_images(images)
     if len(listed) < _LEAST_IMAGES:
         raise InputError(f'{len(listed)} images are too few for statistics; give {_LEAST_IMAGES} at least')

@@ -18,13 +18,16 @@ from slimclr_hub.settings import Positive, bounded, one_of
 
 Losses = dict[str, torch.Tensor]
 
+# What the logs call the loss of one width -> its words.
+LOSSES = {'info_nce': 'InfoNCE loss', 'cross_entropy': 'cross-entropy'}
+
 
 class Objective:
     """lambda_1 L(w1) + sum over i > 1 of lambda_i (L(wi) + D(wi)) / 2, over logits of each width.
 
     Args:
         widths: All widths, in descending order.
-        name: Name of the loss in the logs.
+        name: Name of the loss in the logs, one of `LOSSES`.
         distillation: How sub-networks learn from the full one: kd, mse, dkd, atkd, none, or a registered one.
         distillation_temperature: tau_2, of kd.
         distillation_squared: Multiply kd by tau_2 squared, as the reference code does.

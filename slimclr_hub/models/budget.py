@@ -18,11 +18,12 @@ from huggingface_hub import cached_assets_path
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import write_text
+from slimclr_hub.images import MAX_IMAGE_SIZE
 from slimclr_hub.machine import processors
 from slimclr_hub.models.cost import WidthNeeds, describe
 from slimclr_hub.models.resolutions import Pair, Resolutions
 from slimclr_hub.models.widths import check_width
-from slimclr_hub.settings import Count, at_least
+from slimclr_hub.settings import Count, at_least, at_most
 from slimclr_hub.text import first_line, human
 from slimclr_hub.version import __version__
 from slimclr_hub.weights.bounded import as_float, read_json
@@ -80,6 +81,7 @@ class Setting:
     def __post_init__(self) -> None:
         for name in 'size', 'batch_size', 'threads':
             at_least(name, getattr(self, name), 1)
+        at_most('size', self.size, MAX_IMAGE_SIZE)
         if self.runtime not in RUNTIMES:
             raise InputError(f'runtime {self.runtime!r:.60} is not one of {", ".join(RUNTIMES)}')
         try:

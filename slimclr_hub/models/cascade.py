@@ -152,7 +152,7 @@ def route(forward: Callable[[torch.Tensor, float], torch.Tensor], images: torch.
             logits = answers.clone()
         else:
             logits[unsure] = answers
-        unsure = unsure[margins(answers.softmax(1)) < cascade.margin]
+        unsure = unsure[margins(answers.float().softmax(1)) < cascade.margin]
     if logits is None:
         raise InputError('there are no images')
     return Routed(logits, widths, forwards)

@@ -274,8 +274,10 @@ def _largest_needed(cls: type[Network], kwargs: Mapping[str, Any]) -> float:
     if cls not in _OURS or not kwargs.get('overlap', True):
         return 1.0
     widths = check_widths(kwargs.get('widths', DEFAULT_WIDTHS))
-    width = kwargs.get('width') if cls is LazySlimmableResNet else None
-    return widths[0] if width is None else check_width(width, widths)
+    width = kwargs.get('width')
+    if width is not None:
+        width = check_width(width, widths)
+    return width if width is not None and cls is LazySlimmableResNet else widths[0]
 
 
 def _locate(cfg: PretrainedCfg, variant: str, width: float, cache_dir: Path | None, overlap: bool) -> Path:

@@ -29,7 +29,7 @@ Statistics = Mapping[str, torch.Tensor]
 _MEAN, _VARIANCE = '.running_mean', '.running_var'
 _EPS = 1e-5  # as in batch normalisation; a channel that is constant at both sizes keeps its variance
 _METADATA = 'slimclr_resolutions'
-_MOST_SIZES = 20
+MOST_SIZES = 20
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Resolutions:
     pairs: tuple[Pair, ...]
 
     def __post_init__(self) -> None:
-        if self.size not in self.sizes or len(self.sizes) > _MOST_SIZES:
+        if self.size not in self.sizes or len(self.sizes) > MOST_SIZES:
             raise InputError(f"sizes {shorten(list(map(str, self.sizes)))} lack the network's own, or are too many")
 
     @property

@@ -472,11 +472,13 @@ class SlimmableResNet(PassesWidth):
         """Read the thresholds for `cascade`, which `slimclr-hub cascade` has fitted to this network.
 
         Raises:
-            InputError: They are of another network, or of this one with other weights or another dtype.
+            InputError: They are of another network, or of this one with other weights, dtype or size of images.
         """
         found = load_cascades(Path(path))
-        if found.weights != self._hash():
-            raise InputError(f'{path} is of other weights; fit it again: slimclr-hub cascade NETWORK IMAGES')
+        if found.weights != self._hash() or found.size != self.pretrained_cfg['input_size'][-1]:
+            raise InputError(
+                f'{path} is of other weights or another size; fit it again: slimclr-hub cascade NETWORK IMAGES'
+            )
         for width in {width for cascade in found.cascades for width in cascade.widths}:
             check_width(width, self._widths)
         self._cascades = found

@@ -130,7 +130,7 @@ class Checkpoints:
                 _put_aside(path)
         self._damaged = ()
         self._accelerator.wait_for_everyone()
-        if final.exists():  # the one that this process has resumed from, or has just written
+        if from_main_process(final.exists):  # the one that this process has resumed from, or has just written
             return final
         partial = final.with_suffix(_PARTIAL)
         try:
@@ -142,11 +142,12 @@ class Checkpoints:
         if self._accelerator.is_main_process:
             os.rename(partial, final)
             sync_folder(self._folder)
-            for left in self._folder.glob(f'*{_PARTIAL}'):
-                _remove(left)
             for old in _listed(self._folder)[: -self._keep]:
-                os.rename(old, old.with_suffix(_PARTIAL))  # a kill must not leave half of it under its own name
-                _remove(old.with_suffix(_PARTIAL))
+                with suppress(OSError):  # of one that is protected, or open elsewhere
+                    os.rename(old, old.with_suffix(_PARTIAL))  # a kill must not leave half of it under its own name
+            for left in self._folder.glob(f'*{_PARTIAL}'):
+                with suppress(OSError):
+                    _remove(left)
         self._accelerator.wait_for_everyone()
         return final
 
@@ -188,6 +189,11 @@ class Checkpoints:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             files = {file.name: _settled(file) for file in sorted(path.iterdir())}
+            for process in range(accelerator.num_processes):
+                if f'process_{process}.pt' not in files:
+                    raise OSError(
+                        f'the file of process {process} is not in {path}; all machines have to share the folder'
+                    )
             content = {**state, 'processes': accelerator.num_processes, 'files': files}
             write_text(path / STATE, json.dumps({**content, _DIGEST: _digest(content)}))
             sync_folder(path)

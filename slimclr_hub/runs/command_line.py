@@ -8,8 +8,9 @@ import errno
 import importlib.util
 import json
 import os
+import reprlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
@@ -139,8 +140,8 @@ def read_recipes(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
                 both = isinstance(value, dict) and isinstance(merged.get(key), dict)
                 merged[key] = {**merged[key], **value} if both else value
     merged.pop('base', None)
-    imports = {**merged.pop('imports', {}), **_imports_of_network(rest)}
-    names = {Path(file).name for file in asked}
+    names = names_to_import(argv)
+    imports = {**merged.pop('imports', {}), **_imports_of_network(rest, names)}
     imports = {file: digest for file, digest in imports.items() if Path(file).name not in names}
     imports |= {str(Path(file).absolute()): None for file in asked}
     imports = {file: _import_file(Path(file), digest) for file, digest in imports.items()}
@@ -158,7 +159,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
     content = read_yaml(path) or {}
     if not isinstance(content, dict):
         raise InputError(f'{path} is not a recipe: it has no keys')
-    if isinstance(files := content.get('imports'), list):
+    files = content.get('imports', {})
+    if not isinstance(files, list | dict) or not all(isinstance(file, str) for file in files):
+        raise InputError(f'{path}: imports is {reprlib.repr(files)}; give a list of Python files')
+    if isinstance(files, list):
         content['imports'] = {str((path.parent / file).absolute()): None for file in files}
     keys = {
         f'{section}.{key}': value
@@ -258,11 +262,34 @@ def _updated(content: dict[str, Any], keys: Mapping[str, Any], path: Path) -> di
     return content
 
 
-def _imports_of_network(argv: Sequence[str]) -> dict[str, str]:
+def names_to_import(argv: Sequence[str]) -> set[str]:
+    """Names of the files that `--import` names."""
+    return {Path(file).name for file in _values(argv, '--import')[0]}
+
+
+def check_recorded(recipe: Path, known: Collection[str] = ()) -> dict[str, str]:
+    """Files that a run has recorded, besides those whose names are `known`.
+
+    Raises:
+        InputError: One lies in the run's own folder, or has no hash or no full path, by which a folder from elsewhere
+            would have its code run here.
+    """
+    recorded = read_recipe(recipe).get('imports', {})
+    found = {file: digest for file, digest in recorded.items() if Path(file).name not in known}
+    for file, digest in found.items():
+        path = Path(file)
+        inside = path.resolve().is_relative_to(recipe.parent.resolve())
+        known_elsewhere = path.is_absolute() and not inside
+        if not isinstance(digest, str) or not (known_elsewhere or _imported.get(path.name) == digest):
+            raise InputError(f'{recipe} asks to run {file}, which came with it; give --import FILE if you trust it')
+    return found
+
+
+def _imports_of_network(argv: Sequence[str], known: Collection[str]) -> dict[str, str]:
     """Files that the run named by `--network` has recorded."""
     network = early(argv, '--network')
     recipe = Path(network.removeprefix('local-dir:')) / RECIPE if network else None
-    return read_recipe(recipe).get('imports') or {} if recipe is not None and recipe.is_file() else {}
+    return check_recorded(recipe, known) if recipe is not None and recipe.is_file() else {}
 
 
 def _import_file(path: Path, digest: str | None) -> str:

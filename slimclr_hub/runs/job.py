@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from slimclr_hub.errors import InputError, PreemptedError, StorageError
+from slimclr_hub.errors import DataError, InputError, PreemptedError, StorageError
 from slimclr_hub.runs.checkpoints import Checkpoints, Found, fitting
 from slimclr_hub.runs.meter import Meter
 from slimclr_hub.runs.progress import progress_bar
@@ -36,6 +36,8 @@ _LAUNCHED = 'ACCELERATE_DYNAMO_MODE'  # which `accelerate launch` always sets, a
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 _SHARED_MEMORY = '/dev/shm'
 _CHECKPOINT_SECONDS = 60  # an epoch of few images, or on cached features, takes less than its checkpoint
+# Of torch's errors where workers, or the thread that pins their batches, have come to an end.
+_END_OF_WORKERS = ('DataLoader worker', 'Pin memory thread', 'Communication with the workers')
 _START_OF_WORKERS = _MultiProcessingDataLoaderIter.__init__.__code__
 
 BatchT = TypeVar('BatchT')
@@ -208,6 +210,7 @@ class Job(ABC, Generic[BatchT]):
         self._following: BatchT | None = None
         self._stop = self._ended = False
         self._trouble: str | None = None
+        self._unusable = False
         self._others: set[Any] = set()
         self._saved_at = time.monotonic()
         self._start_clock()
@@ -277,6 +280,11 @@ class Job(ABC, Generic[BatchT]):
         own = self.checkpoints.load(found)
         self.step = found.step
         same_processes = found.state['processes'] == accelerator.num_processes
+        if not same_processes and own['position'] is not None and self.step % self.steps_per_epoch:
+            raise InputError(
+                f'{found.path} lies within an epoch of a stream, where {found.state["processes"]} processes can go on, '
+                f'and not {accelerator.num_processes}; launch as many, or move this checkpoint away'
+            )
         with fitting(found.path):
             if same_processes:
                 self.meter.load_state_dict(own['meter'], accelerator.device)
@@ -316,10 +324,13 @@ class Job(ABC, Generic[BatchT]):
                 if self._stop and not self.evaluate_before_stop:
                     # An evaluation may take longer than whoever asks to stop allows.
                     self._save_and_stop(evaluated=False)
+                due = self.checkpoint_is_due(epoch + 1)
+                if due and self.accelerator.num_processes > 1:
+                    self.save(evaluated=False)  # no signal is heard in the evaluation, which may take long
                 self.evaluate_or_stop(epoch + 1)
                 if self._stop and epoch + 1 < self.epochs:
                     self._save_and_stop()
-                if self.checkpoint_is_due(epoch + 1):
+                if due:
                     self.save()
 
     def look_ahead(self, failed: Callable[[], bool] = lambda: False) -> bool:
@@ -430,15 +441,17 @@ class Job(ABC, Generic[BatchT]):
         kept = 'there is no state yet'
         if self.step:
             kept = f'the state is in {self.save(evaluated)}'
-        reason = next(filter(None, gather_object([self._reason])))
+        reasons = gather_object([(self._unusable, self._reason)])
+        unusable, reason = max(reasons, key=lambda each: (each[0], each[1] is not None))
         for worker in set(multiprocessing.active_children()) - self._others:
             worker.kill()  # the end of this process would wait for one that is stopped
             worker.join(1)
         self.accelerator.end_training()
+        after = f'after step {self.step} of {self.epochs * self.steps_per_epoch}'
         raise PreemptedError(
-            f'stopped by {reason} after step {self.step} of {self.epochs * self.steps_per_epoch}; {kept}, and '
+            f'{f"stopped {after}: {reason}" if unusable else f"stopped by {reason} {after}"}; {kept}, and '
             f'{self.how_to_resume} goes on from there',
-            self.signals.status,
+            2 if unusable else self.signals.status,  # not 75, after which a queue would start it over and over
         )
 
     @property
@@ -463,7 +476,10 @@ class Job(ABC, Generic[BatchT]):
         try:
             return self.signals.wait(work, at_most)
         except RuntimeError as error:
-            if 'DataLoader worker' not in str(error):
+            if isinstance(error, DataError):
+                self._trouble, self._unusable = str(error), True
+                return None
+            if not any(words in str(error) for words in _END_OF_WORKERS):
                 raise
             self._trouble = f'the end of a data worker ({first_line(error)}{_memory_hint()})'
             return None

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DataLoaderConfiguration, DynamoBackend
 from accelerate.utils.environment import get_int_from_env
 
 from slimclr_hub.errors import InputError
@@ -21,7 +21,7 @@ _SHARDING = ('DEEPSPEED', 'FSDP', 'MEGATRON_LM', 'PARALLELISM_CONFIG')
 
 
 def launched(precision: str | None, key: str = 'run.precision', *, trains: bool = True, **options: Any) -> Accelerator:
-    """The accelerator of a job.
+    """The accelerator of a job, which divides the batches of its loaders among the processes.
 
     Args:
         precision: As of accelerate; what the launcher says where None.
@@ -40,7 +40,8 @@ def launched(precision: str | None, key: str = 'run.precision', *, trains: bool 
                 'launch without it'
             )
     try:
-        accelerator = Accelerator(mixed_precision=precision, **options)
+        loading = DataLoaderConfiguration(split_batches=True, non_blocking=True)
+        accelerator = Accelerator(mixed_precision=precision, dataloader_config=loading, **options)
     except (ValueError, ImportError) as error:
         raise InputError(f'{key} {precision}: {first_line(error)}') from error
     check_all(_problems(accelerator, key, trains))

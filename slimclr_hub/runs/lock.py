@@ -45,6 +45,10 @@ def _lock(folder: Path) -> int:
             owner = os.read(lock, 300).decode(errors='replace') or 'another process'
             os.close(lock)
             raise InputError(f'{folder} is in use by {owner}; wait for its end, or stop it') from error
+        except OSError as error:
+            os.close(lock)
+            reason = f'the file system of {folder} has no locks ({error.strerror})'
+            raise InputError(f'{reason}; give a folder on another one, or mount it with locks') from error
         try:
             still_there = os.fstat(lock).st_ino == path.stat().st_ino
         except FileNotFoundError:  # the job before has just removed it

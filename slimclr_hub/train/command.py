@@ -13,7 +13,15 @@ from slimclr_hub.errors import InputError
 from slimclr_hub.methods import METHODS
 from slimclr_hub.methods.objective import Objective
 from slimclr_hub.methods.registry import Training, settings_of
-from slimclr_hub.runs.command_line import config_of, early, make_parser, parse, read_recipes
+from slimclr_hub.runs.command_line import (
+    check_recorded,
+    config_of,
+    early,
+    make_parser,
+    names_to_import,
+    parse,
+    read_recipes,
+)
 from slimclr_hub.settings import RECIPE, differences
 from slimclr_hub.train.config import MethodConfig, PretrainConfig
 
@@ -50,6 +58,7 @@ def parse_pretrain(default: Path, argv: Sequence[str] | None = None) -> Command:
         recorded = Path(folder) / RECIPE
         if not recorded.is_file():
             raise InputError(f'--resume {folder}: not the folder of a run, it has no {RECIPE}')
+        check_recorded(recorded, names_to_import(argv))
         command = _parse([f'--config={recorded}', *argv])
         check_unchanged(load_recipe(recorded), command)
         _check_launcher(command)
@@ -60,7 +69,8 @@ def parse_pretrain(default: Path, argv: Sequence[str] | None = None) -> Command:
 
 
 def load_recipe(path: Path) -> PretrainConfig:
-    """The configuration in a file, as `--config` reads it."""
+    """The configuration that a run has recorded; an InputError if it would run code that came with it."""
+    check_recorded(path)
     return _parse([f'--config={path}']).config
 
 

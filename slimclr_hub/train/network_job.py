@@ -14,6 +14,7 @@ from slimclr_hub.data.batches import Batch
 from slimclr_hub.data.config import DataConfig
 from slimclr_hub.data.training import TrainData
 from slimclr_hub.errors import DivergedError
+from slimclr_hub.methods.objective import LOSSES
 from slimclr_hub.runs.job import Job, StopSignals
 from slimclr_hub.runs.memory import keep_freed_memory, peak_memory
 from slimclr_hub.runs.schedule import Schedule
@@ -196,7 +197,7 @@ class NetworkJob(Job[list[Batch]]):
         if self.accelerator.scaler is not None:
             values['grad_scale'] = self.accelerator.scaler.get_scale()
         # Not the total: distillation adds a constant to it that is many times as large as the full width's loss.
-        own = (f'{name}/{self.schedule.widths[0]:g}' for name in ('info_nce', 'cross_entropy'))
+        own = (f'{name}/{self.schedule.widths[0]:g}' for name in LOSSES)
         shown = next((key for key in own if key in values), 'loss')
         postfix = {'epoch': epoch + 1, shown: f'{values[shown]:.3f}', 'lr': f'{lr:.2g}'}
         self.progress.set_postfix(postfix, refresh=False)

@@ -122,9 +122,10 @@ def _make_folder(config: PretrainConfig) -> Path:
         try:
             path.mkdir()
         except FileExistsError as error:
-            raise InputError(
-                f'{path} is there already; go on with it by --resume {path}, or give another run.name'
-            ) from error
+            if not path.is_dir() or any(path.iterdir()):  # an empty one was left by a process that was killed
+                raise InputError(
+                    f'{path} is there already; go on with it by --resume {path}, or give another run.name'
+                ) from error
         return path
     data = config.data.name.strip('/').replace('/', '-')
     stem = f'{config.method.name}_{config.model.name}_{data}_{config.optim.epochs}e'

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from tqdm.auto import tqdm
 
 from slimclr_hub.data.batches import Batch
@@ -27,6 +27,7 @@ from slimclr_hub.train.run_folder import RunFolder
 from slimclr_hub.train.setup import arrange, make_method, make_optimizer, make_schedule
 from slimclr_hub.train.teacher import check_identity, identity, known_images, looks_once, open_teacher
 from slimclr_hub.train.tracking import start_tracker
+from slimclr_hub.weights.source import WEIGHTS
 
 
 class Trainer(NetworkJob):
@@ -57,6 +58,9 @@ class Trainer(NetworkJob):
             device=accelerator.device,
             num_classes=config.method.num_classes,
         )
+        if (splits := config.method.bn_splits or 1) > 1 and data.size % splits:
+            each = f'{data.size} images of a microbatch on each of {accelerator.num_processes} processes'
+            raise InputError(f'method.bn_splits {splits} does not divide {each}; give another data.batch_size')
         super().__init__(
             accelerator,
             signals,
@@ -98,6 +102,8 @@ class Trainer(NetworkJob):
         self.checkpoints = Checkpoints(folder.path, accelerator, config.run.keep_checkpoints)
         if resumed:
             found = self.resume()
+            if found.path is None and (folder.path / WEIGHTS).exists():
+                raise InputError(f'{folder.path} is finished, and has no checkpoint; give another run.name')
             if not allow_changes:
                 self._check_settings(found)
             folder.read_metrics()  # refused while nothing has been written
@@ -266,7 +272,6 @@ def make_accelerator(
         precision,
         log_with=None if tracker == 'none' else tracker,
         project_dir=folder,
-        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
         kwargs_handlers=[
             DistributedDataParallelKwargs(
                 find_unused_parameters=find_unused_parameters,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextvars import copy_context
 from math import isfinite
 from pathlib import Path
-from threading import Thread
+from threading import TIMEOUT_MAX, Thread
 from typing import Any, TypeVar
 
 from huggingface_hub import close_session
@@ -62,7 +62,9 @@ def in_time(call: Callable[[], Answer], seconds: float = SECONDS) -> Answer:
     try:
         seconds = float(told) if told else seconds
     except ValueError:
-        raise InputError(f'SLIMCLR_DOWNLOAD_SECONDS is {told!r}, not a number of seconds') from None
+        seconds = 0.0
+    if not 0 < seconds < TIMEOUT_MAX:
+        raise InputError(f'SLIMCLR_DOWNLOAD_SECONDS is {told!r}, not a number of seconds up to {TIMEOUT_MAX:g}')
     values: list[Answer] = []
     errors: list[BaseException] = []
 

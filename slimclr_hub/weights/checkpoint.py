@@ -22,6 +22,7 @@ _REFUSED = re.compile(r'(?:Unsupported (?:global: GLOBAL|class)|GLOBAL) ([\w.]+)
 _TRUNK = ('classy_state_dict', 'base_model', 'model', 'trunk')  # of VISSL
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _DINO = ('student', 'teacher')
+_OF_ANY_SIZE = {'builtins.bytearray', '__builtin__.bytearray'}  # a pickle of a few bytes makes one of gigabytes
 _HOLDERS = ('state_dict', 'model', 'model_state_dict')
 
 
@@ -52,6 +53,7 @@ def load_pickle(path: Path) -> Any:
     try:
         if not path.is_file():
             raise InputError(f'{path} does not exist or is not a file')
+        _check_bounded(path)
         # On leaving, torch disallows all that is named here, even if it had been allowed before.
         allowed = torch.serialization.get_safe_globals()
         known = [*_numpy_scalars(), (_Options, 'argparse.Namespace')]
@@ -80,17 +82,27 @@ def load_pickle(path: Path) -> Any:
         raise InputError(f'{path} is not a checkpoint that torch can read, or is damaged') from error
 
 
+def _check_bounded(path: Path) -> None:
+    """Raise an InputError if reading may take more memory than the file's size, which `torch.save` never needs."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise InputError(f'{path} is compressed, as torch.save writes none; load and save it again')
+    if found := _OF_ANY_SIZE.intersection(_names(path)):
+        raise InputError(f'{path} holds a {found.pop()}, which may be of any size; save its state dict alone')
+
+
 def _names(path: Path) -> list[str]:
     # Names that unpickling would import, found without unpickling.
     names, texts, memo = [], ['', ''], dict[int, str]()
     with suppress(Exception), path.open('rb') as file:
         if zipfile.is_zipfile(file):
             archive = zipfile.ZipFile(file)
-            pickled: Any = archive.open(next(name for name in archive.namelist() if name.endswith('data.pkl')))
+            pickles: list[Any] = [archive.open(name) for name in archive.namelist() if name.endswith('data.pkl')]
         else:
-            pickled = file
             file.seek(0)
-        for _ in range(4):  # the format before zip archives begins with three pickles of its own
+            pickles = [file] * 5  # the format before zip archives has four pickles of its own
+        for pickled in pickles:
             argument: Any
             for opcode, argument, _ in pickletools.genops(pickled):
                 if opcode.name == 'GLOBAL':
@@ -131,6 +143,9 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
                     f'{path} holds a tensor under {reprlib.repr(name)}, which is no name; save its state dict'
                 )
             check_form(name, tensor)
+        storages = [tensor.untyped_storage() for tensor in tensors.values()]
+        if sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) > path.stat().st_size:
+            raise InputError(f'{path} holds tensors that are larger than the file; save its state dict')
         if tensors:
             return tensors
     raise InputError(f'{path} holds no state dict: no tensors by name, neither directly nor under {_HOLDERS}')

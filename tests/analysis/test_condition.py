@@ -273,7 +273,10 @@ def test_figure(tmp_path):
         (['{network}', '--widths', '[0.6]'], 'width 0.6 is not one of 0.75, 0.5, 0.25'),
         (['--images', '9', '{network}'], '--images comes before the network; name it first'),
         (['{network}', '{network}'], 'are 2 networks; give one'),
-        (['{network}', '--images', '37'], '64 features of 37 images have rank'),
+        (
+            ['{network}', '--images', '37'],
+            '37 images, and width 1 has 64 features, which are then not independent; give --images 64',
+        ),
     ],
 )
 def test_mistakes_end_in_one_line(network, tmp_path, capsys, arguments, words):

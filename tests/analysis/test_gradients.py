@@ -1,14 +1,15 @@
 """Closed forms of what is said of directions, and phases of runs."""
 
-from math import isnan, sqrt
+from math import inf, isnan, nan, sqrt
 
 import pytest
 import torch
 
-from slimclr_hub.analysis.gradients import RunGradients, components, mean_cosines, phases
+from slimclr_hub.analysis.gradients import GradientsConfig, RunGradients, components, gradients_of, mean_cosines, phases
 from slimclr_hub.analysis.replay import slow_start_end
+from slimclr_hub.runs.command_line import dump
 from slimclr_hub.train.config import MethodConfig, ModelConfig, OptimConfig, PretrainConfig
-from slimclr_hub.train.diagnostics import NormRecord
+from slimclr_hub.train.diagnostics import NormRecord, Records
 
 
 def make_run(gradients, slow_start=1.0, ratios=(4.0, 4.0, 0.5, 1.5)):
@@ -93,3 +94,19 @@ def test_no_gradient_in_the_smallest_width_leaves_no_ratio():
     run.norms[1] = NormRecord(1, 0.5, float('inf'), float('inf'), float('inf'), 2)
     (phase,) = phases(run)
     assert phase.rest_ratio == pytest.approx((0.5 + 1.5) / 2)
+
+
+def test_steps_that_overflowed_are_left_out(tmp_path, monkeypatch):
+    """Those that a loss scaler has skipped; both kinds of record hold them."""
+    (tmp_path / 'recipe.yaml').write_text(dump(PretrainConfig()))
+    monkeypatch.setattr('slimclr_hub.analysis.gradients._steps_per_epoch', lambda folder: 2)
+    whole = [NormRecord(step, 0.25, 1.0, 2.0, 1.0, 4) for step in (0, 2, 3)]
+    Records(tmp_path).add_norms([*whole[:1], NormRecord(1, 0.25, inf, inf, 1.0, 4), *whole[1:]])
+    gradients = torch.eye(4)
+    gradients[1, 2] = nan
+    Records(tmp_path).add_gradients([0, 1, 2, 3], gradients)
+    found = gradients_of(tmp_path, GradientsConfig())
+    assert found.norms == whole
+    assert found.steps.tolist() == [0, 2, 3]
+    assert found.gradients.equal(torch.eye(4)[[0, 2, 3]])
+    assert found.notes == (f'{tmp_path.name}: 2 records whose gradient is not finite are left out',)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from slimclr_hub.analysis.replay import Replay
-from slimclr_hub.analysis.surface import ErrorMeasure, LossMeasure, grid, measure_surface
+from slimclr_hub.analysis.surface import ErrorMeasure, LossMeasure, SurfaceConfig, _height, grid, measure_surface
 from slimclr_hub.analysis.trajectory import load_trajectory
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.errors import InputError
@@ -199,6 +199,17 @@ def test_error_by_k_nn(at_the_end):
 def test_error_needs_images(at_the_end):
     with pytest.raises(InputError, match='5 images of validation make no batch of 16'):
         ErrorMeasure(at_the_end('mocov2'), 5)
+
+
+def test_the_loss_of_one_width_has_the_name_of_the_method():
+    """SEED and CompRess log a cross-entropy, and a method of one's own may log neither."""
+    config = SurfaceConfig(quantity='full')
+    taught = {'loss': 0, 'loss/1': 0, 'kl/0.5': 0, 'cross_entropy/0.5': 0, 'cross_entropy/1': 0}
+    narrow = {'loss': 0, 'cross_entropy/0.25': 0}
+    keys = ['cross_entropy/1', 'cross_entropy/0.25']
+    assert _height(config, [{'values': taught}, {'values': narrow}]) == (keys, 'cross-entropy (nats)')
+    with pytest.raises(InputError, match=r'logs no info_nce and no cross_entropy of each width; give --quantity total'):
+        _height(config, [{'values': {'loss': 0, 'loss/1': 0}}])
 
 
 def test_command(runs, at_the_end, tmp_path, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import random
 import re
 import tarfile
@@ -178,3 +179,22 @@ def test_parquet_file_that_is_cut(tmp_path, monkeypatch, kind):
         TrainData(DataConfig(name=f'{kind}/{root}', batch_size=4), ViewConfig(size=8), seed=0)
     assert len(str(error.value).splitlines()) == 1
     assert str(error.value).startswith(f'data.name {kind}/{root}, split train: ')
+
+
+def test_compressed_shard_is_refused(tmp_path):
+    """A kilobyte would unpack to any size."""
+    path = tmp_path / 'train-0.tar'
+    with tarfile.open(path, 'w:gz') as tar:
+        for i in range(LENGTH):
+            (tmp_path / 'zeros').write_bytes(bytes(100_000))
+            tar.add(tmp_path / 'zeros', f'{i}.png')
+    with pytest.raises(InputError, match=r'train-0\.tar: .*at byte 0, where a member'):
+        labels(config(tmp_path))
+
+
+def test_pipe_is_no_shard(shard):
+    """It would be waited for."""
+    os.mkfifo(shard.with_name('train-9.tar'))
+    assert len(labels(config(shard.parent))) == LENGTH
+    with pytest.raises(InputError, match=r'train-9\.tar is not a file'):
+        make_dataset(DataConfig(name='folder', root=str(shard.with_name('train-9.tar'))), 'train')

@@ -134,3 +134,19 @@ def test_sizes_have_a_bound(size):
         DataConfig(size=size)
     with pytest.raises(InputError, match=rf'views\.size is {size}; give 4096 or less'):
         ViewConfig(size=size)
+
+
+# Programs
+
+
+@pytest.mark.parametrize('name', ['photo.jpg', 'photo.eps'])
+def test_postscript_is_not_run(tmp_path, monkeypatch, name):
+    """Pillow would hand it to Ghostscript, whatever the ending, and wait for its end."""
+    ghostscript = tmp_path / 'gs'
+    ghostscript.write_text(f'#!/bin/sh\ntouch {tmp_path}/ran\n')
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+    (tmp_path / name).write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n{} loop\n')
+    with pytest.raises(OSError, match='PostScript, which is a program and is not run'):
+        read_image(tmp_path / name, 'RGB')
+    assert not (tmp_path / 'ran').exists()

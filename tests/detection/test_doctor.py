@@ -219,6 +219,15 @@ def test_no_such_config(command):
     assert (ended.status, ended.err) == (1, 'Error: transfer/nothing.py does not exist or is not a file\n')
 
 
+def test_config_that_asks_for_a_file_that_is_missing(command, tmp_path, monkeypatch):
+    """Packages are listed all the same; the file is the first mistake with images of one's own."""
+    monkeypatch.setenv('COCO_ROOT', str(tmp_path / 'mine'))
+    ended = command('--config', ROOT / 'transfer' / 'mask_rcnn_slim_own.py')
+    assert (ended.status, ended.err) == (1, '')
+    assert row(ended.out, 'mmdet')[2] == 'ok'
+    assert f'no annotations/train.json in {tmp_path}/mine' in ended.out.replace('\n', ' ')
+
+
 def test_several_gpus():
     """The command is told without GPUs."""
     packages = {name: Package() for name in ('mmdet', 'mmcv', 'torch', 'torchvision', 'timm')}

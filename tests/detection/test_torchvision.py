@@ -20,6 +20,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from slimclr_hub.detection.mmdetection.datasets import CocoFolder
 from slimclr_hub.detection.torchvision_backbone import (
     SlimmableBackboneWithFPN,
     backward_widths,
@@ -28,7 +29,7 @@ from slimclr_hub.detection.torchvision_backbone import (
 )
 from slimclr_hub.detection.torchvision_coco import CocoInstances, evaluate_widths
 from slimclr_hub.detection.widths import InputSlicedConv2d
-from slimclr_hub.errors import InputError
+from slimclr_hub.errors import DataError, InputError
 from slimclr_hub.models import DEFAULT_WIDTHS
 from slimclr_hub.models.layers import SlimmableConv2d, SwitchableBatchNorm2d
 from tests.hub.files import save_small, small_network
@@ -390,16 +391,55 @@ def test_data_set_that_is_not_one(tmp_path):
         CocoInstances(tmp_path, 'train')
     folder = write_set(tmp_path / 'set')
     (folder / 'train' / '0.png').unlink()
-    with pytest.raises(InputError, match=r'train/0\.png cannot be read'):
+    with pytest.raises(InputError, match=r'1 of 2 images are not in .*train: 0\.png'):
+        CocoInstances(folder, 'train')
+    (folder / 'train' / '0.png').write_text('no image')
+    with pytest.raises(DataError, match=r'train/0\.png cannot be read'):
         CocoInstances(folder, 'train')[0]
+    Image.new('L', (64, 32)).save(folder / 'train' / '0.png')
+    with pytest.raises(DataError, match=r'train/0\.png is of 64 x 32 pixels, and annotations say 64 x 64; correct'):
+        CocoInstances(folder, 'train')[0]
+
+
+@pytest.mark.parametrize(
+    ('change', 'words'),
+    [
+        (lambda content: content['annotations'][1].pop('segmentation'), 'annotation 2 has no segmentation; each needs'),
+        (lambda content: content['annotations'][0].pop('bbox'), 'annotation 1 has no bbox; each needs'),
+        (
+            lambda content: content['annotations'][0].update(category_id=9),
+            'annotation 1 has the category_id 9, which is',
+        ),
+        (lambda content: content['images'][0].pop('file_name'), 'image 10 has no file_name; each needs id'),
+        (lambda content: content['images'][0].pop('height'), 'image 10 has no height; each needs id'),
+        (lambda content: content.pop('images'), "is not in COCO's format: KeyError 'images'"),
+        (lambda content: content.pop('categories'), "is not in COCO's format: KeyError 'categories'"),
+        (lambda content: content.update(categories=3), "is not in COCO's format: TypeError"),
+    ],
+)
+def test_annotations_that_would_end_a_run(tmp_path, change, words):
+    """Both of torchvision's data set and of MMDetection's."""
+    folder = write_set(tmp_path / 'set')
     file = folder / 'annotations' / 'train.json'
     content = json.loads(file.read_text())
-    del content['annotations'][1]['segmentation']
+    change(content)
     file.write_text(json.dumps(content))
-    with pytest.raises(InputError, match='has no mask for annotation 2'):
-        CocoInstances(folder, 'train')
-    file.write_text('[]')
-    with pytest.raises(InputError, match="is not in COCO's format"):
+    about = {'data_root': str(folder), 'ann_file': 'annotations/train.json', 'data_prefix': {'img': 'train/'}}
+    classes, steps = {'classes': ('square', 'circle')}, [{'type': 'LoadAnnotations', 'with_mask': True}]
+    for read in (
+        lambda: CocoInstances(folder, 'train'),
+        lambda: CocoFolder(**about, metainfo=classes, pipeline=steps).full_init(),
+    ):
+        with pytest.raises(InputError, match=words) as refused:
+            read()
+        assert '\n' not in str(refused.value)
+
+
+@pytest.mark.parametrize('text', ['[]', '{"images": [', '3'])
+def test_annotations_that_are_none(tmp_path, text):
+    folder = write_set(tmp_path / 'set')
+    (folder / 'annotations' / 'train.json').write_text(text)
+    with pytest.raises(InputError, match=r"train\.json is not in COCO's format: "):
         CocoInstances(folder, 'train')
 
 
@@ -504,6 +544,21 @@ def test_script(tmp_path):
 
 def test_script_says_what_is_missing(tmp_path):
     finished = start(tmp_path, '--data', tmp_path / 'nothing')
-    assert finished.end() == 1
-    assert 'Error: ' in finished.stderr
-    assert 'nothing; a data set other than COCO 2017 has annotations/train.json and train' in finished.stderr
+    assert finished.end() == 2
+    (line,) = (line for line in finished.stderr.splitlines() if line.startswith('error: '))
+    assert 'nothing; a data set other than COCO 2017 has annotations/train.json and train' in line
+    for option in '--epochs', '--batch-size', '--min-size':
+        refused = start(tmp_path, '--data', tmp_path / 'nothing', option, 0)
+        assert refused.end() == 2
+        assert 'Traceback' not in refused.stderr
+
+
+def test_script_names_an_image_that_a_worker_cannot_read(tmp_path):
+    folder = write_set(tmp_path / 'data', val=1)
+    (folder / 'train' / '1.png').write_text('no image')
+    options = ['--data', folder, '--name', 'slimclr_resnet20', '--min-size', 32, '--workers', 1, '--widths', '1.0']
+    finished = start(tmp_path, *options)
+    assert finished.end() == 2
+    (line,) = (line for line in finished.stderr.splitlines() if line.startswith('error: '))
+    assert 'train/1.png cannot be read' in line
+    assert 'Traceback' not in finished.stderr

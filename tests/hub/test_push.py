@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -152,7 +153,11 @@ def test_folders_of_this_machine_are_left_out(hub, publisher, run_folder):
     recipe = {'data': {'root': '/home/me/secret/flowers', 'size': 32}, 'run': {'output': '~/runs'}, 'imports': imports}
     (run_folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe, sort_keys=False))
     settings = {'data.root': '/home/me/secret/flowers', 'data.name': 'folder'}
-    result = Result('/home/me/secret/net', Protocol('knn', 'flowers'), {1.0: 80.0}, settings=settings)
+    words = ['recipes/knn_eval.py', '--network', '/home/me/secret/my net', '--data.root=/home/me/secret/flowers']
+    about = {'command': shlex.join(words), 'note': "the user's own /home/me/secret/net, of https://me.org/a/b"}
+    result = Result(
+        '/home/me/secret/net', Protocol('knn', 'flowers'), {1.0: 80.0}, settings=settings, environment=about
+    )
     save([result], run_folder / 'knn')
     ended = publisher.command('push', run_folder, 'me/flowers', HF_TOKEN=hub.token)
     assert ended.status == 0, ended.err
@@ -165,7 +170,19 @@ def test_folders_of_this_machine_are_left_out(hub, publisher, run_folder):
     (sent,) = json.loads(files['knn/result.json'])
     assert sent['network'] == 'net'
     assert sent['settings'] == {'data.root': 'flowers', 'data.name': 'folder'}
+    assert sent['environment'] == {
+        'command': "recipes/knn_eval.py --network 'my net' --data.root=flowers",
+        'note': "the user's own net, of https://me.org/a/b",
+    }
     assert not any(b'secret' in files[name] for name in ('recipe.yaml', 'knn/result.json', 'README.md'))
+
+
+@pytest.mark.parametrize('metadata', ['license: a: b', '- a', '1: x', 'model-index: 3'])
+def test_metadata_that_the_hub_would_refuse(hub, publisher, run_folder, metadata):
+    save([Result(str(run_folder), Protocol('knn', 'flowers'), {1.0: 80.0})], run_folder / 'knn')
+    (run_folder / 'README.md').write_text(f'---\n{metadata}\n---\n# A network\n')
+    ended = publisher.command('push', run_folder, 'me/flowers', HF_TOKEN=hub.token)
+    assert_refused(ended, str(run_folder), 'README.md has metadata that the Hub refuses')
 
 
 def test_results_become_evaluation_results_of_the_hub(hub, publisher, reader, run_folder):

@@ -216,7 +216,7 @@ def test_budget_and_predict(model, fitted_file, folder):
         network.train().cascade(torch.zeros(1, 3, 28, 28))
     with torch.no_grad():
         network.conv1.weight[0] += 1
-    with pytest.raises(InputError, match='is of other weights; fit it again'):
+    with pytest.raises(InputError, match='is of other weights or another size; fit it again'):
         network.load_cascades(fitted_file)
 
 
@@ -262,7 +262,36 @@ def test_widths_that_the_network_lacks(tmp_path, model, tensors):
         network.load_cascades(tmp_path / 'cascade.json')
 
 
+def test_thresholds_are_of_one_size_of_images(fitted_file, model):
+    network = copy.deepcopy(model)
+    network.pretrained_cfg['input_size'] = (1, 56, 56)
+    with pytest.raises(InputError, match='is of other weights or another size'):
+        network.load_cascades(fitted_file)
+
+
+def test_a_cascade_of_half_precision_is_sure_as_it_was_fitted(model, tensors):
+    """Margins are of probabilities in float32: in bfloat16 those near 1 are 1."""
+    network = copy.deepcopy(model).bfloat16()
+    with torch.no_grad():
+        sure = margins(network.forward_at(tensors.bfloat16(), 0.25).float().softmax(1))
+        cascade = Cascade((0.25, 1.0), sure.sort(descending=True).values[5].item(), 1.0, 1.0)
+        assert route(network.forward_at, tensors.bfloat16(), cascade).forwards == {0.25: COUNT, 1.0: COUNT - 6}
+
+
+def test_cascades_of_many_widths_have_four_at_most():
+    widths = [n / 10 for n in range(1, 7)]
+    probabilities = {
+        width: torch.rand(30, 3, generator=torch.Generator().manual_seed(i)) for i, width in enumerate(widths)
+    }
+    images = ImageList([f'{i}.png' for i in range(30)], [])
+    answers = fitting.Answers(images, probabilities, None, {width: round(100 * width) for width in widths})
+    assert max(len(cascade.widths) for cascade in fitting.fit_cascades(answers)) <= 4
+
+
 def test_what_cannot_have_a_cascade(model, folder):
+    many = timm.create_model('slimclr_resnet20', widths=[n / 20 for n in range(20, 3, -1)])
+    with pytest.raises(InputError, match='17 widths have too many cascades to try; give a network of 16'):
+        fitting.answer(many, folder, QUIET)
     with pytest.raises(InputError, match='needs a network with a classifier and several widths'):
         fitting.answer(timm.create_model('slimclr_resnet20', num_classes=0), folder, QUIET)
     with pytest.raises(InputError, match='19 images are too few'):

@@ -1,11 +1,13 @@
 """Recipes of any content: read as values, or refused in one line, in little memory."""
 
 import resource
+import sys
 
 import pytest
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.runs.command_line import read_recipe
+from slimclr_hub.files import file_hash
+from slimclr_hub.runs.command_line import _imported, read_recipe, read_recipes
 from slimclr_hub.train.command import load_recipe
 
 ALIASES = 'a: &a [x, x, x, x, x, x, x, x, x]\n' + ''.join(
@@ -25,6 +27,13 @@ TEXTS = {
     'depth': (b'{' * 5000, 'cannot be read as a recipe'),
     'length': (b'a: ' + b'x' * 300_000, 'too long'),
 }
+
+
+@pytest.fixture(autouse=True)
+def _nothing_imported(monkeypatch):
+    for name in 'evil', 'link':
+        monkeypatch.delitem(sys.modules, f'slimclr_imported_{name}', raising=False)
+        _imported.pop(f'{name}.py', None)
 
 
 @pytest.mark.parametrize('kind', TEXTS)
@@ -62,3 +71,29 @@ def test_null_where_it_is_a_value(tmp_path):
 def test_anchors_are_values(tmp_path):
     (tmp_path / 'mine.yaml').write_text('views: &v {crop_min: 0.2}\nsecond_views: *v\n')
     assert read_recipe(tmp_path / 'mine.yaml') == {'views': {'crop_min': 0.2}, 'second_views': {'crop_min': 0.2}}
+
+
+@pytest.mark.parametrize('imports', ['mine.py', '[1]', '7', '{1: a}'])
+def test_imports_that_are_none(tmp_path, imports):
+    (tmp_path / 'mine.yaml').write_text(f'imports: {imports}\n')
+    with pytest.raises(InputError, match=r'mine\.yaml: imports is .*; give a list of Python files'):
+        load_recipe(tmp_path / 'mine.yaml')
+
+
+@pytest.mark.parametrize(
+    'place', ['evil.py', '{tmp_path}/evil.py', '{tmp_path}/../{name}/evil.py', '{tmp_path}/link.py']
+)
+@pytest.mark.parametrize('form', ['[{file}]', '{{{file}: null}}', '{{{file}: {digest}}}'])
+def test_code_that_came_with_a_run_is_not_run(tmp_path, place, form):
+    """A folder from elsewhere gives its own file, with whatever hash."""
+    evil = tmp_path / 'evil.py'
+    evil.write_text(f'open({str(tmp_path / "ran")!r}, "w")')
+    (tmp_path / 'link.py').symlink_to(evil)
+    file = place.format(tmp_path=tmp_path, name=tmp_path.name)
+    (tmp_path / 'recipe.yaml').write_text(f'imports: {form.format(file=file, digest=file_hash(evil))}\n')
+    for read in lambda: read_recipes(['--network', str(tmp_path)]), lambda: load_recipe(tmp_path / 'recipe.yaml'):
+        with pytest.raises(InputError, match=r'recipe\.yaml asks to run .*; give --import FILE if you trust it'):
+            read()
+    assert not (tmp_path / 'ran').exists()
+    read_recipes(['--network', str(tmp_path), '--import', str(tmp_path / place.rpartition('/')[2])])
+    assert (tmp_path / 'ran').exists()

@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,3 +249,33 @@ def test_aside(tmp_path, accelerator, layer):
     assert path == tmp_path / 'kept'
     assert torch.load(path / 'process_0.pt')['views'][0].equal(torch.zeros(2))
     assert checkpoints.find().path is None
+
+
+def test_file_of_a_process_that_writes_elsewhere(tmp_path, accelerator, layer, monkeypatch):
+    """Folders of one name on two machines; such a checkpoint could never be loaded."""
+    checkpoints = Checkpoints(tmp_path, accelerator, keep=1)
+    checkpoints.save(at(10), {})
+    monkeypatch.setattr(type(accelerator), 'num_processes', 2)
+    with pytest.raises(OSError, match='the file of process 1 is not in .* all machines have to share the folder'):
+        checkpoints.save(at(20), {})
+    assert names(tmp_path) == ['step-00000010']
+
+
+def test_older_one_that_cannot_be_removed(tmp_path, accelerator, layer, monkeypatch):
+    """One that is protected, or open on another machine, stops nothing."""
+    checkpoints = Checkpoints(tmp_path, accelerator, keep=1)
+    checkpoints.save(at(10), {})
+
+    remove = shutil.rmtree
+
+    def refuse(path, *more, **options):
+        if Path(path).name.startswith('step-'):
+            raise PermissionError('protected')
+        remove(path, *more, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, 'rmtree', refuse)
+        assert checkpoints.save(at(20), {}) == tmp_path / 'checkpoints' / 'step-00000020'
+    assert checkpoints.find().step == 20
+    checkpoints.save(at(30), {})
+    assert names(tmp_path) == ['step-00000030']

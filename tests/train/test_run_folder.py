@@ -38,6 +38,11 @@ def test_named_run_is_not_overwritten(tmp_path, accelerator):
     assert names(folder.path) == ['recipe.yaml']
 
 
+def test_empty_folder_of_a_process_that_was_killed_is_taken(tmp_path, accelerator):
+    (tmp_path / 'runs' / 'mine').mkdir(parents=True)
+    assert names(RunFolder.create(config(tmp_path, name='mine'), accelerator).path) == ['recipe.yaml']
+
+
 def test_run_without_a_name_takes_a_free_one(tmp_path, accelerator):
     made = [RunFolder.create(config(tmp_path), accelerator).path for _ in range(3)]
     stem = 'mocov2_slimclr_resnet20_fashion-mnist-6k_8e'
@@ -116,6 +121,9 @@ def test_auto_finds_the_newest_run_of_the_same_recipe(tmp_path, accelerator):
     assert find_run(config(tmp_path), accelerator) == second
     (tmp_path / 'runs' / 'foreign').mkdir()
     (tmp_path / 'runs' / 'foreign' / 'recipe.yaml').write_text('optim: {rate: 1}')
+    (tmp_path / 'runs' / 'hostile').mkdir()
+    (tmp_path / 'runs' / 'hostile' / 'recipe.yaml').write_text('imports: [evil.py]')
+    (tmp_path / 'runs' / 'hostile' / 'evil.py').write_text('raise SystemExit("was run")')
     # Where it is looked for, and how it is logged, does not make it another run.
     assert find_run(config(tmp_path, log_every=3), accelerator) == second
     assert find_run(config(tmp_path, name='mine'), accelerator) is None

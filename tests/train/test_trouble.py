@@ -1,6 +1,8 @@
 """Run folders that are damaged, in use, or full: one line, and nothing written."""
 
 import copy
+import errno
+import fcntl
 import multiprocessing
 import os
 import resource
@@ -174,6 +176,7 @@ def test_refused_resume_writes_nothing(run, capsys, case):
 def test_change_that_never_trains_is_not_recorded(run, capsys):
     """Without a checkpoint nothing tells that the images are others, until they are read."""
     shutil.rmtree(run / 'checkpoints')
+    (run / 'model.safetensors').unlink()
     recipe, metrics = (run / 'recipe.yaml').read_bytes(), (run / 'metrics.jsonl').read_bytes()
     images = run.parent / 'images'
     images.mkdir()
@@ -197,6 +200,13 @@ def test_change_that_never_trains_is_not_recorded(run, capsys):
     assert (run / 'metrics-before-restart-1.jsonl').read_bytes() == metrics
 
 
+def test_finished_run_without_checkpoints_is_not_trained_anew(run, capsys):
+    shutil.rmtree(run / 'checkpoints')
+    before = contents(run)
+    assert f'{run} is finished, and has no checkpoint; give another run.name' in refused(capsys, '--resume', str(run))
+    assert contents(run) == before
+
+
 def test_name_of_a_run_at_its_tracker(tmp_path):
     accelerator = Accelerator(cpu=True)
     name = identity(tmp_path, accelerator)
@@ -217,6 +227,18 @@ def test_second_job_in_a_folder(run, capsys):
     with folder_lock(run, Accelerator(cpu=True)):
         assert (run / '.lock').read_text().startswith(f'process {os.getpid()} on ')
     assert not (run / '.lock').exists()
+
+
+def test_file_system_without_locks(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOSYS, 'Function not implemented')
+
+    monkeypatch.setattr(fcntl, 'lockf', unsupported)
+    with (
+        pytest.raises(InputError, match=r'the file system of .* has no locks \(Function not implemented\)'),
+        folder_lock(tmp_path, Accelerator(cpu=True)),
+    ):
+        pass
 
 
 def test_no_room_for_a_checkpoint(run, capsys):
@@ -326,6 +348,25 @@ def test_signal_while_data_do_not_come(folder, capsys, workers):
         line = refused(capsys, *arguments, '--optim.epochs', '500', status=os.EX_TEMPFAIL)
     kept = newest(run)
     assert f'stopped by SIGTERM after step {kept.step} of 1500; the state is in {kept.path}' in line
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_images_that_cannot_be_read_any_more(folder, capsys, workers):
+    """As on a disk that fails: what has been trained is kept, and a queue is not to start it over and over."""
+    run = folder.parent / 'runs' / 'run'
+
+    def fail() -> None:
+        for image in folder.iterdir():
+            image.write_text('damaged')
+
+    arguments = ['--config', str(folder.parent / 'tiny.yaml'), '--data.num_workers', str(workers)]
+    with meanwhile((run / 'metrics.jsonl').exists, fail):
+        line = refused(capsys, *arguments, '--optim.epochs', '500')
+    kept = newest(run)
+    assert kept.step > 0
+    assert f'stopped after step {kept.step} of 1500: ' in line
+    assert 'no image of the data set can be read; the first was ' in line
+    assert f'; the state is in {kept.path}, and --resume' in line
 
 
 def test_signal_before_the_first_step(folder, capsys):

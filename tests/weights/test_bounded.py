@@ -43,8 +43,10 @@ def test_a_release_that_drips_is_one_line(hub, client, cache):
     assert is_refused(client('fetch', 'x-48213217.pth.tar', cache, env=env), 'no end after 2 s')
 
 
-def test_a_time_that_is_no_number(client, cache, name):
-    assert is_refused(client('from_hub', name, cache, env={'SLIMCLR_DOWNLOAD_SECONDS': 'x'}), "is 'x', not a number")
+@pytest.mark.parametrize('seconds', ['x', 'inf', 'nan', '-1', '0'])
+def test_a_time_that_is_none(client, cache, name, seconds):
+    answer = client('from_hub', name, cache, env={'SLIMCLR_DOWNLOAD_SECONDS': seconds})
+    assert is_refused(answer, f"is '{seconds}', not a number of seconds up to")
 
 
 @pytest.mark.parametrize('source', ['hub', 'release'])

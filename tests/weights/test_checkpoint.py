@@ -283,3 +283,40 @@ def test_what_others_allowed_stays_allowed(tmp_path):
     torch.serialization.add_safe_globals(mine)
     read_checkpoint(tmp_path / 'c.pth')
     assert {*torch.serialization.get_safe_globals()} == {*mine}
+
+
+# What is larger than it looks
+
+
+def test_a_compressed_archive(tmp_path):
+    """A pickle of a thousandth of its size; torch would unpack it."""
+    zipped({**TENSORS, 'note': 'x' * 5_000_000}, tmp_path / 'stored.pth')
+    with zipfile.ZipFile(tmp_path / 'stored.pth') as stored, zipfile.ZipFile(tmp_path / 'small.pth', 'w') as small:
+        for entry in stored.infolist():
+            small.writestr(entry.filename, stored.read(entry), zipfile.ZIP_DEFLATED)
+    assert_read(tmp_path / 'stored.pth')
+    with pytest.raises(InputError, match=r'small\.pth is compressed'):
+        read_checkpoint(tmp_path / 'small.pth')
+
+
+class Called:
+    """Pickled as a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize('write', [zipped, legacy, raw])
+def test_memory_that_a_number_asks_for(tmp_path, write):
+    write({**TENSORS, 'more': Called(bytearray, 10**12)}, tmp_path / 'checkpoint.pth')
+    with pytest.raises(InputError, match=r'checkpoint\.pth holds a \w+\.bytearray, which may be of any size'):
+        read_checkpoint(tmp_path / 'checkpoint.pth')
+
+
+def test_a_tensor_that_is_not_in_the_file(tmp_path):
+    zipped({**TENSORS, 'more': Called(torch.Tensor, 1000, 1000)}, tmp_path / 'checkpoint.pth')
+    with pytest.raises(InputError, match=r'checkpoint\.pth holds tensors that are larger than the file'):
+        read_checkpoint(tmp_path / 'checkpoint.pth')

@@ -146,6 +146,10 @@ OTHERS = """
 {"pretrained_cfg": {"std": [1000000000, 1, 1]}}
 {"pretrained_cfg": {"input_size": [null]}}
 {"pretrained_cfg": {"crop_pct": "x"}}
+{"pretrained_cfg": {"crop_pct": 1e-9}}
+{"pretrained_cfg": {"crop_pct": NaN}}
+{"pretrained_cfg": {"interpolation": "x"}}
+{"pretrained_cfg": {"crop_mode": ["x"]}}
 {"model_args": []}
 {"model_args": null}
 {"model_args": {"global_pool": "x"}}
@@ -160,6 +164,8 @@ OTHERS = """
 {"num_classes": []}
 {"num_classes": 10000000}
 {"label_names": 3}
+{"label_names": [[1]]}
+{"label_names": ["a"], "label_descriptions": {"b": "c"}}
 """
 
 

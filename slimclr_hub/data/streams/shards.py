@@ -294,7 +294,6 @@ class _Whole(tarfile.TarInfo):
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
-            # No TarError, which would have `tarfile` try the file as compressed in ways of all kinds.
             raise OSError(f'{error} at byte {at}, where a member or the mark of the end should be') from error
         if found.issparse():
             raise OSError(f'the member {found.name} is sparse, of {found.size} bytes')
@@ -312,7 +311,7 @@ def _members(path: str, needed: Callable[[str], bool], seek: bool = False) -> It
     with ExitStack() as stack:
         # A pipe would be waited for, were it closed.
         stream: Any = gopen(path) if is_remote(path) else stack.enter_context(open(path, 'rb'))
-        mode: Any = 'r:*' if seek else 'r|*'
+        mode: Any = 'r:' if seek else 'r|'  # not compressed, which may unpack to any size
         tar: Any = stack.enter_context(tarfile.open(fileobj=stream, mode=mode, tarinfo=_Whole))
         while (member := tar.next()) is not None:
             base, ending = base_plus_ext(member.name)
@@ -412,7 +411,7 @@ def _find(root: str, split: str, splits: Mapping[str, Mapping[str, int]]) -> tup
     else:
         place = Path(root)
         found = [*place.glob(f'*{split}*.tar')] or [*(place / split).rglob('*.tar')]
-        return sorted(path.relative_to(place).as_posix() for path in found), None
+        return sorted(path.relative_to(place).as_posix() for path in found if path.is_file()), None
     missing = [] if is_remote(root) else [file for file in files if not (Path(root) / file).is_file()]
     if missing:
         raise InputError(f'data.root {root} has no {missing[0]} ({len(missing)} of {len(files)} are missing)')
@@ -456,5 +455,7 @@ def _damage_refused(path: str | Path) -> Iterator[None]:
 
 
 def check_tar(path: Path) -> None:
-    """Raise an InputError if a tar file is damaged."""
+    """Raise an InputError if a tar file is damaged or no file."""
+    if not path.is_file():  # a pipe would be waited for
+        raise InputError(f'{path} is not a file')
     _count_samples(path, None)

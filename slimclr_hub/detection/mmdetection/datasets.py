@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 
-from slimclr_hub.detection.coco import check_annotations, check_classes, check_files, class_names
+from slimclr_hub.detection.coco import check_annotations, check_classes, check_files, class_names, in_format
 from slimclr_hub.detection.coins import write_coins
 from slimclr_hub.errors import InputError
 
@@ -53,10 +53,11 @@ class CocoFolder(CocoDataset):
 
     def COCOAPI(self, annotations: str) -> Any:  # noqa: N802 - what MMDetection calls to read the file
         """Read annotations and check them."""
-        coco = CocoDataset.COCOAPI(annotations)
-        names = [category['name'] for category in coco.dataset['categories']]
-        check_classes(self.ann_file, names, self.metainfo['classes'], self.some_classes)
-        check_annotations(self.ann_file, coco.dataset, Path(self.data_prefix['img']), self.masks)
+        with in_format(self.ann_file):
+            coco = CocoDataset.COCOAPI(annotations)
+            names = [category['name'] for category in coco.dataset['categories']]
+            check_classes(self.ann_file, names, self.metainfo['classes'], self.some_classes)
+            check_annotations(self.ann_file, coco.dataset, Path(self.data_prefix['img']), self.masks)
         return coco
 
     def filter_data(self) -> list[dict[str, Any]]:

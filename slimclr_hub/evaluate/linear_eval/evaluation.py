@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DataLoaderConfiguration
 
 from slimclr_hub.data.loaders import eval_loader
 from slimclr_hub.data.training import TrainData
@@ -86,9 +85,7 @@ def linear_eval(config: LinearEvalConfig) -> Result:
     if config.network != RAW_PIXELS:
         check_network(drawn_anew(config.network) or config.network)
     check_images(config.data)
-    accelerator = launched(
-        config.run.precision, dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True)
-    )
+    accelerator = launched(config.run.precision)
     # The settings record the precision that accelerate was launched with.
     config = replace(config, run=replace(config.run, precision=accelerator.mixed_precision))
     config = _with_fitting_batch(config, accelerator)
