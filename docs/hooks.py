@@ -21,7 +21,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let links to the manual lead to its pages; show those to other files of the repository as their text alone."""
+    """Let links to the manual lead to its pages; show those to other files of the repository as their text alone.
+
+    Links of pages in docs/ are right in the repository, where `..` leads to what the site has beside them.
+    """
 
     def relink(match: re.Match[str]) -> str:
         text, target = match.groups()
@@ -35,5 +38,5 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         return f'`{text.strip("`")}`' if (ROOT / in_repository).exists() else match[0]
 
     if page.file.src_uri not in PAGES:
-        return markdown
+        return markdown.replace('](../', '](')
     return re.sub(r'(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)\s]+)\)', relink, markdown)

@@ -1,4 +1,4 @@
-"""Mask R-CNN at four widths from supervised pre-training, the paper's baseline; the weights are those of a run here."""
+"""Mask R-CNN at four widths from supervised pre-training, the paper's baseline, as a run of that name has."""
 
 _base_ = 'mask_rcnn_slim.py'
 

@@ -20,7 +20,7 @@ class WidthNeeds(WidthFacts):
 
     Args:
         features: Length of the features before the head.
-        mib: Of its tensors, in the network's dtype; of a network on the Hub in parts, it is what is downloaded.
+        mib: Of its tensors, in the network's dtype.
     """
 
     features: int

@@ -256,7 +256,7 @@ def test_file_of_a_process_that_writes_elsewhere(tmp_path, accelerator, layer, m
     checkpoints = Checkpoints(tmp_path, accelerator, keep=1)
     checkpoints.save(at(10), {})
     monkeypatch.setattr(type(accelerator), 'num_processes', 2)
-    with pytest.raises(OSError, match='the file of process 1 is not in .* all machines have to share the folder'):
+    with pytest.raises(OSError, match=r'the file of process 1 is not in .* all machines have to share the folder'):
         checkpoints.save(at(20), {})
     assert names(tmp_path) == ['step-00000010']
 
