@@ -214,7 +214,7 @@ class FineTuning(NetworkJob):
             for width, accuracy in accuracies(lambda x, _: x, logits, labels, k).items()
         }
         self.folder.write_metrics({'kind': 'eval', 'epoch': epoch, 'step': self.step, **values, 'images': len(labels)})
-        self.accelerator.log({f'eval/{name}': value for name, value in values.items()}, step=self.step)
+        self.track('eval', values)
 
 
 def last_accuracies(metrics: Sequence[Mapping[str, Any]], name: str) -> dict[float, float]:

@@ -325,7 +325,7 @@ class Job(ABC, Generic[BatchT]):
                     # An evaluation may take longer than whoever asks to stop allows.
                     self._save_and_stop(evaluated=False)
                 due = self.checkpoint_is_due(epoch + 1)
-                if due and self.accelerator.num_processes > 1:
+                if due and self.accelerator.num_processes > 1 and not self.evaluate_before_stop:
                     self.save(evaluated=False)  # no signal is heard in the evaluation, which may take long
                 self.evaluate_or_stop(epoch + 1)
                 if self._stop and epoch + 1 < self.epochs:

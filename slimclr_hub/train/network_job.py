@@ -1,7 +1,7 @@
 """What pre-training and fine-tuning share: a job whose steps train a network on microbatches of images."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -18,6 +18,7 @@ from slimclr_hub.methods.objective import LOSSES
 from slimclr_hub.runs.job import Job, StopSignals
 from slimclr_hub.runs.memory import keep_freed_memory, peak_memory
 from slimclr_hub.runs.schedule import Schedule
+from slimclr_hub.text import first_line
 from slimclr_hub.train.run_folder import RunFolder
 from slimclr_hub.train.step import FiniteLoss, Losses, forward_backward
 
@@ -73,6 +74,7 @@ class NetworkJob(Job[list[Batch]]):
         self.data = data
         self.channels_last = channels_last
         self.finite = FiniteLoss()
+        self._tracker_failed = False
 
     def prepare(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Distribute a method and its optimizer over the processes."""
@@ -202,5 +204,15 @@ class NetworkJob(Job[list[Batch]]):
         postfix = {'epoch': epoch + 1, shown: f'{values[shown]:.3f}', 'lr': f'{lr:.2g}'}
         self.progress.set_postfix(postfix, refresh=False)
         self.folder.write_metrics({'kind': 'train', 'epoch': epoch + 1, 'step': self.step, **values})
-        self.accelerator.log({f'train/{name}': value for name, value in values.items()}, step=self.step)
+        self.track('train', values)
         return values
+
+    def track(self, group: str, values: Mapping[str, float], step: int | None = None) -> None:
+        """Log values of a group at the tracker; one that fails ends no training, and all is in metrics.jsonl, too."""
+        try:
+            at = self.step if step is None else step
+            self.accelerator.log({f'{group}/{name}': value for name, value in values.items()}, step=at)
+        except Exception as error:  # of any client, about any server
+            if not self._tracker_failed:
+                print(f'Warning: the tracker failed ({first_line(error)}); what it misses is in {self.folder.path}')
+            self._tracker_failed = True

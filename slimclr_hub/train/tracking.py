@@ -21,6 +21,9 @@ def start_tracker(config: Any, tracking: TrackerConfig, accelerator: Accelerator
 
     `config` is the configuration that the tracker records, and `accelerator` was made with `log_with`. File-based
     trackers write to `folder`. Values after `step` are logged again.
+
+    Raises:
+        InputError: The tracker's client fails, or `tracker.json` holds something else.
     """
     tracker = tracking.tracker
     if tracker == 'none':
@@ -29,7 +32,10 @@ def start_tracker(config: Any, tracking: TrackerConfig, accelerator: Accelerator
     folders.project_dir = folders.logging_dir = str(folder)
     values = {key: str(value) for key, value in flatten(config).items()}
     options = {tracker: _options(tracker, folder, step, accelerator)}
-    accelerator.init_trackers(tracking.project, config=values, init_kwargs=options)
+    try:
+        accelerator.init_trackers(tracking.project, config=values, init_kwargs=options)
+    except Exception as error:  # of any client, such as one that is not logged in
+        raise InputError(f'run.tracker {tracker} does not begin a run: {first_line(error)}') from error
 
 
 def _options(tracker: str, folder: Path, step: int, accelerator: Accelerator) -> dict[str, Any]:

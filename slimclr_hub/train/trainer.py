@@ -226,7 +226,7 @@ class Trainer(NetworkJob):
         if self.observer is not None:
             for step, values in self.observer.write(everything):
                 # As other lines of the log, under the step that these gradients make.
-                self.accelerator.log({f'diagnostics/{name}': value for name, value in values.items()}, step=step + 1)
+                self.track('diagnostics', values, step + 1)
 
     def evaluate(self, epoch: int) -> None:
         """Measure what is due after `epoch` epochs."""
@@ -238,7 +238,7 @@ class Trainer(NetworkJob):
         if signs:
             warning = self.collapse.warning(epoch, signs)
             self.folder.write_metrics({'kind': 'warning', 'epoch': epoch, 'step': self.step, 'text': warning})
-            self.accelerator.log({'eval/collapsed_widths': len(signs)}, step=self.step)
+            self.track('eval', {'collapsed_widths': len(signs)})
             if self.accelerator.is_main_process:
                 tqdm.write(warning)
 
@@ -246,7 +246,7 @@ class Trainer(NetworkJob):
         values = {f'{kind}/{width:g}': value for kind, group in qualities.items() for width, value in group.items()}
         facts = self.online.facts if self.online is not None else {}
         self.folder.write_metrics({'kind': 'eval', 'epoch': epoch, 'step': self.step, **values, **facts})
-        self.accelerator.log({f'eval/{name}': value for name, value in values.items()}, step=self.step)
+        self.track('eval', values)
         if self.accelerator.is_main_process:
             for kind, group in qualities.items():
                 listed = ', '.join(f'{width:g}: {value:.1f}' for width, value in group.items())

@@ -3,6 +3,7 @@
 import copy
 import errno
 import fcntl
+import json
 import multiprocessing
 import os
 import resource
@@ -20,6 +21,7 @@ import pytest
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import TensorBoardTracker
 from PIL import Image, ImageFile
 
 from slimclr_hub.errors import InputError
@@ -215,6 +217,27 @@ def test_name_of_a_run_at_its_tracker(tmp_path):
         (tmp_path / 'tracker.json').write_bytes(content)
         with pytest.raises(InputError, match=r'tracker\.json does not name a run of a tracker'):
             identity(tmp_path, accelerator)
+
+
+def unreachable(*_: object, **__: object) -> None:
+    raise ConnectionError('no answer\nafter 120 s')
+
+
+def test_tracker_that_fails_ends_no_training(run, capsys, monkeypatch):
+    monkeypatch.setattr(TensorBoardTracker, 'log', unreachable)
+    train('--resume', str(run), '--run.tracker', 'tensorboard')
+    warning = f'Warning: the tracker failed (no answer); what it misses is in {run}\n'
+    assert capsys.readouterr().out.count(warning) == 1
+    steps = [json.loads(line)['step'] for line in (run / 'metrics.jsonl').read_text().splitlines()]
+    assert set(range(1, 13)) <= set(steps)
+
+
+def test_tracker_that_does_not_begin(run, capsys, monkeypatch):
+    monkeypatch.setattr(TensorBoardTracker, 'start', unreachable)
+    before = contents(run)
+    line = refused(capsys, '--resume', str(run), '--run.tracker', 'tensorboard')
+    assert line == 'error: run.tracker tensorboard does not begin a run: no answer'
+    assert contents(run) == before
 
 
 def test_second_job_in_a_folder(run, capsys):
