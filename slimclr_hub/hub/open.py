@@ -34,7 +34,7 @@ _HOW = {
     'interpolation': ('bicubic', 'bilinear', 'lanczos', 'nearest', 'box', 'hamming'),
     'crop_mode': ('center', 'squash', 'border'),
 }
-_OF_EXTRACTED = {'in_chans', 'global_pool', 'channels', 'output_stride'}
+_OF_EXTRACTED = {'in_chans', 'num_classes', 'global_pool', 'channels', 'output_stride'}
 _MAX_MESSAGE = 500  # characters
 _MOST = 1e6  # of a mean or a standard deviation of pixels: far above any
 _KINDS = 'a tag such as slimclr_resnet50.mocov2_200e_in1k, a folder, a .safetensors file, or hf-hub:USER/NAME'
@@ -196,8 +196,9 @@ def _check_extracted(config: dict[str, Any]) -> None:
         raise InputError(f'{WIDTH} in its config.json is {width!r:.60}, not a width')
     if unknown := arguments.keys() - _OF_EXTRACTED:
         raise InputError(f'model_args in its config.json has {shorten(sorted(unknown))}, of no extracted network')
-    channels, classes = arguments.get('channels', (64, 128, 256, 512)), config.get('num_classes', 0)
-    check_sizes((3, 8, 36, 3)[: len(channels)], channels, (1.0,), arguments.get('in_chans', 3), classes)
+    channels = arguments.get('channels', (64, 128, 256, 512))
+    for classes in (config.get('num_classes', 0), arguments.get('num_classes', 0)):
+        check_sizes((3, 8, 36, 3)[: len(channels)], channels, (1.0,), arguments.get('in_chans', 3), classes)
 
 
 def _of_one_width(dense: Any, width: float, config: dict[str, Any], drop_path_rate: float) -> SlimmableResNet:
