@@ -331,10 +331,10 @@ def test_a_look_at_all_images(networks, tmp_path, on_the_cpu, monkeypatch):
     options = ['--config', str(place / 'tiny.yaml'), '--teacher.network', str(networks / 'slim'), '--run.name', 'run']
     with pytest.raises(InputError, match=r"optim\.name 'none'"):
         pretrain(parse_pretrain(place, [*options, '--optim.name', 'none']))
-    (place / 'runs' / 'run').mkdir(parents=True)
+    (place / 'runs' / 'run' / 'mine').mkdir(parents=True)
     with pytest.raises(InputError, match=r'run\.name run: .* is there already'):
         pretrain(parse_pretrain(place, options))
-    (place / 'runs' / 'run').rmdir()
+    shutil.rmtree(place / 'runs' / 'run')
     assert not table.exists()
 
     features, seen = Teacher.features, []
