@@ -79,17 +79,12 @@ def check_annotations(annotations: str, content: dict[str, Any], images: Path, m
     That is an image or annotation without a key that training or evaluation reads, an annotation of an image or
     category that the file lacks, and an image that is not in its folder.
     """
-    of_images = ('id', 'file_name', 'height', 'width')
     for image in content['images']:
-        if lacking := [key for key in of_images if image.get(key) is None]:
-            name = f'{annotations}: image {image.get("id")}'
-            raise InputError(f'{name} has no {", ".join(lacking)}; each needs {", ".join(of_images)}')
+        _check_keys(f'{annotations}: image', image, ('id', 'file_name', 'height', 'width'))
     keys = ('image_id', 'category_id', 'bbox', 'area', 'iscrowd', *(['segmentation'] if masks else []))
     known = {f'{kind}_id': {entry['id'] for entry in content[plural]} for kind, plural in _LISTS.items()}
     for annotation in content.get('annotations', []):
-        name = f'{annotations}: annotation {annotation.get("id")}'
-        if lacking := [key for key in keys if annotation.get(key) in (None, [])]:
-            raise InputError(f'{name} has no {", ".join(lacking)}; each needs {", ".join(keys)}')
+        name = _check_keys(f'{annotations}: annotation', annotation, keys)
         for key, ids in known.items():
             if annotation[key] not in ids:
                 raise InputError(f'{name} has the {key} {annotation[key]}, which is not among those of the file')
@@ -97,3 +92,11 @@ def check_annotations(annotations: str, content: dict[str, Any], images: Path, m
     names = [image['file_name'] for image in content['images']]
     if lost := [name for name in names if name not in there and not (images / name).is_file()]:
         raise InputError(f'{annotations}: {len(lost)} of {len(names)} images are not in {images}: {shorten(lost)}')
+
+
+def _check_keys(kind: str, entry: dict[str, Any], keys: Sequence[str]) -> str:
+    """Name of an entry of a `kind`, for messages; an InputError if it lacks one of `keys`."""
+    name = f'{kind} {entry.get("id")}'
+    if lacking := [key for key in keys if entry.get(key) in (None, [])]:
+        raise InputError(f'{name} has no {", ".join(lacking)}; each needs {", ".join(keys)}')
+    return name

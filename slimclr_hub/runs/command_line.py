@@ -140,7 +140,7 @@ def read_recipes(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
                 both = isinstance(value, dict) and isinstance(merged.get(key), dict)
                 merged[key] = {**merged[key], **value} if both else value
     merged.pop('base', None)
-    names = names_to_import(argv)
+    names = {Path(file).name for file in asked}
     imports = {**merged.pop('imports', {}), **_imports_of_network(rest, names)}
     imports = {file: digest for file, digest in imports.items() if Path(file).name not in names}
     imports |= {str(Path(file).absolute()): None for file in asked}
