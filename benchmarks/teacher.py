@@ -3,7 +3,8 @@
     python benchmarks/teacher.py --student slimclr_resnet18 --teacher slimclr_resnet50 --size 64 --batch 16 --queue 4096
 
 A step is that of training_step.py. The teacher has random weights and looks once at a view, whatever the number of
-widths, or with teacher.cached not at all; its queues have 2048 dimensions for a ResNet-50, where plain MoCo v2 has 128.
+widths, or with teacher.cached not at all. Its projection head, which the papers keep, has the 128 dimensions of plain
+MoCo v2's; with `--pooled` its features are learned, and those of a ResNet-50 make queues of 2048.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from measure import Report, interleave, keeps_memory, make_parser, parse, positi
 from training_step import FULL, QUEUE, TrainingStep, configure
 
 from slimclr_hub.methods import METHODS, Teacher
+from slimclr_hub.methods.heads import SlimmableMLP
 from slimclr_hub.methods.registry import training_of
 from slimclr_hub.models import DEFAULT_WIDTHS, SlimmableResNet
 from slimclr_hub.runs.memory import keep_freed_memory
@@ -25,10 +27,13 @@ from slimclr_hub.train.config import MethodConfig, TeacherConfig
 TAUGHT = [name for name in METHODS if training_of(name).teacher]
 
 
-def make_teacher(name: str) -> Teacher:
+def make_teacher(name: str, pooled: bool) -> Teacher:
     network = timm.create_model(name, num_classes=0, widths=FULL)
     assert isinstance(network, SlimmableResNet)
-    return Teacher(network.extract(1.0), network.num_features)
+    features = network.num_features
+    if pooled:
+        return Teacher(network.extract(1.0), features)
+    return Teacher(network.extract(1.0), 128, head=SlimmableMLP(features, features, 128).extract(1.0))
 
 
 def main() -> None:
@@ -38,11 +43,12 @@ def main() -> None:
     parser.add_argument('--size', type=positive, default=224, help='height and width of the images in pixels')
     parser.add_argument('--batch', type=positive, default=8)
     parser.add_argument('--queue', type=positive, default=QUEUE)
+    parser.add_argument('--pooled', action='store_true', help="the teacher's pooled features, without its head")
     args = parse(parser)
     kept = keeps_memory(args) and keep_freed_memory()
 
     views = [torch.randn(args.batch, 3, args.size, args.size, device=args.device) for _ in range(4)]
-    teacher: Any = make_teacher(args.teacher)
+    teacher: Any = make_teacher(args.teacher, args.pooled)
     teacher.to(device=args.device, memory_format=torch.channels_last)
     queue = args.queue // args.batch * args.batch
     plain = configure('mocov2', args.student, args.batch, args.size, FULL)
@@ -80,7 +86,8 @@ def main() -> None:
         setting(
             args.device,
             'bf16' if args.bf16 else 'float32',
-            f'{args.student} of {args.teacher}, batch {args.batch}, {args.size}x{args.size}, queue {queue}',
+            f'{args.student} of {args.teacher}, {teacher.dim} dimensions, batch {args.batch}, {args.size}x{args.size}',
+            f'queue {queue}',
             'freed memory kept' if kept else 'freed memory released',
         ),
         args.json,

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 
 from slimclr_hub.distributed import shared
 from slimclr_hub.methods.heads import SlimmableMLP, embed
-from slimclr_hub.methods.losses import DISTILLATIONS, full_precision, similarities, similarities_by_width
+from slimclr_hub.methods.losses import DISTILLATIONS, full_precision, similarities_by_width
 from slimclr_hub.methods.objective import Losses, Objective
 from slimclr_hub.methods.queue import QueueMethod, centred
 from slimclr_hub.methods.registry import register_method
 from slimclr_hub.methods.teacher import Teacher
 from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.slicing import sliced_once
 from slimclr_hub.models.widths import check_widths
 from slimclr_hub.settings import Count, Fraction, Positive, at_least, bounded, one_of
 
@@ -120,30 +121,35 @@ class BINGO(QueueMethod):
             self.hold_queues()
         negatives = self.earlier['queue']
         keys, its_keys, negatives = centred(negatives, own, its) if self.centre else (own, its, negatives)
-        both = [embed(self.backbone, self.head, view, widths) for view in (query, its_query)]
-        pairs = {w: torch.cat([queries[w] for queries in both]) for w in widths}
-        logits = similarities_by_width(pairs, torch.cat([keys, its_keys]), negatives)
-        a = self.cross_weight if self.epoch >= self.cross_after else 0.0
-        crossed = torch.cat([its_keys, keys])
-        # l(q; k+) needs no logits of its own: its negatives are those of l(q; k).
-        further = {w: 2 * a * self._contrast(pairs[w], crossed, logits[w][:, 1:]) for w in widths}
+        students = [query, its_query]
         if self.cutmix:
             mixed, share = cutmix(query, its_query)
-            for w, mix in embed(self.backbone, self.head, mixed, widths).items():
-                others = similarities(mix, None, negatives)
-                of_own, of_its = (self._contrast(mix, positives, others) for positives in (keys, its_keys))
-                further[w] = further[w] + share * of_own + (1 - share) * of_its
-        terms = 3 if self.cutmix else 2
-        target = torch.zeros(2 * len(own), dtype=torch.long, device=own.device)
-        taught = {w: loss / terms for w, loss in further.items()}
-        output = self.objective(logits, target, self.temperature, scale=2 * (1 - a) / terms, taught=taught)
+            students.append(mixed)
+        with sliced_once([self.backbone, self.head], widths):
+            embedded = [embed(self.backbone, self.head, view, widths) for view in students]
+        terms, pairs = len(students), 2 * len(own)
+        queries = {w: torch.cat([each[w] for each in embedded]) for w in widths}
+        own_keys, crossed = (torch.cat(each[:terms]) for each in ([keys, its_keys, keys], [its_keys, keys, its_keys]))
+        logits = similarities_by_width(queries, own_keys, negatives)
+        a = self.cross_weight if self.epoch >= self.cross_after else 0.0
+        taught = {}
+        for w in widths:
+            # l(q; k+), l(q+; k) and l(m; k+), whose negatives are those of the queries' own keys.
+            cross = self._info_nce((full_precision(queries[w]) * crossed).sum(1), logits[w][:, 1:]).chunk(terms)
+            further = a * (cross[0].mean() + cross[1].mean())
+            if self.cutmix:
+                own_of_mixed = self._info_nce(logits[w][pairs:, 0], logits[w][pairs:, 1:])
+                further = further + share * own_of_mixed.mean() + (1 - share) * cross[2].mean()
+            taught[w] = further / terms
+        of_pairs = {w: each[:pairs] for w, each in logits.items()}
+        target = torch.zeros(pairs, dtype=torch.long, device=own.device)
+        output = self.objective(of_pairs, target, self.temperature, scale=2 * (1 - a) / terms, taught=taught)
         self.enqueue(queue=own)
         return output
 
-    def _contrast(self, query: torch.Tensor, key: torch.Tensor, others_BK: torch.Tensor) -> torch.Tensor:
-        """InfoNCE, averaged, of queries and keys [B, D] among negatives whose similarities are known."""
-        positive = (full_precision(query) * full_precision(key)).sum(1) / self.temperature
-        return F.softplus((others_BK / self.temperature).logsumexp(1) - positive).mean()
+    def _info_nce(self, positive_B: torch.Tensor, others_BK: torch.Tensor) -> torch.Tensor:
+        """InfoNCE of each query, [B], from its similarities to its positive [B] and to the negatives [B, K]."""
+        return F.softplus((others_BK / self.temperature).logsumexp(1) - positive_B / self.temperature)
 
 
 def cutmix(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

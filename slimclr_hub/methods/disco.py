@@ -11,6 +11,7 @@ from slimclr_hub.methods.objective import Losses
 from slimclr_hub.methods.registry import register_method
 from slimclr_hub.methods.teacher import Teacher
 from slimclr_hub.models import SlimmableResNet
+from slimclr_hub.models.slicing import sliced_once
 from slimclr_hub.models.widths import check_widths
 from slimclr_hub.settings import Count, Positive, at_least, bounded
 
@@ -85,7 +86,8 @@ class DisCo(MoCoV2):
         """
         widths = check_widths(widths)
         query_view, key_view = views
-        queries, others = self.embed(query_view, widths), self.embed(key_view, widths)
+        with sliced_once([self.backbone, self.head], widths):
+            queries, others = self.embed(query_view, widths), self.embed(key_view, widths)
         keys = self.next_keys(key_view, momentum)
         of_query, of_key = (self.teacher(view, *cached) for view in views)
         taught = {

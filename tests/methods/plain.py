@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
-from slimclr_hub.methods import compress, heads, mocov3, simclr
+from slimclr_hub.methods import bingo, compress, disco, heads, mocov3, simclr
 from slimclr_hub.methods.momentum import EMA
 from slimclr_hub.models import SlimmableResNet
 from tests.networks import forward_apart
@@ -21,7 +21,7 @@ def plain_paths() -> Iterator[None]:
     rounds both of its products.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for module in compress, heads, mocov3, simclr:
+        for module in bingo, compress, disco, heads, mocov3, simclr:
             patch.setattr(module, 'sliced_once', lambda modules, widths: nullcontext())
         patch.setattr(SlimmableResNet, 'forward_widths', forward_apart)
         patch.setattr(EMA, 'update', _update)
