@@ -1,6 +1,5 @@
 """Opening a network by any name for it: a tag, a repository on the Hub, a folder or a file."""
 
-import json
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from slimclr_hub.models import DenseResNet, SlimmableResNet
 from slimclr_hub.models.layers import check_sizes
 from slimclr_hub.models.registry import slimmable_models
 from slimclr_hub.models.widths import check_width, width_key
-from slimclr_hub.weights.bounded import LARGEST_CONFIG
+from slimclr_hub.weights.bounded import read_json
 from slimclr_hub.weights.layouts import ARCHITECTURES, ELSEWHERE, layout_of
 from slimclr_hub.weights.slices import leading, unswitch_name
 from slimclr_hub.weights.source import from_hub
@@ -146,10 +145,10 @@ def _from_file(path: Path, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any],
 def read_config(file: Path, name: object) -> dict[str, Any]:
     """The configuration of a network in timm's `config.json`; an InputError says what no such file has."""
     # timm's own errors about a wrong one are Python's, and come after the download of the weights.
-    if file.stat().st_size > LARGEST_CONFIG:
-        raise InputError(f'{name}: its config.json has {file.stat().st_size} bytes, more than {LARGEST_CONFIG}')
     try:
-        config = json.loads(file.read_bytes())
+        config = read_json(file)
+    except OSError as error:
+        raise InputError(f'{name}: its config.json cannot be read: {error.strerror}') from error
     except (ValueError, RecursionError) as error:
         raise InputError(f'{name}: its config.json is not JSON ({error})') from error
     if not isinstance(config, dict) or not isinstance(config.get('architecture'), str):

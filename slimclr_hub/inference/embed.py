@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from slimclr_hub.errors import InputError
-from slimclr_hub.files import atomic_files, temporary_folder
+from slimclr_hub.files import atomic_files, try_folder
 from slimclr_hub.images import Problem
 from slimclr_hub.inference.images import Sources
 from slimclr_hub.inference.runner import InferenceConfig, run_images
@@ -108,11 +108,7 @@ def check_output(path: Path, overwrite: bool = False) -> None:
             raise InputError(f'{file} is a folder; give the path of a file')
         if file.exists() and not overwrite:
             raise InputError(f'{file} is there already; choose another name, or give --overwrite')
-    try:
-        with temporary_folder(path.parent):
-            pass
-    except OSError as error:
-        raise InputError(f'cannot write to {path.parent}: {error.strerror}') from error
+    try_folder(path.parent, 'the folder')
 
 
 def save_embeddings(embeddings: Embeddings, path: Path, overwrite: bool = False) -> None:

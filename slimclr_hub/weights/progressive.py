@@ -20,7 +20,7 @@ from safetensors.torch import save
 
 from slimclr_hub.errors import InputError
 from slimclr_hub.files import file_hash
-from slimclr_hub.weights.bounded import LARGEST_CONFIG
+from slimclr_hub.weights.bounded import read_json
 from slimclr_hub.weights.slices import WIDTH_DIGITS, leading, width_key
 from slimclr_hub.weights.tensor_file import TensorFile
 
@@ -199,13 +199,11 @@ def read_index(path: Path) -> Index:
         InputError: It is none, or has widths, names, sizes or hashes that no index has.
     """
     try:
-        if path.stat().st_size > LARGEST_CONFIG:
-            raise InputError(f'{path} has {path.stat().st_size} bytes, more than {LARGEST_CONFIG}')
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except OSError as error:
         raise InputError(f'{path} cannot be read: {error.strerror}') from error
     except (ValueError, RecursionError) as error:
-        raise error if isinstance(error, InputError) else InputError(f'{path} is not JSON ({error})') from None
+        raise InputError(f'{path} is not JSON ({error})') from None
     parts = content.get('parts') if isinstance(content, dict) else None
     if not isinstance(parts, list) or not 0 < len(parts) <= _MOST_PARTS:
         raise InputError(f'{path} is no index of weights in parts')

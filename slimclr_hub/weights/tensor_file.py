@@ -23,6 +23,7 @@ from slimclr_hub.weights.layouts import layout_of
 
 _PICKLES = (b'PK\x03\x04', b'\x80')  # a zip archive, and a bare pickle: what torch.save writes, now and formerly
 _AT_A_TIME = 1 << 20  # bytes
+_MOST_NUMBERS = 1 << 58  # of a tensor; a file without data may name more, as one of the dimensions is 0
 _DTYPES = {
     'F64': torch.float64,
     'F32': torch.float32,
@@ -71,6 +72,8 @@ class TensorFile:
         for name, entry in header.items():
             if entry['dtype'] not in _DTYPES:
                 raise InputError(f'{path}: {name} is of type {entry["dtype"]}, not one of {", ".join(_DTYPES)}')
+            if prod(max(1, n) for n in entry['shape']) > _MOST_NUMBERS:
+                raise InputError(f'{path}: {name} has shape {entry["shape"]}, which no tensor has')
             begin = 8 + length + entry['data_offsets'][0]
             self._entries[name] = _Entry(_DTYPES[entry['dtype']], tuple(entry['shape']), begin)
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}

@@ -1,5 +1,6 @@
 """Safetensors files: read by slices, written whole."""
 
+import json
 import os
 import pickle
 import random
@@ -236,6 +237,16 @@ def test_kinds_of_numbers(tmp_path):
     save_tensors({'ours': torch.ones(3), 'scale': torch.ones(3).to(torch.float8_e4m3fn)}, tmp_path / 'eight')
     with pytest.raises(InputError, match='eight: scale is of type F8_E4M3, not one of F64, '):
         TensorFile(tmp_path / 'eight')
+
+
+@pytest.mark.parametrize('shape', [[0, 2**63], [2**62, 2**62, 0], [2**40, 0, 2**40]])
+def test_shapes_without_data_beyond_all_tensors(tmp_path, shape):
+    header = json.dumps({'a': {'dtype': 'F32', 'shape': shape, 'data_offsets': [0, 0]}}).encode()
+    file = tmp_path / 'large.safetensors'
+    file.write_bytes(struct.pack('<Q', len(header)) + header)
+    for read in TensorFile, read_checkpoint:
+        with pytest.raises(InputError, match=r'large\.safetensors'):
+            read(file)
 
 
 def test_becomes_shorter_while_it_is_read(path, tmp_path):
