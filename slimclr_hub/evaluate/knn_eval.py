@@ -24,10 +24,10 @@ from slimclr_hub.evaluate.baselines import Encoder, RawPixels, is_small, random_
 from slimclr_hub.evaluate.features import NOTHING_READ, readable, with_progress
 from slimclr_hub.evaluate.knn import Neighbours, default_k, merge, nearest, vote
 from slimclr_hub.evaluate.network import (
-    changes,
     check_channels,
     check_images,
     check_network,
+    check_same,
     data_defaults,
     default_output,
     open_for_test,
@@ -53,7 +53,7 @@ from slimclr_hub.runs.result import (
     save,
 )
 from slimclr_hub.runs.tables import TextTable
-from slimclr_hub.settings import Incidental, above, at_least, check_precision, check_seed, plain, relevant
+from slimclr_hub.settings import Incidental, above, at_least, check_precision, check_seed, plain
 from slimclr_hub.weights.hashes import state_hash
 
 _TOP = 5
@@ -174,7 +174,8 @@ def evaluate(config: KNNEvalConfig, accelerator: Accelerator) -> list[Result]:
     check_channels(config.network, model, config.data)
     model.reset_classifier(0)
     weights = state_hash(model)
-    _check_output(config, weights)
+    if (config.folder / RESULT).exists():
+        check_same(config.folder / RESULT, load(config.folder / RESULT)[0].settings, config, weights)
     assert config.data.val_split is not None
     share = (accelerator.process_index, accelerator.num_processes)
     bank_loader = eval_loader(config.data, config.data.train_split, config.bank, config.seed, share=share)
@@ -373,19 +374,6 @@ def neighbours_in_all(
             for other in range(0, world * len(everyone), len(everyone))
         ]
         yield merge(candidates, k)
-
-
-def _check_output(config: KNNEvalConfig, weights: str) -> None:
-    file = config.folder / RESULT
-    if not file.exists():
-        return
-    settings = {key: value for key, value in relevant(config).items() if not key.startswith('data.')}
-    settings |= {**relevant({'data': config.data.fingerprint()}), 'weights': weights}
-    if changed := changes(relevant(load(file)[0].settings), settings):
-        raise InputError(
-            f'{file} is there already, by other settings ({"; ".join(changed)}); give another folder, such as '
-            f'--output {config.folder}-2, or remove it'
-        )
 
 
 def print_results(results: Sequence[Result], best: Result, rank: Result, pixels: Sequence[Result] = ()) -> None:

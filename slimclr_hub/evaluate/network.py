@@ -16,7 +16,7 @@ from slimclr_hub.hub.open import open_network, read_config
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import early
 from slimclr_hub.runs.result import RANDOM_WEIGHTS, RAW_PIXELS
-from slimclr_hub.settings import RECIPE, read_yaml
+from slimclr_hub.settings import RECIPE, read_yaml, relevant
 from slimclr_hub.weights.published import PUBLISHED, SHIPPED, Published, Shipped
 
 _Known = TypeVar('_Known', Published, Shipped)
@@ -169,6 +169,27 @@ def changes(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> list[st
         for key, value in settings.items()
         if key in recorded and key not in ignored and recorded[key] != value
     ]
+
+
+def check_same(file: Path, recorded: Mapping[str, Any], config: Any, weights: str) -> None:
+    """Check that a result that is there already may be replaced by one of `config`, whose images are its `data`.
+
+    Args:
+        file: The result.
+        recorded: Its settings.
+        config: The evaluation that would write it.
+        weights: Hash of the network's weights.
+
+    Raises:
+        InputError: It is by other settings, and would be lost.
+    """
+    settings = {key: value for key, value in relevant(config).items() if not key.startswith(('data.', 'output'))}
+    settings |= {**relevant({'data': config.data.fingerprint()}), 'weights': weights}
+    if changed := changes(relevant(recorded), settings):
+        raise InputError(
+            f'{file} is there already, by other settings ({"; ".join(changed)}); give another folder, such as '
+            f'--output {file.parent}-2, or remove it'
+        )
 
 
 def _images_of(shipped: Shipped) -> DataConfig:

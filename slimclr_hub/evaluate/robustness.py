@@ -23,7 +23,14 @@ from slimclr_hub.distributed import from_main_process
 from slimclr_hub.errors import InputError
 from slimclr_hub.evaluate.features import extract_features, with_progress
 from slimclr_hub.evaluate.linear_eval.probe import accuracies
-from slimclr_hub.evaluate.network import check_channels, check_images, data_defaults, default_output, open_for_test
+from slimclr_hub.evaluate.network import (
+    check_channels,
+    check_images,
+    check_same,
+    data_defaults,
+    default_output,
+    open_for_test,
+)
 from slimclr_hub.files import try_folder, write_text
 from slimclr_hub.models import SlimmableResNet
 from slimclr_hub.runs.command_line import config_of, make_parser, parse, run_script
@@ -32,6 +39,7 @@ from slimclr_hub.runs.launcher import launched
 from slimclr_hub.runs.result import environment
 from slimclr_hub.runs.tables import TextTable
 from slimclr_hub.settings import at_least, check_precision, check_seed, one_of, plain
+from slimclr_hub.weights.bounded import read_json
 from slimclr_hub.weights.hashes import state_hash
 
 RESULT = 'robustness.json'
@@ -107,11 +115,12 @@ def _robustness(argv: Sequence[str]) -> None:
         check_images(config.data)
     accelerator = launched(config.precision, 'precision', trains=False)
     model = open_for_test(config.network)
-    from_main_process(lambda: try_folder(config.folder, 'output'))
+    weights = state_hash(model)
+    from_main_process(lambda: _check_output(config, weights))
     found, tested = evaluate(config, accelerator, model)
     if accelerator.is_main_process:
         record = {
-            'settings': {**plain(asdict(config)), 'weights': state_hash(model)},
+            'settings': {**plain(asdict(config)), 'weights': weights},
             'images': tested,
             'top1': found,
             'environment': environment(),
@@ -123,6 +132,17 @@ def _robustness(argv: Sequence[str]) -> None:
             _draw(found, config.folder / 'robustness')
             print(f'Figure: {config.folder / "robustness.png"}')
     accelerator.end_training()
+
+
+def _check_output(config: RobustnessConfig, weights: str) -> None:
+    file = config.folder / RESULT
+    if file.exists():
+        try:
+            recorded = dict(read_json(file)['settings'])
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise InputError(f'{file} is not the result of robustness.py ({error!r}); give another --output') from error
+        check_same(file, recorded, config, weights)
+    try_folder(config.folder, 'output')
 
 
 def _has_folder(data: DataConfig) -> bool:

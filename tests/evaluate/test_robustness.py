@@ -76,6 +76,27 @@ def test_command_writes_what_it_prints(tmp_path, capsys):
         assert len(figure.convert('L').getcolors()) > 50
 
 
+def test_result_of_other_images_is_not_overwritten(tmp_path):
+    """Of ImageNet-R and then A by the default folder, say; the same evaluation may be repeated."""
+    arguments = ['--network', WITH_HEAD, '--corruptions', '[]', '--data.num_workers', '0']
+    arguments += ['--output', str(tmp_path / 'out')]
+    for _ in range(2):
+        robustness._robustness([*arguments, '--images', '20'])
+    result = tmp_path / 'out' / 'robustness.json'
+    before = result.read_bytes()
+    for other, words in (
+        (['--images', '30'], 'images 20, not 30'),
+        (['--images', '20', '--data.size', '20'], 'data.size'),
+    ):
+        with pytest.raises(InputError, match=rf'robustness\.json is there already.*{words}.*--output .*out-2'):
+            robustness._robustness([*arguments, *other])
+    assert result.read_bytes() == before
+    for content in b'{}', b'[]', b'{"settings": 3}', b'[' * 100_000, b'\xff':
+        result.write_bytes(content)
+        with pytest.raises(InputError, match='is not the result of robustness'):
+            robustness._robustness([*arguments, '--images', '20'])
+
+
 @pytest.mark.parametrize(
     ('wrong', 'words'),
     [
