@@ -1,5 +1,6 @@
 """What several modules share because making it takes long: a Hub, its clients, and the authors' files converted."""
 
+import gc
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,11 @@ _KINDS = {'mocov2_200e_in1k': 'mocov2', 'mocov3_300e_in1k': 'mocov3', 'mocov2_20
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first."""
     items.sort(key=lambda item: not item.path.as_posix().endswith(_LONG))
+
+
+def pytest_collection_finish() -> None:
+    """Take what is imported, millions of objects, out of collections of garbage, each of which looks through it."""
+    gc.freeze()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 Starts from nothing, and by the launcher, are tests of their own.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -116,6 +117,7 @@ def end_well(*scripts: Script) -> str:
 
 
 def _run(script: Path, arguments: list[str], folder: Path, variables: dict[str, str], outputs: Path) -> None:
+    gc.freeze()  # what is imported, as tests/conftest.py does
     os.setsid()  # so that workers go with it
     multiprocessing.set_start_method('fork', force=True)  # its own workers start as those of the script do
     os.environ.clear()
