@@ -31,9 +31,8 @@ def make_teacher(name: str, pooled: bool) -> Teacher:
     network = timm.create_model(name, num_classes=0, widths=FULL)
     assert isinstance(network, SlimmableResNet)
     features = network.num_features
-    if pooled:
-        return Teacher(network.extract(1.0), features)
-    return Teacher(network.extract(1.0), 128, head=SlimmableMLP(features, features, 128).extract(1.0))
+    head = None if pooled else SlimmableMLP(features, features, 128).extract(1.0)
+    return Teacher(network.extract(1.0), features if pooled else 128, head=head)
 
 
 def main() -> None:

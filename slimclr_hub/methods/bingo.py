@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from slimclr_hub.distributed import shared
 from slimclr_hub.methods.heads import SlimmableMLP, embed
-from slimclr_hub.methods.losses import DISTILLATIONS, full_precision, similarities_by_width
+from slimclr_hub.methods.losses import DISTILLATIONS, full_precision, info_nce, similarities_by_width
 from slimclr_hub.methods.objective import Losses, Objective
 from slimclr_hub.methods.queue import QueueMethod, centred
 from slimclr_hub.methods.registry import register_method
@@ -129,17 +129,18 @@ class BINGO(QueueMethod):
             embedded = [embed(self.backbone, self.head, view, widths) for view in students]
         terms, pairs = len(students), 2 * len(own)
         queries = {w: torch.cat([each[w] for each in embedded]) for w in widths}
-        own_keys, crossed = (torch.cat(each[:terms]) for each in ([keys, its_keys, keys], [its_keys, keys, its_keys]))
-        logits = similarities_by_width(queries, own_keys, negatives)
+        logits = similarities_by_width(queries, torch.cat([keys, its_keys, keys][:terms]), negatives)
+        crossed = torch.cat([its_keys, keys])
         a = self.cross_weight if self.epoch >= self.cross_after else 0.0
         taught = {}
         for w in widths:
-            # l(q; k+), l(q+; k) and l(m; k+), whose negatives are those of the queries' own keys.
-            cross = self._info_nce((full_precision(queries[w]) * crossed).sum(1), logits[w][:, 1:]).chunk(terms)
-            further = a * (cross[0].mean() + cross[1].mean())
+            of, others = queries[w], logits[w][:, 1:]
+            # l(q; k+) needs no logits of its own: its negatives are those of l(q; k).
+            further = 2 * a * self._contrast(of[:pairs], crossed, others[:pairs])
             if self.cutmix:
-                own_of_mixed = self._info_nce(logits[w][pairs:, 0], logits[w][pairs:, 1:])
-                further = further + share * own_of_mixed.mean() + (1 - share) * cross[2].mean()
+                of_own = info_nce(logits[w][pairs:], self.temperature)
+                of_its = self._contrast(of[pairs:], its_keys, others[pairs:])
+                further = further + share * of_own + (1 - share) * of_its
             taught[w] = further / terms
         of_pairs = {w: each[:pairs] for w, each in logits.items()}
         target = torch.zeros(pairs, dtype=torch.long, device=own.device)
@@ -147,9 +148,10 @@ class BINGO(QueueMethod):
         self.enqueue(queue=own)
         return output
 
-    def _info_nce(self, positive_B: torch.Tensor, others_BK: torch.Tensor) -> torch.Tensor:
-        """InfoNCE of each query, [B], from its similarities to its positive [B] and to the negatives [B, K]."""
-        return F.softplus((others_BK / self.temperature).logsumexp(1) - positive_B / self.temperature)
+    def _contrast(self, query: torch.Tensor, key: torch.Tensor, others_BK: torch.Tensor) -> torch.Tensor:
+        """InfoNCE, averaged, of queries and keys [B, D] among negatives whose similarities are known."""
+        positive = (full_precision(query) * full_precision(key)).sum(1) / self.temperature
+        return F.softplus((others_BK / self.temperature).logsumexp(1) - positive).mean()
 
 
 def cutmix(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -34,7 +34,7 @@ def read_json(path: Path) -> Any:
     with path.open('rb') as file:
         text = file.read(LARGEST_CONFIG + 1)
     if len(text) > LARGEST_CONFIG:
-        raise ValueError(f'{path} is longer than {LARGEST_CONFIG} bytes')
+        raise ValueError(f'{path} has more than {LARGEST_CONFIG} bytes')
     return json.loads(text)
 
 

@@ -350,7 +350,7 @@ def test_momentum_copies_follow_their_width(overlap):
 def test_bingo_in_closed_form():
     """l(q; c) of one positive and three negatives whose logits are known, and its gradient (p_c - 1) c + sum p_n n."""
     query, key, others = unit(2, 2, seed=1).requires_grad_(), unit(2, 2, seed=2), unit(3, 2, seed=3)
-    loss = make('bingo')._info_nce((query * key).sum(1), query @ others.T).mean()
+    loss = make('bingo')._contrast(query, key, query @ others.T)
     loss.backward()
     expected, gradients = 0.0, []
     for q, c in zip(query.detach(), key, strict=True):

@@ -139,7 +139,7 @@ HOSTILE = {
     'no JSON': (b'{', 'is not JSON'),
     'no text': (b'\xff\xfe\xfd', 'is not JSON'),
     'deep': (b'[' * 200_000, 'is not JSON'),
-    'large': (b' ' * ((1 << 20) + 1), 'longer than 1048576'),
+    'large': (b' ' * ((1 << 20) + 1), 'more than 1048576'),
     'empty': ({}, 'is no index'),
     'a list': ([], 'is no index'),
     'no parts': ({'size': 9, 'sha256': SHA, 'parts': []}, 'is no index'),
